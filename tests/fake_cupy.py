@@ -1,0 +1,189 @@
+"""A stand-in for CuPy: NumPy underneath, refusing what CuPy refuses.
+
+    * a device array and a NumPy array never meet in one operation; only `asarray` and `.get()` cross, and they are counted
+    * np.asarray(device array) raises, as CuPy's does
+    * a function that CuPy lacks is missing here (`errstate`, `erf`, `vecdot`, `maximum.reduceat`, …): only those listed exist
+    * with `limit` set, an allocation that would exceed it raises OutOfMemoryError
+
+It is stricter than CuPy in one way: NumPy's own functions refuse a device array, where CuPy would take over. Not a simulation of speed,
+streams or asynchrony. tinylora finds it as it finds CuPy, by the module that an array's type came from.
+"""
+
+import sys
+import types
+import weakref
+
+import numpy as np
+
+float32, float64, float16, uint8, uint16, uint32, int64 = (
+    np.float32, np.float64, np.float16, np.uint8, np.uint16, np.uint32, np.int64)
+newaxis, inf, nan, pi = None, np.inf, np.nan, np.pi
+
+_FUNCTIONS = """abs add all any arange argmax argsort array_equal ascontiguousarray broadcast_to clip concatenate cos cumsum divide
+empty empty_like equal exp expand_dims flatnonzero full full_like greater isfinite isnan less_equal log log1p matmul maximum mean minimum
+multiply ones ones_like outer prod repeat sign sin sqrt square stack subtract sum take tanh triu tril vdot where zeros zeros_like""".split()
+
+counters = {"to_device": 0, "to_host": 0}
+memory = {"used": 0, "limit": None}
+_wrapped = weakref.WeakValueDictionary()
+
+
+class OutOfMemoryError(MemoryError):
+    "What cupy.cuda.memory.OutOfMemoryError is to CuPy."
+
+
+def _release(n):
+    memory["used"] -= n
+
+
+def _wrap(a):
+    """A device array around a NumPy array; the same one each time, so that identity works as with CuPy."""
+    if isinstance(a, tuple):
+        return tuple(map(_wrap, a))
+    if not isinstance(a, (np.ndarray, np.generic)):
+        return a
+    a = np.asarray(a)
+    if id(a) in _wrapped:
+        return _wrapped[id(a)]
+    x = object.__new__(ndarray)
+    x._a = a
+    if a.base is None:
+        if memory["limit"] is not None and memory["used"] + a.nbytes > memory["limit"]:
+            raise OutOfMemoryError(f"out of memory allocating {a.nbytes:,} bytes (allocated so far: {memory['used']:,})")
+        memory["used"] += a.nbytes
+        weakref.finalize(x, _release, a.nbytes)
+    _wrapped[id(a)] = x
+    return x
+
+
+def _unwrap(x):
+    if isinstance(x, ndarray):
+        return x._a
+    if isinstance(x, np.ndarray):
+        raise TypeError("Unsupported type <class 'numpy.ndarray'>")
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_unwrap, x))
+    if isinstance(x, slice):
+        return x
+    if isinstance(x, dict):
+        return {k: _unwrap(v) for k, v in x.items()}
+    return x
+
+
+def _call(f, *args, **kwargs):
+    return _wrap(f(*map(_unwrap, args), **_unwrap(kwargs)))
+
+
+class _Function:
+    """A NumPy function or ufunc behind the counter; `.at` exists where CuPy has it, `.reduceat` does not."""
+
+    def __init__(self, f):
+        self._f, self.__name__ = f, f.__name__
+
+    def __call__(self, *args, **kwargs):
+        return _call(self._f, *args, **kwargs)
+
+    def at(self, *args):
+        return _call(self._f.at, *args)
+
+
+class ndarray:
+    "A device array."
+
+    __array_ufunc__ = None
+
+    def __array__(self, *args, **kwargs):
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
+
+    def get(self):
+        counters["to_host"] += 1
+        return self._a.copy()
+
+    def __getitem__(self, key):
+        return _wrap(self._a[_unwrap(key)])
+
+    def __setitem__(self, key, value):
+        self._a[_unwrap(key)] = _unwrap(value)
+
+    def __len__(self):
+        return len(self._a)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __bool__(self):
+        return bool(self._a)
+
+    def __float__(self):
+        return float(self._a)
+
+    def __int__(self):
+        return int(self._a)
+
+    def __index__(self):
+        return self._a.__index__()
+
+    def __repr__(self):
+        return f"fake_cupy.{self._a!r}"
+
+    def __deepcopy__(self, memo):
+        return self.copy()
+
+    def item(self):
+        return self._a.item()
+
+    @property
+    def base(self):
+        return None if self._a.base is None else _wrap(self._a.base)
+
+    __hash__ = object.__hash__
+
+
+def _method(name):
+    def method(self, *args, **kwargs):
+        if name in _IN_PLACE:
+            getattr(self._a, name)(*map(_unwrap, args))
+            return self
+        return _call(getattr(self._a, name), *args, **kwargs)
+    return method
+
+
+_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_IN_PLACE = {f"__i{name}__" for name in _BINARY}
+for _name in (*(f"__{n}__" for n in _BINARY), *(f"__r{n}__" for n in _BINARY), *_IN_PLACE, "__neg__", "__abs__", "__invert__", "__eq__",
+              "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "all", "any", "argmax", "argmin", "astype", "copy", "cumsum", "dot",
+              "fill", "max", "mean", "min", "ravel", "repeat", "reshape", "squeeze", "sum", "swapaxes", "take", "transpose", "view"):
+    setattr(ndarray, _name, _method(_name))
+for _name in "shape dtype ndim size nbytes flags strides itemsize T mT".split():
+    setattr(ndarray, _name, property(lambda self, n=_name: _wrap(getattr(self._a, n))))
+
+for _name in _FUNCTIONS:
+    globals()[_name] = _Function(getattr(np, _name))
+
+
+def asarray(x, dtype=None):
+    """Host data comes to the device here, and is counted."""
+    if isinstance(x, ndarray):
+        return x if dtype is None else x.astype(dtype)
+    counters["to_device"] += isinstance(x, np.ndarray)
+    return _wrap(np.array(x, dtype=dtype))
+
+
+array = asarray
+
+cuda = types.SimpleNamespace(is_available=lambda: True, memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError))
+
+# cupyx.scipy.special, under the name that tinylora derives from the module's own
+_special = types.ModuleType(__name__ + "x.scipy.special")
+
+
+def _erf(x):
+    from scipy.special import erf
+
+    return _call(erf, x)
+
+
+_special.erf = _erf
+for _name in (f"{__name__}x", f"{__name__}x.scipy"):
+    sys.modules[_name] = types.ModuleType(_name)
+sys.modules[_special.__name__] = _special

@@ -1,0 +1,36 @@
+"""tinylora: LoRA and QLoRA, small enough to read beside the papers.
+
+    import tinylora as tl
+
+    model = tl.Llama.from_pretrained("base")
+    tl.quantize_linears(model, code="nf4", double_quant=True)
+    tl.add_lora(model, r=16, alpha=32, target_modules="all-linear")
+    tl.print_trainable_parameters(model)
+
+Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported where they are used.
+"""
+
+from . import backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant
+from .backend import seed
+from .llama import KVCache, Llama, LlamaConfig
+from .lora import LoRALinear, add_lora, merge, print_trainable_parameters, trainable_parameters
+from .nn import quantize_linears
+from .optim import AdamW
+from .paging import Pager
+from .quant import QuantizedTensor, quantize
+from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
+
+__version__ = "0.1.0"
+
+__all__ = ["AdamW", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "add_lora", "backend",
+           "checkpoint", "codebooks", "dtypes", "interop", "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive",
+           "print_trainable_parameters", "quant", "quantize", "quantize_linears", "seed", "tape_bytes", "trainable_parameters"]
+
+
+def __getattr__(name):
+    """Heavier rooms are opened when they are asked for: tinylora.interop, tinylora.train, …"""
+    if name in ("interop", "train", "corpus", "finetune", "pretrain", "figures", "data"):
+        import importlib
+
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module 'tinylora' has no attribute {name!r}")

@@ -1,0 +1,137 @@
+"""What a model is trained and measured on: running text, or pairs of prompt and answer.
+
+Both hand out (inputs, targets, mask) with the targets shifted by one token. The mask marks what counts in the loss: every token of
+running text, only the answer of a pair (LoRA eq. 1 sums over the target sequence, not over the prompt).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+
+class Text:
+    """Running text from one or several sources; a batch picks a source evenly, then a place in it evenly.
+
+    sources   arrays of token ids, each longer than the sequences that will be asked for
+    nbytes    how many bytes of text the tokens stand for (bits per byte divides by it); equals the tokens for a byte-level model
+    """
+
+    def __init__(self, sources, nbytes=None):
+        self.sources = [np.asarray(s) for s in sources]
+        self.tokens = sum(map(len, self.sources))
+        self.nbytes = self.tokens if nbytes is None else nbytes
+        if not self.sources or min(map(len, self.sources)) < 2:
+            raise ValueError("text: a source has fewer than two tokens; there is nothing to predict")
+
+    def batch(self, rng, size, length):
+        """`size` random crops: inputs, targets and mask, each (size, length)."""
+        rows = []
+        for _ in range(size):
+            source = self.sources[int(rng.integers(len(self.sources)))]
+            if len(source) <= length:
+                raise ValueError(f"text: a source of {len(source)} tokens is too short for sequences of {length}; "
+                                 "choose a smaller --seq-len or give more text")
+            start = int(rng.integers(len(source) - length))
+            rows.append(source[start:start + length + 1])
+        ids = np.stack(rows).astype(np.int64)
+        return ids[:, :-1], ids[:, 1:], np.ones((size, length), np.float32)
+
+    def windows(self, length, stride=None):
+        """Every token but each source's first, predicted exactly once: (inputs, targets, mask), each (n, length).
+
+        Windows start every `stride` tokens (half a window by default) and a token is scored in the first window that reaches it, so
+        that it is predicted from at least length − stride tokens of context, except near the start.
+        """
+        stride = stride or max(length // 2, 1)
+        inputs, targets, masks = [], [], []
+        for source in self.sources:
+            width, done = min(length, len(source) - 1), 0
+            for start in [*range(0, len(source) - 1 - width, stride), len(source) - 1 - width]:
+                row, mask = source[start:start + width + 1].astype(np.int64), np.zeros(length, np.float32)
+                mask[done - start:width] = 1
+                done = start + width
+                inputs.append(np.pad(row[:-1], (0, length - width)))
+                targets.append(np.pad(row[1:], (0, length - width)))
+                masks.append(mask)
+        return np.stack(inputs), np.stack(targets), np.stack(masks)
+
+    def fingerprint(self):
+        """A short hash of the content, by which a resumed run knows that the text is the same."""
+        return _hash(s.astype(np.int32).tobytes() for s in self.sources)
+
+
+class Pairs:
+    """(prompt, answer) pairs of token ids; the loss is on the answer."""
+
+    def __init__(self, pairs, nbytes=None):
+        self.pairs = [(list(p), list(a)) for p, a in pairs]
+        self.tokens = sum(len(a) for _, a in self.pairs)
+        self.nbytes = self.tokens if nbytes is None else nbytes
+        if not self.tokens:
+            raise ValueError("pairs: every answer is empty; there is nothing to predict")
+
+    def batch(self, rng, size, length):
+        """`size` random pairs, cut or padded to `length`: inputs, targets, mask, each (size, length)."""
+        return self._rows([self.pairs[int(i)] for i in rng.integers(len(self.pairs), size=size)], length)
+
+    def windows(self, length, stride=None):
+        """Every pair once, cut to `length`."""
+        return self._rows(self.pairs, length)
+
+    def _rows(self, pairs, length):
+        ids, mask = np.zeros((len(pairs), length + 1), np.int64), np.zeros((len(pairs), length + 1), np.float32)
+        for row, keep, (prompt, answer) in zip(ids, mask, pairs, strict=True):
+            tokens = (prompt + answer)[:length + 1]
+            row[:len(tokens)] = tokens
+            keep[max(len(prompt), 1):len(tokens)] = 1
+        return ids[:, :-1], ids[:, 1:], mask[:, 1:]
+
+    def fingerprint(self):
+        return _hash(json.dumps(pair).encode() for pair in self.pairs)
+
+
+def _hash(chunks):
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+        digest.update(b"\0")
+    return digest.hexdigest()[:16]
+
+
+def read_text(path):
+    """The bytes of a UTF-8 text file; a sentence if it is missing, empty or not UTF-8."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    data = path.read_bytes()
+    if not data.strip():
+        raise ValueError(f"{path} is empty; expected some text")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}); convert it first") from None
+    return data
+
+
+def read_corpus(path, tokenizer, heldout=0.1):
+    """(train, held-out) from a .txt file (the last part is held out) or a .jsonl file of {"prompt", "answer"} objects."""
+    data = read_text(path)
+    if Path(path).suffix != ".jsonl":
+        ids = np.asarray(tokenizer.encode(data))
+        cut = int(len(ids) * (1 - heldout))
+        return Text([ids[:cut]]), Text([ids[cut:]])
+    pairs = []
+    for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            pairs.append((tokenizer.encode(entry["prompt"]), tokenizer.encode(entry["answer"])))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise ValueError(f'{path} line {number}: expected a JSON object with the texts "prompt" and "answer"') from None
+    cut = int(len(pairs) * (1 - heldout))
+    if cut in (0, len(pairs)):
+        raise ValueError(f"{path} holds {len(pairs)} pairs; too few to hold some out")
+    return Pairs(pairs[:cut]), Pairs(pairs[cut:])

@@ -1,0 +1,108 @@
+"""Sixteen-bit floats on NumPy: rounding, and storage that is really two bytes.
+
+NumPy has float16 but no bfloat16. A bfloat16 is the upper half of a float32 (sign, the same 8 exponent bits, 7 of the 23 mantissa
+bits), so
+
+    bf16(x) = the float32 whose lower 16 bits are zero and that is nearest to x, ties to even.
+
+In arithmetic tinylora holds a bfloat16 number as a float32 that happens to be representable; a product of two such matrices
+accumulates in float32 and is rounded once at the end, which is what tensor cores do. In storage it is a uint16.
+
+The logical dtypes are named by strings: "float32", "float16", "bfloat16".
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .backend import array_module
+
+BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "float64": 64}
+
+
+def dtype_name(dtype):
+    """The logical name of a dtype: accepts the names above, NumPy dtypes, and ml_dtypes.bfloat16."""
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in BITS:
+        raise ValueError(f"dtype {name!r} is unknown: expected one of {', '.join(BITS)}")
+    return name
+
+
+def bfloat16_bits(x):
+    """The 16 bits of bf16(x), ties to even. float32 (...) -> uint16 (...).
+
+    Adding 0x7fff plus the lowest kept bit carries into the kept half exactly when the dropped half is above one half, or is one
+    half and the kept half is odd. NaN must not be touched by that carry: it becomes a quiet NaN with its sign kept.
+    """
+    xp = array_module(x)
+    x = xp.ascontiguousarray(x, dtype=np.float32)
+    u = x.view(np.uint32).reshape(x.shape)
+    rounded = (u + (0x7FFF + ((u >> 16) & 1))) >> 16
+    quiet = (u >> 16) | 0x0040
+    return xp.where((u & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
+
+
+def from_bfloat16_bits(bits):
+    """The float32 numbers that the bfloat16 bit patterns stand for: exact. uint16 (...) -> float32 (...)."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def round_to(x, dtype):
+    """x rounded to a logical dtype and held in the array type that computes it: bfloat16 stays float32 storage.
+
+    "float32" -> float32, "float16" -> float16, "bfloat16" -> float32 with zero lower halves. Ties to even.
+    """
+    name = dtype_name(dtype)
+    if name != "bfloat16":
+        return x.astype(name, copy=False)
+    return from_bfloat16_bits(bfloat16_bits(x))
+
+
+def as_float32(x):
+    """(x as float32, the logical dtype it came in): float32, float64, float16 and ml_dtypes.bfloat16 are accepted."""
+    name = getattr(getattr(x, "dtype", None), "name", None)
+    if name not in BITS:
+        raise TypeError(f"expected a float array (float32, float16, bfloat16), got {name or type(x).__name__}")
+    return x.astype(np.float32, copy=False), ("float32" if name == "float64" else name)
+
+
+@dataclass(frozen=True)
+class BFloat16Array:
+    """A weight stored in two bytes a number, as a 16-bit checkpoint stores it. Plain data; `dequantize` gives float32 back.
+
+    It has the same face as a QuantizedTensor (shape, size, nbytes, bits_per_param, dequantize), so a frozen layer does not care
+    which of the two it holds.
+    """
+
+    bits: np.ndarray
+
+    @classmethod
+    def of(cls, x):
+        """Round a float array to bfloat16, ties to even."""
+        return cls(bfloat16_bits(x))
+
+    @property
+    def shape(self):
+        return self.bits.shape
+
+    @property
+    def size(self):
+        return self.bits.size
+
+    @property
+    def nbytes(self):
+        return self.bits.nbytes
+
+    @property
+    def bits_per_param(self):
+        return 16.0
+
+    dtype = "bfloat16"
+
+    def dequantize(self, dtype="bfloat16"):
+        """W in the asked logical dtype; float32 and bfloat16 are both exact here."""
+        return round_to(from_bfloat16_bits(self.bits), dtype)
+
+    def to(self, move):
+        """The same weight with its array passed through `move` (see backend.move)."""
+        return BFloat16Array(move(self.bits))

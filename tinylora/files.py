@@ -1,0 +1,108 @@
+"""Files that are written whole or not at all, and safetensors with sixteen-bit floats.
+
+`atomic(path)` gives a temporary path in the same folder; only when the block ends without an error is it synced to disk and renamed
+over the old file, in one step of the file system. A full disk, a bug or a SIGKILL leaves the old file as it was.
+
+The safetensors package reads and writes NumPy arrays but no bfloat16; here a bfloat16 tensor is a BFloat16Array.
+"""
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from .dtypes import BFloat16Array
+
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
+          "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
+_NAMES = {np.dtype(t).name: np.dtype(t).name for t in _NUMPY.values()}
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A temporary path beside `path` that becomes `path` if the block succeeds and disappears if it does not."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        yield temporary
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        if isinstance(error, OSError) or "No space left" in str(error):
+            raise OSError(f"could not write {path}: {error}; what was there before is untouched") from error
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path, text):
+    """Write a UTF-8 text file atomically."""
+    with atomic(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path, value):
+    """Write indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """The JSON object in a file; a sentence if there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def save_safetensors(path, tensors, metadata=None):
+    """Write {name: array or BFloat16Array} atomically. Metadata values are strings; {"format": "pt"} by default, as torch's tools ask."""
+    import safetensors
+
+    entries = {}
+    for name, x in tensors.items():
+        bf16 = isinstance(x, BFloat16Array)
+        a = np.ascontiguousarray(x.bits if bf16 else x)
+        entries[name] = {"dtype": "bfloat16" if bf16 else _NAMES[a.dtype.name], "shape": list(x.shape), "data": a.tobytes()}
+    with atomic(path) as temporary:
+        safetensors.serialize_file(entries, temporary, metadata={"format": "pt"} if metadata is None else metadata)
+
+
+def load_safetensors(path):
+    """({name: array or BFloat16Array}, metadata). A truncated or corrupted file raises ValueError with a sentence."""
+    import safetensors
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    data = path.read_bytes()
+    try:
+        entries = safetensors.deserialize(data)
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated or corrupted") from None
+    tensors = {}
+    for name, entry in entries:
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        if kind == "BF16":
+            tensors[name] = BFloat16Array(np.frombuffer(entry["data"], np.uint16).reshape(shape))
+        elif kind in _NUMPY:
+            tensors[name] = np.frombuffer(entry["data"], _NUMPY[kind]).reshape(shape)
+        else:
+            raise ValueError(f"{path}: tensor {name} has dtype {kind}, which NumPy cannot hold")
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {})

@@ -1,0 +1,231 @@
+"""The main job: QLoRA from a pretrained folder to an adapter on disk, with every byte accounted for.
+
+    quantize the linear layers to NF4 (double quantization) → freeze → add LoRA to all of them → paged AdamW → held-out bits per byte
+
+`finetune` does it once and returns a Report. `compare` does it for each method and seed: full fine-tuning, LoRA on the bfloat16 base, QLoRA
+with NF4, FP4 and Int4.
+"""
+
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from . import backend, data, files, lora
+from .corpus import Text, read_corpus
+from .interop import peft
+from .llama import Llama
+from .nn import STORED, quantize_linears
+from .paging import Pager
+from .tensor import Tensor
+from .train import Recipe, bits_per_byte, fit
+
+#: What `method` may be: (label, the code of the frozen linear layers or None, whether LoRA is put on)
+METHODS = {
+    "full": ("full fine-tuning, float32", None, False),
+    "lora": ("LoRA, bfloat16 base", "bfloat16", True),
+    "qlora": ("QLoRA, NF4 + double quantization", "nf4", True),
+    "qlora-fp4": ("QLoRA, FP4 + double quantization", "fp4", True),
+    "qlora-int4": ("QLoRA, Int4 + double quantization", "int4", True),
+}
+
+#: The default recipe of each kind. LoRA wants a learning rate about ten times that of full fine-tuning.
+LORA_RECIPE = Recipe(steps=400, batch_size=8, seq_len=256, lr=2e-3, schedule="constant", warmup=12, clip=0.3)
+FULL_RECIPE = replace(LORA_RECIPE, lr=3e-4)
+
+PROMPT = "hacker\n  n. "
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to fine-tune and how. `text` is a .txt or .jsonl file, or None for the embedded Jargon File."""
+
+    model: str = "base"
+    text: str | None = None
+    method: str = "qlora"
+    r: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    target_modules: str | tuple = "all-linear"
+    blocksize: int = 64
+    compute_dtype: str = "float32"
+    page_budget: int | None = 1 << 20
+    page_bytes: int = 1 << 16
+    checkpointing: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown: expected one of {', '.join(METHODS)}")
+
+
+@dataclass
+class Report:
+    """What a job measured. Bytes are of arrays that exist, not predictions."""
+
+    job: dict
+    recipe: dict
+    before: float = math.nan  # held-out bits per byte of the base as trained on (quantized, if it is)
+    after: float = math.nan
+    trainable: int = 0
+    parameters: int = 0
+    bits_per_param: float = math.nan
+    bytes: dict = field(default_factory=dict)
+    paging: dict = field(default_factory=dict)
+    samples: dict = field(default_factory=dict)
+    history: list = field(default_factory=list)
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    adapter: str | None = None
+
+
+def prepare(job, seed=0):
+    """The model of a job, on its device: loaded, quantized, with LoRA on it, frozen except for what is to be trained."""
+    backend.module_for(job.device)  # a missing GPU is said before anything is read
+    model = Llama.from_pretrained(job.model)
+    _, code, adapt = METHODS[job.method]
+    if code:
+        quantize_linears(model, code, job.blocksize, double_quant=True, compute_dtype=job.compute_dtype)
+    if adapt:
+        backend.seed([seed, 1])  # the adapters' start
+        lora.add_lora(model, job.r, job.alpha, job.dropout, job.target_modules)
+    model.gradient_checkpointing = job.checkpointing
+    return model.to(job.device)
+
+
+def corpus(job, tokenizer):
+    """(train, held-out) of a job."""
+    if job.text is not None:
+        return read_corpus(job.text, tokenizer)
+    return tuple(Text([np.array(tokenizer.encode(data.jargon(split)))], nbytes=len(data.jargon(split)))
+                 for split in ("train", "heldout"))
+
+
+def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_before=True, progress=True):
+    """Run a job; returns its Report. With `out`, the folder gets report.json, checkpoint.safetensors and adapter/ (or model/).
+
+    Killed and started again with the same arguments, it goes on from the last checkpoint.
+    """
+    model = prepare(job, recipe.seed)
+    train, heldout = corpus(job, model.tokenizer)
+    report = Report(asdict(job), asdict(recipe))
+    report.trainable, report.parameters = lora.count_parameters(model)
+    stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
+    if stored:
+        report.bits_per_param = 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored)
+    if measure_before:
+        report.before = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
+        report.samples["before"] = sample(model)
+    paged = job.page_budget is not None and job.method != "full"
+    pager = Pager(job.page_budget, job.page_bytes, device=job.device) if paged else Pager(device=job.device)
+    result = fit(model, train, recipe, heldout=heldout if eval_every else None, eval_every=eval_every, out=out,
+                 checkpoint_every=checkpoint_every, pager=pager, about={"job": asdict(job)}, progress=progress)
+    report.after = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
+    report.samples["after"] = sample(model)
+    report.history, report.seconds, report.tokens_per_second = result.history, result.seconds, result.tokens_per_second
+    report.bytes = {
+        "frozen weights": sum(w.nbytes for _, w in model.named_weights() if not (isinstance(w, Tensor) and w.requires_grad)),
+        "trained weights": sum(p.nbytes for _, p in model.trainable()),
+        "gradients": result.gradient_bytes,
+        "optimizer state": result.optimizer_bytes,
+        "optimizer state, resident at most": pager.peak_resident_bytes if paged else result.optimizer_bytes,
+        "tape, peak": result.tape_bytes,
+        "process, peak resident": peak_resident_bytes(),
+    }
+    c = pager.counters
+    report.paging = {"pages": len(pager), "budget": pager.budget, "faults": c.faults, "hits": c.hits, "evictions": c.evictions,
+                     "bytes moved": c.bytes_moved}
+    if out:
+        folder = Path(out)
+        if lora.adapters(model):
+            report.adapter = str(folder / "adapter")
+            peft.save_adapter(model, report.adapter, base_model=job.model)
+        else:
+            report.adapter = str(folder / "model")
+            model.save_pretrained(report.adapter, dtype="float32")
+        files.write_json(folder / "report.json", json.loads(json.dumps(asdict(report))))
+    return report
+
+
+def sample(model, prompt=PROMPT, tokens=240):
+    """A continuation of `prompt` at temperature 0.6, always with the same seed."""
+    return prompt + model.generate(prompt, max_new_tokens=tokens, temperature=0.6, seed=1)
+
+
+def peak_resident_bytes():
+    """The process's largest resident set so far; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# -------------------------------------------------------------------------------------------------------------------- printing
+def describe(report):
+    """The closing table of a job, as text."""
+    label = METHODS[report.job["method"]][0]
+    rows = [("held-out bits per byte, before", f"{report.before:.4f}"), ("held-out bits per byte, after", f"{report.after:.4f}"),
+            ("trainable parameters", f"{report.trainable:,} of {report.parameters:,} ({100 * report.trainable / report.parameters:.4f} %)")]
+    if not math.isnan(report.bits_per_param):
+        rows.append(("bits per quantized parameter", f"{report.bits_per_param:.3f}"))
+    rows += [(f"bytes: {name}", f"{n:,}") for name, n in report.bytes.items()]
+    p = report.paging
+    if p["budget"] is not None:
+        rows.append(("page faults (evictions)", f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']} pages, budget {p['budget']:,} bytes"))
+        rows.append(("bytes moved by paging", f"{p['bytes moved']:,}"))
+    rows.append(("training", f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s"))
+    if report.adapter:
+        rows.append(("the adapter lies in" if Path(report.adapter).name == "adapter" else "the model lies in", report.adapter))
+    width = max(len(name) for name, _ in rows)
+    lines = [label, "-" * len(label), *(f"{name:<{width}}  {value}" for name, value in rows)]
+    for when, text in report.samples.items():
+        lines += ["", f"sample, {when}:", *("    " + line for line in text.splitlines())]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------------- comparing
+def compare(job, recipe, seeds=(0, 1, 2), out=None, methods=tuple(METHODS), full_lr=FULL_RECIPE.lr, progress=True):
+    """{method: [Report for each seed]}: the same text, steps and batches for every method; full fine-tuning at its own rate.
+
+    Finished runs in `out` are read instead of repeated, so that a comparison can be resumed.
+    """
+    reports = {}
+    for method in methods:
+        for seed in seeds:
+            this = replace(job, method=method)
+            plan = replace(recipe, seed=seed, lr=full_lr if method == "full" else recipe.lr)
+            folder = Path(out) / f"{method}-seed{seed}" if out else None
+            report = _finished(folder, this, plan) if folder else None
+            if report is None:
+                if progress:
+                    print(f"{METHODS[method][0]}, seed {seed}", file=sys.stderr)
+                report = finetune(this, plan, folder, measure_before=seed == seeds[0], progress=progress)
+            reports.setdefault(method, []).append(report)
+    return reports
+
+
+def _finished(folder, job, recipe):
+    path = folder / "report.json"
+    if not path.exists():
+        return None
+    saved = files.read_json(path)
+    same = all(json.loads(json.dumps(asdict(mine))) == saved[name] for name, mine in (("job", job), ("recipe", recipe)))
+    return Report(**saved) if same else None
+
+
+def describe_comparison(reports):
+    """One line a method: held-out bits per byte before and after (mean ± standard deviation over seeds), distance to LoRA and to full."""
+    after = {m: np.array([r.after for r in rs]) for m, rs in reports.items()}
+    lines = [f"{'method':<36}{'before':>9}{'after':>9}{'±':>9}{'vs LoRA':>10}{'vs full':>10}{'weights':>14}{'optimizer':>12}{'tape':>14}"]
+    for method, rs in reports.items():
+        deltas = [f"{(after[method] - after[other]).mean():+.4f}" if other in after else "" for other in ("lora", "full")]
+        b = rs[0].bytes
+        lines.append(f"{METHODS[method][0]:<36}{rs[0].before:>9.4f}{after[method].mean():>9.4f}"
+                     f"{after[method].std(ddof=1) if len(rs) > 1 else 0:>9.4f}{deltas[0]:>10}{deltas[1]:>10}"
+                     f"{b['frozen weights'] + b['trained weights']:>14,}{b['optimizer state']:>12,}{b['tape, peak']:>14,}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Other people's formats. peft: adapters as PEFT saves them."""

@@ -1,0 +1,77 @@
+"""Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
+
+    base_model.model.<path>.lora_A.weight   (r, in)
+    base_model.model.<path>.lora_B.weight   (out, r)
+
+An adapter saved here opens with `PeftModel.from_pretrained`, and one that PEFT trained opens here. What this file does not read (DoRA,
+rsLoRA, per-layer ranks, biases, modules_to_save) is refused with a sentence, since ignoring it would change the model silently.
+A config without `r` or `lora_alpha` means 8 to PEFT, and so it does here.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from .. import files, lora
+from ..backend import move
+from ..dtypes import BFloat16Array
+
+_PREFIX = "base_model.model."
+
+
+def save_adapter(model, folder, base_model=None):
+    """Write the model's adapter as PEFT does. base_model: what PEFT should record as the base (a name or a folder)."""
+    found = lora.adapters(model)
+    if not found:
+        raise ValueError("save_adapter: the model carries no adapter; add_lora puts one on")
+    c = model.lora_config
+    tensors = {}
+    for path, layer in found:
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = move(layer.lora_A.weight.data, "cpu")
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = move(layer.lora_B.weight.data, "cpu")
+    # the names that carry a bypass, not "all-linear": PEFT would resolve that anew and might find other layers
+    targets = c.target_modules if isinstance(c.target_modules, str) and c.target_modules != "all-linear" else \
+        sorted({path.rpartition(".")[2] for path, _ in found}) if c.target_modules == "all-linear" else list(c.target_modules)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
+              "r": int(c.r), "lora_alpha": c.alpha, "lora_dropout": c.dropout, "target_modules": targets, "bias": "none",
+              "fan_in_fan_out": False, "init_lora_weights": True, "use_rslora": False, "use_dora": False, "lora_bias": False,
+              "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+    folder = Path(folder)
+    files.save_safetensors(folder / "adapter_model.safetensors", tensors)
+    files.write_json(folder / "adapter_config.json", config)
+
+
+def read_adapter(folder):
+    """An Adapter (see lora.attach) from a folder that PEFT or tinylora wrote."""
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
+    config = files.read_json(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder / 'adapter_config.json'}: peft_type is {config.get('peft_type')!r}, tinylora reads 'LORA'")
+    for name in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if config.get(name):
+            raise ValueError(f"{folder / 'adapter_config.json'}: {name} = {config[name]!r} is not supported here")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{folder / 'adapter_config.json'}: bias = {config['bias']!r} is not supported here, only 'none'")
+    tensors, _ = files.load_safetensors(folder / "adapter_model.safetensors")
+    weights = {}
+    for key, value in tensors.items():
+        path, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
+        if not key.startswith(_PREFIX) or factor not in ("lora_A", "lora_B"):
+            raise ValueError(f"{folder / 'adapter_model.safetensors'}: did not expect the tensor {key}")
+        value = value.dequantize("float32") if isinstance(value, BFloat16Array) else value.astype(np.float32)
+        weights.setdefault(path, {})[factor] = value
+    for path, pair in weights.items():
+        if len(pair) != 2:
+            raise ValueError(f"{folder / 'adapter_model.safetensors'}: {path} has {next(iter(pair))} but not its partner")
+    targets = config.get("target_modules", "all-linear")
+    c = lora.LoRAConfig(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0),
+                        targets if isinstance(targets, str) else tuple(sorted(targets)))
+    return lora.Adapter(c, {path: (pair["lora_A"], pair["lora_B"]) for path, pair in weights.items()})
+
+
+def load_adapter(model, folder):
+    """Put the adapter of a folder on the model, in place; returns the model."""
+    return lora.attach(model, read_adapter(folder))

@@ -1,0 +1,304 @@
+"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU; parameters named as Hugging Face names them.
+
+    x ← x + W_o attention(rope(W_q n), rope(W_k n), W_v n),   n = rms_norm(x)
+    x ← x + W_down (silu(W_gate n) ⊙ W_up n),                 n = rms_norm(x)
+    logits = W_head rms_norm(x)            (W_head is the embedding where `tie_word_embeddings` is true)
+
+(Touvron et al. 2023, Llama 2.) `from_pretrained` reads and `save_pretrained` writes a folder with `config.json` and
+`model.safetensors` that transformers opens as LlamaForCausalLM.
+
+Left out, with a sentence if a config asks for it: biases, rope scaling, activations other than silu, other architectures.
+"""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from . import backend, files, ops
+from .backend import array_module, move
+from .dtypes import BFloat16Array
+from .nn import Embedding, Linear, Module, RMSNorm, normal
+from .tensor import Tensor, checkpoint, no_grad
+from .tokenizers import ByteTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes of a Llama, under Hugging Face's names."""
+
+    vocab_size: int = 256
+    hidden_size: int = 256
+    intermediate_size: int = 704
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    max_position_embeddings: int = 512
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = True
+    head_dim: int | None = None
+
+    def __post_init__(self):
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"config: num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                             f"num_key_value_heads = {self.num_key_value_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"config: head_dim = {self.head_dim} must be even, because rotary positions turn pairs")
+
+    @classmethod
+    def from_dict(cls, config, where="config.json"):
+        """Read a Hugging Face config; refuse what this Llama does not compute."""
+        if config.get("model_type") != "llama":
+            raise ValueError(f"{where}: model_type is {config.get('model_type')!r}, tinylora reads 'llama'")
+        rope = config.get("rope_parameters") or {}
+        unsupported = {"hidden_act": config.get("hidden_act", "silu") != "silu",
+                       "attention_bias": config.get("attention_bias", False),
+                       "mlp_bias": config.get("mlp_bias", False),
+                       "rope_scaling": config.get("rope_scaling") is not None,
+                       "rope_parameters": rope.get("rope_type", "default") != "default"}
+        for name, bad in unsupported.items():
+            if bad:
+                raise ValueError(f"{where}: {name} = {config[name]!r} is not supported by tinylora's Llama")
+        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if name not in known:
+                raise ValueError(f"{where}: {name} is missing")
+        known.setdefault("num_key_value_heads", known["num_attention_heads"])
+        known.setdefault("tie_word_embeddings", False)
+        known.setdefault("max_position_embeddings", 2048)
+        known.setdefault("rms_norm_eps", 1e-6)
+        if "rope_theta" in rope:
+            known["rope_theta"] = rope["rope_theta"]
+        return cls(**known)
+
+    def to_dict(self):
+        """The config as transformers reads it, old and new spelling of the rotary base included."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+                "mlp_bias": False, **asdict(self), "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+                "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+class Attention(Module):
+    """y = W_o [softmax(q kᵀ/√d) v], q and k rotated; key heads shared by groups of query heads."""
+
+    def __init__(self, c):
+        self.config = c
+        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+
+    def forward(self, x, rope, cache=None):  # x (b, t, hidden) -> (b, t, hidden)
+        b, t, _ = x.shape
+        d = self.config.head_dim
+        q = ops.rope(ops.reshape(self.q_proj(x), (b, t, -1, d)), *rope)
+        k = ops.rope(ops.reshape(self.k_proj(x), (b, t, -1, d)), *rope)
+        v = ops.reshape(self.v_proj(x), (b, t, -1, d))
+        if cache is not None:
+            k, v = cache.extend(self, k.data, v.data)
+        y = ops.causal_attention(q, k, v)
+        return self.o_proj(ops.reshape(y, (b, t, -1)))
+
+
+class MLP(Module):
+    """y = W_down (silu(W_gate x) ⊙ W_up x): SwiGLU, Shazeer 2020."""
+
+    def __init__(self, c):
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(ops.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(Module):
+    """One layer: attention, then the MLP, each on a normalized copy and added back."""
+
+    def __init__(self, c):
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x, rope, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Stack(Module):
+    """Embedding, blocks, last norm: what Hugging Face calls `model`."""
+
+    def __init__(self, c):
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
+        self.layers = [Block(c) for _ in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, one buffer a layer, filled from the left."""
+
+    def __init__(self, capacity):
+        self.capacity, self.length, self._buffers = capacity, 0, {}
+
+    def extend(self, layer, k, v):
+        """Append k and v (b, t, kv_heads, d) of one layer; return everything so far."""
+        xp, (b, t, heads, d) = array_module(k), k.shape
+        if layer not in self._buffers:
+            self._buffers[layer] = [xp.empty((b, self.capacity, heads, d), k.dtype) for _ in range(2)]
+        end = self.length + t
+        for buffer, new in zip(self._buffers[layer], (k, v), strict=True):
+            buffer[:, self.length:end] = new
+        return tuple(buffer[:, :end] for buffer in self._buffers[layer])
+
+
+class Llama(Module):
+    """The model. `Llama(config)` draws fresh weights from the current generator; `Llama.from_pretrained` reads them.
+
+    tokenizer                 bytes for the embedded model (256 tokens), else what the folder holds
+    gradient_checkpointing    True: each block is recomputed in the backward pass
+    """
+
+    gradient_checkpointing = False
+
+    def __init__(self, config, tokenizer=None):
+        self.config, self.tokenizer = config, tokenizer or ByteTokenizer()
+        self.model = Stack(config)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        for layer in self.model.layers:
+            for module in (layer.self_attn, layer.mlp):
+                for name, child in module.named_children():
+                    depth = math.sqrt(2 * config.num_hidden_layers) if name in ("o_proj", "down_proj") else 1.0
+                    std = 1 / math.sqrt(child.in_features) / depth
+                    child.weight.data = normal(child.weight.shape, std)
+        self._rope = {}
+
+    def _rope_table(self, start, end, like):
+        """cos and sin for positions start … end − 1, on `like`'s device, made once and sliced."""
+        xp = array_module(like)
+        if xp not in self._rope or len(self._rope[xp][0]) < end:
+            n = max(end, self.config.max_position_embeddings)
+            table = ops.rope_table(np.arange(n), self.config.head_dim, self.config.rope_theta)
+            self._rope[xp] = tuple(move(a, xp) for a in table)
+        return tuple(a[start:end] for a in self._rope[xp])
+
+    def forward(self, ids, cache=None):
+        """logits (b, t, vocab) of integer ids (b, t). With a KVCache, ids continue what the cache has seen."""
+        weight = self.model.embed_tokens.weight.data
+        ids = move(np.asarray(ids) if not backend.is_array(ids) else ids, array_module(weight))
+        if ids.ndim != 2:
+            raise ValueError(f"llama: ids must be (batch, tokens), got shape {ids.shape}")
+        start = cache.length if cache else 0
+        rope = self._rope_table(start, start + ids.shape[1], weight)
+        x = self.model.embed_tokens(ids)
+        for layer in self.model.layers:
+            if self.gradient_checkpointing and cache is None:
+                x = checkpoint(lambda h, layer=layer: layer(h, rope), x)
+            else:
+                x = layer(x, rope, cache)
+        if cache:
+            cache.length += ids.shape[1]
+        x = self.model.norm(x)
+        return ops.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    # ------------------------------------------------------------------------------------------------------------- generation
+    def generate(self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None):
+        """The continuation of `prompt` as text. temperature 0 is greedy; equal seeds give equal text. See `stream`."""
+        ids = list(self.stream(prompt, max_new_tokens, temperature, top_k, top_p, seed, use_cache, stop))
+        return self.tokenizer.decode(ids)
+
+    def stream(self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None):
+        """Yield new token ids one at a time, each drawn from softmax(logits / temperature).
+
+        top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p (Holtzman et al. 2019). `stop` ends the
+        text at that token id. With a KV cache each token is one position of work. Past max_position_embeddings the window slides: the
+        second half of the context is read again and the cache starts anew.
+        """
+        if temperature < 0:
+            raise ValueError(f"generate: temperature = {temperature}, expected 0 (greedy) or more")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"generate: top_p = {top_p}, expected 0 < top_p <= 1")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"generate: top_k = {top_k}, expected 1 or more")
+        ids = list(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        if not ids:
+            raise ValueError("generate: the prompt is empty; give at least one token to continue from")
+        rng, window = np.random.default_rng(seed), self.config.max_position_embeddings
+        cache, fed = None, 0
+        for _ in range(max_new_tokens):
+            with no_grad():
+                if cache is None or cache.length >= window or not use_cache:
+                    # without a cache, feed the same window that the cached run would hold
+                    fed = fed if cache is not None and cache.length < window else _window_start(len(ids), window)
+                    cache = KVCache(window)
+                    logits = self.forward(np.array([ids[fed:]]), cache).data[0, -1]
+                else:
+                    logits = self.forward(np.array([ids[-1:]]), cache).data[0, -1]
+            token = _draw(move(logits, "cpu"), temperature, top_k, top_p, rng)
+            ids.append(token)
+            yield token
+            if token == stop:
+                return
+
+    # ------------------------------------------------------------------------------------------------------------------ folders
+    @classmethod
+    def from_pretrained(cls, path):
+        """A model from "base" (the embedded one) or from a folder with config.json and model.safetensors.
+
+        Weights come as float32 Tensors (bfloat16 and float16 files are converted exactly), frozen or not as you then say;
+        `requires_grad` is True. Errors are sentences that name the file, the tensor and the shapes.
+        """
+        from .data import base_folder
+
+        folder = base_folder() if str(path) == "base" else Path(path)
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{path}: expected 'base' or a folder with config.json and model.safetensors")
+        config = LlamaConfig.from_dict(files.read_json(folder / "config.json"), folder / "config.json")
+        state, _ = files.load_safetensors(folder / "model.safetensors")
+        if "lm_head.weight" in state and config.tie_word_embeddings:
+            del state["lm_head.weight"]
+        model = cls(config, load_tokenizer(folder, config.vocab_size))
+        state = {name: w.dequantize("float32") if isinstance(w, BFloat16Array) else w for name, w in state.items()}
+        try:
+            model.load_state_dict(state)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {error.args[0]}") from None
+        return model
+
+    def save_pretrained(self, folder, dtype="bfloat16", extra_config=None):
+        """Write config.json and model.safetensors (dtype "bfloat16", rounded to nearest even, or "float32")."""
+        folder = Path(folder)
+        state = {name: move(w.data, "cpu") for name, w in self.named_parameters()}
+        if dtype == "bfloat16":
+            state = {name: BFloat16Array.of(w) for name, w in state.items()}
+        elif dtype != "float32":
+            raise ValueError(f"save_pretrained: dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
+        files.save_safetensors(folder / "model.safetensors", state)
+        files.write_json(folder / "config.json", {**self.config.to_dict(), "dtype": dtype, **(extra_config or {})})
+
+
+def _window_start(n, window):
+    """Where the context begins when n tokens are known: at 0 while they fit, then half a window from the end."""
+    return 0 if n < window else n - window // 2
+
+
+def _draw(logits, temperature, top_k, top_p, rng):
+    """One token id from the logits (vocab,)."""
+    if temperature == 0:
+        return int(logits.argmax())
+    z = logits.astype(np.float64) / temperature
+    p = np.exp(z - z.max())
+    order = np.argsort(-p, kind="stable")
+    p = p[order] / p.sum()
+    if top_k is not None:
+        p = p[:top_k]
+    if top_p is not None:
+        p = p[: int(np.searchsorted(np.cumsum(p), top_p * p.sum())) + 1]
+    return int(order[rng.choice(len(p), p=p / p.sum())])
+
+
+__all__ = ["Llama", "LlamaConfig", "KVCache", "Tensor"]

@@ -1,0 +1,244 @@
+"""Modules: named parameters, and the layers that a Llama is made of.
+
+A Module is a plain object. Its parameters are the Tensors, stored weights and sub-modules found among its attributes, in the order
+in which they were assigned, named by the path to them: `model.layers.0.self_attn.q_proj.weight`. Nothing is registered.
+
+A frozen weight need not be a Tensor: Linear4bit and Linear16bit hold plain data that can be dequantized (QuantizedTensor,
+BFloat16Array), through which no gradient flows into the weight.
+
+Differs from torch.nn: modules take plain integer arrays as token ids; Linear has no bias unless asked; `eval()` switches dropout and
+nothing else.
+"""
+
+import math
+
+import numpy as np
+
+from . import backend, ops
+from .backend import array_module, move
+from .dtypes import BFloat16Array, dtype_name
+from .quant import QuantizedTensor, quantize
+from .tensor import Tensor
+
+STORED = (QuantizedTensor, BFloat16Array)
+
+
+class Module:
+    """Something with parameters and a forward: subclasses define `forward`, calling the object runs it."""
+
+    training = True
+
+    def __call__(self, *args, **kwargs):
+        return self.forward(*args, **kwargs)
+
+    def named_children(self):
+        """(name, module) of the direct sub-modules; a list of modules contributes name.0, name.1, ..."""
+        for name, value in vars(self).items():
+            if isinstance(value, Module):
+                yield name, value
+            elif isinstance(value, list):
+                yield from ((f"{name}.{i}", m) for i, m in enumerate(value) if isinstance(m, Module))
+
+    def named_modules(self, prefix=""):
+        """(path, module) of this module and all below it, depth first."""
+        yield prefix, self
+        for name, child in self.named_children():
+            yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
+
+    def named_weights(self):
+        """(path, Tensor or stored weight) of everything held, each object once (a tied head is its embedding)."""
+        seen = set()
+        for path, module in self.named_modules():
+            for name, value in vars(module).items():
+                if isinstance(value, (Tensor, *STORED)) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield (f"{path}.{name}" if path else name), value
+
+    def named_parameters(self):
+        """(path, Tensor) of the weights that can have a gradient; stored weights cannot."""
+        return ((name, w) for name, w in self.named_weights() if isinstance(w, Tensor))
+
+    def parameters(self):
+        return [w for _, w in self.named_parameters()]
+
+    def trainable(self):
+        """[(path, Tensor)] with requires_grad."""
+        return [(name, w) for name, w in self.named_parameters() if w.requires_grad]
+
+    def state_dict(self):
+        """{path: array or stored weight}: the arrays themselves, not copies."""
+        return {name: w.data if isinstance(w, Tensor) else w for name, w in self.named_weights()}
+
+    def load_state_dict(self, state, strict=True):
+        """Copy arrays in by name. Checks every name and shape first: nothing is changed if anything does not fit."""
+        mine = dict(self.named_parameters())
+        missing, unknown = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
+        if strict and (missing or unknown):
+            raise KeyError(f"load_state_dict: missing {missing[:5]}{' ...' * (len(missing) > 5)}, "
+                           f"unknown {unknown[:5]}{' ...' * (len(unknown) > 5)}")
+        for name in mine.keys() & state.keys():
+            if mine[name].shape != tuple(state[name].shape):
+                raise ValueError(f"load_state_dict: {name} has shape {tuple(state[name].shape)}, "
+                                 f"the model's is {mine[name].shape}")
+        for name in mine.keys() & state.keys():
+            w = mine[name]
+            w.data = move(state[name], array_module(w.data)).astype(w.dtype)
+
+    def replace(self, path, module):
+        """Put `module` where `path` (such as model.layers.0.mlp.up_proj) points."""
+        parent_path, _, name = path.rpartition(".")
+        parent = self.get(parent_path)
+        if isinstance(parent, list):
+            parent[int(name)] = module
+        else:
+            setattr(parent, name, module)
+
+    def get(self, path):
+        """The sub-module (or attribute) at a dotted path; "" is this module."""
+        here = self
+        for name in path.split(".") if path else []:
+            here = here[int(name)] if isinstance(here, list) else getattr(here, name)
+        return here
+
+    def train(self, mode=True):
+        """Dropout on (or off). No weight changes."""
+        for _, module in self.named_modules():
+            module.training = mode
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    def requires_grad_(self, value):
+        """Let every parameter ask for a gradient, or none."""
+        for w in self.parameters():
+            w.requires_grad, w.grad = value, None
+        return self
+
+    def zero_grad(self):
+        for w in self.parameters():
+            w.grad = None
+
+    def to(self, device):
+        """Move every weight to "cpu" or "cuda", in place."""
+        xp = backend.module_for(device)
+        moved = {}
+        for _, module in self.named_modules():
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor):
+                    value.data = move(value.data, xp)
+                elif isinstance(value, STORED):
+                    moved.setdefault(id(value), value.to(lambda a: move(a, xp)))
+                    setattr(module, name, moved[id(value)])
+        return self
+
+
+def uniform(shape, bound):
+    """U(−bound, bound) from the current generator, float32."""
+    return backend.generator().uniform(-bound, bound, shape).astype(np.float32)
+
+
+def normal(shape, std):
+    """N(0, std²) from the current generator, float32."""
+    return (backend.generator().standard_normal(shape, dtype=np.float32) * np.float32(std)).astype(np.float32)
+
+
+class Linear(Module):
+    """y = x Wᵀ + b.   weight (out, in) ~ U(−1/√in, 1/√in), which is torch's kaiming_uniform(a=√5); bias (out,) or None."""
+
+    def __init__(self, in_features, out_features, bias=False):
+        self.weight = Tensor(uniform((out_features, in_features), 1 / math.sqrt(max(in_features, 1))), requires_grad=True)
+        self.bias = Tensor(np.zeros(out_features, np.float32), requires_grad=True) if bias else None
+
+    in_features = property(lambda self: self.weight.shape[1])
+    out_features = property(lambda self: self.weight.shape[0])
+
+    def forward(self, x):
+        return ops.linear(x, self.weight, self.bias)
+
+    def dense(self):
+        """W as a float32 array (out, in)."""
+        return self.weight.data
+
+
+class _FrozenLinear(Module):
+    """A linear layer whose weight is stored data: `ops.linear_frozen` around `weight.dequantize`."""
+
+    def __init__(self, weight, bias=None, compute_dtype="float32"):
+        self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
+        if len(weight.shape) != 2:
+            raise ValueError(f"{type(self).__name__}: the weight must be (out, in), got {tuple(weight.shape)}")
+
+    in_features = property(lambda self: self.weight.shape[1])
+    out_features = property(lambda self: self.weight.shape[0])
+
+    def forward(self, x):
+        y = ops.linear_frozen(x, self.weight, compute_dtype=self.compute_dtype)
+        return y if self.bias is None else y + self.bias
+
+    def dense(self):
+        """Ŵ as a float32 array (out, in), freshly dequantized."""
+        return self.weight.dequantize("float32")
+
+
+class Linear4bit(_FrozenLinear):
+    """y = x Ŵᵀ + b, Ŵ = doubleDequant(weight) (QLoRA eq. 5 and 6). weight is a QuantizedTensor of shape (out, in).
+
+    compute_dtype "float32" (products as they are) or "bfloat16" (operands and result rounded to bfloat16, float32 accumulation).
+    Differs from bitsandbytes in that the compute dtype is never guessed from the input.
+    """
+
+    @classmethod
+    def of(cls, linear, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", name="weight", **options):
+        """Quantize the weight of a Linear (or of any layer with `dense()`); `name` appears in error messages."""
+        q = quantize(linear.dense(), code=code, blocksize=blocksize, double_quant=double_quant, name=name, **options)
+        return cls(q, linear.bias, compute_dtype)
+
+
+class Linear16bit(_FrozenLinear):
+    """y = x Wᵀ + b with W stored in bfloat16, two bytes a weight: the frozen base of 16-bit LoRA."""
+
+    @classmethod
+    def of(cls, linear, compute_dtype="float32"):
+        return cls(BFloat16Array.of(linear.dense()), linear.bias, compute_dtype)
+
+
+class Embedding(Module):
+    """y = W[ids].   weight (n, d) ~ N(0, 0.02²)."""
+
+    def __init__(self, n, d):
+        self.weight = Tensor(normal((n, d), 0.02), requires_grad=True)
+
+    def forward(self, ids):
+        return ops.embedding(ids, self.weight)
+
+
+class RMSNorm(Module):
+    """y = w x / √(mean(x²) + ε).   weight (d,) of ones."""
+
+    def __init__(self, d, eps=1e-5):
+        self.weight, self.eps = Tensor(np.ones(d, np.float32), requires_grad=True), eps
+
+    def forward(self, x):
+        return ops.rms_norm(x, self.weight, eps=self.eps)
+
+
+def quantize_linears(model, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", skip=("lm_head",), **options):
+    """Replace every Linear of the model by a frozen Linear4bit, in place; returns the model.
+
+    As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` keep their 16 or 32 bits. code="bfloat16"
+    stores the weights in two bytes instead (16-bit LoRA's base). All other parameters are frozen.
+    """
+    model.requires_grad_(False)
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, Linear) and not any(path == s or path.endswith("." + s) for s in skip):
+            if code == "bfloat16":
+                new = Linear16bit.of(layer, compute_dtype)
+            else:
+                new = Linear4bit.of(layer, code, blocksize, double_quant, compute_dtype, name=f"{path}.weight", **options)
+            model.replace(path, new)
+    return model
+
+
+__all__ = ["Module", "Linear", "Linear4bit", "Linear16bit", "Embedding", "RMSNorm", "quantize_linears", "uniform", "normal",
+           ]

@@ -1,0 +1,539 @@
+"""The operations: a forward equation, and beside it one pullback per argument.
+
+Notation: ḡ is the gradient of the loss with respect to the output, x̄ the one with respect to x. A pullback maps ḡ to x̄. Where the
+arguments share the work (normalization, attention), one function returns all of them. Broadcasting is undone by the engine, so
+every rule reads as if shapes matched.
+
+Shapes: the last axis is the feature axis, as in torch. Every operation keeps the dtype of its inputs: float32 in, float32 out.
+Differs from torch.nn.functional: no autocast, no in-place versions, no integer tensors (ids, masks and indices are plain arrays).
+"""
+
+import math
+
+import numpy as np
+
+from . import backend
+from .backend import array_module, rowdot
+from .dtypes import round_to
+from .tensor import Tensor, primitive
+
+__all__ = ["add", "sub", "mul", "div", "neg", "power", "exp", "log", "tanh", "sqrt", "sum", "mean", "max", "reshape", "transpose",
+           "swapaxes", "index", "concatenate", "matmul", "linear", "linear_frozen", "embedding", "softmax", "softmax_cross_entropy",
+           "relu", "gelu", "sigmoid", "silu", "rms_norm", "layer_norm", "rope", "causal_attention", "dropout"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- arithmetic
+@primitive
+def add(x, y):
+    "z = x + y;   x̄ = ḡ,   ȳ = ḡ"
+    return x + y, (lambda g: g,
+                   lambda g: g)
+
+
+@primitive
+def sub(x, y):
+    "z = x − y;   x̄ = ḡ,   ȳ = −ḡ"
+    return x - y, (lambda g: g,
+                   lambda g: -g)
+
+
+@primitive
+def mul(x, y):
+    "z = x y;   x̄ = ḡ y,   ȳ = ḡ x"
+    return x * y, (lambda g: g * y,
+                   lambda g: g * x)
+
+
+@primitive
+def div(x, y):
+    "z = x / y;   x̄ = ḡ / y,   ȳ = −ḡ z / y"
+    z = x / y
+    return z, (lambda g: g / y,
+               lambda g: -g * z / y)
+
+
+@primitive
+def neg(x):
+    "z = −x;   x̄ = −ḡ"
+    return -x, (lambda g: -g,)
+
+
+@primitive
+def power(x, n):
+    "z = xⁿ for a constant n;   x̄ = ḡ n xⁿ⁻¹.   (x * x * x is many times faster than x ** 3)"
+    return x**n, (lambda g: g * (n * x ** (n - 1)),)
+
+
+@primitive
+def exp(x):
+    "y = eˣ;   x̄ = ḡ y"
+    y = array_module(x).exp(x)
+    return y, (lambda g: g * y,)
+
+
+@primitive
+def log(x):
+    "y = ln x;   x̄ = ḡ / x"
+    return array_module(x).log(x), (lambda g: g / x,)
+
+
+@primitive
+def tanh(x):
+    "y = tanh x;   x̄ = ḡ (1 − y²)"
+    y = array_module(x).tanh(x)
+    return y, (lambda g: g * (1 - y * y),)
+
+
+@primitive
+def sqrt(x):
+    "y = √x;   x̄ = ḡ / 2y"
+    y = array_module(x).sqrt(x)
+    return y, (lambda g: g / (2 * y),)
+
+
+# ---------------------------------------------------------------------------------------------------------------- reductions
+def _restore(g, axis, keepdims, ndim):
+    """g with the reduced axes put back as length 1, so that it broadcasts against the input."""
+    if keepdims or axis is None and ndim == 0:
+        return g
+    if axis is None:
+        return g.reshape((1,) * ndim)
+    axes = {a % ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
+    sizes = iter(g.shape)
+    return g.reshape(tuple(1 if i in axes else next(sizes) for i in range(ndim)))
+
+
+@primitive
+def sum(x, axis=None, keepdims=False):
+    "y = Σ x over axis;   x̄ = ḡ, stretched back"
+    xp, shape = array_module(x), x.shape
+    return x.sum(axis=axis, keepdims=keepdims), (
+        lambda g: xp.broadcast_to(_restore(g, axis, keepdims, len(shape)), shape),)
+
+
+@primitive
+def mean(x, axis=None, keepdims=False):
+    "y = (1/n) Σ x over axis;   x̄ = ḡ / n, stretched back"
+    xp, shape = array_module(x), x.shape
+    y = x.mean(axis=axis, keepdims=keepdims)
+    n = math.prod(shape) // math.prod(y.shape) if y.size else 1
+    return y, (lambda g: xp.broadcast_to(_restore(g, axis, keepdims, len(shape)) / n, shape),)
+
+
+@primitive
+def max(x, axis=None, keepdims=False):
+    "y = max x over axis;   x̄ = ḡ where x = y; entries that tie share it evenly"
+    y = x.max(axis=axis, keepdims=True)
+    hit = x == y
+    share = hit / hit.sum(axis=axis, keepdims=True).astype(x.dtype)
+    ndim = x.ndim
+    out = y if keepdims else y.reshape(x.sum(axis=axis).shape)
+    return out, (lambda g: _restore(g, axis, keepdims, ndim) * share,)
+
+
+# --------------------------------------------------------------------------------------------------------------------- shapes
+@primitive
+def reshape(x, shape):
+    "y = x in another shape;   x̄ = ḡ in x's shape"
+    before = x.shape
+    return x.reshape(shape), (lambda g: g.reshape(before),)
+
+
+@primitive
+def transpose(x, axes=None):
+    "y = x with its axes permuted (reversed by default);   x̄ = ḡ with the inverse permutation"
+    inverse = None if axes is None else tuple(int(i) for i in np.argsort([a % x.ndim for a in axes]))
+    return x.transpose(axes), (lambda g: g.transpose(inverse),)
+
+
+@primitive
+def swapaxes(x, i, j):
+    "y = x with axes i and j exchanged;   x̄ = ḡ with them exchanged back"
+    return x.swapaxes(i, j), (lambda g: g.swapaxes(i, j),)
+
+
+@primitive
+def index(x, key):
+    "y = x[key];   x̄ = 0 with x̄[key] += ḡ (an element picked twice receives twice)"
+    xp, shape, dtype = array_module(x), x.shape, x.dtype
+
+    def pull(g):
+        out = xp.zeros(shape, dtype=dtype)
+        if _is_basic(key):
+            out[key] = g  # a basic key picks no element twice
+        else:
+            xp.add.at(out, key, g)
+        return out
+
+    return x[key], (pull,)
+
+
+def _is_basic(key):
+    parts = key if isinstance(key, tuple) else (key,)
+    return all(p is None or p is Ellipsis or isinstance(p, (int, slice)) for p in parts)
+
+
+@primitive
+def _concatenate(*xs, axis):
+    xp = array_module(xs[0])
+    ends = np.cumsum([x.shape[axis] for x in xs]).tolist()
+    before = (slice(None),) * (axis % xs[0].ndim)
+
+    def part(start, end):
+        return lambda g: g[(*before, slice(start, end))]
+
+    return xp.concatenate(xs, axis=axis), tuple(map(part, [0, *ends], ends))
+
+
+def concatenate(xs, axis=0):
+    "y = [x₁ | x₂ | …] along axis;   x̄ᵢ = the i-th part of ḡ"
+    return _concatenate(*xs, axis=axis)
+
+
+# ----------------------------------------------------------------------------------------------------------- matrix products
+@primitive
+def matmul(x, w):
+    "y = x w (batched over leading axes);   x̄ = ḡ wᵀ,   w̄ = xᵀ ḡ"
+    if x.ndim < 2 or w.ndim < 2 or x.shape[-1] != w.shape[-2]:
+        raise ValueError(f"matmul: x is {x.shape} and w is {w.shape}; both need two axes or more, and x's last must equal "
+                         "w's second to last")
+    return x @ w, (lambda g: g @ w.swapaxes(-1, -2),
+                   lambda g: x.swapaxes(-1, -2) @ g)
+
+
+def _rows(x):
+    """x (..., d) as a matrix (rows, d); a view where memory allows."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _check_linear(x, shape):
+    if len(shape) != 2 or x.ndim < 1 or x.shape[-1] != shape[1]:
+        raise ValueError(f"linear: x has {x.shape[-1] if x.ndim else 0} features, w expects {shape[-1]} "
+                         f"(x is {x.shape}, w is (out, in) = {tuple(shape)})")
+
+
+@primitive
+def linear(x, w, b=None):
+    "y = x wᵀ + b;   x̄ = ḡ w,   w̄ = ḡᵀ x,   b̄ = Σ ḡ over rows.   x (..., in), w (out, in), b (out,)"
+    _check_linear(x, w.shape)
+    lead = x.shape[:-1]
+    rows = _rows(x)
+    y = rows @ w.T
+    if b is not None:
+        y += b
+    return y.reshape(*lead, len(w)), (lambda g: (_rows(g) @ w).reshape(*lead, w.shape[1]),
+                                      lambda g: _rows(g).T @ rows,
+                                      lambda g: _rows(g).sum(0))
+
+
+@primitive
+def linear_frozen(x, q, compute_dtype="float32"):
+    """y = x Ŵᵀ, Ŵ = dequantize(q);   x̄ = ḡ Ŵ.   QLoRA eq. 5 without the adapter.
+
+    x (..., in); q any stored weight with `shape` (out, in) and `dequantize(dtype)`. There is no pullback for Ŵ, and the one
+    for x captures q, never Ŵ: the dense weight is rebuilt for the backward pass and dropped again. With compute_dtype "bfloat16"
+    x, Ŵ, y and the gradients are rounded to bfloat16 around float32 products.
+    """
+    _check_linear(x, q.shape)
+    lead = x.shape[:-1]
+    if compute_dtype == "float32":
+        y = _rows(x) @ q.dequantize("float32").T
+        return y.reshape(*lead, q.shape[0]), (lambda g: (_rows(g) @ q.dequantize("float32")).reshape(*lead, q.shape[1]),)
+
+    def rounded(a):
+        return round_to(a, compute_dtype)
+
+    y = rounded(_rows(rounded(x)) @ q.dequantize(compute_dtype).T)
+    return y.reshape(*lead, q.shape[0]), (
+        lambda g: rounded(_rows(rounded(g)) @ q.dequantize(compute_dtype)).reshape(*lead, q.shape[1]),)
+
+
+@primitive
+def embedding(ids, w):
+    "y = w[ids];   w̄[ids[i]] += ḡ[i].   ids (...) integers, w (n, d) -> y (..., d)"
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"embedding: ids must be integers, got {ids.dtype}")
+    n = len(w)
+    if ids.size and (int(ids.max()) >= n or int(ids.min()) < 0):
+        raise IndexError(f"embedding: ids run from {int(ids.min())} to {int(ids.max())}, the table has rows 0 to {n - 1}")
+    return w[ids], (None, lambda g: backend.scatter_add(_rows(g), ids.reshape(-1), n))
+
+
+# ------------------------------------------------------------------------------------------------------- softmax and the loss
+def _softmax(x):
+    """eˣ / Σ eˣ along the last axis, shifted by the row's maximum so that nothing overflows."""
+    if x.shape[-1] == 0:
+        return x
+    p = x - x.max(axis=-1, keepdims=True)
+    array_module(p).exp(p, out=p)
+    p /= p.sum(axis=-1, keepdims=True)
+    return p
+
+
+def _softmax_pull(g, p):
+    return p * (g - rowdot(g, p)[..., None])
+
+
+@primitive
+def softmax(x):
+    "p = eˣ / Σ eˣ along the last axis;   x̄ = p (ḡ − Σ ḡ p)"
+    p = _softmax(x)
+    return p, (lambda g: _softmax_pull(g, p),)
+
+
+@primitive
+def softmax_cross_entropy(z, targets, mask=None, reduction="mean"):
+    """L = −Σᵢ mᵢ log softmax(zᵢ)[targetᵢ] / Σ mᵢ;   z̄ᵢ = (softmax(zᵢ) − onehot(targetᵢ)) mᵢ / Σ mᵢ.   LoRA eq. 1.
+
+    z (..., n) logits, targets (...) integers below n, mask (...) of 0 and 1 (or weights): only the target tokens count, the
+    prompt is masked out. reduction="sum" leaves out the division, so that micro-batches with different masks add up exactly.
+    An all-zero mask gives 0. In nats.
+    """
+    xp, shape = array_module(z), z.shape
+    for name, x in (("targets", targets), ("mask", mask)):
+        if x is not None and x.shape != shape[:-1]:
+            raise ValueError(f"softmax_cross_entropy: logits are {shape}, so {name} must be {shape[:-1]}, got {x.shape}")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"softmax_cross_entropy: reduction {reduction!r} is unknown: expected 'mean' or 'sum'")
+    t = targets.reshape(-1)
+    rows = xp.arange(len(t))
+    weight = xp.ones(len(t), dtype=z.dtype) if mask is None else mask.reshape(-1).astype(z.dtype)
+    if reduction == "mean":
+        weight = weight / xp.maximum(weight.sum(), np.finfo(z.dtype).tiny)
+    shifted = _rows(z - z.max(axis=-1, keepdims=True)) if z.size else _rows(z)
+    p = xp.exp(shifted)
+    total = p.sum(axis=-1)
+    loss = (weight * (xp.log(total) - shifted[rows, t])).sum()
+    p /= total[:, None]
+
+    def pull(g):
+        gw = g * weight
+        d = p * gw[:, None]
+        d[rows, t] -= gw
+        return d.reshape(shape)
+
+    return loss, (pull,)
+
+
+# ------------------------------------------------------------------------------------------------------------------ activations
+@primitive
+def relu(x):
+    "y = max(x, 0);   x̄ = ḡ where x > 0"
+    on = x > 0
+    return x * on, (lambda g: g * on,)
+
+
+@primitive
+def gelu(x, approximate=False):
+    """y = x Φ(x);   x̄ = ḡ (Φ(x) + x φ(x)).   approximate=True: Φ(x) ≈ ½ (1 + tanh u), u = √(2/π) (x + 0.044715 x³).
+
+    Hendrycks & Gimpel 2016. The exact form needs erf (scipy on the host).
+    """
+    xp = array_module(x)
+    if approximate:
+        c = math.sqrt(2 / math.pi)
+        t = xp.tanh(c * (x + 0.044715 * (x * x * x)))
+        return 0.5 * x * (1 + t), (
+            lambda g: g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (c * (1 + 3 * 0.044715 * (x * x)))),)
+    cdf = 0.5 * (1 + backend.special(xp).erf(x * math.sqrt(0.5)))
+    return x * cdf, (lambda g: g * (cdf + x * (xp.exp(-0.5 * (x * x)) * (1 / math.sqrt(2 * math.pi)))),)
+
+
+def _sigmoid(x):
+    """1 / (1 + e⁻ˣ), written as ½ (1 + tanh(x/2)): nothing overflows, in one transcendental pass."""
+    s = x * 0.5
+    array_module(x).tanh(s, out=s)
+    s *= 0.5
+    s += 0.5
+    return s
+
+
+@primitive
+def sigmoid(x):
+    "s = 1 / (1 + e⁻ˣ);   x̄ = ḡ s (1 − s)"
+    s = _sigmoid(x)
+    return s, (lambda g: g * (s * (1 - s)),)
+
+
+@primitive
+def silu(x):
+    "y = x s, s = sigmoid(x);   x̄ = ḡ (s + y (1 − s))"
+    s = _sigmoid(x)
+    y = x * s
+
+    def pull(g):
+        d = 1 - s
+        d *= y
+        d += s
+        d *= g
+        return d
+
+    return y, (pull,)
+
+
+# ----------------------------------------------------------------------------------------------------------------- normalization
+@primitive
+def rms_norm(x, w, eps=1e-5):
+    """y = w x̂, x̂ = x ρ, ρ = 1/√(mean(x²) + ε);   x̄ = ρ (h − x̂ mean(h x̂)) with h = ḡ w,   w̄ = Σ ḡ x̂ over rows.
+
+    x (..., d), w (d,). Zhang & Sennrich 2019. Only x, w and one ρ a row are kept.
+    """
+    xp, d = array_module(x), x.shape[-1]
+    rho = 1 / xp.sqrt(rowdot(x, x)[..., None] / d + eps)
+    y = x * rho
+    y *= w
+
+    def pull(g, need):
+        xhat = x * rho
+        gw = _rows(g * xhat).sum(0) if need[1] else None
+        if not need[0]:
+            return None, gw
+        h = g * w
+        xhat *= rowdot(h, xhat)[..., None] / d
+        h -= xhat
+        h *= rho
+        return h, gw
+
+    return y, pull
+
+
+@primitive
+def layer_norm(x, w, b, eps=1e-5):
+    """y = w x̂ + b, x̂ = (x − mean x) ρ, ρ = 1/√(var x + ε);   x̄ = ρ (h − mean h − x̂ mean(h x̂)) with h = ḡ w.
+
+    x (..., d), w and b (d,);   w̄ = Σ ḡ x̂,   b̄ = Σ ḡ over rows. Ba et al. 2016.
+    """
+    xp, d = array_module(x), x.shape[-1]
+    xhat = x - x.mean(axis=-1, keepdims=True)
+    rho = 1 / xp.sqrt(rowdot(xhat, xhat)[..., None] / d + eps)
+    xhat *= rho
+
+    def pull(g, need):
+        gx = None
+        if need[0]:
+            h = g * w
+            gx = rho * (h - h.mean(axis=-1, keepdims=True) - xhat * (rowdot(h, xhat)[..., None] / d))
+        return (gx,
+                _rows(g * xhat).sum(0) if need[1] else None,
+                _rows(g).sum(0) if need[2] else None)
+
+    return xhat * w + b, pull
+
+
+# --------------------------------------------------------------------------------------------------------------------- attention
+def rope_table(positions, head_dim, theta=10000.0, dtype=np.float32):
+    """(cos, sin) of m θ^(−2i/d): position m, pair i of d/2. positions (t,) -> two arrays (t, d/2). RoFormer eq. 15."""
+    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angle = np.asarray(positions, dtype=np.float64)[:, None] * frequency
+    return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
+
+
+QUERY_BLOCK = 64  # queries that attention handles at a time
+
+
+def _rotate(x, cos, sin):
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    y = array_module(x).empty_like(x)
+    y[..., :half] = a * cos - b * sin
+    y[..., half:] = b * cos + a * sin
+    return y
+
+
+@primitive
+def rope(x, cos, sin):
+    """y = R x, R rotates the pair (x_i, x_{i+d/2}) by the angle of its position;   x̄ = Rᵀ ḡ.   RoFormer §3.2.
+
+    x (..., t, heads, d), cos and sin (t, d/2) from `rope_table`. Pairs are the halves, as in Hugging Face's Llama; the paper, and
+    GGUF files, pair neighbours (a permutation of the rows of W_q and W_k).
+    """
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return _rotate(x, cos, sin), (lambda g: _rotate(g, cos, -sin),)
+
+
+@primitive
+def causal_attention(q, k, v):
+    """y = P v, P = softmax(mask(q kᵀ/√d));   v̄ = Pᵀ ḡ,  S̄ = P (P̄ − Σ P̄ P),  P̄ = ḡ vᵀ,  q̄ = S̄ k/√d,  k̄ = S̄ᵀ q/√d.
+
+    q (b, t, heads, d), k and v (b, s, kv_heads, d) with s ≥ t: query i sees the keys 0 … s − t + i. heads must be a multiple of
+    kv_heads: query heads share a key head in groups (grouped-query attention, Ainslie et al. 2023). -> (b, t, heads, d).
+    """
+    b, t, heads, d = q.shape
+    _, s, groups, _ = k.shape
+    if heads % groups or k.shape != v.shape or k.shape[0] != b or k.shape[3] != d or s < t:
+        raise ValueError(f"causal_attention: q is (b, t, heads, d) = {q.shape}, k is {k.shape}, v is {v.shape}; k and v must be "
+                         "(b, s, kv_heads, d) with s >= t and heads a multiple of kv_heads")
+    xp, m, scale = array_module(q), heads // groups, 1 / math.sqrt(d)
+
+    def split(x):  # (b, n, heads, d) -> (b, kv_heads, m n, d): the m query heads of a group stand on top of each other
+        n = x.shape[1]
+        return x.reshape(b, n, groups, m, d).transpose(0, 2, 3, 1, 4).reshape(b, groups, m * n, d)
+
+    def join(x):  # back to (b, n, heads, d)
+        n = x.shape[2] // m
+        return x.reshape(b, groups, m, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n, heads, d)
+
+    ks, vs = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    y, parts = xp.empty_like(q), []
+    for start in range(0, t, QUERY_BLOCK):  # a block of queries needs no key after its last: a third of the work is never done
+        rows = slice(start, min(start + QUERY_BLOCK, t))
+        end, n = s - t + rows.stop, rows.stop - start
+        qs = split(q[:, rows])
+        scores = (qs * scale) @ ks[:, :, :end].swapaxes(-1, -2)  # (b, kv_heads, m n, end)
+        if n > 1:
+            hidden = xp.triu(xp.full((n, end), -np.inf, dtype=q.dtype), k=end - n + 1)
+            scores.reshape(b, groups, m, n, end)[...] += hidden
+        p = _softmax(scores)
+        y[:, rows] = join(p @ vs[:, :, :end])
+        parts.append((rows, end, qs, p))
+
+    def pull(g, need):
+        dq, dk, dv = (xp.zeros(x.shape, x.dtype) if n else None for x, n in zip((q, ks, vs), need, strict=True))
+        for rows, end, qs, p in parts:
+            gs = split(g[:, rows])
+            if need[2]:
+                dv[:, :, :end] += p.swapaxes(-1, -2) @ gs
+            if need[0] or need[1]:
+                ds = gs @ vs[:, :, :end].swapaxes(-1, -2)
+                ds -= rowdot(ds, p)[..., None]
+                ds *= p
+                ds *= scale
+                if need[0]:
+                    dq[:, rows] = join(ds @ ks[:, :, :end])
+                if need[1]:
+                    dk[:, :, :end] += ds.swapaxes(-1, -2) @ qs
+        return dq, *(x if x is None else x.transpose(0, 2, 1, 3) for x in (dk, dv))
+
+    return y, pull
+
+
+@primitive
+def _masked(x, keep, scale):
+    return x * keep * scale, (lambda g: g * keep * scale,)
+
+
+def dropout(x, p):
+    """y = x m / (1 − p), m ~ Bernoulli(1 − p) from the current generator;   x̄ = ḡ m / (1 − p).   p = 0 returns x itself."""
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p = {p}, expected 0 <= p < 1")
+    if p == 0:
+        return x
+    keep = backend.uniform_like(x.data if isinstance(x, Tensor) else x) >= p
+    return _masked(x, keep, 1 / (1 - p))
+
+
+# ---------------------------------------------------------------------------------------- the operators and methods of a Tensor
+def _reshape_method(x, *shape):
+    return reshape(x, shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape)
+
+
+Tensor.__add__ = Tensor.__radd__ = add
+Tensor.__sub__, Tensor.__rsub__ = sub, lambda x, y: sub(y, x)
+Tensor.__mul__ = Tensor.__rmul__ = mul
+Tensor.__truediv__, Tensor.__rtruediv__ = div, lambda x, y: div(y, x)
+Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda x, y: matmul(y, x)
+Tensor.__neg__, Tensor.__pow__, Tensor.__getitem__ = neg, power, index
+Tensor.reshape, Tensor.transpose, Tensor.swapaxes = _reshape_method, transpose, swapaxes
+Tensor.sum, Tensor.mean, Tensor.max = sum, mean, max
+Tensor.exp, Tensor.log, Tensor.tanh, Tensor.sqrt = exp, log, tanh, sqrt
+Tensor.T = property(transpose)

@@ -1,0 +1,138 @@
+"""AdamW as one elementwise equation that runs page by page; clipping; learning-rate schedules.
+
+    m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
+    p ← p − η λ p                  p ← p − η m̂ / (√v̂ + ε),     m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
+
+Loshchilov & Hutter 2019, algorithm 2 (as in torch: the decay is scaled by η and applied first). Because each element is on its own,
+the update of a tensor is the update of its pieces, and m and v can be paged. A page holds m in its first row and v in its second.
+"""
+
+import math
+
+import numpy as np
+
+from .backend import array_module
+from .paging import Pager
+
+
+def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scratch=None):
+    """One AdamW update of p, m and v in place (the module's equation), for step t = 1, 2, …
+
+    p, g, m, v: float32 vectors of one length. scratch: a (2, n) buffer, so that no memory is allocated.
+    """
+    xp = array_module(p)
+    a, b = xp.empty((2, len(p)), p.dtype) if scratch is None else scratch[:, : len(p)]
+    b1, b2 = betas
+    m *= b1
+    xp.multiply(g, 1 - b1, out=a)
+    m += a
+    v *= b2
+    xp.multiply(g, g, out=a)
+    a *= 1 - b2
+    v += a
+    xp.sqrt(v, out=a)
+    a *= 1 / math.sqrt(1 - b2**t)
+    a += eps
+    xp.divide(m, a, out=b)
+    b *= lr / (1 - b1**t)
+    if weight_decay:
+        p *= 1 - lr * weight_decay
+    p -= b
+
+
+class AdamW:
+    """AdamW over parameters, or over groups [{"params": [...], "lr": ..., "weight_decay": ...}, ...].
+
+    params may be Tensors or (name, Tensor) pairs; names appear in `state_dict`. With `pager`, the state lives in its pages and is
+    updated a page at a time: for every budget the parameters equal those of the unpaged optimizer bit for bit.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, pager=None):
+        self.pager = pager or Pager()
+        self.step_count, self.eps, self.betas = 0, eps, tuple(betas)
+        params = list(params)
+        groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+        self.groups = [{"lr": lr, "weight_decay": weight_decay, **g} for g in groups]
+        self._slots, self._scratch = [], None
+        for group in self.groups:
+            for entry in group["params"]:
+                name, p = entry if isinstance(entry, tuple) else (f"param{len(self._slots)}", entry)
+                if not p.requires_grad:
+                    raise ValueError(f"AdamW: parameter {name} does not require a gradient; leave it out")
+                self._slots.append((name, p, group, self.pager.allocate(2, p.size)))
+        if not self._slots:
+            raise ValueError("AdamW: there is nothing to optimize; no parameter requires a gradient")
+
+    @property
+    def state_bytes(self):
+        """Bytes of m and v together, wherever they are."""
+        return self.pager.total_bytes
+
+    def step(self, lr_scale=1.0):
+        """Apply the gradients (p.grad); a parameter without one is left alone. lr_scale multiplies every group's lr."""
+        self.step_count += 1
+        self.pager.step = self.step_count
+        for _, p, group, pages in self._slots:
+            if p.grad is None:
+                continue
+            if not p.data.flags.c_contiguous or not p.data.flags.writeable:
+                p.data = p.data.copy()
+            flat, g, start = p.data.reshape(-1), p.grad.reshape(-1), 0
+            for number in pages:
+                m, v = page = self.pager.page(number)
+                end = start + page.shape[1]
+                adamw_step(flat[start:end], g[start:end], m, v, self.step_count, group["lr"] * lr_scale, self.betas, self.eps,
+                           group["weight_decay"], self._buffer(page))
+                start = end
+
+    def _buffer(self, page):
+        xp = array_module(page)
+        if self._scratch is None or self._scratch.shape[1] < page.shape[1]:
+            self._scratch = xp.empty((2, page.shape[1]), np.float32)
+        return self._scratch
+
+    def zero_grad(self):
+        for _, p, _, _ in self._slots:
+            p.grad = None
+
+    def state_dict(self):
+        """{"name.m": array, "name.v": array} in the parameters' shapes, and "step"."""
+        state = {"step": np.array(self.step_count, np.int64)}
+        for name, p, _, pages in self._slots:
+            m, v = self.pager.read(pages)
+            state[f"{name}.m"], state[f"{name}.v"] = m.reshape(p.shape), v.reshape(p.shape)
+        return state
+
+    def load_state_dict(self, state):
+        """Restore what `state_dict` gave."""
+        for name, p, _, pages in self._slots:
+            for part in ("m", "v"):
+                if f"{name}.{part}" not in state or state[f"{name}.{part}"].shape != p.shape:
+                    raise ValueError(f"AdamW: the saved state has no {name}.{part} of shape {p.shape}")
+            self.pager.write(pages, np.stack([state[f"{name}.m"].reshape(-1), state[f"{name}.v"].reshape(-1)]))
+        self.step_count = int(state["step"])
+
+
+def clip_grad_norm(params, max_norm):
+    """g ← g · min(1, max_norm / ‖g‖₂) over all gradients together; returns ‖g‖₂ before clipping (Pascanu et al. 2013)."""
+    grads = [p.grad for p in params if p.grad is not None]
+    total = math.sqrt(sum(float(array_module(g).vdot(g, g)) for g in grads))
+    if total > max_norm:
+        for g in grads:
+            g *= max_norm / total
+    return total
+
+
+def schedule(kind, step, steps, warmup=0, floor=0.1):
+    """The factor on the learning rate at step = 0 … steps − 1.
+
+    "constant": 1 after a linear warm-up over `warmup` steps. "cosine": from 1 down to `floor` along half a cosine after the same warm-up.
+    """
+    if kind not in ("constant", "cosine"):
+        raise ValueError(f"schedule {kind!r} is unknown: expected 'constant' or 'cosine'")
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    progress = (step - warmup) / max(steps - warmup, 1)
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,220 @@
+"""The loop: batches, gradient accumulation, clipping, AdamW, held-out bits per byte, checkpoints, resuming.
+
+Nothing random is carried from step to step. Batch and dropout of step t are drawn from a generator seeded with (seed, t, micro-batch),
+so a run that was killed and resumed from its last checkpoint ends with the same bytes as one that was left alone.
+
+A micro-batch is cut into `shards` that run in threads, BLAS held to one thread each (NumPy releases the interpreter lock while it
+computes; elementwise work then uses both cores too, which a threaded BLAS alone would not do). The gradients are summed in a fixed
+order: the number of shards is part of the recipe, the number of cores is not.
+"""
+
+import contextlib
+import json
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from . import backend, files, ops
+from .backend import move
+from .optim import AdamW, clip_grad_norm, schedule
+from .tensor import no_grad, tape_bytes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides how a run goes, apart from the model and the data.
+
+    lr follows `schedule` ("constant" or "cosine" down to `floor` times lr) after `warmup` steps; `clip` bounds the norm of all
+    gradients together (0: off); weight decay is for matrices only. A step sees accumulate × batch_size sequences of seq_len tokens.
+    """
+
+    steps: int = 300
+    batch_size: int = 8
+    seq_len: int = 256
+    accumulate: int = 1
+    shards: int = 2
+    lr: float = 2e-3
+    schedule: str = "constant"
+    warmup: int = 10
+    floor: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"recipe: {name} = {getattr(self, name)}, expected 1 or more")
+
+
+@dataclass
+class Result:
+    """What a run measured. `history`: {"step", "loss"} rows (nats a token), with "heldout" (bits per byte) where it was evaluated."""
+
+    history: list = field(default_factory=list)
+    tape_bytes: int = 0
+    gradient_bytes: int = 0
+    optimizer_bytes: int = 0
+    seconds: float = 0.0
+    tokens_per_second: float = 0.0
+
+
+@contextlib.contextmanager
+def workers(n):
+    """A thread pool of n with BLAS held to one thread, and freed memory kept by the allocator."""
+    from threadpoolctl import threadpool_limits
+
+    backend.keep_freed_memory()
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n) as pool:
+        yield pool
+
+
+def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False):
+    """−Σ log₂ p(target | context) / bytes of text, every token of `data` scored once (see `windows`)."""
+    from tqdm import tqdm
+
+    inputs, targets, mask = data.windows(seq_len)
+    training = model.training
+
+    def nats(rows):
+        with no_grad():
+            z = model(inputs[rows])
+            xp = backend.array_module(z.data)
+            return ops.softmax_cross_entropy(z, move(targets[rows], xp), move(mask[rows], xp), reduction="sum").item()
+
+    model.eval()
+    try:
+        with workers(shards) as pool:
+            parts = [slice(i, i + batch_size) for i in range(0, len(inputs), batch_size)]
+            total = math.fsum(tqdm(pool.map(nats, parts), total=len(parts), desc="held-out", leave=False, disable=not progress))
+    finally:
+        model.train(training)
+    return total / math.log(2) * (data.tokens / data.nbytes) / float(mask.sum())
+
+
+def fit(model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_every=0, pager=None, about=None, progress=True):
+    """Train the model's parameters that require a gradient, in place; returns a Result.
+
+    heldout, eval_every       a corpus to evaluate every so many steps (0: never)
+    out, checkpoint_every     a folder for checkpoint.safetensors, written atomically every so many steps (0: only at the end); a
+                              checkpoint that lies there is resumed if it is of the same run, refused with a sentence if it is not
+    about                     what identifies the run besides the recipe (base model, adapters), compared on resuming
+    """
+    from tqdm import tqdm
+
+    trainable = model.trainable()
+    optimizer = AdamW([{"params": [(n, p) for n, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+                       {"params": [(n, p) for n, p in trainable if p.ndim < 2], "weight_decay": 0.0}],
+                      lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, pager=pager)
+    result = Result(optimizer_bytes=optimizer.state_bytes)
+    identity = {"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}
+    path = Path(out) / "checkpoint.safetensors" if out else None
+    first = 0
+    if path and path.exists():
+        first = _resume(path, identity, trainable, optimizer, result)
+    weights = [w for _, w in model.named_parameters()]
+    model.train()
+    began, losses = time.perf_counter(), None
+    with workers(recipe.shards) as pool, tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step",
+                                              disable=not progress, mininterval=0.5) as bar:
+        for step in bar:
+            loss, tape = _step(model, data, recipe, step, pool, trainable, weights if step == first else None)
+            result.tape_bytes = max(result.tape_bytes, tape)
+            result.gradient_bytes = sum(p.grad.nbytes for _, p in trainable if p.grad is not None)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"step {step + 1}: the loss is {loss}; lower the learning rate (lr = {recipe.lr})"
+                                         + (f"; the last checkpoint is {path}" if path and path.exists() else ""))
+            if recipe.clip:
+                clip_grad_norm([p for _, p in trainable], recipe.clip)
+            optimizer.step(schedule(recipe.schedule, step, recipe.steps, recipe.warmup, recipe.floor))
+            optimizer.zero_grad()
+            row = {"step": step + 1, "loss": loss}
+            last = step + 1 == recipe.steps
+            if heldout is not None and eval_every and ((step + 1) % eval_every == 0 or last):
+                row["heldout"] = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards)
+                model.train()
+            result.history.append(row)
+            losses = loss if losses is None else 0.95 * losses + 0.05 * loss
+            seen = (step + 1 - first) * recipe.accumulate * recipe.batch_size * recipe.seq_len
+            result.seconds = time.perf_counter() - began
+            result.tokens_per_second = seen / result.seconds
+            bar.set_postfix_str(f"loss {losses:.3f}, {result.tokens_per_second:,.0f} tokens/s"
+                                + (f", held-out {row['heldout']:.3f}" if "heldout" in row else ""))
+            if path and (last or checkpoint_every and (step + 1) % checkpoint_every == 0):
+                _save(path, identity, trainable, optimizer, result)
+    model.eval()
+    return result
+
+
+def _step(model, data, recipe, step, pool, trainable, measure):
+    """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights)."""
+    micro = []
+    for i in range(recipe.accumulate):
+        rng = np.random.default_rng([recipe.seed, step, i])
+        micro.append(data.batch(rng, recipe.batch_size, recipe.seq_len))
+    count = sum(float(mask.sum()) for _, _, mask in micro)
+    grads, loss, tape = {}, 0.0, 0
+    for i, batch in enumerate(micro):
+        parts = list(zip(*(np.array_split(a, min(recipe.shards, len(a))) for a in batch), strict=True))
+
+        def shard(j, parts=parts, i=i):
+            with backend.using_generator(np.random.default_rng([recipe.seed, step, i, j])):
+                inputs, targets, mask = parts[j]
+                z = model(inputs)
+                xp = backend.array_module(z.data)
+                total = ops.softmax_cross_entropy(z, move(targets, xp), move(mask, xp), reduction="sum") * (1 / max(count, 1))
+                held = tape_bytes(total, exclude=measure) if measure else 0
+                found = {}
+                if total.requires_grad:
+                    total.backward(into=found)
+                return total.item(), found, held
+
+        held = 0
+        for value, found, bytes_held in pool.map(shard, range(len(parts))):
+            loss += value
+            held += bytes_held
+            for leaf, g in found.items():
+                if leaf in grads:
+                    grads[leaf] += g
+                else:
+                    grads[leaf] = g
+        tape = max(tape, held)
+    for _, p in trainable:
+        p.grad = grads.get(p)
+    return loss, tape
+
+
+def _save(path, identity, trainable, optimizer, result):
+    tensors = {f"param.{name}": move(p.data, "cpu") for name, p in trainable}
+    tensors |= {f"optimizer.{name}": a for name, a in optimizer.state_dict().items()}
+    about = {"identity": identity, "history": result.history, "tape_bytes": result.tape_bytes}
+    files.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
+
+
+def _resume(path, identity, trainable, optimizer, result):
+    """Load a checkpoint of the same run; returns the step to go on from."""
+    tensors, metadata = files.load_safetensors(path)
+    about = json.loads(metadata.get("tinylora", "{}"))
+    theirs = about.get("identity", {})
+    for key in sorted(identity.keys() | theirs.keys()):
+        if identity.get(key) != theirs.get(key):
+            a, b = theirs.get(key), identity.get(key)
+            if isinstance(a, dict) and isinstance(b, dict):
+                key, a, b = next((f"{key}.{k}", a.get(k), b.get(k)) for k in b if a.get(k) != b.get(k))
+            raise ValueError(f"{path} is the checkpoint of another run: its {key} is {a}, this run's is {b}; "
+                             "choose another output folder or remove the file")
+    for name, p in trainable:
+        saved = tensors.get(f"param.{name}")
+        if saved is None or saved.shape != p.shape:
+            raise ValueError(f"{path} has no parameter {name} of shape {p.shape}")
+        p.data = move(saved.copy(), backend.array_module(p.data))
+    optimizer.load_state_dict({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")})
+    result.history, result.tape_bytes = about["history"], about["tape_bytes"]
+    return optimizer.step_count
