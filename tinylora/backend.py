@@ -42,8 +42,8 @@ def array_module(x):
 
 def is_array(x):
     """True for a host or a device array (anything with `shape`, `dtype` and `__getitem__`), False for scalars and lists."""
-    return isinstance(x, np.ndarray) or (hasattr(x, "dtype") and hasattr(x, "shape") and hasattr(x, "ravel")
-                                         and not isinstance(x, np.generic))
+    kind = type(x)
+    return kind is np.ndarray or (hasattr(kind, "ravel") and hasattr(kind, "dtype") and not issubclass(kind, np.generic))
 
 
 def device_of(x):

@@ -12,7 +12,7 @@ Needs nothing but NumPy and the standard library. Differs from bitsandbytes: the
 equal to the published float32 tables in every bit.
 """
 
-import math
+
 from functools import cache
 from statistics import NormalDist
 
@@ -129,4 +129,4 @@ def midpoints(values):
 
 def half_bin_offset():
     """1 − ½(1/32 + 1/30) = 929/960: the exact number that NF4_OFFSET is cut from."""
-    return math.fsum([1, -1 / 64, -1 / 60])
+    return 1 - (1 / 32 + 1 / 30) / 2

@@ -29,8 +29,8 @@ class LlamaConfig:
     """The sizes of a Llama, under Hugging Face's names."""
 
     vocab_size: int = 256
-    hidden_size: int = 256
-    intermediate_size: int = 704
+    hidden_size: int = 192
+    intermediate_size: int = 512
     num_hidden_layers: int = 5
     num_attention_heads: int = 4
     num_key_value_heads: int = 2

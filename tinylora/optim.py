@@ -48,7 +48,7 @@ class AdamW:
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, pager=None):
-        self.pager = pager or Pager()
+        self.pager = Pager() if pager is None else pager
         self.step_count, self.eps, self.betas = 0, eps, tuple(betas)
         params = list(params)
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]

@@ -15,7 +15,7 @@ from .llama import Llama, LlamaConfig
 from .train import Recipe, bits_per_byte, fit
 
 HELD_OUT = 0.05
-RECIPE = Recipe(steps=14000, batch_size=8, seq_len=256, lr=3e-3, schedule="cosine", warmup=200, floor=0.02, beta2=0.99,
+RECIPE = Recipe(steps=17000, batch_size=8, seq_len=256, lr=2e-3, schedule="cosine", warmup=200, floor=0.02, beta2=0.99,
                 weight_decay=0.1, clip=1.0)
 
 

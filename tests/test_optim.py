@@ -1,0 +1,134 @@
+"""AdamW against its equation, paging against no paging, the pager's books, clipping and schedules."""
+
+import math
+
+import numpy as np
+import pytest
+
+from tinylora import AdamW, Pager, Tensor, backend
+from tinylora.optim import clip_grad_norm, schedule
+
+
+def by_hand(p, grads, lr, b1, b2, eps, wd):
+    """The textbook loop in float64."""
+    p, m, v = p.astype(np.float64), 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
+        p = p - lr * wd * p
+        p = p - lr * (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+    return p
+
+
+def test_adamw_is_its_equation(xp, rng):
+    start, grads = rng.standard_normal(50).astype(np.float32), rng.standard_normal((20, 50)).astype(np.float32)
+    p = Tensor(xp.asarray(start.copy()), requires_grad=True)
+    optimizer = AdamW([p], lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1, pager=Pager(device=xp))
+    for g in grads:
+        p.grad = xp.asarray(g)
+        optimizer.step()
+    np.testing.assert_allclose(p.numpy(), by_hand(start, grads, 0.01, 0.8, 0.95, 1e-6, 0.1), rtol=1e-5, atol=1e-6)
+
+
+SIZES = ((7, 33), (1000,), (1,), (64, 64))
+
+
+def train(xp, pager, steps=50):
+    rng = np.random.default_rng(3)
+    params = [Tensor(xp.asarray(rng.standard_normal(s).astype(np.float32)), requires_grad=True) for s in SIZES]
+    groups = [{"params": params[:2], "weight_decay": 0.1}, {"params": params[2:], "lr": 0.02}]
+    optimizer = AdamW(groups, lr=0.01, pager=pager)
+    for _ in range(steps):
+        for p in params:
+            p.grad = xp.asarray(rng.standard_normal(p.shape).astype(np.float32))
+        optimizer.step()
+    return [p.numpy() for p in params], optimizer
+
+
+@pytest.mark.parametrize("page_bytes, budget", [(64, 64), (512, 512), (512, 1536), (4096, 8192), (4096, 10**9)])
+def test_any_budget_gives_the_same_bits(page_bytes, budget, xp):
+    plain, unpaged = train(xp, Pager(device=xp))
+    pager = Pager(budget, page_bytes, device=xp, trace=True)
+    paged, optimizer = train(xp, pager)
+    for a, b in zip(plain, paged, strict=True):
+        assert a.tobytes() == b.tobytes()
+    for a, b in zip(unpaged.state_dict().values(), optimizer.state_dict().values(), strict=True):
+        assert a.tobytes() == b.tobytes()
+    c = pager.counters
+    assert c.hits + c.faults == 50 * len(pager)
+    assert pager.peak_resident_bytes <= budget
+    assert c.faults - c.evictions == len(pager._resident)
+    if budget >= pager.total_bytes:
+        assert c.faults == len(pager) and c.evictions == 0
+
+
+def test_the_state_stays_in_the_pool_and_only_pages_cross(xp):
+    if xp is np:
+        pytest.skip("nothing crosses on the host")
+    pager = Pager(1024, 512, device=xp)
+    before = backend.transfers.to_device_bytes
+    train(xp, pager, steps=2)
+    assert backend.transfers.to_device_bytes - before == pager.counters.bytes_in
+    assert all(isinstance(page, np.ndarray) for page in pager._pool)
+
+
+def test_least_recently_used_goes_first_and_the_trace_tells():
+    pager = Pager(budget=2 * 8, page_bytes=8, trace=True)
+    pages = pager.allocate(1, 6)  # three pages of two floats
+    assert list(pages) == [0, 1, 2]
+    for step, number in enumerate([0, 1, 0, 2, 1]):
+        pager.step = step
+        pager.page(number)[...] += 1
+    assert pager.trace == [(0, 0, "fault", 8), (1, 1, "fault", 8), (2, 0, "hit", 0), (3, 1, "evict", 8), (3, 2, "fault", 8),
+                           (4, 0, "evict", 8), (4, 1, "fault", 8)]
+    assert pager.read(pages).tolist() == [[2, 2, 2, 2, 1, 1]]
+    assert pager.counters.bytes_in == 32 and pager.counters.bytes_out == 16 and pager.counters.bytes_moved == 48
+
+
+def test_without_a_budget_nothing_is_copied():
+    pager = Pager(page_bytes=8)
+    pages = pager.allocate(2, 3)
+    assert all(pager.page(i) is pager._pool[i] for i in pages)
+    assert pager.counters.faults == pager.counters.bytes_moved == 0
+
+
+def test_state_round_trip_through_pages():
+    _, a = train(np, Pager(1024, 512), steps=5)
+    params, b = train(np, Pager(512, 512), steps=1)
+    b.load_state_dict(a.state_dict())
+    assert b.step_count == 5
+    for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True):
+        assert (x == y).all()
+    with pytest.raises(ValueError, match=r"no param0.m of shape \(7, 33\)"):
+        b.load_state_dict({"step": np.array(1)})
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda: Pager(100, 4096), "budget of 100 bytes is smaller than one page of 4096"),
+    (lambda: Pager(page_bytes=10), "multiple of 8"),
+    (lambda: Pager(pool="tape"), "pool 'tape' is unknown"),
+    (lambda: AdamW([]), "nothing to optimize"),
+    (lambda: AdamW([Tensor(np.ones(3, np.float32))]), "does not require a gradient"),
+    (lambda: schedule("linear", 0, 10), "'linear' is unknown"),
+])
+def test_errors_are_sentences(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+def test_clipping(xp):
+    params = [Tensor(xp.zeros(n, dtype=np.float32), requires_grad=True) for n in (3, 4)]
+    for p in params:
+        p.grad = xp.full(p.shape, 2.0, dtype=np.float32)
+    norm = clip_grad_norm(params, 1.0)
+    assert math.isclose(norm, math.sqrt(7 * 4), rel_tol=1e-6)
+    assert math.isclose(clip_grad_norm(params, 1.0), 1.0, rel_tol=1e-6)
+    untouched = params[0].grad.copy()
+    clip_grad_norm(params, 100.0)
+    assert bool((params[0].grad == untouched).all())
+
+
+def test_schedules():
+    assert [schedule("constant", i, 10, warmup=4) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    cosine = [schedule("cosine", i, 101, warmup=1, floor=0.1) for i in range(1, 102)]
+    assert cosine[0] == 1.0 and math.isclose(cosine[50], 0.55) and math.isclose(cosine[100], 0.1)
+    assert all(a > b for a, b in zip(cosine, cosine[1:], strict=False))

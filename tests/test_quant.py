@@ -1,0 +1,150 @@
+"""Quantization: bitsandbytes' golden cases bit for bit, the fast path against the plain one, and what a QuantizedTensor says of itself."""
+
+import fake_cupy
+import numpy as np
+import plain
+import pytest
+from goldens import INDEX, QUANT, arrays
+
+from tinylora import backend, codebooks, quantize
+from tinylora.dtypes import BFloat16Array, bfloat16_bits, from_bfloat16_bits, round_to
+from tinylora.quant import quantize_8bit, torch_mean
+
+
+def same(a, b):
+    """Equal shapes and values; NaN equals NaN, and −0 equals 0 (fp4's two zeros)."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@pytest.mark.parametrize("case", INDEX["cases"], ids=lambda c: c["name"])
+def test_golden(case):
+    g = arrays(case)
+    w = g["input_" + case["dtype"]].reshape(case["shape"])
+    if case["dtype"] == "bfloat16":
+        w = from_bfloat16_bits(w)
+    q = quantize(w, case["code"], case["blocksize"], case["nested"], check_finite=False)
+    assert same(q.packed, g["packed"])
+    if case["nested"]:
+        assert same(q.absmax_codes, g["absmax_codes"])
+        assert same(q.nested_absmax, g["nested_absmax"])
+        assert same(np.array([q.offset]), g["offset"])
+    else:
+        assert same(q.absmax, g["absmax"])
+    assert q.shape == tuple(case["shape"]) and q.size == w.size
+    assert same(q.dequantize("float32").reshape(-1), g["dequantized_float32"])
+    assert same(q.dequantize("bfloat16").reshape(-1), from_bfloat16_bits(g["dequantized_bfloat16"]))
+    assert same(q.dequantize("float16").reshape(-1), g["dequantized_float16"])
+
+
+@pytest.mark.parametrize("case", INDEX["blockwise8"], ids=lambda c: c["kind"])
+def test_golden_8bit(case):
+    g = arrays(case)
+    with np.errstate(all="ignore"):
+        codes, absmax = quantize_8bit(g["blockwise8_input"], codebooks.dynamic8(case["signed"]), case["blocksize"])
+    assert same(codes, g["blockwise8_codes"]) and same(absmax, g["blockwise8_absmax"])
+
+
+def test_the_mean_is_torchs_for_every_golden_size():
+    for n, expected in zip(QUANT["mean_size"].tolist(), QUANT["mean"], strict=True):
+        k = np.arange(n, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
+        x = (k >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
+        assert torch_mean(x).tobytes() == expected.tobytes(), n
+
+
+@pytest.mark.parametrize("code", ["nf4", "int4", "custom"])
+@pytest.mark.parametrize("n, blocksize", [(1, 64), (63, 64), (64, 64), (1000, 64), (999, 32), (515, 128), (300, 7), (260, 1), (4097, 4096)])
+def test_the_fast_path_is_the_plain_one(code, n, blocksize, rng):
+    values = np.sort(rng.standard_normal(11)).astype(np.float32) if code == "custom" else codebooks.get(code)[1]
+    w = (rng.standard_normal(n) * 10.0 ** rng.integers(-30, 30, n)).astype(np.float32)
+    ties = rng.integers(0, n, n // 4)
+    w[ties] = rng.choice(codebooks.midpoints(values), len(ties))
+    if n > 2 * blocksize:
+        w[blocksize:2 * blocksize] = 0
+    q = quantize(w, values if code == "custom" else code, blocksize)
+    codes, absmax = plain.quantize_4bit(w, values, blocksize)
+    assert same(q.indices(), codes) and same(q.absmax, absmax)
+    assert same(q.packed, plain.pack(codes, int((codebooks.midpoints(values) < 0).sum())))
+    assert q.dequantize().tobytes() == plain.dequantize_4bit(codes, absmax, values, blocksize).tobytes()
+
+
+def test_large_inputs_cross_the_chunks(rng):
+    w = rng.standard_normal(1_300_001).astype(np.float32)
+    q = quantize(w, blocksize=64)
+    step = 64 * 1000
+    for start in range(0, len(w), step):
+        part = quantize(w[start:start + step], blocksize=64)
+        assert same(part.indices(), q.indices()[start:start + step])
+        assert same(part.absmax, q.absmax[start // 64:(start + step) // 64 + (start + step > len(w))])
+
+
+def test_bits_per_parameter_of_a_large_layer(rng):
+    w = rng.standard_normal((4096, 4096)).astype(np.float32)
+    assert quantize(w).bits_per_param == 4.5
+    q = quantize(w, double_quant=True)
+    assert q.nbytes == w.size // 2 + w.size // 64 + w.size // 64 // 256 * 4 + 4
+    assert round(q.bits_per_param, 3) == 4.127
+    assert q.size == 4096 * 4096 and q.shape == (4096, 4096)
+
+
+def test_double_quantization_restores_absmax_closely(rng):
+    w = rng.standard_normal((256, 256)).astype(np.float32)
+    exact, nested = quantize(w), quantize(w, double_quant=True)
+    assert same(exact.packed, nested.packed)
+    error = np.abs(exact.absmax - nested.absmax).max() / np.abs(exact.absmax - nested.offset).max()
+    assert 0 < error < 0.02
+    assert quantize(w, double_quant=True, offset=1.5).offset == np.float32(1.5)
+    assert nested.double_quant and not exact.double_quant and exact.offset is None
+
+
+def test_nan_and_inf_are_refused_by_name():
+    w = np.ones((3, 4), np.float32)
+    w[1, 2], w[2, 0] = np.nan, np.inf
+    with pytest.raises(ValueError, match=r"layers\.7\.weight holds 2 NaN or Inf \(the first is nan at \(1, 2\)\)"):
+        quantize(w, name="layers.7.weight")
+    assert np.isnan(quantize(w, check_finite=False).dequantize()).any()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: quantize(np.ones(4, np.float32), blocksize=0), "blocksize = 0"),
+    (lambda: quantize(np.ones(4, np.float32), rule="mine"), "rule 'mine' is unknown"),
+    (lambda: quantize(np.arange(4)), "expected a float array"),
+    (lambda: quantize([1.0, 2.0]), "expected a float array"),
+])
+def test_errors_are_sentences(call, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        call()
+
+
+def test_empty_tensors_are_fine():
+    q = quantize(np.zeros((0, 4), np.float32), double_quant=True)
+    assert q.dequantize().shape == (0, 4) and q.size == 0
+
+
+def test_dequantizing_on_a_device_gives_the_same_bits(rng):
+    for shape, double in (((5, 13), True), ((64, 64), False), ((640, 129), True)):
+        q = quantize(rng.standard_normal(shape).astype(np.float32), double_quant=double)
+        there = q.to(lambda a: backend.move(a, fake_cupy))
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert there.dequantize(dtype).get().tobytes() == q.dequantize(dtype).tobytes()
+
+
+def test_bfloat16_rounds_to_nearest_even(rng):
+    x = rng.integers(0, 2**32, 100_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    x = x[np.isfinite(x)]
+    low, high = (x.view(np.uint32) & 0xFFFF0000).view(np.float32), None
+    with np.errstate(over="ignore"):
+        high = ((x.view(np.uint32) & 0xFFFF0000).astype(np.uint64) + 0x10000).astype(np.uint32).view(np.float32)
+    down, up = np.abs(x.astype(np.float64) - low), np.abs(high.astype(np.float64) - x)
+    even = (low.view(np.uint32) >> 16) % 2 == 0
+    expected = np.where((down < up) | ((down == up) & even), low, high)
+    finite = np.isfinite(high)
+    assert round_to(x, "bfloat16")[finite].tobytes() == expected[finite].tobytes()
+    assert np.isnan(round_to(np.array([np.nan], np.float32), "bfloat16")[0])
+    assert bfloat16_bits(np.array([np.inf, -np.inf, -0.0], np.float32)).tolist() == [0x7F80, 0xFF80, 0x8000]
+
+
+def test_bfloat16_array_has_the_face_of_a_quantized_tensor(rng):
+    w = rng.standard_normal((3, 5)).astype(np.float32)
+    b = BFloat16Array.of(w)
+    assert (b.shape, b.size, b.nbytes, b.bits_per_param) == ((3, 5), 15, 30, 16.0)
+    assert b.dequantize().tobytes() == round_to(w, "bfloat16").tobytes()
