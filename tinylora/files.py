@@ -18,7 +18,6 @@ from .dtypes import BFloat16Array
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
           "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
-_NAMES = {np.dtype(t).name: np.dtype(t).name for t in _NUMPY.values()}
 
 
 @contextlib.contextmanager
@@ -37,7 +36,7 @@ def atomic(path):
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        if isinstance(error, OSError) or "No space left" in str(error):
+        if isinstance(error, OSError):
             raise OSError(f"could not write {path}: {error}; what was there before is untouched") from error
         raise
 
@@ -71,16 +70,21 @@ def read_json(path):
 
 
 def save_safetensors(path, tensors, metadata=None):
-    """Write {name: array or BFloat16Array} atomically. Metadata values are strings; {"format": "pt"} by default, as torch's tools ask."""
+    """Write {name: array or BFloat16Array} atomically. Metadata: strings to strings, {"format": "pt"} by default, as torch's tools ask."""
     import safetensors
 
-    entries = {}
+    specs, alive = {}, []  # the specs hold bare addresses, so the arrays must outlive the call
     for name, x in tensors.items():
         bf16 = isinstance(x, BFloat16Array)
         a = np.ascontiguousarray(x.bits if bf16 else x)
-        entries[name] = {"dtype": "bfloat16" if bf16 else _NAMES[a.dtype.name], "shape": list(x.shape), "data": a.tobytes()}
+        alive.append(a)
+        specs[name] = safetensors.TensorSpec(dtype="bfloat16" if bf16 else a.dtype.name, shape=x.shape, data_ptr=a.ctypes.data,
+                                             data_len=a.nbytes)
     with atomic(path) as temporary:
-        safetensors.serialize_file(entries, temporary, metadata={"format": "pt"} if metadata is None else metadata)
+        try:
+            safetensors.serialize_file(specs, temporary, metadata={"format": "pt"} if metadata is None else metadata)
+        except safetensors.SafetensorError as error:  # the package's own type, also where the disk is full
+            raise OSError(str(error)) from None
 
 
 def load_safetensors(path):

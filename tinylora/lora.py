@@ -148,7 +148,7 @@ def adapters(model):
 def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules="all-linear", init="kaiming"):
     """Freeze the model and put a LoRALinear around each target, in place; returns the model. See `find_targets`, LoRALinear."""
     if not isinstance(target_modules, str):
-        target_modules = tuple(target_modules)
+        target_modules = tuple(sorted(set(target_modules)))  # a set to PEFT; sorted, so that files are reproducible
     config = LoRAConfig(r, alpha, dropout, target_modules)
     if adapters(model):
         raise ValueError("lora: the model carries an adapter already; detach or merge it first")

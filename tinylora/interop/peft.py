@@ -29,11 +29,11 @@ def save_adapter(model, folder, base_model=None):
     for path, layer in found:
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = move(layer.lora_A.weight.data, "cpu")
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = move(layer.lora_B.weight.data, "cpu")
-    # the names that carry a bypass, not "all-linear": PEFT would resolve that anew and might find other layers
-    targets = c.target_modules if isinstance(c.target_modules, str) and c.target_modules != "all-linear" else \
-        sorted({path.rpartition(".")[2] for path, _ in found}) if c.target_modules == "all-linear" else list(c.target_modules)
+    targets = c.target_modules
+    if targets == "all-linear":  # PEFT would resolve that anew, and might find other layers
+        targets = sorted({path.rpartition(".")[2] for path, _ in found})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-              "r": int(c.r), "lora_alpha": c.alpha, "lora_dropout": c.dropout, "target_modules": targets, "bias": "none",
+              "r": int(c.r), "lora_alpha": c.alpha, "lora_dropout": c.dropout, "target_modules": targets if isinstance(targets, str) else list(targets), "bias": "none",
               "fan_in_fan_out": False, "init_lora_weights": True, "use_rslora": False, "use_dora": False, "lora_bias": False,
               "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
     folder = Path(folder)

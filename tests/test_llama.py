@@ -1,0 +1,164 @@
+"""The model: gradients, the cache, folders on disk, generation."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+import tinylora as tl
+from tinylora import KVCache, Llama, LlamaConfig, no_grad, ops
+from tinylora.tokenizers import ByteTokenizer
+
+
+def loss(m, x, t):
+    return ops.softmax_cross_entropy(m(x), t)
+
+
+def test_gradients_of_the_whole_model_against_central_differences(rng):
+    m, x, t = tiny.model(), tiny.ids(rng, 2, 7), tiny.ids(rng, 2, 7)
+    for p in m.parameters():
+        p.data = p.data.astype(np.float64)
+    m._rope[np] = ops.rope_table(np.arange(64), 8, dtype=np.float64)
+    loss(m, x, t).backward()
+    for name, p in m.named_parameters():
+        d, h = rng.standard_normal(p.shape), 1e-5
+        start = p.data
+        with no_grad():
+            values = []
+            for sign in (1, -1):
+                p.data = start + sign * h * d
+                values.append(loss(m, x, t).item())
+        p.data = start
+        assert (values[0] - values[1]) / (2 * h) == pytest.approx(float((p.grad * d).sum()), rel=1e-4, abs=1e-7), name
+
+
+def test_names_are_hugging_faces():
+    names = [name for name, _ in tiny.model(tie_word_embeddings=False).named_parameters()]
+    assert names[0] == "model.embed_tokens.weight" and names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    assert {n.removeprefix("model.layers.1.") for n in names if ".1." in n} == {
+        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight",
+        "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"}
+
+
+def test_a_device_model_computes_what_the_host_model_computes(xp, rng):
+    m, x, t = tiny.model(), tiny.ids(rng, 2, 7), tiny.ids(rng, 2, 7)
+    expected = loss(m, x, t)
+    expected.backward()
+    grads = [p.grad for p in m.parameters()]
+    m.zero_grad()
+    m.to(xp)
+    got = loss(m, x, xp.asarray(t))
+    got.backward()
+    assert got.item() == pytest.approx(expected.item(), rel=1e-5)
+    for p, g in zip(m.parameters(), grads, strict=True):
+        np.testing.assert_allclose(p.grad if xp is np else p.grad.get(), g, rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(rng):
+    x, t = tiny.ids(rng, 2, 33), tiny.ids(rng, 2, 33)
+    results = []
+    for on in (False, True):
+        m = tl.add_lora(tl.quantize_linears(tiny.model()), r=2, dropout=0.5)
+        tiny.randomize_lora(m, np.random.default_rng(5))
+        m.gradient_checkpointing = on
+        tl.seed(3)
+        y = loss(m, x, t)
+        held = tl.tape_bytes(y, exclude=m.parameters())
+        y.backward()
+        results.append((held, [p.grad.tobytes() for _, p in m.trainable()]))
+    assert results[0][1] == results[1][1]
+    assert results[1][0] < 0.3 * results[0][0]
+
+
+@pytest.mark.parametrize("steps", [(10,), (1,) * 10, (4, 1, 5)])
+def test_the_cache_changes_nothing(steps, rng):
+    m, x = tiny.model(), tiny.ids(rng, 2, 10)
+    whole, cache, start, parts = tiny.logits(m, x), KVCache(10), 0, []
+    for n in steps:
+        with no_grad():
+            parts.append(m(x[:, start:start + n], cache).data)
+        start += n
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 5}, {"temperature": 1.0, "top_p": 0.7}])
+def test_generation_with_a_cache_equals_generation_without(options):
+    m = tiny.model()
+    with_cache, without = (list(m.stream("Hello", 100, use_cache=c, seed=4, **options)) for c in (True, False))
+    assert with_cache == without and len(with_cache) == 100  # 105 tokens: past the window of 64
+
+
+def test_generation_depends_on_the_seed_only_through_the_seed():
+    m = tiny.model()
+    assert m.generate("a", 30, seed=1) == m.generate("a", 30, seed=1) != m.generate("a", 30, seed=2)
+    assert list(m.stream("a", 50, temperature=0, stop=int(next(m.stream("a", 1, temperature=0)))))[1:] == []
+
+
+@pytest.mark.parametrize("options, words", [({"temperature": -1}, "temperature = -1"), ({"top_p": 0}, "top_p = 0"), ({"top_k": 0}, "top_k = 0"),
+                                            ({"prompt": ""}, "prompt is empty")])
+def test_bad_generation_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        tiny.model().generate(**({"prompt": "a"} | options))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_round_trip(tied, dtype, tmp_path, rng):
+    m = tiny.model(tie_word_embeddings=tied)
+    m.save_pretrained(tmp_path, dtype)
+    again = Llama.from_pretrained(tmp_path)
+    assert again.config == m.config
+    for (name, a), (_, b) in zip(m.named_parameters(), again.named_parameters(), strict=True):
+        expected = a.data if dtype == "float32" else tl.dtypes.round_to(a.data, "bfloat16")
+        assert b.data.tobytes() == expected.tobytes(), name
+    assert (tmp_path / "model.safetensors").stat().st_size < sum(p.size for p in m.parameters()) * (4 if dtype == "float32" else 2) + 4000
+
+
+def rewrite(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"model_type": "gpt2"}, "model_type is 'gpt2', tinylora reads 'llama'"), ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling"), ({"attention_bias": True}, "attention_bias"),
+    ({"intermediate_size": 64}, r"does not fit its config\.json: .*has shape \(48, 32\), the model's is \(64, 32\)"),
+    ({"num_hidden_layers": 3}, "does not fit its config.json: .*missing"), ({"num_key_value_heads": 3}, "not a multiple"),
+    ({"vocab_size": 300}, "vocab_size is 300"),
+])
+def test_a_config_that_does_not_fit(changes, words, tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    rewrite(tmp_path, **changes)
+    with pytest.raises(ValueError, match=words):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_missing_folder_and_a_broken_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected 'base' or a folder"):
+        Llama.from_pretrained(tmp_path / "nowhere")
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not valid JSON"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:20], lambda b: b"", lambda b: b"\xff" * 8 + b[8:]])
+def test_a_damaged_weights_file(damage, tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_older_configs_are_read():
+    c = LlamaConfig.from_dict({"model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
+                               "num_attention_heads": 2, "rope_theta": 5e5})
+    assert (c.num_key_value_heads, c.rope_theta, c.tie_word_embeddings, c.head_dim) == (2, 5e5, False, 4)
+    assert LlamaConfig.from_dict(c.to_dict()) == c
+
+
+def test_bytes_are_tokens():
+    t = ByteTokenizer()
+    assert t.encode("é") == [0xC3, 0xA9] and t.decode([0xC3, 0xA9, 0xC3]) == "é\ufffd"

@@ -1,0 +1,202 @@
+"""The loop: accumulation, shards, resuming to the byte, evaluation, and what the corpora hand out."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+
+import tinylora as tl
+from tinylora import ops
+from tinylora.corpus import Pairs, Text, read_corpus, read_text
+from tinylora.tokenizers import ByteTokenizer
+from tinylora.train import Recipe, bits_per_byte, fit
+
+RECIPE = Recipe(steps=6, batch_size=4, seq_len=16, lr=1e-2, warmup=2, shards=2)
+TEXT = Text([np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 40, np.uint8)])
+
+
+def adapted(dropout=0.0):
+    m = tl.quantize_linears(tiny.model())
+    tl.seed(1)
+    return tl.add_lora(m, r=4, dropout=dropout)
+
+
+def state(m):
+    return {name: p.data.tobytes() for name, p in m.trainable()}
+
+
+def test_training_lowers_the_loss():
+    m = tiny.model()
+    result = fit(m, TEXT, replace(RECIPE, steps=40), progress=False)
+    losses = [row["loss"] for row in result.history]
+    assert np.mean(losses[-5:]) < 0.8 * losses[0]
+    assert result.tape_bytes > 0 and result.optimizer_bytes == 2 * result.gradient_bytes == 2 * sum(p.nbytes for _, p in m.trainable())
+
+
+def test_the_same_seed_gives_the_same_bytes():
+    runs = []
+    for seed in (0, 0, 1):
+        m = adapted(dropout=0.2)
+        fit(m, TEXT, replace(RECIPE, seed=seed), progress=False)
+        runs.append(state(m))
+    assert runs[0] == runs[1] != runs[2]
+
+
+def grads(m, data, recipe):
+    """The gradients of one step, before the optimizer."""
+    from tinylora.train import _step, workers
+
+    with workers(recipe.shards) as pool:
+        loss, _ = _step(m, data, recipe, 0, pool, m.trainable(), None)
+    return loss, {name: p.grad for name, p in m.trainable()}
+
+
+def test_shards_and_accumulation_give_the_gradient_of_the_whole_batch():
+    """Masks differ from row to row, so averaging the micro-batches' means would be wrong."""
+    pairs = Pairs([(list(b"12345678"[:n]), list(b"abcdefghijk"[: 12 - n])) for n in range(1, 9)])
+    m = tiny.randomize_lora(adapted(), np.random.default_rng(0))
+    recipe = replace(RECIPE, batch_size=2, accumulate=3)
+    batches = [pairs.batch(np.random.default_rng([0, 0, i]), 2, 16) for i in range(3)]
+    whole = [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+    loss = ops.softmax_cross_entropy(m(whole[0]), whole[1], whole[2])
+    loss.backward()
+    expected = {name: p.grad for name, p in m.trainable()}
+    for shards in (1, 2):
+        value, got = grads(m, pairs, replace(recipe, shards=shards))
+        assert value == pytest.approx(loss.item(), rel=1e-5)
+        for name in expected:
+            np.testing.assert_allclose(got[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("pager", [None, 4096])
+def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(pager, tmp_path, monkeypatch):
+    def run(out, steps_until_stop=None):
+        m = adapted(dropout=0.1)
+        data = TEXT
+        if steps_until_stop is not None:
+            data = Text(TEXT.sources)
+            calls = iter(range(steps_until_stop))
+            original = data.batch
+
+            def batch(*args):
+                if next(calls, None) is None:
+                    raise Stop
+                return original(*args)
+
+            data.batch = batch
+        fit(m, data, RECIPE, out=out, checkpoint_every=2, progress=False, pager=tl.Pager(pager, 1024) if pager else None)
+        return state(m), (out / "checkpoint.safetensors").read_bytes()
+
+    undisturbed = run(tmp_path / "a")
+    for stop in (1, 3, 3):  # batches drawn before it stops: at steps 1, 3 and, from the checkpoint at 2, 5
+        with pytest.raises(Stop):
+            run(tmp_path / "b", stop)
+    assert run(tmp_path / "b") == undisturbed
+
+
+@pytest.mark.parametrize("change, words", [({"lr": 0.5}, r"its recipe\.lr is 0\.01, this run's is 0\.5"), ({"seed": 3}, r"recipe\.seed")])
+def test_a_checkpoint_of_another_run_is_refused(change, words, tmp_path):
+    fit(adapted(), TEXT, RECIPE, out=tmp_path, progress=False)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=words):
+        fit(adapted(), TEXT, replace(RECIPE, **change), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="its data is"):
+        fit(adapted(), Text([TEXT.sources[0][:300]]), RECIPE, out=tmp_path, progress=False)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_diverging_run_says_so():
+    m = tiny.model()
+    m.model.norm.weight.data[...] = np.inf
+    with pytest.raises(FloatingPointError, match="the loss is nan; lower the learning rate"):
+        fit(m, TEXT, RECIPE, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------------------ evaluation
+def test_bits_per_byte_of_a_uniform_model_is_8():
+    m = tiny.model()
+    m.model.norm.weight.data[...] = 0
+    assert bits_per_byte(m, TEXT, 16) == pytest.approx(8, rel=1e-6)
+
+
+def test_bits_per_byte_is_the_mean_over_every_byte_but_the_first():
+    m, text = tiny.model(), TEXT.sources[0][:50]
+    z = tiny.logits(m, text[None, :-1].astype(np.int64))[0].astype(np.float64)
+    logp = z - np.log(np.exp(z).sum(-1, keepdims=True))
+    expected = -logp[np.arange(49), text[1:]].mean() / math.log(2)
+    assert bits_per_byte(m, Text([text]), seq_len=64) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("n, length, stride", [(50, 16, None), (50, 16, 5), (17, 16, 8), (18, 16, 16), (2, 16, None), (100, 7, 3)])
+def test_windows_score_every_token_once_and_with_context(n, length, stride):
+    source = np.arange(n)
+    inputs, targets, mask = Text([source, source]).windows(length, stride)
+    scored = sorted(targets[mask == 1].tolist())
+    assert scored == sorted([*range(1, n)] * 2)
+    assert (targets[mask == 1] == inputs[mask == 1] + 1).all()
+    position = np.nonzero(mask)[1]
+    late = targets[mask == 1] > length
+    assert (position[late] >= length - (stride or length // 2)).all()
+
+
+# --------------------------------------------------------------------------------------------------------------------- corpora
+def test_a_batch_is_shifted_by_one(rng):
+    inputs, targets, mask = TEXT.batch(rng, 5, 20)
+    assert inputs.shape == targets.shape == mask.shape == (5, 20) and (inputs[:, 1:] == targets[:, :-1]).all() and (mask == 1).all()
+
+
+def test_pairs_put_the_loss_on_the_answer():
+    inputs, targets, mask = Pairs([(list(b"ab"), list(b"cde"))]).windows(6)
+    assert bytes(inputs[0, :4].tolist()) == b"abcd" and bytes(targets[0, :4].tolist()) == b"bcde"
+    assert mask[0].tolist() == [0, 1, 1, 1, 0, 0]
+
+
+def write(path, data):
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("name, data, words", [
+    ("a.txt", b"", "is empty"), ("a.txt", b" \n", "is empty"), ("a.txt", b"abc\xff", "is not UTF-8 text .byte 3 is 0xff"),
+    ("a.jsonl", b'{"prompt": "a"}\n', "line 1: expected a JSON object"), ("a.jsonl", b'{"prompt": "a", "answer": "b"}\nx\n', "line 2"),
+    ("a.jsonl", b'{"prompt": "a", "answer": "b"}\n', "too few"),
+])
+def test_bad_files_get_a_sentence(name, data, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        read_corpus(write(tmp_path / name, data), ByteTokenizer())
+
+
+def test_good_files_are_split(tmp_path):
+    train, heldout = read_corpus(write(tmp_path / "a.txt", b"abcdefghij" * 10), ByteTokenizer())
+    assert (train.tokens, heldout.tokens) == (90, 10)
+    line = b'{"prompt": "Q", "answer": "A"}\n'
+    train, heldout = read_corpus(write(tmp_path / "a.jsonl", line * 10), ByteTokenizer())
+    assert (len(train.pairs), len(heldout.pairs)) == (9, 1)
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "none")
+    with pytest.raises(ValueError, match="too short for sequences of 200"):
+        train_text = Text([np.arange(100)])
+        train_text.batch(np.random.default_rng(0), 1, 200)
+
+
+def test_the_embedded_text_is_split_by_entries():
+    from tinylora.data import jargon
+
+    train, heldout = (jargon(split).decode().split("\n\n") for split in ("train", "heldout"))
+    heads = [{entry.split("\n", 1)[0] for entry in part} for part in (train, heldout)]
+    assert not heads[0] & heads[1] and len(heads[1]) > 200
+    with pytest.raises(ValueError, match="split 'test' is unknown"):
+        jargon("test")
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"batch_size": -1}, {"shards": 0}])
+def test_bad_recipes(change):
+    with pytest.raises(ValueError, match="expected 1 or more"):
+        replace(RECIPE, **change)
