@@ -11,6 +11,7 @@ order: the number of shards is part of the recipe, the number of cores is not.
 import contextlib
 import json
 import math
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -76,10 +77,16 @@ def workers(n):
         yield pool
 
 
-def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False):
-    """−Σ log₂ p(target | context) / bytes of text, every token of `data` scored once (see `windows`)."""
+def progress_bar(iterable, enabled, **options):
+    """tqdm that redraws twice a second on a terminal and prints a line every half minute into a file."""
+
     from tqdm import tqdm
 
+    return tqdm(iterable, disable=not enabled, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
+
+
+def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False):
+    """−Σ log₂ p(target | context) / bytes of text, every token of `data` scored once (see `windows`)."""
     inputs, targets, mask = data.windows(seq_len)
     training = model.training
 
@@ -93,7 +100,7 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     try:
         with workers(shards) as pool:
             parts = [slice(i, i + batch_size) for i in range(0, len(inputs), batch_size)]
-            total = math.fsum(tqdm(pool.map(nats, parts), total=len(parts), desc="held-out", leave=False, disable=not progress))
+            total = math.fsum(progress_bar(pool.map(nats, parts), progress, total=len(parts), desc="held-out", leave=False))
     finally:
         model.train(training)
     return total / math.log(2) * (data.tokens / data.nbytes) / float(mask.sum())
@@ -107,8 +114,6 @@ def fit(model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_ev
                               checkpoint that lies there is resumed if it is of the same run, refused with a sentence if it is not
     about                     what identifies the run besides the recipe (base model, adapters), compared on resuming
     """
-    from tqdm import tqdm
-
     trainable = model.trainable()
     optimizer = AdamW([{"params": [(n, p) for n, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
                        {"params": [(n, p) for n, p in trainable if p.ndim < 2], "weight_decay": 0.0}],
@@ -122,8 +127,8 @@ def fit(model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_ev
     weights = [w for _, w in model.named_parameters()]
     model.train()
     began, losses = time.perf_counter(), None
-    with workers(recipe.shards) as pool, tqdm(range(first, recipe.steps), initial=first, total=recipe.steps, unit="step",
-                                              disable=not progress, mininterval=0.5) as bar:
+    with workers(recipe.shards) as pool, progress_bar(range(first, recipe.steps), progress, initial=first, total=recipe.steps,
+                                                      unit="step") as bar:
         for step in bar:
             loss, tape = _step(model, data, recipe, step, pool, trainable, weights if step == first else None)
             result.tape_bytes = max(result.tape_bytes, tape)
@@ -145,8 +150,8 @@ def fit(model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_ev
             seen = (step + 1 - first) * recipe.accumulate * recipe.batch_size * recipe.seq_len
             result.seconds = time.perf_counter() - began
             result.tokens_per_second = seen / result.seconds
-            bar.set_postfix_str(f"loss {losses:.3f}, {result.tokens_per_second:,.0f} tokens/s"
-                                + (f", held-out {row['heldout']:.3f}" if "heldout" in row else ""))
+            heldout_text = f", held-out {row['heldout']:.3f}" if "heldout" in row else ""
+            bar.set_postfix_str(f"loss {losses:.3f}, {result.tokens_per_second:,.0f} tokens/s{heldout_text}", refresh=False)
             if path and (last or checkpoint_every and (step + 1) % checkpoint_every == 0):
                 _save(path, identity, trainable, optimizer, result)
     model.eval()

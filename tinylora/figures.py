@@ -1,0 +1,60 @@
+"""Pictures, drawn with matplotlib (extra `notebooks` or `dev`) and written as SVG. One function a figure; each carries a number."""
+
+from pathlib import Path
+
+import numpy as np
+
+from . import files
+
+_COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3")
+
+
+def require_matplotlib():
+    """matplotlib.pyplot with a backend that needs no screen; a sentence if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'") from None
+    matplotlib.use("agg")
+    matplotlib.rcParams.update({"svg.hashsalt": "tinylora", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure, path):
+    """Write the figure as SVG, atomically and without a date, so that equal figures are equal files."""
+    with files.atomic(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "svg", bbox_inches="tight", metadata={"Date": None})
+    require_matplotlib().close(figure)
+
+
+def comparison(reports, path):
+    """Held-out bits per byte of each method (dots: seeds, bar: their mean) beside the bytes of weights, state and tape."""
+    from .finetune import METHODS
+
+    plt = require_matplotlib()
+    names = [METHODS[m][0].replace(" + double quantization", "\n+ double quantization").replace(", ", ",\n", 1) for m in reports]
+    after = [[r.after for r in rs] for rs in reports.values()]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.08}, sharey=True)
+    y = np.arange(len(names))[::-1]
+    for row, scores, colour in zip(y, after, _COLOURS, strict=False):
+        left.plot([np.mean(scores)] * 2, [row - 0.3, row + 0.3], color=colour, lw=3)
+        left.plot(scores, [row] * len(scores), "o", color=colour, ms=4, mec="white", mew=0.5)
+        left.annotate(f"{np.mean(scores):.4f}", (max(scores), row), textcoords="offset points", xytext=(8, -3))
+    left.margins(x=0.2)
+    left.set_yticks(y, names)
+    left.set_xlabel("held-out bits per byte after fine-tuning\n(bar: mean over seeds, dots: seeds)")
+    parts = (("weights", ("frozen weights", "trained weights"), "#9aa5b1"), ("gradients", ("gradients",), "#c9b26b"),
+             ("optimizer state", ("optimizer state",), "#b07aa1"))
+    start = np.zeros(len(names))
+    for label, keys, colour in parts:
+        size = np.array([sum(rs[0].bytes[k] for k in keys) / 1e6 for rs in reports.values()])
+        right.barh(y, size, left=start, height=0.6, color=colour, label=label)
+        start += size
+    for row, total in zip(y, start, strict=True):
+        right.annotate(f"{total:.1f}", (total, row), textcoords="offset points", xytext=(4, -3))
+    right.set_xlabel("MB held beside the tape")
+    right.margins(x=0.15)
+    right.legend(frameon=False, loc="lower right", fontsize=8)
+    save(figure, path)
