@@ -2,10 +2,10 @@
 
 import importlib.util
 
+import fake_cupy
 import numpy as np
 import pytest
 
-import fake_cupy
 from tinylora import backend
 
 

@@ -5,8 +5,9 @@
     * a function that CuPy lacks is missing here (`errstate`, `erf`, `vecdot`, `maximum.reduceat`, …): only those listed exist
     * with `limit` set, an allocation that would exceed it raises OutOfMemoryError
 
-It is stricter than CuPy in one way: NumPy's own functions refuse a device array, where CuPy would take over. Not a simulation of speed,
-streams or asynchrony. tinylora finds it as it finds CuPy, by the module that an array's type came from.
+It is stricter than CuPy in one way: NumPy's own functions refuse a device array, where CuPy would take over. Not a
+simulation of speed, streams or asynchrony. tinylora finds it as it finds CuPy, by the module that an array's type came
+from.
 """
 
 import sys
@@ -16,12 +17,72 @@ import weakref
 import numpy as np
 
 float32, float64, float16, uint8, uint16, uint32, int64 = (
-    np.float32, np.float64, np.float16, np.uint8, np.uint16, np.uint32, np.int64)
+    np.float32,
+    np.float64,
+    np.float16,
+    np.uint8,
+    np.uint16,
+    np.uint32,
+    np.int64,
+)
 newaxis, inf, nan, pi = None, np.inf, np.nan, np.pi
 
-_FUNCTIONS = """abs add all any arange argmax argsort array_equal ascontiguousarray broadcast_to clip concatenate cos cumsum divide
-empty empty_like equal exp expand_dims flatnonzero full full_like greater isfinite isnan less_equal log log1p matmul maximum mean minimum
-multiply ones ones_like outer prod repeat sign sin sqrt square stack subtract sum take tanh triu tril vdot where zeros zeros_like""".split()
+_FUNCTIONS = [
+    "abs",
+    "add",
+    "all",
+    "any",
+    "arange",
+    "argmax",
+    "argsort",
+    "array_equal",
+    "ascontiguousarray",
+    "broadcast_to",
+    "clip",
+    "concatenate",
+    "cos",
+    "cumsum",
+    "divide",
+    "empty",
+    "empty_like",
+    "equal",
+    "exp",
+    "expand_dims",
+    "flatnonzero",
+    "full",
+    "full_like",
+    "greater",
+    "isfinite",
+    "isnan",
+    "less_equal",
+    "log",
+    "log1p",
+    "matmul",
+    "maximum",
+    "mean",
+    "minimum",
+    "multiply",
+    "ones",
+    "ones_like",
+    "outer",
+    "prod",
+    "repeat",
+    "sign",
+    "sin",
+    "sqrt",
+    "square",
+    "stack",
+    "subtract",
+    "sum",
+    "take",
+    "tanh",
+    "triu",
+    "tril",
+    "vdot",
+    "where",
+    "zeros",
+    "zeros_like",
+]
 
 counters = {"to_device": 0, "to_host": 0}
 memory = {"used": 0, "limit": None}
@@ -49,7 +110,9 @@ def _wrap(a):
     x._a = a
     if a.base is None:
         if memory["limit"] is not None and memory["used"] + a.nbytes > memory["limit"]:
-            raise OutOfMemoryError(f"out of memory allocating {a.nbytes:,} bytes (allocated so far: {memory['used']:,})")
+            raise OutOfMemoryError(
+                f"out of memory allocating {a.nbytes:,} bytes (allocated so far: {memory['used']:,})"
+            )
         memory["used"] += a.nbytes
         weakref.finalize(x, _release, a.nbytes)
     _wrapped[id(a)] = x
@@ -145,16 +208,49 @@ def _method(name):
             getattr(self._a, name)(*map(_unwrap, args))
             return self
         return _call(getattr(self._a, name), *args, **kwargs)
+
     return method
 
 
-_BINARY = "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split()
+_BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift"]
 _IN_PLACE = {f"__i{name}__" for name in _BINARY}
-for _name in (*(f"__{n}__" for n in _BINARY), *(f"__r{n}__" for n in _BINARY), *_IN_PLACE, "__neg__", "__abs__", "__invert__", "__eq__",
-              "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "all", "any", "argmax", "argmin", "astype", "copy", "cumsum", "dot",
-              "fill", "max", "mean", "min", "ravel", "repeat", "reshape", "squeeze", "sum", "swapaxes", "take", "transpose", "view"):
+for _name in (
+    *(f"__{n}__" for n in _BINARY),
+    *(f"__r{n}__" for n in _BINARY),
+    *_IN_PLACE,
+    "__neg__",
+    "__abs__",
+    "__invert__",
+    "__eq__",
+    "__ne__",
+    "__lt__",
+    "__le__",
+    "__gt__",
+    "__ge__",
+    "all",
+    "any",
+    "argmax",
+    "argmin",
+    "astype",
+    "copy",
+    "cumsum",
+    "dot",
+    "fill",
+    "max",
+    "mean",
+    "min",
+    "ravel",
+    "repeat",
+    "reshape",
+    "squeeze",
+    "sum",
+    "swapaxes",
+    "take",
+    "transpose",
+    "view",
+):
     setattr(ndarray, _name, _method(_name))
-for _name in "shape dtype ndim size nbytes flags strides itemsize T mT".split():
+for _name in ["shape", "dtype", "ndim", "size", "nbytes", "flags", "strides", "itemsize", "T", "mT"]:
     setattr(ndarray, _name, property(lambda self, n=_name: _wrap(getattr(self._a, n))))
 
 for _name in _FUNCTIONS:

@@ -1,7 +1,8 @@
 """The one helper that checks an operation: its value, and each pullback against central differences in float64.
 
-Along a random direction d, ⟨x̄, d⟩ must equal (f(x + h d) − f(x − h d)) / 2h, with f = ⟨ḡ, op(x)⟩ for a random ḡ. With float64 and two
-step sizes combined (Richardson, error O(h⁴)) the relative error is below 1e-7. The same inputs in float32 must give float32.
+Along a random direction d, ⟨x̄, d⟩ must equal (f(x + h d) − f(x − h d)) / 2h, with f = ⟨ḡ, op(x)⟩ for a random ḡ. With
+float64 and two step sizes combined (Richardson, error O(h⁴)) the relative error is below 1e-7. The same inputs in
+float32 must give float32.
 """
 
 import numpy as np
@@ -13,7 +14,8 @@ def check(op, *arrays, xp=np, value=None, rng=None, atol=0.0, rtol=1e-7):
     """Check op(*tensors) at float64 host arrays.
 
     value   a plain NumPy function for the expected result
-    Every array becomes a Tensor that requires a gradient; bind other arguments with a lambda. Non-contiguous arrays stay so.
+    Every array becomes a Tensor that requires a gradient; bind other arguments with a lambda. Non-contiguous arrays
+    stay so.
     """
     rng = rng or np.random.default_rng(0)
 
@@ -38,7 +40,7 @@ def check(op, *arrays, xp=np, value=None, rng=None, atol=0.0, rtol=1e-7):
         d /= max(np.linalg.norm(d), 1e-300)
 
         def slope(h, x=x, d=d, i=i):
-            plus, minus = ([*arrays[:i], x + s * h * d, *arrays[i + 1:]] for s in (1, -1))
+            plus, minus = ([*arrays[:i], x + s * h * d, *arrays[i + 1 :]] for s in (1, -1))
             return (f(plus) - f(minus)) / (2 * h)
 
         h = 1e-3
@@ -46,7 +48,8 @@ def check(op, *arrays, xp=np, value=None, rng=None, atol=0.0, rtol=1e-7):
         analytic = float((backend.move(t.grad, "cpu") * d).sum())
         scale = max(abs(numeric), abs(analytic), float(np.linalg.norm(backend.move(t.grad, "cpu"))), 1e-3)
         assert abs(numeric - analytic) <= rtol * scale + atol, (
-            f"input {i}: pullback {analytic}, central difference {numeric}, relative error {abs(numeric - analytic) / scale:.2e}")
+            f"input {i}: pullback {analytic}, central difference {numeric}, relative error {abs(numeric - analytic) / scale:.2e}"
+        )
 
     y32, t32 = run(arrays, np.float32)
     assert y32.dtype == np.float32, f"float32 in, {y32.dtype} out"
@@ -56,7 +59,7 @@ def check(op, *arrays, xp=np, value=None, rng=None, atol=0.0, rtol=1e-7):
 
 
 def _to(xp, x, dtype):
-    """x in a dtype on xp's device, its memory layout kept (astype keeps strides; a device copy of a transposed array is transposed back)."""
+    """x in a dtype on xp's device, its memory layout kept: a transposed array comes out transposed."""
     x = x.astype(dtype, order="K")
     if xp is np:
         return x

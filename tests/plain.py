@@ -10,7 +10,7 @@ def quantize_4bit(w, code, blocksize):
     flat, codes, scales = w.astype(f32).reshape(-1), [], []
     bounds = [f32((code[i] + code[i + 1]) / f32(2)) for i in range(len(code) - 1)]
     for start in range(0, len(flat), blocksize):
-        block = flat[start:start + blocksize]
+        block = flat[start : start + blocksize]
         absmax = f32(max(abs(x) for x in block))
         whole = len(block) == blocksize
         if not whole:

@@ -13,8 +13,23 @@ import tiny
 
 from tinylora.cli import main
 
-TEXT = "\n\n".join(f"term {i}\n  n. A word that was made for the {i}th test, and means nothing else." for i in range(60))
-QUICK = ["--batch-size", "2", "--seq-len", "32", "--warmup", "2", "--page-budget", "8k", "--page-bytes", "2k", "-r", "2"]
+TEXT = "\n\n".join(
+    f"term {i}\n  n. A word that was made for the {i}th test, and means nothing else." for i in range(60)
+)
+QUICK = [
+    "--batch-size",
+    "2",
+    "--seq-len",
+    "32",
+    "--warmup",
+    "2",
+    "--page-budget",
+    "8k",
+    "--page-bytes",
+    "2k",
+    "-r",
+    "2",
+]
 
 
 @pytest.fixture
@@ -28,22 +43,52 @@ def setup(tmp_path):
 def test_finetune_ends_with_the_whole_account(setup, tmp_path, capsys):
     assert main(["finetune", *setup, *QUICK, "--steps", "4", "--out", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out
-    for words in ("held-out bits per byte, before", "held-out bits per byte, after", "trainable parameters", "bits per quantized parameter",
-                  "bytes: frozen weights", "bytes: gradients", "bytes: optimizer state", "bytes: tape, peak", "page faults", "bytes moved by paging",
-                  "sample, before", "sample, after", "the adapter lies in"):
+    for words in (
+        "held-out bits per byte, before",
+        "held-out bits per byte, after",
+        "trainable parameters",
+        "bits per quantized parameter",
+        "bytes: frozen weights",
+        "bytes: gradients",
+        "bytes: optimizer state",
+        "bytes: tape, peak",
+        "page faults",
+        "bytes moved by paging",
+        "sample, before",
+        "sample, after",
+        "the adapter lies in",
+    ):
         assert words in printed
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["paging"]["faults"] > report["paging"]["pages"] > 4
     assert report["bytes"]["optimizer state, resident at most"] <= 8192 < report["bytes"]["optimizer state"]
-    assert main(["generate", *setup[:2], "--adapter", str(tmp_path / "run" / "adapter"), "--quantize", "nf4", "--prompt", "term",
-                 "--max-new-tokens", "8"]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                *setup[:2],
+                "--adapter",
+                str(tmp_path / "run" / "adapter"),
+                "--quantize",
+                "nf4",
+                "--prompt",
+                "term",
+                "--max-new-tokens",
+                "8",
+            ]
+        )
+        == 0
+    )
     assert capsys.readouterr().out.startswith("term")
 
 
 def test_prompt_and_answer_files_train_too(setup, tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(json.dumps({"prompt": f"{i}+{i}=", "answer": f"{2 * i}\n"}) for i in range(40)))
-    assert main(["finetune", *setup[:2], "--text", str(pairs), *QUICK, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        main(["finetune", *setup[:2], "--text", str(pairs), *QUICK, "--steps", "2", "--out", str(tmp_path / "run")])
+        == 0
+    )
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora-fp4", "qlora-int4"])
@@ -54,7 +99,19 @@ def test_other_methods(method, setup, tmp_path, capsys):
 
 def test_compare_prints_one_table_and_draws_one_figure(setup, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    command = ["finetune", *setup, *QUICK, "--steps", "2", "--compare", "--seeds", "0", "1", "--out", str(tmp_path / "run")]
+    command = [
+        "finetune",
+        *setup,
+        *QUICK,
+        "--steps",
+        "2",
+        "--compare",
+        "--seeds",
+        "0",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert len(re.findall(r"^(full|LoRA|QLoRA)", printed, re.M)) == 5
@@ -67,8 +124,26 @@ def test_compare_prints_one_table_and_draws_one_figure(setup, tmp_path, capsys):
 
 def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(setup, tmp_path):
     def start(out):
-        return subprocess.Popen([sys.executable, "-m", "tinylora.cli", "finetune", *setup, *QUICK, "--dropout", "0.1", "--steps", "400",
-                                 "--checkpoint-every", "7", "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tinylora.cli",
+                "finetune",
+                *setup,
+                *QUICK,
+                "--dropout",
+                "0.1",
+                "--steps",
+                "400",
+                "--checkpoint-every",
+                "7",
+                "--out",
+                str(out),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
 
     whole = start(tmp_path / "whole")
     assert whole.wait(120) == 0, whole.stderr.read().decode()
@@ -94,23 +169,61 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(setup, tmp
 def test_pretrain_writes_a_folder_with_a_card(tmp_path, capsys):
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(TEXT * 4)
-    command = ["pretrain", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--out", str(tmp_path / "base"), "--steps", "3", "--batch-size", "2",
-               "--seq-len", "32", "--hidden-size", "16", "--intermediate-size", "24", "--num-hidden-layers", "1"]
+    command = [
+        "pretrain",
+        str(tmp_path / "a.txt"),
+        str(tmp_path / "b.txt"),
+        "--out",
+        str(tmp_path / "base"),
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--seq-len",
+        "32",
+        "--hidden-size",
+        "16",
+        "--intermediate-size",
+        "24",
+        "--num-hidden-layers",
+        "1",
+    ]
     assert main(command) == 0
     card = (tmp_path / "base" / "README.md").read_text()
     assert "| a |" in card and "bits per byte" in card and "| steps | 3 |" in card and "| seed | 0 |" in card
     capsys.readouterr()
-    assert main(["generate", "--model", str(tmp_path / "base"), "--prompt", "x", "--max-new-tokens", "4", "--out", str(tmp_path / "t.txt")]) == 0
+    assert (
+        main(
+            [
+                "generate",
+                "--model",
+                str(tmp_path / "base"),
+                "--prompt",
+                "x",
+                "--max-new-tokens",
+                "4",
+                "--out",
+                str(tmp_path / "t.txt"),
+            ]
+        )
+        == 0
+    )
     assert (tmp_path / "t.txt").read_text().startswith("x")
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--target-modules", "query"], "target module 'query' does not exist; the linear layers are down_proj"),
-    (["-r", "0"], "r = 0"), (["--page-budget", "1k", "--page-bytes", "2k"], "budget of 1024 bytes is smaller than one page of 2048"),
-    (["--model", "nowhere"], "nowhere: expected 'base' or a folder"), (["--text", "nowhere"], "nowhere does not exist"),
-    (["--device", "cuda"], "device cuda: CuPy is"), (["--dropout", "1"], "dropout = 1.0"),
-    (["--seq-len", "5000"], "too short for sequences of 5000"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--target-modules", "query"], "target module 'query' does not exist; the linear layers are down_proj"),
+        (["-r", "0"], "r = 0"),
+        (["--page-budget", "1k", "--page-bytes", "2k"], "budget of 1024 bytes is smaller than one page of 2048"),
+        (["--model", "nowhere"], "nowhere: expected 'base' or a folder"),
+        (["--text", "nowhere"], "nowhere does not exist"),
+        (["--device", "cuda"], "device cuda: CuPy is"),
+        (["--dropout", "1"], "dropout = 1.0"),
+        (["--seq-len", "5000"], "too short for sequences of 5000"),
+    ],
+)
 def test_bad_input_is_one_sentence(arguments, words, setup, tmp_path, capsys, monkeypatch):
     import importlib.util
 
@@ -123,7 +236,9 @@ def test_bad_input_is_one_sentence(arguments, words, setup, tmp_path, capsys, mo
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["finetune", "--steps", "0"], ["finetune", "--page-budget", "lots"], ["dance"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["finetune", "--steps", "0"], ["finetune", "--page-budget", "lots"], ["dance"]]
+)
 def test_bad_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)

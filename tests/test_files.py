@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,22 +13,32 @@ from tinylora.dtypes import BFloat16Array
 
 
 def test_safetensors_round_trip(tmp_path, rng):
-    tensors = {"a": rng.standard_normal((2, 3)).astype(np.float32), "b": np.arange(4, dtype=np.uint8), "h": np.ones(3, np.float16),
-               "c": BFloat16Array.of(rng.standard_normal((5,)).astype(np.float32)), "zero": np.zeros((0, 3), np.int64),
-               "t": rng.standard_normal((3, 4)).astype(np.float32).T, "scalar": np.array(3, np.int64)}
+    tensors = {
+        "a": rng.standard_normal((2, 3)).astype(np.float32),
+        "b": np.arange(4, dtype=np.uint8),
+        "h": np.ones(3, np.float16),
+        "c": BFloat16Array.of(rng.standard_normal((5,)).astype(np.float32)),
+        "zero": np.zeros((0, 3), np.int64),
+        "t": rng.standard_normal((3, 4)).astype(np.float32).T,
+        "scalar": np.array(3, np.int64),
+    }
     files.save_safetensors(tmp_path / "x.safetensors", tensors, {"k": "v"})
     again, metadata = files.load_safetensors(tmp_path / "x.safetensors")
     assert metadata == {"k": "v"} and again.keys() == tensors.keys()
     assert again["c"].bits.tobytes() == tensors["c"].bits.tobytes()
     for name in tensors.keys() - {"c"}:
-        assert again[name].dtype == tensors[name].dtype and (again[name] == tensors[name]).all() and again[name].shape == tensors[name].shape
+        assert (
+            again[name].dtype == tensors[name].dtype
+            and (again[name] == tensors[name]).all()
+            and again[name].shape == tensors[name].shape
+        )
 
 
 def test_an_error_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     files.write_text(path, "old")
     with pytest.raises(KeyError), files.atomic(path) as temporary:
-        open(temporary, "w").write("half of the new")
+        Path(temporary).write_text("half of the new")
         raise KeyError("a bug")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 

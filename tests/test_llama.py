@@ -37,8 +37,16 @@ def test_names_are_hugging_faces():
     names = [name for name, _ in tiny.model(tie_word_embeddings=False).named_parameters()]
     assert names[0] == "model.embed_tokens.weight" and names[-2:] == ["model.norm.weight", "lm_head.weight"]
     assert {n.removeprefix("model.layers.1.") for n in names if ".1." in n} == {
-        "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight", "mlp.gate_proj.weight",
-        "mlp.up_proj.weight", "mlp.down_proj.weight", "input_layernorm.weight", "post_attention_layernorm.weight"}
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.o_proj.weight",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+    }
 
 
 def test_a_device_model_computes_what_the_host_model_computes(xp, rng):
@@ -77,12 +85,15 @@ def test_the_cache_changes_nothing(steps, rng):
     whole, cache, start, parts = tiny.logits(m, x), KVCache(10), 0, []
     for n in steps:
         with no_grad():
-            parts.append(m(x[:, start:start + n], cache).data)
+            parts.append(m(x[:, start : start + n], cache).data)
         start += n
     np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 5}, {"temperature": 1.0, "top_p": 0.7}])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 5}, {"temperature": 1.0, "top_p": 0.7}],
+)
 def test_generation_with_a_cache_equals_generation_without(options):
     m = tiny.model()
     with_cache, without = (list(m.stream("Hello", 100, use_cache=c, seed=4, **options)) for c in (True, False))
@@ -95,8 +106,15 @@ def test_generation_depends_on_the_seed_only_through_the_seed():
     assert list(m.stream("a", 50, temperature=0, stop=int(next(m.stream("a", 1, temperature=0)))))[1:] == []
 
 
-@pytest.mark.parametrize("options, words", [({"temperature": -1}, "temperature = -1"), ({"top_p": 0}, "top_p = 0"), ({"top_k": 0}, "top_k = 0"),
-                                            ({"prompt": ""}, "prompt is empty")])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": -1}, "temperature = -1"),
+        ({"top_p": 0}, "top_p = 0"),
+        ({"top_k": 0}, "top_k = 0"),
+        ({"prompt": ""}, "prompt is empty"),
+    ],
+)
 def test_bad_generation_options(options, words):
     with pytest.raises(ValueError, match=words):
         tiny.model().generate(**({"prompt": "a"} | options))
@@ -112,7 +130,9 @@ def test_a_folder_round_trip(tied, dtype, tmp_path, rng):
     for (name, a), (_, b) in zip(m.named_parameters(), again.named_parameters(), strict=True):
         expected = a.data if dtype == "float32" else tl.dtypes.round_to(a.data, "bfloat16")
         assert b.data.tobytes() == expected.tobytes(), name
-    assert (tmp_path / "model.safetensors").stat().st_size < sum(p.size for p in m.parameters()) * (4 if dtype == "float32" else 2) + 4000
+    assert (tmp_path / "model.safetensors").stat().st_size < sum(p.size for p in m.parameters()) * (
+        4 if dtype == "float32" else 2
+    ) + 4000
 
 
 def rewrite(folder, **changes):
@@ -120,13 +140,22 @@ def rewrite(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("changes, words", [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2', tinylora reads 'llama'"), ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ({"rope_scaling": {"type": "linear"}}, "rope_scaling"), ({"attention_bias": True}, "attention_bias"),
-    ({"intermediate_size": 64}, r"does not fit its config\.json: .*has shape \(48, 32\), the model's is \(64, 32\)"),
-    ({"num_hidden_layers": 3}, "does not fit its config.json: .*missing"), ({"num_key_value_heads": 3}, "not a multiple"),
-    ({"vocab_size": 300}, "vocab_size is 300"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', tinylora reads 'llama'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
+        ({"attention_bias": True}, "attention_bias"),
+        (
+            {"intermediate_size": 64},
+            r"does not fit its config\.json: .*has shape \(48, 32\), the model's is \(64, 32\)",
+        ),
+        ({"num_hidden_layers": 3}, "does not fit its config.json: .*missing"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"vocab_size": 300}, "vocab_size is 300"),
+    ],
+)
 def test_a_config_that_does_not_fit(changes, words, tmp_path):
     tiny.model().save_pretrained(tmp_path)
     rewrite(tmp_path, **changes)
@@ -143,7 +172,9 @@ def test_a_missing_folder_and_a_broken_config(tmp_path):
         Llama.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:20], lambda b: b"", lambda b: b"\xff" * 8 + b[8:]])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b[:20], lambda b: b"", lambda b: b"\xff" * 8 + b[8:]]
+)
 def test_a_damaged_weights_file(damage, tmp_path):
     tiny.model().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
@@ -153,8 +184,17 @@ def test_a_damaged_weights_file(damage, tmp_path):
 
 
 def test_older_configs_are_read():
-    c = LlamaConfig.from_dict({"model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
-                               "num_attention_heads": 2, "rope_theta": 5e5})
+    c = LlamaConfig.from_dict(
+        {
+            "model_type": "llama",
+            "vocab_size": 10,
+            "hidden_size": 8,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "rope_theta": 5e5,
+        }
+    )
     assert (c.num_key_value_heads, c.rope_theta, c.tie_word_embeddings, c.head_dim) == (2, 5e5, False, 4)
     assert LlamaConfig.from_dict(c.to_dict()) == c
 

@@ -61,7 +61,10 @@ def test_gradients_are_s_Bt_G_and_s_G_At(rng):
 def test_the_gradient_of_x_goes_through_the_dequantized_weight(rng):
     base = Linear(64, 12)
     q = Linear4bit.of(base)
-    x, g = Tensor(rng.standard_normal((5, 64)).astype(np.float32), requires_grad=True), rng.standard_normal((5, 12)).astype(np.float32)
+    x, g = (
+        Tensor(rng.standard_normal((5, 64)).astype(np.float32), requires_grad=True),
+        rng.standard_normal((5, 12)).astype(np.float32),
+    )
     q(x).backward(g)
     np.testing.assert_allclose(x.grad, g @ q.dense(), rtol=1e-5, atol=1e-5)
     assert np.abs(x.grad - g @ base.dense()).max() > 1e-3
@@ -113,7 +116,9 @@ def test_merging_into_4_bits_reports_its_error(rng):
     merged = h.merge()
     assert isinstance(merged, Linear4bit) and merged.weight.double_quant and merged.weight.code_name == "nf4"
     wanted = h.base_layer.dense() + h.delta()
-    assert merged.merge_error == pytest.approx(np.linalg.norm(merged.dense() - wanted) / np.linalg.norm(wanted), rel=1e-5)
+    assert merged.merge_error == pytest.approx(
+        np.linalg.norm(merged.dense() - wanted) / np.linalg.norm(wanted), rel=1e-5
+    )
     assert 0.01 < merged.merge_error < 0.2
 
 
@@ -142,10 +147,16 @@ def test_detach_restores_the_base_bit_for_bit_and_attach_puts_another_on(rng):
 
 
 # ---------------------------------------------------------------------------------------------------------- targets and counts
-@pytest.mark.parametrize("targets, count", [
-    ("all-linear", 14), (["q_proj", "v_proj"], 4), (["self_attn.q_proj"], 2), (["model.layers.1.mlp.up_proj"], 1),
-    (r".*layers\.0\.mlp\..*", 3),
-])
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        ("all-linear", 14),
+        (["q_proj", "v_proj"], 4),
+        (["self_attn.q_proj"], 2),
+        (["model.layers.1.mlp.up_proj"], 1),
+        (r".*layers\.0\.mlp\..*", 3),
+    ],
+)
 def test_targets(targets, count):
     assert len(lora.adapters(tl.add_lora(tiny.model(), r=2, target_modules=targets))) == count
 
@@ -156,13 +167,19 @@ def test_all_linear_leaves_the_head_out():
     assert len(lora.adapters(tl.add_lora(tiny.model(tie_word_embeddings=False), r=2, target_modules=["lm_head"]))) == 1
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"target_modules": ["q_proj", "query"]}, "'query' does not exist; the linear layers are down_proj, gate_proj, k_proj, o_proj"),
-    ({"target_modules": "query.*"}, "matches no layer; the layers are named down_proj"),
-    ({"r": 0}, "r = 0, expected a whole number, 1 or more"),
-    ({"r": 2.5}, "r = 2.5"),
-    ({"dropout": 1.0}, "dropout = 1.0"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"target_modules": ["q_proj", "query"]},
+            "'query' does not exist; the linear layers are down_proj, gate_proj, k_proj, o_proj",
+        ),
+        ({"target_modules": "query.*"}, "matches no layer; the layers are named down_proj"),
+        ({"r": 0}, "r = 0, expected a whole number, 1 or more"),
+        ({"r": 2.5}, "r = 2.5"),
+        ({"dropout": 1.0}, "dropout = 1.0"),
+    ],
+)
 def test_bad_choices_get_a_sentence_and_change_nothing(options, words):
     m = tiny.model()
     with pytest.raises(ValueError, match=words):
@@ -185,8 +202,10 @@ def test_counts_are_of_weights_and_not_of_bytes():
     tl.add_lora(tl.quantize_linears(m), r=2)
     added = sum(2 * (layer.in_features + layer.out_features) for _, layer in lora.adapters(m))
     assert lora.count_parameters(m) == (added, total + added)
-    assert tl.trainable_parameters(m) == (f"trainable params: {added:,d} || all params: {total + added:,d} || "
-                                          f"trainable%: {100 * added / (total + added):.4f}")
+    assert tl.trainable_parameters(m) == (
+        f"trainable params: {added:,d} || all params: {total + added:,d} || "
+        f"trainable%: {100 * added / (total + added):.4f}"
+    )
 
 
 def test_quantizing_leaves_embeddings_norms_and_head_alone():
@@ -209,16 +228,26 @@ def test_only_the_adapter_is_on_the_tape_beside_activations(rng):
 
     full, frozen = held(tiny.model()), held(tl.add_lora(tiny.model(), r=2, target_modules=["q_proj", "v_proj"]))
     tokens, c = x.size, tiny.CONFIG
-    inputs_of_frozen_layers = 4 * tokens * c.num_hidden_layers * (c.hidden_size + c.hidden_size + c.intermediate_size)  # o, gate and up, down
+    inputs_of_frozen_layers = (
+        4 * tokens * c.num_hidden_layers * (c.hidden_size + c.hidden_size + c.intermediate_size)
+    )  # o, gate and up, down
     assert full - frozen > inputs_of_frozen_layers
 
 
 # ---------------------------------------------------------------------------------------------------------------- PEFT's files
 def test_an_adapter_survives_the_disk(tmp_path, rng):
-    m, x = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, alpha=6, target_modules=["q_proj", "down_proj"]), rng), tiny.ids(rng, 1, 9)
+    m, x = (
+        tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, alpha=6, target_modules=["q_proj", "down_proj"]), rng),
+        tiny.ids(rng, 1, 9),
+    )
     peft.save_adapter(m, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]) == ("LORA", 4, 6, ["down_proj", "q_proj"])
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]) == (
+        "LORA",
+        4,
+        6,
+        ["down_proj", "q_proj"],
+    )
     again = peft.load_adapter(tiny.model(), tmp_path)
     assert tiny.logits(again, x).tobytes() == tiny.logits(m, x).tobytes()
     assert again.lora_config == m.lora_config
@@ -234,17 +263,25 @@ def test_saving_twice_gives_the_same_bytes(tmp_path, rng):
 
 def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, rng):
     peft.save_adapter(tl.add_lora(tiny.model(), r=4), tmp_path)
-    for changes, words in (({"intermediate_size": 64}, r"needs \(4, 32\) and \(64, 4\)"), ({"num_hidden_layers": 1}, "which the model lacks")):
+    for changes, words in (
+        ({"intermediate_size": 64}, r"needs \(4, 64\) and \(32, 4\)"),
+        ({"num_hidden_layers": 1}, "which the model lacks"),
+    ):
         other = tiny.model(**changes)
         with pytest.raises(ValueError, match=words):
             peft.load_adapter(other, tmp_path)
         assert not lora.adapters(other)
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"use_dora": True}, "use_dora = True is not supported"), ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-    ({"bias": "all"}, "bias = 'all'"), ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"use_dora": True}, "use_dora = True is not supported"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+    ],
+)
 def test_what_is_not_read_is_refused(change, words, tmp_path):
     peft.save_adapter(tl.add_lora(tiny.model(), r=4), tmp_path)
     path = tmp_path / "adapter_config.json"

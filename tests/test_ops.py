@@ -12,7 +12,12 @@ def away_from_zero(rng, *shape):
     return x + np.sign(x) * 0.3
 
 
-SHAPES = {"same": ((3, 4), (3, 4)), "broadcast": ((3, 1, 4), (5, 1)), "scalar": ((3, 4), ()), "zero-size": ((0, 4), (1, 4))}
+SHAPES = {
+    "same": ((3, 4), (3, 4)),
+    "broadcast": ((3, 1, 4), (5, 1)),
+    "scalar": ((3, 4), ()),
+    "zero-size": ((0, 4), (1, 4)),
+}
 
 
 @pytest.mark.parametrize("shapes", SHAPES.values(), ids=SHAPES)
@@ -31,15 +36,23 @@ def test_arithmetic_on_a_shared_input_and_a_python_number(name, xp, rng):
 
 
 UNARY = {
-    "neg": (ops.neg, np.negative), "exp": (ops.exp, np.exp), "tanh": (ops.tanh, np.tanh), "relu": (ops.relu, lambda x: np.maximum(x, 0)),
-    "sigmoid": (ops.sigmoid, lambda x: 1 / (1 + np.exp(-x))), "silu": (ops.silu, lambda x: x / (1 + np.exp(-x))),
-    "cube": (lambda x: ops.power(x, 3), lambda x: x**3), "softmax": (ops.softmax, None), "gelu": (ops.gelu, None),
+    "neg": (ops.neg, np.negative),
+    "exp": (ops.exp, np.exp),
+    "tanh": (ops.tanh, np.tanh),
+    "relu": (ops.relu, lambda x: np.maximum(x, 0)),
+    "sigmoid": (ops.sigmoid, lambda x: 1 / (1 + np.exp(-x))),
+    "silu": (ops.silu, lambda x: x / (1 + np.exp(-x))),
+    "cube": (lambda x: ops.power(x, 3), lambda x: x**3),
+    "softmax": (ops.softmax, None),
+    "gelu": (ops.gelu, None),
     "gelu-tanh": (lambda x: ops.gelu(x, approximate=True), None),
-    "sum": (ops.sum, np.sum), "sum-axis": (lambda x: ops.sum(x, axis=1), lambda x: x.sum(1)),
+    "sum": (ops.sum, np.sum),
+    "sum-axis": (lambda x: ops.sum(x, axis=1), lambda x: x.sum(1)),
     "sum-keepdims": (lambda x: ops.sum(x, axis=-1, keepdims=True), lambda x: x.sum(-1, keepdims=True)),
     "sum-two-axes": (lambda x: ops.sum(x, axis=(0, 1)), lambda x: x.sum((0, 1))),
     "reshape": (lambda x: ops.reshape(x, (-1,)), lambda x: x.reshape(-1)),
-    "transpose": (ops.transpose, np.transpose), "transpose-axes": (lambda x: ops.transpose(x, (1, -1, 0)), lambda x: x.transpose(1, -1, 0)),
+    "transpose": (ops.transpose, np.transpose),
+    "transpose-axes": (lambda x: ops.transpose(x, (1, -1, 0)), lambda x: x.transpose(1, -1, 0)),
     "swapaxes": (lambda x: ops.swapaxes(x, 0, 2), lambda x: x.swapaxes(0, 2)),
     "slice": (lambda x: ops.index(x, (slice(None), slice(0, 2))), lambda x: x[:, 0:2]),
 }
@@ -83,17 +96,28 @@ def test_index_with_repeats_adds_up(xp, rng):
 
 def test_concatenate(xp, rng):
     a, b = rng.standard_normal((2, 3, 2)), rng.standard_normal((2, 5, 2))
-    check(lambda a, b: ops.concatenate([a, b, a], axis=1), a, b, xp=xp, value=lambda a, b: np.concatenate([a, b, a], 1), rng=rng)
+    check(
+        lambda a, b: ops.concatenate([a, b, a], axis=1),
+        a,
+        b,
+        xp=xp,
+        value=lambda a, b: np.concatenate([a, b, a], 1),
+        rng=rng,
+    )
     check(lambda a, b: ops.concatenate([a, b], axis=-2), a, b[:, :0], xp=xp, rng=rng)
 
 
-@pytest.mark.parametrize("a, b", [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((2, 1, 3, 4), (6, 4, 5)), ((0, 4), (4, 5)), ((3, 0), (0, 5))])
+@pytest.mark.parametrize(
+    "a, b", [((3, 4), (4, 5)), ((2, 3, 4), (4, 5)), ((2, 1, 3, 4), (6, 4, 5)), ((0, 4), (4, 5)), ((3, 0), (0, 5))]
+)
 def test_matmul(a, b, xp, rng):
     check(ops.matmul, rng.standard_normal(a), rng.standard_normal(b), xp=xp, value=np.matmul, rng=rng)
 
 
 def test_matmul_of_a_matrix_with_its_transpose(xp, rng):
-    check(lambda x: ops.matmul(x, ops.transpose(x)), rng.standard_normal((3, 4)), xp=xp, value=lambda x: x @ x.T, rng=rng)
+    check(
+        lambda x: ops.matmul(x, ops.transpose(x)), rng.standard_normal((3, 4)), xp=xp, value=lambda x: x @ x.T, rng=rng
+    )
     check(ops.matmul, rng.standard_normal((4, 3)).T, rng.standard_normal((5, 4)).T, xp=xp, value=np.matmul, rng=rng)
 
 
@@ -121,7 +145,13 @@ def test_softmax_cross_entropy(reduction, xp, rng):
         nats = -np.log(np.take_along_axis(p, t[..., None], -1)[..., 0]) * mask
         return nats.sum() / (mask.sum() if reduction == "mean" else 1)
 
-    check(lambda z: ops.softmax_cross_entropy(z, xp.asarray(t), xp.asarray(mask), reduction=reduction), z, xp=xp, value=by_hand, rng=rng)
+    check(
+        lambda z: ops.softmax_cross_entropy(z, xp.asarray(t), xp.asarray(mask), reduction=reduction),
+        z,
+        xp=xp,
+        value=by_hand,
+        rng=rng,
+    )
 
 
 def test_softmax_cross_entropy_is_finite_for_huge_logits_and_empty_masks(xp):
@@ -142,10 +172,23 @@ def test_loss_is_on_the_target_tokens_only(rng):
 
 def test_norms(xp, rng):
     x, w, b = rng.standard_normal((2, 3, 6)), rng.standard_normal(6), rng.standard_normal(6)
-    check(lambda x, w: ops.rms_norm(x, w, eps=1e-3), x, w, xp=xp, rng=rng,
-          value=lambda x, w: w * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-3))
-    check(lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-3), x, w, b, xp=xp, rng=rng,
-          value=lambda x, w, b: w * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) + b)
+    check(
+        lambda x, w: ops.rms_norm(x, w, eps=1e-3),
+        x,
+        w,
+        xp=xp,
+        rng=rng,
+        value=lambda x, w: w * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-3),
+    )
+    check(
+        lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-3),
+        x,
+        w,
+        b,
+        xp=xp,
+        rng=rng,
+        value=lambda x, w, b: w * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) + b,
+    )
     check(lambda x, w: ops.rms_norm(x, w), x[:0], w, xp=xp, rng=rng)
     check(lambda x, w: ops.rms_norm(x, w), np.swapaxes(x, 0, 1), w, xp=xp, rng=rng)
 
@@ -188,7 +231,11 @@ def attention_by_hand(q, k, v):
 
 @pytest.mark.parametrize("t, s, heads, groups", [(5, 5, 4, 2), (1, 6, 2, 2), (3, 7, 4, 1), (70, 70, 2, 1)])
 def test_causal_attention(t, s, heads, groups, xp, rng):
-    q, k, v = rng.standard_normal((2, t, heads, 4)), rng.standard_normal((2, s, groups, 4)), rng.standard_normal((2, s, groups, 4))
+    q, k, v = (
+        rng.standard_normal((2, t, heads, 4)),
+        rng.standard_normal((2, s, groups, 4)),
+        rng.standard_normal((2, s, groups, 4)),
+    )
     check(ops.causal_attention, q, k, v, xp=xp, value=attention_by_hand, rng=rng)
     check(lambda k: ops.causal_attention(k, k, k), rng.standard_normal((1, 4, 2, 4)), xp=xp, rng=rng)
 
@@ -216,15 +263,24 @@ def test_dropout_keeps_the_mean_and_its_mask_goes_back(xp):
     assert ops.dropout(x, 0.0) is x
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: ops.linear(Tensor(np.ones((2, 5))), Tensor(np.ones((3, 4)))), "x has 5 features, w expects 4"),
-    (lambda: ops.matmul(Tensor(np.ones((2, 3))), Tensor(np.ones((2, 3)))), "x is (2, 3) and w is (2, 3)"),
-    (lambda: ops.embedding(np.array([0, 9]), Tensor(np.ones((5, 2)))), "ids run from 0 to 9, the table has rows 0 to 4"),
-    (lambda: ops.embedding(np.array([0.5]), Tensor(np.ones((5, 2)))), "ids must be integers"),
-    (lambda: ops.softmax_cross_entropy(Tensor(np.ones((2, 3))), np.array([1])), "targets must be (2,)"),
-    (lambda: ops.dropout(Tensor(np.ones(2)), 1.0), "expected 0 <= p < 1"),
-    (lambda: ops.causal_attention(*(Tensor(np.ones((1, 2, h, 4))) for h in (3, 2, 2))), "heads a multiple of kv_heads"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: ops.linear(Tensor(np.ones((2, 5))), Tensor(np.ones((3, 4)))), "x has 5 features, w expects 4"),
+        (lambda: ops.matmul(Tensor(np.ones((2, 3))), Tensor(np.ones((2, 3)))), "x is (2, 3) and w is (2, 3)"),
+        (
+            lambda: ops.embedding(np.array([0, 9]), Tensor(np.ones((5, 2)))),
+            "ids run from 0 to 9, the table has rows 0 to 4",
+        ),
+        (lambda: ops.embedding(np.array([0.5]), Tensor(np.ones((5, 2)))), "ids must be integers"),
+        (lambda: ops.softmax_cross_entropy(Tensor(np.ones((2, 3))), np.array([1])), "targets must be (2,)"),
+        (lambda: ops.dropout(Tensor(np.ones(2)), 1.0), "expected 0 <= p < 1"),
+        (
+            lambda: ops.causal_attention(*(Tensor(np.ones((1, 2, h, 4))) for h in (3, 2, 2))),
+            "heads a multiple of kv_heads",
+        ),
+    ],
+)
 def test_errors_are_sentences(call, words):
     with pytest.raises((ValueError, TypeError, IndexError), match=words.replace("(", r"\(").replace(")", r"\)")):
         call()

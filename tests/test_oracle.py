@@ -1,11 +1,12 @@
 """The real libraries as witnesses: bitsandbytes, torch, transformers and PEFT compute the same thing from the same random inputs.
 
-Quantization is compared bit for bit. Whatever goes through a matrix product is compared within a tolerance, since another BLAS adds in
-another order; the largest relative error is printed (pytest -s shows it).
+Quantization is compared bit for bit. Whatever goes through a matrix product is compared within a tolerance, since
+another BLAS adds in another order; the largest relative error is printed (pytest -s shows it).
 
-Where a library disagrees with itself, the comparison goes round it: dequantized values are taken with shape (n, 1), because the AVX-512
-kernel reads a wrong absmax if rows are a multiple of 16 but not of the blocksize; layers are compared in train mode, because in eval mode
-that kernel rounds absmax to bfloat16; and torch runs on one thread, so that its means add in a fixed order.
+Where a library disagrees with itself, the comparison goes round it: dequantized values are taken with shape (n, 1),
+because the AVX-512 kernel reads a wrong absmax if rows are a multiple of 16 but not of the blocksize; layers are
+compared in train mode, because in eval mode that kernel rounds absmax to bfloat16; and torch runs on one thread, so
+that its means add in a fixed order.
 """
 
 import json
@@ -77,7 +78,8 @@ def agree(ours, theirs, tolerance, what="values"):
     assert error <= tolerance, f"{what}: relative error {error:.2e}"
 
 
-# ------------------------------------------------------------------------------------------------------------- the code tables
+# ------------------------------------------------------------------------------------------------------------- the code
+# tables
 def test_the_four_bit_tables_are_bitsandbytes_tables():
     for name in CODES:
         assert same_bits(codebooks.NAMED[name](), bnb.functional.get_4bit_type(name, device="cpu")), name
@@ -90,12 +92,16 @@ def test_the_dynamic_map_is_bitsandbytes_map(signed):
 
 def test_linspace_is_torchs_in_every_bit(rng):
     grids = [(codebooks.NF4_OFFSET, 0.5, 8), (codebooks.NF4_OFFSET, 0.5, 9), *((0.1, 1.0, 2**i + 1) for i in range(9))]
-    grids += [(float(np.float32(rng.uniform(-2, 2))), float(np.float32(rng.uniform(-2, 2))), int(rng.integers(2, 300))) for _ in range(200)]
+    grids += [
+        (float(np.float32(rng.uniform(-2, 2))), float(np.float32(rng.uniform(-2, 2))), int(rng.integers(2, 300)))
+        for _ in range(200)
+    ]
     for start, stop, n in grids:
         assert same_bits(codebooks.linspace_f32(start, stop, n), torch.linspace(start, stop, n)), (start, stop, n)
 
 
-# ---------------------------------------------------------------------------------------------------------------- quantization
+# ----------------------------------------------------------------------------------------------------------------
+# quantization
 def check_quantization(values, code, blocksize, dtype, nested):
     """Every stored number and every dequantized one equals bitsandbytes', bit for bit. values: float32, any shape."""
     w = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(getattr(torch, dtype))
@@ -153,9 +159,13 @@ CONTENTS = {
     "few values": lambda rng, n, blocksize, code: rng.integers(-7, 8, n) / 7,
     "equal": lambda rng, n, blocksize, code: np.full(n, rng.standard_normal()),
     "denormal": lambda rng, n, blocksize, code: rng.standard_normal(n) * 1e-40,
-    "absmax near the clamp": lambda rng, n, blocksize, code: rng.standard_normal(n) * scales(rng, n, blocksize, -41, -36),
+    "absmax near the clamp": lambda rng, n, blocksize, code: (
+        rng.standard_normal(n) * scales(rng, n, blocksize, -41, -36)
+    ),
     "huge": lambda rng, n, blocksize, code: np.clip(rng.standard_normal(n), -1, 1) * 3.4e38,
-    "any bits": lambda rng, n, blocksize, code: rng.integers(0, 2**32, n, dtype=np.uint64).astype(np.uint32).view(np.float32),
+    "any bits": lambda rng, n, blocksize, code: (
+        rng.integers(0, 2**32, n, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    ),
     "near ties": near_ties,
     "zero blocks": with_zero_blocks,
     "NaN or Inf": with_special_values,
@@ -167,7 +177,16 @@ CONTENTS = {
 @pytest.mark.parametrize("contents", CONTENTS)
 def test_quantization_is_bitsandbytes_in_every_bit(contents, code, dtype, rng):
     for blocksize in BLOCKSIZES:
-        n = int(rng.choice([rng.integers(1, 4), rng.integers(1, 3 * blocksize), blocksize * rng.integers(1, 4), rng.integers(1, 5000)]))
+        n = int(
+            rng.choice(
+                [
+                    rng.integers(1, 4),
+                    rng.integers(1, 3 * blocksize),
+                    blocksize * rng.integers(1, 4),
+                    rng.integers(1, 5000),
+                ]
+            )
+        )
         with np.errstate(all="ignore"):
             values = np.asarray(CONTENTS[contents](rng, n, blocksize, code)).astype(np.float32)
         nested = bool(rng.integers(2))
@@ -184,12 +203,21 @@ def test_blocks_run_along_the_flattened_weight(code, shape, rng):
 @pytest.mark.parametrize("blocks", [255, 256, 257, 1500, 40_000])
 def test_double_quantization_of_many_blocks_is_bitsandbytes_in_every_bit(blocks, rng):
     n = 32 * blocks - int(rng.integers(32))
-    check_quantization(rng.standard_normal(n) * scales(rng, n, 32, -3, 0), str(rng.choice(CODES)), 32, str(rng.choice(DTYPES)), True)
+    check_quantization(
+        rng.standard_normal(n) * scales(rng, n, 32, -3, 0), str(rng.choice(CODES)), 32, str(rng.choice(DTYPES)), True
+    )
 
 
 @settings(max_examples=150, deadline=None, database=None)
-@given(values=hnp.arrays(np.float32, st.integers(1, 150), elements=st.floats(width=32, allow_subnormal=True), fill=st.nothing()),
-       code=st.sampled_from(CODES), blocksize=st.sampled_from((32, 64, 128)), dtype=st.sampled_from(DTYPES), nested=st.booleans())
+@given(
+    values=hnp.arrays(
+        np.float32, st.integers(1, 150), elements=st.floats(width=32, allow_subnormal=True), fill=st.nothing()
+    ),
+    code=st.sampled_from(CODES),
+    blocksize=st.sampled_from((32, 64, 128)),
+    dtype=st.sampled_from(DTYPES),
+    nested=st.booleans(),
+)
 def test_whatever_hypothesis_thinks_of_is_quantized_as_by_bitsandbytes(values, code, blocksize, dtype, nested):
     check_quantization(values, code, blocksize, dtype, nested)
 
@@ -202,8 +230,9 @@ def test_eight_bit_rounding_is_bitsandbytes_in_every_bit(signed, rng):
         with np.errstate(all="ignore"):
             x = np.asarray(CONTENTS[contents](rng, n, blocksize, "nf4")).astype(np.float32)
             codes, absmax = quantize_8bit(x if signed else np.abs(x), code, blocksize)
-        theirs, state = bnb.functional.quantize_blockwise(torch.from_numpy(x if signed else np.abs(x)), torch.from_numpy(code),
-                                                          blocksize=blocksize)
+        theirs, state = bnb.functional.quantize_blockwise(
+            torch.from_numpy(x if signed else np.abs(x)), torch.from_numpy(code), blocksize=blocksize
+        )
         assert same_bits(codes, theirs) and same_bits(absmax, state.absmax), (contents, n, blocksize)
 
 
@@ -220,11 +249,18 @@ def test_rounding_to_bfloat16_is_torchs_for_any_bits(rng):
     assert same_bits(tl.dtypes.round_to(x, "bfloat16"), torch.from_numpy(x).to(torch.bfloat16))
 
 
-# ------------------------------------------------------------------------------------------------------------- the 4-bit layer
+# ------------------------------------------------------------------------------------------------------------- the
+# 4-bit layer
 def their_linear4bit(w, bias, code, blocksize, nested, compute_dtype):
     layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], bias=bias is not None, compute_dtype=compute_dtype)
-    layer.weight = bnb.nn.Params4bit(torch.from_numpy(w), requires_grad=False, blocksize=blocksize, compress_statistics=nested,
-                                     quant_type=code, module=layer)
+    layer.weight = bnb.nn.Params4bit(
+        torch.from_numpy(w),
+        requires_grad=False,
+        blocksize=blocksize,
+        compress_statistics=nested,
+        quant_type=code,
+        module=layer,
+    )
     if bias is not None:
         layer.bias.data = torch.from_numpy(bias.copy())
     return layer.to("cpu").train()
@@ -234,7 +270,10 @@ def their_linear4bit(w, bias, code, blocksize, nested, compute_dtype):
 @pytest.mark.parametrize("code", CODES)
 def test_linear4bit_and_its_input_gradient_are_bitsandbytes(code, nested, rng):
     for blocksize, bias in ((32, True), (64, False), (128, True)):
-        w, b = rng.standard_normal((48, 256)).astype(np.float32), rng.standard_normal(48).astype(np.float32) if bias else None
+        w, b = (
+            rng.standard_normal((48, 256)).astype(np.float32),
+            rng.standard_normal(48).astype(np.float32) if bias else None,
+        )
         x, g = rng.standard_normal((3, 5, 256)).astype(np.float32), rng.standard_normal((3, 5, 48)).astype(np.float32)
         theirs = their_linear4bit(w, b, code, blocksize, nested, torch.float32)
         ours = nn.Linear4bit(quantize(w, code, blocksize, nested), None if b is None else Tensor(b))
@@ -262,7 +301,8 @@ def test_linear4bit_in_bfloat16_rounds_where_bitsandbytes_rounds(code, rng):
         np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------------------- the operations
+# -------------------------------------------------------------------------------------------------------------- the
+# operations
 def compare(ours, theirs, *arrays, rng):
     """Values and all gradients of two functions of float64 arrays, for a random output gradient."""
     xs = [Tensor(a, requires_grad=True) for a in arrays]
@@ -278,7 +318,10 @@ def compare(ours, theirs, *arrays, rng):
 
 
 ACTIVATIONS = {
-    "relu": (ops.relu, F.relu), "sigmoid": (ops.sigmoid, torch.sigmoid), "silu": (ops.silu, F.silu), "gelu": (ops.gelu, F.gelu),
+    "relu": (ops.relu, F.relu),
+    "sigmoid": (ops.sigmoid, torch.sigmoid),
+    "silu": (ops.silu, F.silu),
+    "gelu": (ops.gelu, F.gelu),
     "gelu-tanh": (lambda x: ops.gelu(x, approximate=True), lambda t: F.gelu(t, approximate="tanh")),
     "softmax": (ops.softmax, lambda t: F.softmax(t, -1)),
 }
@@ -292,9 +335,21 @@ def test_activations_are_torchs(name, rng):
 def test_normalizations_and_linear_are_torchs(rng):
     x, w, b = rng.standard_normal((3, 7, 24)) * 3, rng.standard_normal(24), rng.standard_normal(24)
     for eps in (1e-5, 1e-6, 0.1):
-        compare(lambda x, w, eps=eps: ops.rms_norm(x, w, eps=eps), lambda x, w, eps=eps: F.rms_norm(x, (24,), w, eps), x, w, rng=rng)
-        compare(lambda x, w, b, eps=eps: ops.layer_norm(x, w, b, eps=eps),
-                lambda x, w, b, eps=eps: F.layer_norm(x, (24,), w, b, eps), x, w, b, rng=rng)
+        compare(
+            lambda x, w, eps=eps: ops.rms_norm(x, w, eps=eps),
+            lambda x, w, eps=eps: F.rms_norm(x, (24,), w, eps),
+            x,
+            w,
+            rng=rng,
+        )
+        compare(
+            lambda x, w, b, eps=eps: ops.layer_norm(x, w, b, eps=eps),
+            lambda x, w, b, eps=eps: F.layer_norm(x, (24,), w, b, eps),
+            x,
+            w,
+            b,
+            rng=rng,
+        )
     compare(ops.linear, F.linear, x, rng.standard_normal((5, 24)), rng.standard_normal(5), rng=rng)
 
 
@@ -316,8 +371,12 @@ def test_rotary_positions_are_transformers(rng):
 
     cos, sin = ops.rope_table(rng.integers(0, 500, 11), 16, theta=500.0, dtype=np.float64)
     wide = [torch.from_numpy(np.concatenate([a, a], 1))[None] for a in (cos, sin)]
-    compare(lambda x: ops.rope(x, cos, sin), lambda t: apply_rotary_pos_emb(t, t, *wide, unsqueeze_dim=2)[0],
-            rng.standard_normal((3, 11, 4, 16)), rng=rng)
+    compare(
+        lambda x: ops.rope(x, cos, sin),
+        lambda t: apply_rotary_pos_emb(t, t, *wide, unsqueeze_dim=2)[0],
+        rng.standard_normal((3, 11, 4, 16)),
+        rng=rng,
+    )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -325,21 +384,36 @@ def test_masked_cross_entropy_is_torchs_with_an_ignored_index(reduction, rng):
     logits, targets, mask = rng.standard_normal((4, 9, 13)) * 5, rng.integers(0, 13, (4, 9)), rng.random((4, 9)) < 0.4
     mask[0, 0] = True
     labels = torch.from_numpy(np.where(mask, targets, -100))
-    compare(lambda z: ops.softmax_cross_entropy(z, targets, mask.astype(np.float64), reduction=reduction),
-            lambda z: F.cross_entropy(z.reshape(-1, 13), labels.reshape(-1), reduction=reduction), logits, rng=rng)
+    compare(
+        lambda z: ops.softmax_cross_entropy(z, targets, mask.astype(np.float64), reduction=reduction),
+        lambda z: F.cross_entropy(z.reshape(-1, 13), labels.reshape(-1), reduction=reduction),
+        logits,
+        rng=rng,
+    )
 
 
 def test_embedding_adds_up_the_gradients_of_a_repeated_token_as_torch_does(rng):
     ids = rng.integers(0, 6, (4, 9))
-    compare(lambda w: ops.embedding(ids, w), lambda w: F.embedding(torch.from_numpy(ids), w), rng.standard_normal((6, 5)), rng=rng)
+    compare(
+        lambda w: ops.embedding(ids, w),
+        lambda w: F.embedding(torch.from_numpy(ids), w),
+        rng.standard_normal((6, 5)),
+        rng=rng,
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------- the optimizer
-@pytest.mark.parametrize("lr, betas, eps, decay", [(1e-3, (0.9, 0.999), 1e-8, 0.0), (1e-2, (0.8, 0.95), 1e-6, 0.1),
-                                                   (2e-4, (0.9, 0.999), 1e-8, 0.01)])
+# --------------------------------------------------------------------------------------------------------------- the
+# optimizer
+@pytest.mark.parametrize(
+    "lr, betas, eps, decay",
+    [(1e-3, (0.9, 0.999), 1e-8, 0.0), (1e-2, (0.8, 0.95), 1e-6, 0.1), (2e-4, (0.9, 0.999), 1e-8, 0.01)],
+)
 def test_twenty_steps_of_adamw_are_torchs(lr, betas, eps, decay, rng):
     starts = [rng.standard_normal(shape).astype(np.float32) for shape in ((7, 33), (100,), (1,))]
-    ours, theirs = [Tensor(x.copy(), requires_grad=True) for x in starts], [torch.nn.Parameter(torch.from_numpy(x.copy())) for x in starts]
+    ours, theirs = (
+        [Tensor(x.copy(), requires_grad=True) for x in starts],
+        [torch.nn.Parameter(torch.from_numpy(x.copy())) for x in starts],
+    )
     # two groups, of which the second has a rate and a decay of its own
     groups = [lambda p: {"params": p[:2]}, lambda p: {"params": p[2:], "lr": 3 * lr, "weight_decay": 0.5}]
     a = tl.AdamW([group(ours) for group in groups], lr=lr, betas=betas, eps=eps, weight_decay=decay)
@@ -357,22 +431,42 @@ def test_twenty_steps_of_adamw_are_torchs(lr, betas, eps, decay, rng):
 @pytest.mark.parametrize("max_norm", [0.3, 1000.0])
 def test_clipping_is_torchs(max_norm, rng):
     grads = [rng.standard_normal(shape).astype(np.float32) for shape in ((7, 33), (100,))]
-    ours, theirs = [Tensor(np.zeros_like(g), requires_grad=True) for g in grads], [torch.nn.Parameter(torch.zeros(g.shape)) for g in grads]
+    ours, theirs = (
+        [Tensor(np.zeros_like(g), requires_grad=True) for g in grads],
+        [torch.nn.Parameter(torch.zeros(g.shape)) for g in grads],
+    )
     for x, t, g in zip(ours, theirs, grads, strict=True):
         x.grad, t.grad = g.copy(), torch.from_numpy(g.copy())
-    assert clip_grad_norm(ours, max_norm) == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, max_norm).item(), rel=1e-5)
+    assert clip_grad_norm(ours, max_norm) == pytest.approx(
+        torch.nn.utils.clip_grad_norm_(theirs, max_norm).item(), rel=1e-5
+    )
     for x, t in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(x.grad, array(t.grad), rtol=1e-5, atol=1e-8)
 
 
-# ------------------------------------------------------------------------------------------------------------------- the Llama
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 512}
+# -------------------------------------------------------------------------------------------------------------------
+# the Llama
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 CONFIGS = {
     "tied": {"tie_word_embeddings": True},
     "untied": {"tie_word_embeddings": False},
-    "odd sizes": {"tie_word_embeddings": False, "hidden_size": 36, "intermediate_size": 52, "num_attention_heads": 3,
-                  "num_key_value_heads": 1, "head_dim": 10, "rope_theta": 700.0, "rms_norm_eps": 1e-3},
+    "odd sizes": {
+        "tie_word_embeddings": False,
+        "hidden_size": 36,
+        "intermediate_size": 52,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "head_dim": 10,
+        "rope_theta": 700.0,
+        "rms_norm_eps": 1e-3,
+    },
 }
 
 
@@ -406,7 +500,9 @@ def their_logits(model, ids):
 def losses(ours, theirs, ids):
     """Mean cross-entropy of the next token in both models, backward done."""
     a = ops.softmax_cross_entropy(ours(ids[:, :-1]), ids[:, 1:])
-    b = F.cross_entropy(theirs(torch.from_numpy(ids[:, :-1])).logits.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten())
+    b = F.cross_entropy(
+        theirs(torch.from_numpy(ids[:, :-1])).logits.flatten(0, 1), torch.from_numpy(ids[:, 1:]).flatten()
+    )
     a.backward()
     b.backward()
     return a.item(), b.item()
@@ -447,12 +543,20 @@ def test_a_llama_saved_in_bfloat16_opens_in_transformers_with_the_same_weights(c
     agree(reopened(ids).data, their_logits(open_in_transformers(tmp_path), ids), 1e-5, "logits")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_llama_that_transformers_saved_opens_here_with_the_same_logits(tied, dtype, rng, tmp_path):
     torch.manual_seed(int(rng.integers(2**32)))
-    config = transformers.LlamaConfig(**TINY, vocab_size=256, tie_word_embeddings=tied, initializer_range=0.2, rms_norm_eps=1e-4,
-                                      rope_parameters={"rope_type": "default", "rope_theta": 2000.0})
+    config = transformers.LlamaConfig(
+        **TINY,
+        vocab_size=256,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
+        rms_norm_eps=1e-4,
+        rope_parameters={"rope_type": "default", "rope_theta": 2000.0},
+    )
     transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(tmp_path)
     ids = random_ids(rng)
     agree(Llama.from_pretrained(tmp_path)(ids).data, their_logits(open_in_transformers(tmp_path), ids), 1e-5, "logits")
@@ -484,17 +588,21 @@ def test_every_parameter_of_a_llama_has_transformers_gradient(config, checkpoint
 def test_the_loss_on_an_answer_is_transformers_loss_with_the_prompt_labelled_minus_100(rng, tmp_path):
     ours = random_llama(rng)
     ours.save_pretrained(tmp_path, dtype="float32")
-    pairs = [(rng.integers(0, 256, p).tolist(), rng.integers(0, 256, a).tolist()) for p, a in ((5, 3), (2, 9), (8, 1), (0, 4))]
+    pairs = [
+        (rng.integers(0, 256, p).tolist(), rng.integers(0, 256, a).tolist())
+        for p, a in ((5, 3), (2, 9), (8, 1), (0, 4))
+    ]
     ids, labels = np.zeros((4, 13), np.int64), np.full((4, 13), -100)
     for row, label, (prompt, answer) in zip(ids, labels, pairs, strict=True):
-        row[:len(prompt + answer)] = prompt + answer
-        label[len(prompt):len(prompt + answer)] = answer
+        row[: len(prompt + answer)] = prompt + answer
+        label[len(prompt) : len(prompt + answer)] = answer
     theirs = open_in_transformers(tmp_path)(torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.item()
     inputs, targets, mask = Pairs(pairs).windows(12)
     assert ops.softmax_cross_entropy(ours(inputs), targets, mask).item() == pytest.approx(theirs, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ LoRA
+# ------------------------------------------------------------------------------------------------------------------------
+# LoRA
 NAMES = ("q_proj", "v_proj", "model.layers.1.mlp.down_proj")
 TARGETS = {"all-linear": "all-linear", "names": NAMES, "expression": r".*layers\.[01]\.(self_attn\.k|mlp\.gate)_proj"}
 
@@ -520,7 +628,9 @@ def parameter_line(model, capsys):
 def trained_by_peft(base, rng, **config):
     """A PEFT model after three steps of torch's AdamW, so that B is no longer zero."""
     config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
-    model = peft.get_peft_model(base, peft.LoraConfig(**{k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}))
+    model = peft.get_peft_model(
+        base, peft.LoraConfig(**{k: list(v) if isinstance(v, tuple) else v for k, v in config.items()})
+    )
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(3):
         ids = torch.from_numpy(random_ids(rng))
@@ -539,7 +649,9 @@ def test_an_adapter_saved_here_opens_in_peft(targets, config, rng, tmp_path, cap
     before = ours(ids).data
     randomize(tl.add_lora(ours, r=4, alpha=8, target_modules=TARGETS[targets]), rng)
     adapter_files.save_adapter(ours, tmp_path / "adapter", base_model=str(tmp_path / "base"))
-    theirs = peft.PeftModel.from_pretrained(open_in_transformers(tmp_path / "base"), tmp_path / "adapter", is_trainable=True).train()
+    theirs = peft.PeftModel.from_pretrained(
+        open_in_transformers(tmp_path / "base"), tmp_path / "adapter", is_trainable=True
+    ).train()
     agree(ours(ids).data, their_logits(theirs, ids), 1e-5, "logits")
     assert np.abs(ours(ids).data - before).max() > 1e-2 * np.abs(before).max()
     assert parameter_line(theirs, capsys) == tl.trainable_parameters(ours)
@@ -593,8 +705,16 @@ def test_an_adapter_goes_from_peft_to_here_and_back_unchanged(rng, tmp_path):
         assert torch.equal(w, found[name]), name
 
 
-@pytest.mark.parametrize("options", [{"init_lora_weights": "gaussian"}, {"init_lora_weights": False}, {"exclude_modules": ["q_proj"]},
-                                     {"target_modules": ["q_proj"], "layers_to_transform": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"exclude_modules": ["q_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    ],
+    ids=str,
+)
 def test_peft_options_that_matter_only_at_the_start_do_not_matter_here(options, rng, tmp_path):
     random_llama(rng).save_pretrained(tmp_path / "base", dtype="float32")
     theirs, ids = trained_by_peft(open_in_transformers(tmp_path / "base"), rng, **options), random_ids(rng)
@@ -603,12 +723,24 @@ def test_peft_options_that_matter_only_at_the_start_do_not_matter_here(options, 
     agree(ours(ids).data, their_logits(theirs, ids), 1e-5, "logits")
 
 
-@pytest.mark.parametrize("options", [
-    {"use_rslora": True}, {"use_dora": True}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}, {"rank_pattern": {"q_proj": 2}},
-    {"alpha_pattern": {"q_proj": 2}}, {"trainable_token_indices": [3, 4]}, {"target_modules": ["q_proj", "embed_tokens"]},
-    {"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"layer_replication": [(0, 1), (0, 1)]},
-    {"alora_invocation_tokens": [5, 6]},
-], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 2}},
+        {"alpha_pattern": {"q_proj": 2}},
+        {"trainable_token_indices": [3, 4]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"layer_replication": [(0, 1), (0, 1)]},
+        {"alora_invocation_tokens": [5, 6]},
+    ],
+    ids=str,
+)
 def test_a_peft_adapter_that_means_something_else_is_refused_or_computed_as_peft_does(options, rng, tmp_path):
     random_llama(rng, tie_word_embeddings=False).save_pretrained(tmp_path / "base", dtype="float32")
     ids = random_ids(rng)
@@ -632,20 +764,29 @@ def test_merging_is_pefts_merging(rng, tmp_path):
     ours.save_pretrained(tmp_path / "base", dtype="float32")
     randomize(tl.add_lora(ours, r=4, alpha=8), rng)
     adapter_files.save_adapter(ours, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(open_in_transformers(tmp_path / "base"), tmp_path / "adapter").merge_and_unload()
+    theirs = peft.PeftModel.from_pretrained(
+        open_in_transformers(tmp_path / "base"), tmp_path / "adapter"
+    ).merge_and_unload()
     tl.merge(ours)
     for name, w in ours.named_parameters():
         agree(w.data, theirs.get_parameter(name), 1e-6, name)
     agree(ours(ids).data, their_logits(theirs, ids), 1e-5, "logits")
 
 
-# ----------------------------------------------------------------------------------------------------------------------- QLoRA
+# -----------------------------------------------------------------------------------------------------------------------
+# QLoRA
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("code", CODES)
-def test_a_quantized_llama_with_an_adapter_is_transformers_with_bitsandbytes_and_peft(code, nested, rng, tmp_path, capsys):
+def test_a_quantized_llama_with_an_adapter_is_transformers_with_bitsandbytes_and_peft(
+    code, nested, rng, tmp_path, capsys
+):
     random_llama(rng).save_pretrained(tmp_path / "base", dtype="float32")
-    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=code, bnb_4bit_use_double_quant=nested,
-                                                bnb_4bit_compute_dtype=torch.float32)
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=code,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
     theirs = open_in_transformers(tmp_path / "base", quantization_config=four_bits)
     ours = tl.quantize_linears(Llama.from_pretrained(tmp_path / "base"), code=code, double_quant=nested)
     quantized = [path for path, layer in ours.named_modules() if isinstance(layer, nn.Linear4bit)]
@@ -682,10 +823,16 @@ def test_merging_into_four_bits_is_pefts_merging(nested, rng):
     # the product B A comes from another BLAS, so a weight on the edge between two code values may fall to either side
     assert (merged.packed == packed).mean() > 0.99
     agree(merged.absmax_codes if nested else merged.absmax, state.absmax, 0.01 if nested else 1e-5, "constants")
-    agree(merged.dequantize().mean(axis=0), bnb.functional.dequantize_4bit(weight.data, state).mean(0), 0.01, "column means")
+    agree(
+        merged.dequantize().mean(axis=0),
+        bnb.functional.dequantize_4bit(weight.data, state).mean(0),
+        0.01,
+        "column means",
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- the embedded base model
+# ----------------------------------------------------------------------------------------------------- the embedded
+# base model
 @pytest.fixture(params=["tiny", "embedded"])
 def folder(request, rng, tmp_path):
     """A model folder: a random tiny one, and the embedded base model."""
@@ -702,11 +849,12 @@ def text(rng):
     """400 bytes from a random place in the Jargon File's held-out half, as token ids (1, 400)."""
     words = jargon("heldout")
     start = int(rng.integers(len(words) - 400))
-    return np.frombuffer(words[start:start + 400], np.uint8)[None].astype(np.int64)
+    return np.frombuffer(words[start : start + 400], np.uint8)[None].astype(np.int64)
 
 
 def test_a_base_model_computes_in_transformers_what_it_computes_here(folder, text):
-    # transformers computes the rotary angles in float32, tinylora in float64: most of the difference comes from the later positions
+    # transformers computes the rotary angles in float32, tinylora in float64: most of the difference comes from the
+    # later positions
     ours, theirs = Llama.from_pretrained(folder), open_in_transformers(folder)
     agree(ours(text).data, their_logits(theirs, text), 1e-4, "logits")
     a, b = losses(ours, theirs, text)

@@ -12,8 +12,29 @@ import tinylora
 ROOM = Path(tinylora.__file__).parent
 
 #: Each module may import those above it (its own level excluded, except where a line names several).
-ARROWS = ["backend", "dtypes", "tensor", "ops", "codebooks", "quant", "paging", "optim", "nn", "lora", "files", "data", "tokenizers",
-          "llama", "interop", "corpus", "train", "pretrain", "finetune", "figures", "cli"]
+ARROWS = [
+    "backend",
+    "dtypes",
+    "tensor",
+    "ops",
+    "codebooks",
+    "quant",
+    "paging",
+    "optim",
+    "nn",
+    "lora",
+    "files",
+    "data",
+    "tokenizers",
+    "llama",
+    "interop",
+    "corpus",
+    "train",
+    "pretrain",
+    "finetune",
+    "figures",
+    "cli",
+]
 NUMBERS_ONLY = {"quant", "codebooks", "paging"}  # whoever only wants to know about NF4 reads two files
 
 
@@ -47,8 +68,10 @@ def test_only_backend_knows_cupy():
 
 
 def test_import_loads_numpy_and_nothing_else():
-    code = ("import sys, numpy; before = set(sys.modules); import tinylora; "
-            "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))")
+    code = (
+        "import sys, numpy; before = set(sys.modules); import tinylora; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "['tinylora']", done.stdout + done.stderr
 

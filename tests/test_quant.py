@@ -52,14 +52,16 @@ def test_the_mean_is_torchs_for_every_golden_size():
 
 
 @pytest.mark.parametrize("code", ["nf4", "int4", "custom"])
-@pytest.mark.parametrize("n, blocksize", [(1, 64), (63, 64), (64, 64), (1000, 64), (999, 32), (515, 128), (300, 7), (260, 1), (4097, 4096)])
+@pytest.mark.parametrize(
+    "n, blocksize", [(1, 64), (63, 64), (64, 64), (1000, 64), (999, 32), (515, 128), (300, 7), (260, 1), (4097, 4096)]
+)
 def test_the_fast_path_is_the_plain_one(code, n, blocksize, rng):
     values = np.sort(rng.standard_normal(11)).astype(np.float32) if code == "custom" else codebooks.get(code)[1]
     w = (rng.standard_normal(n) * 10.0 ** rng.integers(-30, 30, n)).astype(np.float32)
     ties = rng.integers(0, n, n // 4)
     w[ties] = rng.choice(codebooks.midpoints(values), len(ties))
     if n > 2 * blocksize:
-        w[blocksize:2 * blocksize] = 0
+        w[blocksize : 2 * blocksize] = 0
     q = quantize(w, values if code == "custom" else code, blocksize)
     codes, absmax = plain.quantize_4bit(w, values, blocksize)
     assert same(q.indices(), codes) and same(q.absmax, absmax)
@@ -72,9 +74,9 @@ def test_large_inputs_cross_the_chunks(rng):
     q = quantize(w, blocksize=64)
     step = 64 * 1000
     for start in range(0, len(w), step):
-        part = quantize(w[start:start + step], blocksize=64)
-        assert same(part.indices(), q.indices()[start:start + step])
-        assert same(part.absmax, q.absmax[start // 64:(start + step) // 64 + (start + step > len(w))])
+        part = quantize(w[start : start + step], blocksize=64)
+        assert same(part.indices(), q.indices()[start : start + step])
+        assert same(part.absmax, q.absmax[start // 64 : (start + step) // 64 + (start + step > len(w))])
 
 
 def test_bits_per_parameter_of_a_large_layer(rng):
@@ -104,12 +106,15 @@ def test_nan_and_inf_are_refused_by_name():
     assert np.isnan(quantize(w, check_finite=False).dequantize()).any()
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: quantize(np.ones(4, np.float32), blocksize=0), "blocksize = 0"),
-    (lambda: quantize(np.ones(4, np.float32), rule="mine"), "rule 'mine' is unknown"),
-    (lambda: quantize(np.arange(4)), "expected a float array"),
-    (lambda: quantize([1.0, 2.0]), "expected a float array"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: quantize(np.ones(4, np.float32), blocksize=0), "blocksize = 0"),
+        (lambda: quantize(np.ones(4, np.float32), rule="mine"), "rule 'mine' is unknown"),
+        (lambda: quantize(np.arange(4)), "expected a float array"),
+        (lambda: quantize([1.0, 2.0]), "expected a float array"),
+    ],
+)
 def test_errors_are_sentences(call, words):
     with pytest.raises((ValueError, TypeError), match=words):
         call()

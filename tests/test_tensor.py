@@ -7,7 +7,11 @@ from tinylora import Tensor, backend, checkpoint, no_grad, ops, primitive, quant
 
 
 def leaf(xp, *shape, rng=None):
-    a = np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape) if rng is None else rng.standard_normal(shape).astype(np.float32)
+    a = (
+        np.arange(int(np.prod(shape)), dtype=np.float32).reshape(shape)
+        if rng is None
+        else rng.standard_normal(shape).astype(np.float32)
+    )
     return Tensor(xp.asarray(a), requires_grad=True)
 
 

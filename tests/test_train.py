@@ -32,7 +32,9 @@ def test_training_lowers_the_loss():
     result = fit(m, TEXT, replace(RECIPE, steps=40), progress=False)
     losses = [row["loss"] for row in result.history]
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
-    assert result.tape_bytes > 0 and result.optimizer_bytes == 2 * result.gradient_bytes == 2 * sum(p.nbytes for _, p in m.trainable())
+    assert result.tape_bytes > 0 and result.optimizer_bytes == 2 * result.gradient_bytes == 2 * sum(
+        p.nbytes for _, p in m.trainable()
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes():
@@ -90,7 +92,9 @@ def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(pager, tmp_path, mo
                 return original(*args)
 
             data.batch = batch
-        fit(m, data, RECIPE, out=out, checkpoint_every=2, progress=False, pager=tl.Pager(pager, 1024) if pager else None)
+        fit(
+            m, data, RECIPE, out=out, checkpoint_every=2, progress=False, pager=tl.Pager(pager, 1024) if pager else None
+        )
         return state(m), (out / "checkpoint.safetensors").read_bytes()
 
     undisturbed = run(tmp_path / "a")
@@ -100,7 +104,9 @@ def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(pager, tmp_path, mo
     assert run(tmp_path / "b") == undisturbed
 
 
-@pytest.mark.parametrize("change, words", [({"lr": 0.5}, r"its recipe\.lr is 0\.01, this run's is 0\.5"), ({"seed": 3}, r"recipe\.seed")])
+@pytest.mark.parametrize(
+    "change, words", [({"lr": 0.5}, r"its recipe\.lr is 0\.01, this run's is 0\.5"), ({"seed": 3}, r"recipe\.seed")]
+)
 def test_a_checkpoint_of_another_run_is_refused(change, words, tmp_path):
     fit(adapted(), TEXT, RECIPE, out=tmp_path, progress=False)
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
@@ -134,7 +140,9 @@ def test_bits_per_byte_is_the_mean_over_every_byte_but_the_first():
     assert bits_per_byte(m, Text([text]), seq_len=64) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("n, length, stride", [(50, 16, None), (50, 16, 5), (17, 16, 8), (18, 16, 16), (2, 16, None), (100, 7, 3)])
+@pytest.mark.parametrize(
+    "n, length, stride", [(50, 16, None), (50, 16, 5), (17, 16, 8), (18, 16, 16), (2, 16, None), (100, 7, 3)]
+)
 def test_windows_score_every_token_once_and_with_context(n, length, stride):
     source = np.arange(n)
     inputs, targets, mask = Text([source, source]).windows(length, stride)
@@ -149,7 +157,11 @@ def test_windows_score_every_token_once_and_with_context(n, length, stride):
 # --------------------------------------------------------------------------------------------------------------------- corpora
 def test_a_batch_is_shifted_by_one(rng):
     inputs, targets, mask = TEXT.batch(rng, 5, 20)
-    assert inputs.shape == targets.shape == mask.shape == (5, 20) and (inputs[:, 1:] == targets[:, :-1]).all() and (mask == 1).all()
+    assert (
+        inputs.shape == targets.shape == mask.shape == (5, 20)
+        and (inputs[:, 1:] == targets[:, :-1]).all()
+        and (mask == 1).all()
+    )
 
 
 def test_pairs_put_the_loss_on_the_answer():
@@ -163,11 +175,17 @@ def write(path, data):
     return path
 
 
-@pytest.mark.parametrize("name, data, words", [
-    ("a.txt", b"", "is empty"), ("a.txt", b" \n", "is empty"), ("a.txt", b"abc\xff", "is not UTF-8 text .byte 3 is 0xff"),
-    ("a.jsonl", b'{"prompt": "a"}\n', "line 1: expected a JSON object"), ("a.jsonl", b'{"prompt": "a", "answer": "b"}\nx\n', "line 2"),
-    ("a.jsonl", b'{"prompt": "a", "answer": "b"}\n', "too few"),
-])
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n", "is empty"),
+        ("a.txt", b"abc\xff", "is not UTF-8 text .byte 3 is 0xff"),
+        ("a.jsonl", b'{"prompt": "a"}\n', "line 1: expected a JSON object"),
+        ("a.jsonl", b'{"prompt": "a", "answer": "b"}\nx\n', "line 2"),
+        ("a.jsonl", b'{"prompt": "a", "answer": "b"}\n', "too few"),
+    ],
+)
 def test_bad_files_get_a_sentence(name, data, words, tmp_path):
     with pytest.raises(ValueError, match=words):
         read_corpus(write(tmp_path / name, data), ByteTokenizer())

@@ -4,8 +4,15 @@ import numpy as np
 
 from tinylora import Llama, LlamaConfig, backend
 
-CONFIG = LlamaConfig(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                     max_position_embeddings=64)
+CONFIG = LlamaConfig(
+    vocab_size=256,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 
 
 def model(seed=0, **changes):

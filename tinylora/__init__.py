@@ -22,9 +22,11 @@ from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
 
 __version__ = "0.1.0"
 
+# fmt: off
 __all__ = ["AdamW", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "add_lora", "backend",
            "checkpoint", "codebooks", "dtypes", "interop", "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive",
            "print_trainable_parameters", "quant", "quantize", "quantize_linears", "seed", "tape_bytes", "trainable_parameters"]
+# fmt: on
 
 
 def __getattr__(name):

@@ -1,14 +1,15 @@
 """Where arrays live: NumPy on the host, CuPy on the device.
 
 This is the only file that knows CuPy exists. The rest of tinylora uses operators and methods, which both kinds of array
-share, and asks `array_module(x)` where it needs a function (`xp.exp`, `xp.concatenate`). There is no global backend: host
-and device arrays live in one process, they never mix silently, and `move` is the one call that carries bytes across.
+share, and asks `array_module(x)` where it needs a function (`xp.exp`, `xp.concatenate`). There is no global backend:
+host and device arrays live in one process, they never mix silently, and `move` is the one call that carries bytes
+across.
 
     Y = move(X, "cuda")          # host -> device, counted in `transfers`
     x = move(Y, "cpu")           # device -> host, counted
 
-Any module that looks like CuPy will do: `array_module` asks an array's type which top-level module it came from. That is
-how the tests run every array test on a stand-in that refuses what CuPy refuses.
+Any module that looks like CuPy will do: `array_module` asks an array's type which top-level module it came from. That
+is how the tests run every array test on a stand-in that refuses what CuPy refuses.
 """
 
 import contextlib
@@ -43,7 +44,9 @@ def array_module(x):
 def is_array(x):
     """True for a host or a device array (anything with `shape`, `dtype` and `__getitem__`), False for scalars and lists."""
     kind = type(x)
-    return kind is np.ndarray or (hasattr(kind, "ravel") and hasattr(kind, "dtype") and not issubclass(kind, np.generic))
+    return kind is np.ndarray or (
+        hasattr(kind, "ravel") and hasattr(kind, "dtype") and not issubclass(kind, np.generic)
+    )
 
 
 def device_of(x):
@@ -54,8 +57,8 @@ def device_of(x):
 def cuda():
     """The CuPy module, if a GPU is present.
 
-    Raises RuntimeError with a sentence that says which of the two is missing: CuPy, or the GPU. CuPy imports without a GPU, so
-    the question is `cupy.cuda.is_available()`, not whether the import works.
+    Raises RuntimeError with a sentence that says which of the two is missing: CuPy, or the GPU. CuPy imports without a
+    GPU, so the question is `cupy.cuda.is_available()`, not whether the import works.
     """
     try:
         cupy = importlib.import_module("cupy")
@@ -105,11 +108,11 @@ def rowdot(x, y):
 def scatter_add(rows, index, n):
     """W̄[index[i]] += rows[i]: the adjoint of a table look-up. rows (m, d), index (m,) -> (n, d).
 
-    `np.add.at` walks element by element; sorting the index first and adding runs with `reduceat` is about ten times as fast and
-    adds in the same order every time.
+    `np.add.at` walks element by element; sorting the index first and adding runs with `reduceat` is about ten times as
+    fast and adds in the same order every time.
     """
     xp = array_module(rows)
-    out = xp.zeros((n,) + rows.shape[1:], dtype=rows.dtype)
+    out = xp.zeros((n, *rows.shape[1:]), dtype=rows.dtype)
     if xp is not np:
         xp.add.at(out, index, rows)
         return out
@@ -155,8 +158,8 @@ def using_generator(rng):
 def uniform_like(x):
     """Uniform [0, 1) numbers of x's shape, float32, on x's device.
 
-    Drawn on the host on purpose: the same seed then gives the same dropout mask on every device, at the price of a counted
-    transfer.
+    Drawn on the host on purpose: the same seed then gives the same dropout mask on every device, at the price of a
+    counted transfer.
     """
     return move(generator().random(x.shape, dtype=np.float32), array_module(x))
 
@@ -165,8 +168,8 @@ def uniform_like(x):
 def keep_freed_memory():
     """Ask glibc to keep large freed blocks instead of returning them to the kernel. True if it was possible.
 
-    A training step frees and allocates the same large temporaries again and again; each fresh block costs page faults, which can
-    be a third of the step. Linux with glibc only. Never called at import: it changes the whole process.
+    A training step frees and allocates the same large temporaries again and again; each fresh block costs page faults,
+    which can be a third of the step. Linux with glibc only. Never called at import: it changes the whole process.
     """
     if not sys.platform.startswith("linux"):
         return False

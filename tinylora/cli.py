@@ -28,8 +28,10 @@ def main(argv=None):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="tinylora", formatter_class=_FORMAT,
-        description="LoRA and QLoRA, small enough to read. Every default is embedded: `tinylora finetune` needs no file and no network.")
+        prog="tinylora",
+        formatter_class=_FORMAT,
+        description="LoRA and QLoRA, small enough to read. Every default is embedded: `tinylora finetune` needs no file and no network.",
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for add in (_finetune_parser, _generate_parser, _pretrain_parser):
         add(commands)
@@ -39,7 +41,9 @@ def _parser():
 def _command(commands, name, run, summary, description, epilog):
     p = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=_FORMAT)
     p.set_defaults(run=run)
-    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where arrays live: cpu (NumPy) or cuda (CuPy)")
+    p.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where arrays live: cpu (NumPy) or cuda (CuPy)"
+    )
     p.add_argument("--seed", type=int, default=0, help="decides batches, dropout, initial adapters and drawn text (0)")
     p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
     return p
@@ -60,22 +64,46 @@ def _bytes(text):
     try:
         return int(float(text[:-1]) * units[text[-1].lower()]) if text[-1].lower() in units else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected none, or a number such as 1048576, 64k, 1M") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: expected none, or a number such as 1048576, 64k, 1M"
+        ) from None
 
 
 def _recipe_options(p, defaults, note=""):
     g = p.add_argument_group("recipe" + note)
     g.add_argument("--steps", type=_positive, default=defaults.steps, help=f"optimizer steps ({defaults.steps})")
-    g.add_argument("--batch-size", type=_positive, default=defaults.batch_size, help=f"sequences a micro-batch ({defaults.batch_size})")
-    g.add_argument("--accumulate", type=_positive, default=defaults.accumulate, help="micro-batches added up before a step (1)")
-    g.add_argument("--seq-len", type=_positive, default=defaults.seq_len, help=f"tokens a sequence ({defaults.seq_len})")
+    g.add_argument(
+        "--batch-size",
+        type=_positive,
+        default=defaults.batch_size,
+        help=f"sequences a micro-batch ({defaults.batch_size})",
+    )
+    g.add_argument(
+        "--accumulate", type=_positive, default=defaults.accumulate, help="micro-batches added up before a step (1)"
+    )
+    g.add_argument(
+        "--seq-len", type=_positive, default=defaults.seq_len, help=f"tokens a sequence ({defaults.seq_len})"
+    )
     g.add_argument("--lr", type=float, default=defaults.lr, help=f"learning rate ({defaults.lr:g})")
-    g.add_argument("--schedule", choices=("constant", "cosine"), default=defaults.schedule, help=f"({defaults.schedule})")
+    g.add_argument(
+        "--schedule", choices=("constant", "cosine"), default=defaults.schedule, help=f"({defaults.schedule})"
+    )
     g.add_argument("--warmup", type=int, default=defaults.warmup, help=f"steps of linear warm-up ({defaults.warmup})")
-    g.add_argument("--weight-decay", type=float, default=defaults.weight_decay, help=f"on matrices only ({defaults.weight_decay:g})")
-    g.add_argument("--clip", type=float, default=defaults.clip, help=f"largest gradient norm, 0 for none ({defaults.clip:g})")
-    g.add_argument("--shards", type=_positive, default=defaults.shards,
-                   help=f"parts of a micro-batch that run in threads; part of the recipe, since sums are ordered by it ({defaults.shards})")
+    g.add_argument(
+        "--weight-decay",
+        type=float,
+        default=defaults.weight_decay,
+        help=f"on matrices only ({defaults.weight_decay:g})",
+    )
+    g.add_argument(
+        "--clip", type=float, default=defaults.clip, help=f"largest gradient norm, 0 for none ({defaults.clip:g})"
+    )
+    g.add_argument(
+        "--shards",
+        type=_positive,
+        default=defaults.shards,
+        help=f"parts of a micro-batch that run in threads; part of the recipe, since sums are ordered by it ({defaults.shards})",
+    )
     return g
 
 
@@ -89,7 +117,10 @@ def _finetune_parser(commands):
     from .finetune import LORA_RECIPE, METHODS, Job
 
     p = _command(
-        commands, "finetune", _finetune, "QLoRA: quantize a model to 4 bits and train an adapter on a text",
+        commands,
+        "finetune",
+        _finetune,
+        "QLoRA: quantize a model to 4 bits and train an adapter on a text",
         "Fine-tune a pretrained Llama with QLoRA.\n\n"
         "  1  load the model and quantize its linear layers to NF4, blocks of 64, constants in 8 bits (double quantization)\n"
         "  2  freeze it and put a LoRA bypass of rank r on every linear layer: h = W x + (alpha/r) B A x\n"
@@ -99,34 +130,71 @@ def _finetune_parser(commands):
         "examples:\n"
         "  tinylora finetune                                     the main job, about two minutes on two cores\n"
         "  tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out\n"
-        "  tinylora finetune --text pairs.jsonl                  {\"prompt\": ..., \"answer\": ...} lines; the loss is on the answer\n"
+        '  tinylora finetune --text pairs.jsonl                  {"prompt": ..., "answer": ...} lines; the loss is on the answer\n'
         "  tinylora finetune --target-modules q_proj v_proj -r 4 the paper's choice of layers\n"
         "  tinylora finetune --compare --seeds 0 1 2             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure\n\n"
-        "A run that was stopped goes on from its last checkpoint when the same command is given again.")
-    p.add_argument("--model", default=Job.model, help="'base' (embedded) or a folder with config.json and model.safetensors")
-    p.add_argument("--text", default=None, help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the embedded Jargon File)")
-    p.add_argument("--out", default="tinylora-run", help="folder for the checkpoint, the adapter and report.json (tinylora-run)")
-    p.add_argument("--method", choices=tuple(METHODS), default=Job.method, help="what is frozen, and in how many bits (qlora)")
-    p.add_argument("--compare", action="store_true", help="run every method, for each of --seeds, and print one table; draws one figure")
+        "A run that was stopped goes on from its last checkpoint when the same command is given again.",
+    )
+    p.add_argument(
+        "--model", default=Job.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
+    )
+    p.add_argument(
+        "--text",
+        default=None,
+        help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the embedded Jargon File)",
+    )
+    p.add_argument(
+        "--out", default="tinylora-run", help="folder for the checkpoint, the adapter and report.json (tinylora-run)"
+    )
+    p.add_argument(
+        "--method", choices=tuple(METHODS), default=Job.method, help="what is frozen, and in how many bits (qlora)"
+    )
+    p.add_argument(
+        "--compare",
+        action="store_true",
+        help="run every method, for each of --seeds, and print one table; draws one figure",
+    )
     p.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of --compare (0 1 2)")
     p.add_argument("--full-lr", type=float, default=None, help="learning rate of full fine-tuning in --compare")
     g = p.add_argument_group("LoRA")
     g.add_argument("-r", type=int, default=Job.r, help=f"rank of the bypass ({Job.r})")
     g.add_argument("--alpha", type=float, default=Job.alpha, help=f"the bypass is scaled by alpha/r ({Job.alpha})")
     g.add_argument("--dropout", type=float, default=Job.dropout, help="on the input of the bypass, while training (0)")
-    g.add_argument("--target-modules", nargs="+", default=["all-linear"], metavar="NAME",
-                   help="'all-linear', or names such as q_proj v_proj, or one regular expression for whole paths after 're:'")
+    g.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="'all-linear', or names such as q_proj v_proj, or one regular expression for whole paths after 're:'",
+    )
     g = p.add_argument_group("quantization")
-    g.add_argument("--blocksize", type=_positive, default=Job.blocksize, help=f"weights that share one absmax ({Job.blocksize})")
-    g.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default=Job.compute_dtype,
-                   help="rounding of the products with the frozen weights (float32)")
+    g.add_argument(
+        "--blocksize", type=_positive, default=Job.blocksize, help=f"weights that share one absmax ({Job.blocksize})"
+    )
+    g.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default=Job.compute_dtype,
+        help="rounding of the products with the frozen weights (float32)",
+    )
     g = p.add_argument_group("memory")
-    g.add_argument("--page-budget", type=_bytes, default=Job.page_budget, metavar="BYTES",
-                   help="optimizer state that may be resident at a time, or none for all of it (1M)")
+    g.add_argument(
+        "--page-budget",
+        type=_bytes,
+        default=Job.page_budget,
+        metavar="BYTES",
+        help="optimizer state that may be resident at a time, or none for all of it (1M)",
+    )
     g.add_argument("--page-bytes", type=_bytes, default=Job.page_bytes, metavar="BYTES", help="bytes of a page (64k)")
-    g.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass instead of keeping its tape")
+    g.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute each block in the backward pass instead of keeping its tape",
+    )
     g.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints on disk (50)")
-    p.add_argument("--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only before and after)")
+    p.add_argument(
+        "--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only before and after)"
+    )
     _recipe_options(p, LORA_RECIPE)
 
 
@@ -136,10 +204,21 @@ def _finetune(args):
     targets = args.target_modules
     if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
         targets = targets[0].removeprefix("re:")
-    job = Job(model=args.model, text=args.text, method=args.method, r=args.r, alpha=args.alpha, dropout=args.dropout,
-              target_modules=targets if isinstance(targets, str) else tuple(targets), blocksize=args.blocksize,
-              compute_dtype=args.compute_dtype, page_budget=args.page_budget, page_bytes=args.page_bytes,
-              checkpointing=args.checkpointing, device=args.device)
+    job = Job(
+        model=args.model,
+        text=args.text,
+        method=args.method,
+        r=args.r,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        blocksize=args.blocksize,
+        compute_dtype=args.compute_dtype,
+        page_budget=args.page_budget,
+        page_bytes=args.page_bytes,
+        checkpointing=args.checkpointing,
+        device=args.device,
+    )
     recipe = _recipe(args, LORA_RECIPE)
     if not args.compare:
         report = finetune(job, recipe, args.out, args.eval_every, args.checkpoint_every)
@@ -159,16 +238,25 @@ def _finetune(args):
 # -------------------------------------------------------------------------------------------------------------------- generate
 def _generate_parser(commands):
     p = _command(
-        commands, "generate", _generate, "continue a prompt, with or without an adapter",
+        commands,
+        "generate",
+        _generate,
+        "continue a prompt, with or without an adapter",
         "Write on from a prompt, token by token, with a cache of keys and values.\n\n"
         "  temperature 0 always takes the likeliest token; 1 draws from the model's own distribution\n"
         "  top-k keeps the k likeliest tokens, top-p the likeliest that together reach probability p",
         "examples:\n"
         "  tinylora generate --prompt 'KING HENRY.'\n"
-        "  tinylora generate --adapter tinylora-run/adapter --prompt 'hacker'\n")
+        "  tinylora generate --adapter tinylora-run/adapter --prompt 'hacker'\n",
+    )
     p.add_argument("--model", default="base", help="'base' (embedded) or a model folder")
     p.add_argument("--adapter", default=None, help="an adapter folder, written by finetune or by PEFT")
-    p.add_argument("--quantize", choices=("none", "nf4", "fp4", "int4"), default="none", help="hold the linear layers in 4 bits (none)")
+    p.add_argument(
+        "--quantize",
+        choices=("none", "nf4", "fp4", "int4"),
+        default="none",
+        help="hold the linear layers in 4 bits (none)",
+    )
     p.add_argument("--prompt", default="\n", help="the text to continue")
     p.add_argument("--max-new-tokens", type=_positive, default=400, help="(400)")
     p.add_argument("--temperature", type=float, default=0.7, help="(0.7)")
@@ -209,13 +297,17 @@ def _pretrain_parser(commands):
     from .pretrain import RECIPE
 
     p = _command(
-        commands, "pretrain", _pretrain, "train a byte-level Llama from scratch on text files",
+        commands,
+        "pretrain",
+        _pretrain,
+        "train a byte-level Llama from scratch on text files",
         "Pretrain a Llama on UTF-8 text files; every file is a source from which batches draw evenly, and its last 5 % is held out.\n"
-        "The finished folder (config.json, model.safetensors in bfloat16, README.md with the measured bits per byte) opens in tinylora and in\n"
-        "transformers. The embedded base model was made by this command with its defaults.",
+        "The finished folder (config.json, model.safetensors in bfloat16, README.md with the measured bits per byte)\n"
+        "opens in tinylora and in transformers. The embedded base model was made by this command with its defaults.",
         "example: the embedded base model, some 80 minutes on two cores\n"
         "  python -m tinylora.data.texts texts\n"
-        "  tinylora pretrain texts/shakespeare.txt texts/bible.txt texts/factbook.txt --out base\n")
+        "  tinylora pretrain texts/shakespeare.txt texts/bible.txt texts/factbook.txt --out base\n",
+    )
     p.add_argument("texts", nargs="+", help="UTF-8 text files")
     p.add_argument("--out", required=True, help="the model folder to write; also holds the checkpoint while training")
     g = p.add_argument_group("architecture")

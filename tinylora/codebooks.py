@@ -1,17 +1,16 @@
 """Codes: the values that a 4-bit or 8-bit index stands for, each built from its definition.
 
-A code is a float32 vector. Index i of a 4-bit number stands for code[i], to be multiplied by its block's absmax. Codes are returned in
-the order of their indices: ascending, except `fp4`, whose index is the bit pattern of a small float.
+A code is a float32 vector. Index i of a 4-bit number stands for code[i], to be multiplied by its block's absmax. Codes
+are returned in the order of their indices: ascending, except `fp4`, whose index is the bit pattern of a small float.
 
     nf4         the quantiles of a normal distribution (QLoRA §3 and appendix E)
     fp4         bitsandbytes' grid of sign, two exponent bits, one mantissa bit
     int4        −7 … 7, evenly spaced
     dynamic8    bitsandbytes' 8-bit "dynamic" map, which double quantization uses for its constants (Dettmers et al. 2022, §2.2)
 
-Needs nothing but NumPy and the standard library. Differs from bitsandbytes: the values are computed, not listed; a test holds them
-equal to the published float32 tables in every bit.
+Needs nothing but NumPy and the standard library. Differs from bitsandbytes: the values are computed, not listed; a test
+holds them equal to the published float32 tables in every bit.
 """
-
 
 from functools import cache
 from statistics import NormalDist
@@ -28,8 +27,8 @@ def linspace_f32(start, stop, n):
 
         xᵢ = fma(h, i, start) for i < n/2,  fma(−h, n−1−i, stop) otherwise,  h = (stop − start)/(n − 1) in float32
 
-    A fused multiply-add rounds once. In float64 the product h·i is exact (24 + 8 bits), and the sum is rounded to 53 bits before the
-    rounding to 24, which only differs from one rounding if it lands within 2⁻⁵³ of a tie.
+    A fused multiply-add rounds once. In float64 the product h·i is exact (24 + 8 bits), and the sum is rounded to 53
+    bits before the rounding to 24, which only differs from one rounding if it lands within 2⁻⁵³ of a tie.
     """
     a, b = np.float32(start), np.float32(stop)
     h = np.float32((b - a) / np.float32(n - 1))
@@ -58,8 +57,8 @@ def nf4():
 
         positive: Φ⁻¹(linspace(o, ½, 9)) without its last,  negative: −Φ⁻¹(linspace(o, ½, 8)) without its last,  o = NF4_OFFSET
 
-    7 negative values, 0, 8 positive ones. Equal in all bits to the table in bitsandbytes and in QLoRA's appendix E. It is not what QLoRA
-    eq. 4 says: taken literally, that formula has −∞ as its first value.
+    7 negative values, 0, 8 positive ones. Equal in all bits to the table in bitsandbytes and in QLoRA's appendix E. It
+    is not what QLoRA eq. 4 says: taken literally, that formula has −∞ as its first value.
     """
     return _nf4().copy()
 
@@ -67,8 +66,8 @@ def nf4():
 def fp4():
     """FP4 as bitsandbytes defines it: {0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4} by bit pattern, then their negatives. (16,) float32.
 
-    Sign, two exponent bits, one mantissa bit; the subnormal is 0.0625/12, which is neither OCP's E2M1 (1/12 of its largest) nor what
-    bitsandbytes' own create_fp8_map(2, 1) returns (1/48). Index 8 is a second zero (+0 in the
+    Sign, two exponent bits, one mantissa bit; the subnormal is 0.0625/12, which is neither OCP's E2M1 (1/12 of its
+    largest) nor what bitsandbytes' own create_fp8_map(2, 1) returns (1/48). Index 8 is a second zero (+0 in the
     published table, −0 in one C++ loop; the product with absmax is a zero either way).
     """
     magnitude = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
@@ -95,8 +94,8 @@ def _dynamic8(signed):
 def dynamic8(signed=True):
     """bitsandbytes' dynamic 8-bit map: seven decades, each with twice as many evenly spaced values as the one below. (256,) float32.
 
-    Signed: −0.99297 … 0 … 1 (there is no −1; index 127 is 0). Unsigned: 0 … 1. Not an IEEE-like float8, although QLoRA §3 calls the
-    constants FP8. Source: Dettmers et al. 2022 (8-bit optimizers), §2.2; bitsandbytes' create_dynamic_map.
+    Signed: −0.99297 … 0 … 1 (there is no −1; index 127 is 0). Unsigned: 0 … 1. Not an IEEE-like float8, although QLoRA
+    §3 calls the constants FP8. Source: Dettmers et al. 2022 (8-bit optimizers), §2.2; bitsandbytes' create_dynamic_map.
     """
     return _dynamic8(bool(signed)).copy()
 
@@ -108,7 +107,9 @@ def get(code):
     """(name, values by index) of a 4-bit code given by name, or of a custom code: up to 16 ascending values."""
     if isinstance(code, str):
         if code not in NAMED:
-            raise ValueError(f"code {code!r} is unknown: expected one of {', '.join(NAMED)}, or a sorted array of up to 16 values")
+            raise ValueError(
+                f"code {code!r} is unknown: expected one of {', '.join(NAMED)}, or a sorted array of up to 16 values"
+            )
         return code, NAMED[code]()
     values = np.asarray(code, np.float32)
     if values.ndim != 1 or not 2 <= len(values) <= 16 or not np.isfinite(values).all() or (np.diff(values) <= 0).any():

@@ -1,7 +1,7 @@
 """What a model is trained and measured on: running text, or pairs of prompt and answer.
 
-Both hand out (inputs, targets, mask) with the targets shifted by one token. The mask marks what counts in the loss: every token of
-running text, only the answer of a pair (LoRA eq. 1 sums over the target sequence, not over the prompt).
+Both hand out (inputs, targets, mask) with the targets shifted by one token. The mask marks what counts in the loss:
+every token of running text, only the answer of a pair (LoRA eq. 1 sums over the target sequence, not over the prompt).
 """
 
 import hashlib
@@ -31,26 +31,28 @@ class Text:
         for _ in range(size):
             source = self.sources[int(rng.integers(len(self.sources)))]
             if len(source) <= length:
-                raise ValueError(f"text: a source of {len(source)} tokens is too short for sequences of {length}; "
-                                 "choose a smaller --seq-len or give more text")
+                raise ValueError(
+                    f"text: a source of {len(source)} tokens is too short for sequences of {length}; "
+                    "choose a smaller --seq-len or give more text"
+                )
             start = int(rng.integers(len(source) - length))
-            rows.append(source[start:start + length + 1])
+            rows.append(source[start : start + length + 1])
         ids = np.stack(rows).astype(np.int64)
         return ids[:, :-1], ids[:, 1:], np.ones((size, length), np.float32)
 
     def windows(self, length, stride=None):
         """Every token but each source's first, predicted exactly once: (inputs, targets, mask), each (n, length).
 
-        Windows start every `stride` tokens (half a window by default) and a token is scored in the first window that reaches it, so
-        that it is predicted from at least length − stride tokens of context, except near the start.
+        Windows start every `stride` tokens (half a window by default) and a token is scored in the first window that
+        reaches it, so that it is predicted from at least length − stride tokens of context, except near the start.
         """
         stride = stride or max(length // 2, 1)
         inputs, targets, masks = [], [], []
         for source in self.sources:
             width, done = min(length, len(source) - 1), 0
             for start in [*range(0, len(source) - 1 - width, stride), len(source) - 1 - width]:
-                row, mask = source[start:start + width + 1].astype(np.int64), np.zeros(length, np.float32)
-                mask[done - start:width] = 1
+                row, mask = source[start : start + width + 1].astype(np.int64), np.zeros(length, np.float32)
+                mask[done - start : width] = 1
                 done = start + width
                 inputs.append(np.pad(row[:-1], (0, length - width)))
                 targets.append(np.pad(row[1:], (0, length - width)))
@@ -83,9 +85,9 @@ class Pairs:
     def _rows(self, pairs, length):
         ids, mask = np.zeros((len(pairs), length + 1), np.int64), np.zeros((len(pairs), length + 1), np.float32)
         for row, keep, (prompt, answer) in zip(ids, mask, pairs, strict=True):
-            tokens = (prompt + answer)[:length + 1]
-            row[:len(tokens)] = tokens
-            keep[max(len(prompt), 1):len(tokens)] = 1
+            tokens = (prompt + answer)[: length + 1]
+            row[: len(tokens)] = tokens
+            keep[max(len(prompt), 1) : len(tokens)] = 1
         return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
     def fingerprint(self):
@@ -111,7 +113,9 @@ def read_text(path):
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}); convert it first") from None
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}); convert it first"
+        ) from None
     return data
 
 
@@ -130,7 +134,9 @@ def read_corpus(path, tokenizer, heldout=0.1):
             entry = json.loads(line)
             pairs.append((tokenizer.encode(entry["prompt"]), tokenizer.encode(entry["answer"])))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'{path} line {number}: expected a JSON object with the texts "prompt" and "answer"') from None
+            raise ValueError(
+                f'{path} line {number}: expected a JSON object with the texts "prompt" and "answer"'
+            ) from None
     cut = int(len(pairs) * (1 - heldout))
     if cut in (0, len(pairs)):
         raise ValueError(f"{path} holds {len(pairs)} pairs; too few to hold some out")

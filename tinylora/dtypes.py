@@ -1,12 +1,13 @@
 """Sixteen-bit floats on NumPy: rounding, and storage that is really two bytes.
 
-NumPy has float16 but no bfloat16. A bfloat16 is the upper half of a float32 (sign, the same 8 exponent bits, 7 of the 23 mantissa
-bits), so
+NumPy has float16 but no bfloat16. A bfloat16 is the upper half of a float32 (sign, the same 8 exponent bits, 7 of the
+23 mantissa bits), so
 
     bf16(x) = the float32 whose lower 16 bits are zero and that is nearest to x, ties to even.
 
-In arithmetic tinylora holds a bfloat16 number as a float32 that happens to be representable; a product of two such matrices
-accumulates in float32 and is rounded once at the end, which is what tensor cores do. In storage it is a uint16.
+In arithmetic tinylora holds a bfloat16 number as a float32 that happens to be representable; a product of two such
+matrices accumulates in float32 and is rounded once at the end, which is what tensor cores do. In storage it is a
+uint16.
 
 The logical dtypes are named by strings: "float32", "float16", "bfloat16".
 """
@@ -31,8 +32,9 @@ def dtype_name(dtype):
 def bfloat16_bits(x):
     """The 16 bits of bf16(x), ties to even. float32 (...) -> uint16 (...).
 
-    Adding 0x7fff plus the lowest kept bit carries into the kept half exactly when the dropped half is above one half, or is one
-    half and the kept half is odd. NaN must not be touched by that carry: it becomes a quiet NaN with its sign kept.
+    Adding 0x7fff plus the lowest kept bit carries into the kept half exactly when the dropped half is above one half,
+    or is one half and the kept half is odd. NaN must not be touched by that carry: it becomes a quiet NaN with its sign
+    kept.
     """
     xp = array_module(x)
     x = xp.ascontiguousarray(x, dtype=np.float32)
@@ -70,8 +72,8 @@ def as_float32(x):
 class BFloat16Array:
     """A weight stored in two bytes a number, as a 16-bit checkpoint stores it. Plain data; `dequantize` gives float32 back.
 
-    It has the same face as a QuantizedTensor (shape, size, nbytes, bits_per_param, dequantize), so a frozen layer does not care
-    which of the two it holds.
+    It has the same face as a QuantizedTensor (shape, size, nbytes, bits_per_param, dequantize), so a frozen layer does
+    not care which of the two it holds.
     """
 
     bits: np.ndarray

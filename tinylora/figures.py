@@ -16,7 +16,9 @@ def require_matplotlib():
     except ImportError:
         raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'") from None
     matplotlib.use("agg")
-    matplotlib.rcParams.update({"svg.hashsalt": "tinylora", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    matplotlib.rcParams.update(
+        {"svg.hashsalt": "tinylora", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    )
     import matplotlib.pyplot as plt
 
     return plt
@@ -34,9 +36,14 @@ def comparison(reports, path):
     from .finetune import METHODS
 
     plt = require_matplotlib()
-    names = [METHODS[m][0].replace(" + double quantization", "\n+ double quantization").replace(", ", ",\n", 1) for m in reports]
+    names = [
+        METHODS[m][0].replace(" + double quantization", "\n+ double quantization").replace(", ", ",\n", 1)
+        for m in reports
+    ]
     after = [[r.after for r in rs] for rs in reports.values()]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.08}, sharey=True)
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.6), gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.08}, sharey=True
+    )
     y = np.arange(len(names))[::-1]
     for row, scores, colour in zip(y, after, _COLOURS, strict=False):
         left.plot([np.mean(scores)] * 2, [row - 0.3, row + 0.3], color=colour, lw=3)
@@ -45,8 +52,11 @@ def comparison(reports, path):
     left.margins(x=0.2)
     left.set_yticks(y, names)
     left.set_xlabel("held-out bits per byte after fine-tuning\n(bar: mean over seeds, dots: seeds)")
-    parts = (("weights", ("frozen weights", "trained weights"), "#9aa5b1"), ("gradients", ("gradients",), "#c9b26b"),
-             ("optimizer state", ("optimizer state",), "#b07aa1"))
+    parts = (
+        ("weights", ("frozen weights", "trained weights"), "#9aa5b1"),
+        ("gradients", ("gradients",), "#c9b26b"),
+        ("optimizer state", ("optimizer state",), "#b07aa1"),
+    )
     start = np.zeros(len(names))
     for label, keys, colour in parts:
         size = np.array([sum(rs[0].bytes[k] for k in keys) / 1e6 for rs in reports.values()])

@@ -1,7 +1,8 @@
 """Files that are written whole or not at all, and safetensors with sixteen-bit floats.
 
-`atomic(path)` gives a temporary path in the same folder; only when the block ends without an error is it synced to disk and renamed
-over the old file, in one step of the file system. A full disk, a bug or a SIGKILL leaves the old file as it was.
+`atomic(path)` gives a temporary path in the same folder; only when the block ends without an error is it synced to disk
+and renamed over the old file, in one step of the file system. A full disk, a bug or a SIGKILL leaves the old file as it
+was.
 
 The safetensors package reads and writes NumPy arrays but no bfloat16; here a bfloat16 tensor is a BFloat16Array.
 """
@@ -16,8 +17,20 @@ import numpy as np
 
 from .dtypes import BFloat16Array
 
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
-          "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
+_NUMPY = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
 
 
 @contextlib.contextmanager
@@ -78,8 +91,9 @@ def save_safetensors(path, tensors, metadata=None):
         bf16 = isinstance(x, BFloat16Array)
         a = np.ascontiguousarray(x.bits if bf16 else x)
         alive.append(a)
-        specs[name] = safetensors.TensorSpec(dtype="bfloat16" if bf16 else a.dtype.name, shape=x.shape, data_ptr=a.ctypes.data,
-                                             data_len=a.nbytes)
+        specs[name] = safetensors.TensorSpec(
+            dtype="bfloat16" if bf16 else a.dtype.name, shape=x.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
+        )
     with atomic(path) as temporary:
         try:
             safetensors.serialize_file(specs, temporary, metadata={"format": "pt"} if metadata is None else metadata)
@@ -98,9 +112,11 @@ def load_safetensors(path):
     try:
         entries = safetensors.deserialize(data)
     except Exception as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}); it may be truncated or corrupted") from None
+        raise ValueError(
+            f"{path} is not a whole safetensors file ({error}); it may be truncated or corrupted"
+        ) from None
     tensors = {}
-    for name, entry in entries:
+    for name, entry in sorted(entries, key=lambda item: item[0]):  # the package's own order varies from run to run
         kind, shape = entry["dtype"], tuple(entry["shape"])
         if kind == "BF16":
             tensors[name] = BFloat16Array(np.frombuffer(entry["data"], np.uint16).reshape(shape))
@@ -108,5 +124,5 @@ def load_safetensors(path):
             tensors[name] = np.frombuffer(entry["data"], _NUMPY[kind]).reshape(shape)
         else:
             raise ValueError(f"{path}: tensor {name} has dtype {kind}, which NumPy cannot hold")
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__", {})

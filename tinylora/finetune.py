@@ -1,9 +1,10 @@
 """The main job: QLoRA from a pretrained folder to an adapter on disk, with every byte accounted for.
 
-    quantize the linear layers to NF4 (double quantization) → freeze → add LoRA to all of them → paged AdamW → held-out bits per byte
+    quantize the linear layers to NF4 (double quantization) → freeze → add LoRA to all of them → paged AdamW → held-out
+    bits per byte
 
-`finetune` does it once and returns a Report. `compare` does it for each method and seed: full fine-tuning, LoRA on the bfloat16 base, QLoRA
-with NF4, FP4 and Int4.
+`finetune` does it once and returns a Report. `compare` does it for each method and seed: full fine-tuning, LoRA on the
+bfloat16 base, QLoRA with NF4, FP4 and Int4.
 """
 
 import json
@@ -100,8 +101,10 @@ def corpus(job, tokenizer):
     """(train, held-out) of a job."""
     if job.text is not None:
         return read_corpus(job.text, tokenizer)
-    return tuple(Text([np.array(tokenizer.encode(data.jargon(split)))], nbytes=len(data.jargon(split)))
-                 for split in ("train", "heldout"))
+    return tuple(
+        Text([np.array(tokenizer.encode(data.jargon(split)))], nbytes=len(data.jargon(split)))
+        for split in ("train", "heldout")
+    )
 
 
 def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_before=True, progress=True):
@@ -121,13 +124,25 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         report.samples["before"] = sample(model)
     paged = job.page_budget is not None and job.method != "full"
     pager = Pager(job.page_budget, job.page_bytes, device=job.device) if paged else Pager(device=job.device)
-    result = fit(model, train, recipe, heldout=heldout if eval_every else None, eval_every=eval_every, out=out,
-                 checkpoint_every=checkpoint_every, pager=pager, about={"job": asdict(job)}, progress=progress)
+    result = fit(
+        model,
+        train,
+        recipe,
+        heldout=heldout if eval_every else None,
+        eval_every=eval_every,
+        out=out,
+        checkpoint_every=checkpoint_every,
+        pager=pager,
+        about={"job": asdict(job)},
+        progress=progress,
+    )
     report.after = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
     report.samples["after"] = sample(model)
     report.history, report.seconds, report.tokens_per_second = result.history, result.seconds, result.tokens_per_second
     report.bytes = {
-        "frozen weights": sum(w.nbytes for _, w in model.named_weights() if not (isinstance(w, Tensor) and w.requires_grad)),
+        "frozen weights": sum(
+            w.nbytes for _, w in model.named_weights() if not (isinstance(w, Tensor) and w.requires_grad)
+        ),
         "trained weights": sum(p.nbytes for _, p in model.trainable()),
         "gradients": result.gradient_bytes,
         "optimizer state": result.optimizer_bytes,
@@ -136,8 +151,14 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         "process, peak resident": peak_resident_bytes(),
     }
     c = pager.counters
-    report.paging = {"pages": len(pager), "budget": pager.budget, "faults": c.faults, "hits": c.hits, "evictions": c.evictions,
-                     "bytes moved": c.bytes_moved}
+    report.paging = {
+        "pages": len(pager),
+        "budget": pager.budget,
+        "faults": c.faults,
+        "hits": c.hits,
+        "evictions": c.evictions,
+        "bytes moved": c.bytes_moved,
+    }
     if out:
         folder = Path(out)
         if lora.adapters(model):
@@ -169,18 +190,31 @@ def peak_resident_bytes():
 def describe(report):
     """The closing table of a job, as text."""
     label = METHODS[report.job["method"]][0]
-    rows = [("held-out bits per byte, before", f"{report.before:.4f}"), ("held-out bits per byte, after", f"{report.after:.4f}"),
-            ("trainable parameters", f"{report.trainable:,} of {report.parameters:,} ({100 * report.trainable / report.parameters:.4f} %)")]
+    rows = [
+        ("held-out bits per byte, before", f"{report.before:.4f}"),
+        ("held-out bits per byte, after", f"{report.after:.4f}"),
+        (
+            "trainable parameters",
+            f"{report.trainable:,} of {report.parameters:,} ({100 * report.trainable / report.parameters:.4f} %)",
+        ),
+    ]
     if not math.isnan(report.bits_per_param):
         rows.append(("bits per quantized parameter", f"{report.bits_per_param:.3f}"))
     rows += [(f"bytes: {name}", f"{n:,}") for name, n in report.bytes.items()]
     p = report.paging
     if p["budget"] is not None:
-        rows.append(("page faults (evictions)", f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']} pages, budget {p['budget']:,} bytes"))
+        rows.append(
+            (
+                "page faults (evictions)",
+                f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']} pages, budget {p['budget']:,} bytes",
+            )
+        )
         rows.append(("bytes moved by paging", f"{p['bytes moved']:,}"))
     rows.append(("training", f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s"))
     if report.adapter:
-        rows.append(("the adapter lies in" if Path(report.adapter).name == "adapter" else "the model lies in", report.adapter))
+        rows.append(
+            ("the adapter lies in" if Path(report.adapter).name == "adapter" else "the model lies in", report.adapter)
+        )
     width = max(len(name) for name, _ in rows)
     lines = [label, "-" * len(label), *(f"{name:<{width}}  {value}" for name, value in rows)]
     for when, text in report.samples.items():
@@ -221,11 +255,17 @@ def _finished(folder, job, recipe):
 def describe_comparison(reports):
     """One line a method: held-out bits per byte before and after (mean ± standard deviation over seeds), distance to LoRA and to full."""
     after = {m: np.array([r.after for r in rs]) for m, rs in reports.items()}
-    lines = [f"{'method':<36}{'before':>9}{'after':>9}{'±':>9}{'vs LoRA':>10}{'vs full':>10}{'weights':>14}{'optimizer':>12}{'tape':>14}"]
+    lines = [
+        f"{'method':<36}{'before':>9}{'after':>9}{'±':>9}{'vs LoRA':>10}{'vs full':>10}{'weights':>14}{'optimizer':>12}{'tape':>14}"
+    ]
     for method, rs in reports.items():
-        deltas = [f"{(after[method] - after[other]).mean():+.4f}" if other in after else "" for other in ("lora", "full")]
+        deltas = [
+            f"{(after[method] - after[other]).mean():+.4f}" if other in after else "" for other in ("lora", "full")
+        ]
         b = rs[0].bytes
-        lines.append(f"{METHODS[method][0]:<36}{rs[0].before:>9.4f}{after[method].mean():>9.4f}"
-                     f"{after[method].std(ddof=1) if len(rs) > 1 else 0:>9.4f}{deltas[0]:>10}{deltas[1]:>10}"
-                     f"{b['frozen weights'] + b['trained weights']:>14,}{b['optimizer state']:>12,}{b['tape, peak']:>14,}")
+        lines.append(
+            f"{METHODS[method][0]:<36}{rs[0].before:>9.4f}{after[method].mean():>9.4f}"
+            f"{after[method].std(ddof=1) if len(rs) > 1 else 0:>9.4f}{deltas[0]:>10}{deltas[1]:>10}"
+            f"{b['frozen weights'] + b['trained weights']:>14,}{b['optimizer state']:>12,}{b['tape, peak']:>14,}"
+        )
     return "\n".join(lines)

@@ -7,7 +7,8 @@
 (Touvron et al. 2023, Llama 2.) `from_pretrained` reads and `save_pretrained` writes a folder with `config.json` and
 `model.safetensors` that transformers opens as LlamaForCausalLM.
 
-Left out, with a sentence if a config asks for it: biases, rope scaling, activations other than silu, other architectures.
+Left out, with a sentence if a config asks for it: biases, rope scaling, activations other than silu, other
+architectures.
 """
 
 import math
@@ -44,8 +45,10 @@ class LlamaConfig:
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"config: num_attention_heads = {self.num_attention_heads} is not a multiple of "
-                             f"num_key_value_heads = {self.num_key_value_heads}")
+            raise ValueError(
+                f"config: num_attention_heads = {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads = {self.num_key_value_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim = {self.head_dim} must be even, because rotary positions turn pairs")
 
@@ -55,11 +58,13 @@ class LlamaConfig:
         if config.get("model_type") != "llama":
             raise ValueError(f"{where}: model_type is {config.get('model_type')!r}, tinylora reads 'llama'")
         rope = config.get("rope_parameters") or {}
-        unsupported = {"hidden_act": config.get("hidden_act", "silu") != "silu",
-                       "attention_bias": config.get("attention_bias", False),
-                       "mlp_bias": config.get("mlp_bias", False),
-                       "rope_scaling": config.get("rope_scaling") is not None,
-                       "rope_parameters": rope.get("rope_type", "default") != "default"}
+        unsupported = {
+            "hidden_act": config.get("hidden_act", "silu") != "silu",
+            "attention_bias": config.get("attention_bias", False),
+            "mlp_bias": config.get("mlp_bias", False),
+            "rope_scaling": config.get("rope_scaling") is not None,
+            "rope_parameters": rope.get("rope_type", "default") != "default",
+        }
         for name, bad in unsupported.items():
             if bad:
                 raise ValueError(f"{where}: {name} = {config[name]!r} is not supported by tinylora's Llama")
@@ -77,9 +82,18 @@ class LlamaConfig:
 
     def to_dict(self):
         """The config as transformers reads it, old and new spelling of the rotary base included."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "attention_bias": False,
-                "mlp_bias": False, **asdict(self), "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-                "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **asdict(self),
+            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
 
 
 class Attention(Module):
@@ -152,7 +166,7 @@ class KVCache:
             self._buffers[layer] = [xp.empty((b, self.capacity, heads, d), k.dtype) for _ in range(2)]
         end = self.length + t
         for buffer, new in zip(self._buffers[layer], (k, v), strict=True):
-            buffer[:, self.length:end] = new
+            buffer[:, self.length : end] = new
         return tuple(buffer[:, :end] for buffer in self._buffers[layer])
 
 
@@ -206,17 +220,22 @@ class Llama(Module):
         return ops.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
 
     # ------------------------------------------------------------------------------------------------------------- generation
-    def generate(self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None):
+    def generate(
+        self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None
+    ):
         """The continuation of `prompt` as text. temperature 0 is greedy; equal seeds give equal text. See `stream`."""
         ids = list(self.stream(prompt, max_new_tokens, temperature, top_k, top_p, seed, use_cache, stop))
         return self.tokenizer.decode(ids)
 
-    def stream(self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None):
+    def stream(
+        self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None
+    ):
         """Yield new token ids one at a time, each drawn from softmax(logits / temperature).
 
-        top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p (Holtzman et al. 2019). `stop` ends the
-        text at that token id. With a KV cache each token is one position of work. Past max_position_embeddings the window slides: the
-        second half of the context is read again and the cache starts anew.
+        top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p (Holtzman et al. 2019).
+        `stop` ends the text at that token id. With a KV cache each token is one position of work. Past
+        max_position_embeddings the window slides: the second half of the context is read again and the cache starts
+        anew.
         """
         if temperature < 0:
             raise ValueError(f"generate: temperature = {temperature}, expected 0 (greedy) or more")
@@ -249,8 +268,8 @@ class Llama(Module):
     def from_pretrained(cls, path):
         """A model from "base" (the embedded one) or from a folder with config.json and model.safetensors.
 
-        Weights come as float32 Tensors (bfloat16 and float16 files are converted exactly), frozen or not as you then say;
-        `requires_grad` is True. Errors are sentences that name the file, the tensor and the shapes.
+        Weights come as float32 Tensors (bfloat16 and float16 files are converted exactly), frozen or not as you then
+        say; `requires_grad` is True. Errors are sentences that name the file, the tensor and the shapes.
         """
         from .data import base_folder
 

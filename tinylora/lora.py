@@ -2,17 +2,17 @@
 
     h = W₀ x + s B A x,     s = α/r,     A (r × in) random,  B (out × r) = 0                      (LoRA eq. 3 and §4.1)
 
-B starts at zero, so an adapted model computes what its base computes, bit for bit, until the first step; at that step B has a
-gradient and A has none (∂L/∂A = s Bᵀ G). QLoRA is the same bypass around a 4-bit layer (QLoRA eq. 5; the s that eq. 3 has and eq. 5
-lacks is applied, as in the authors' code).
+B starts at zero, so an adapted model computes what its base computes, bit for bit, until the first step; at that step B
+has a gradient and A has none (∂L/∂A = s Bᵀ G). QLoRA is the same bypass around a 4-bit layer (QLoRA eq. 5; the s that
+eq. 3 has and eq. 5 lacks is applied, as in the authors' code).
 
     add_lora(model, r=8, alpha=16)      freeze the model and put a bypass on its linear layers
     merge(model)                        W₀ + s B A as plain layers again
     detach(model) / attach(model, a)    take the adapter off; put it, or another one, on
 
-Compared with PEFT: one adapter at a time, the factors are called the same and stored the same (see interop.peft), the scale is
-applied last, merging makes a new layer and leaves W₀ alone (float32 subtraction would not restore it). Compared with loralib: eval() changes
-no weight.
+Compared with PEFT: one adapter at a time, the factors are called the same and stored the same (see interop.peft), the
+scale is applied last, merging makes a new layer and leaves W₀ alone (float32 subtraction would not restore it).
+Compared with loralib: eval() changes no weight.
 """
 
 import math
@@ -60,9 +60,14 @@ class LoRALinear(Module):
         base.requires_grad_(False)
         self.base_layer, self.r, self.alpha, self.dropout = base, config.r, alpha, dropout
         self.lora_A, self.lora_B = Linear(base.in_features, r), Linear(r, base.out_features)
-        a = uniform((r, base.in_features), 1 / math.sqrt(base.in_features)) if init == "kaiming" else \
-            normal((r, base.in_features), 1 / r)
-        like = backend.array_module(getattr(base.weight, "data", getattr(base.weight, "packed", getattr(base.weight, "bits", None))))
+        a = (
+            uniform((r, base.in_features), 1 / math.sqrt(base.in_features))
+            if init == "kaiming"
+            else normal((r, base.in_features), 1 / r)
+        )
+        like = backend.array_module(
+            getattr(base.weight, "data", getattr(base.weight, "packed", getattr(base.weight, "bits", None)))
+        )
         self.lora_A.weight = Tensor(backend.move(a, like), requires_grad=True)
         self.lora_B.weight = Tensor(like.zeros((base.out_features, r), np.float32), requires_grad=True)
 
@@ -81,8 +86,8 @@ class LoRALinear(Module):
     def merge(self):
         """A new layer of the base's kind with W = W₀ + s B A; the base and the factors stay as they are.
 
-        A 4-bit base is dequantized, added to and quantized again with the same settings. What that costs is on the new layer:
-        `merge_error` = ‖Ŵ − (W₀ + ΔW)‖ / ‖W₀ + ΔW‖ (Frobenius).
+        A 4-bit base is dequantized, added to and quantized again with the same settings. What that costs is on the new
+        layer: `merge_error` = ‖Ŵ − (W₀ + ΔW)‖ / ‖W₀ + ΔW‖ (Frobenius).
         """
         base, wanted = self.base_layer, self.base_layer.dense() + self.delta()
         if isinstance(base, Linear):
@@ -99,7 +104,9 @@ class LoRALinear(Module):
         else:
             layer = Linear16bit(BFloat16Array.of(wanted), base.bias, base.compute_dtype)
         difference = layer.dense() - wanted
-        layer.merge_error = math.sqrt(float((difference * difference).sum()) / max(float((wanted * wanted).sum()), 1e-30))
+        layer.merge_error = math.sqrt(
+            float((difference * difference).sum()) / max(float((wanted * wanted).sum()), 1e-30)
+        )
         return layer
 
 
@@ -121,8 +128,10 @@ def find_targets(model, target_modules="all-linear"):
     if isinstance(target_modules, str):
         found = [p for p in paths if re.fullmatch(target_modules, p)]
         if not found:
-            raise ValueError(f"lora: target_modules {target_modules!r} matches no layer; the layers are named {', '.join(names)} "
-                             f"(paths such as {paths[0]})")
+            raise ValueError(
+                f"lora: target_modules {target_modules!r} matches no layer; the layers are named {', '.join(names)} "
+                f"(paths such as {paths[0]})"
+            )
         return found
     wanted = list(target_modules)
     for name in wanted:
@@ -193,11 +202,15 @@ def attach(model, adapter):
     for path, (a, b) in adapter.weights.items():
         if path not in existing:
             names = sorted({p.rpartition(".")[2] for p in existing})
-            raise ValueError(f"lora: the adapter has weights for {path}, which the model lacks; its layers are {', '.join(names)}")
+            raise ValueError(
+                f"lora: the adapter has weights for {path}, which the model lacks; its layers are {', '.join(names)}"
+            )
         expected = (c.r, existing[path].in_features), (existing[path].out_features, c.r)
         if (a.shape, b.shape) != expected:
-            raise ValueError(f"lora: the adapter's A and B for {path} are {a.shape} and {b.shape}; "
-                             f"this model with r = {c.r} needs {expected[0]} and {expected[1]}")
+            raise ValueError(
+                f"lora: the adapter's A and B for {path} are {a.shape} and {b.shape}; "
+                f"this model with r = {c.r} needs {expected[0]} and {expected[1]}"
+            )
     model.requires_grad_(False)
     for path, (a, b) in adapter.weights.items():
         layer = LoRALinear(existing[path], c.r, c.alpha, c.dropout)
@@ -234,5 +247,7 @@ def print_trainable_parameters(model):
     print(trainable_parameters(model))
 
 
+# fmt: off
 __all__ = ["LoRAConfig", "LoRALinear", "Adapter", "add_lora", "attach", "detach", "merge", "adapters", "find_targets",
            "count_parameters", "trainable_parameters", "print_trainable_parameters", "asdict"]
+# fmt: on

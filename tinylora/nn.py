@@ -1,13 +1,14 @@
 """Modules: named parameters, and the layers that a Llama is made of.
 
-A Module is a plain object. Its parameters are the Tensors, stored weights and sub-modules found among its attributes, in the order
-in which they were assigned, named by the path to them: `model.layers.0.self_attn.q_proj.weight`. Nothing is registered.
+A Module is a plain object. Its parameters are the Tensors, stored weights and sub-modules found among its attributes,
+in the order in which they were assigned, named by the path to them: `model.layers.0.self_attn.q_proj.weight`. Nothing
+is registered.
 
-A frozen weight need not be a Tensor: Linear4bit and Linear16bit hold plain data that can be dequantized (QuantizedTensor,
-BFloat16Array), through which no gradient flows into the weight.
+A frozen weight need not be a Tensor: Linear4bit and Linear16bit hold plain data that can be dequantized
+(QuantizedTensor, BFloat16Array), through which no gradient flows into the weight.
 
-Differs from torch.nn: modules take plain integer arrays as token ids; Linear has no bias unless asked; `eval()` switches dropout and
-nothing else.
+Differs from torch.nn: modules take plain integer arrays as token ids; Linear has no bias unless asked; `eval()`
+switches dropout and nothing else.
 """
 
 import math
@@ -74,13 +75,17 @@ class Module:
         mine = dict(self.named_parameters())
         missing, unknown = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         if strict and (missing or unknown):
-            raise KeyError(f"load_state_dict: missing {missing[:5]}{' ...' * (len(missing) > 5)}, "
-                           f"unknown {unknown[:5]}{' ...' * (len(unknown) > 5)}")
-        for name in mine.keys() & state.keys():
+            raise KeyError(
+                f"load_state_dict: missing {missing[:5]}{' ...' * (len(missing) > 5)}, "
+                f"unknown {unknown[:5]}{' ...' * (len(unknown) > 5)}"
+            )
+        shared = [name for name in mine if name in state]
+        for name in shared:
             if mine[name].shape != tuple(state[name].shape):
-                raise ValueError(f"load_state_dict: {name} has shape {tuple(state[name].shape)}, "
-                                 f"the model's is {mine[name].shape}")
-        for name in mine.keys() & state.keys():
+                raise ValueError(
+                    f"load_state_dict: {name} has shape {tuple(state[name].shape)}, the model's is {mine[name].shape}"
+                )
+        for name in shared:
             w = mine[name]
             w.data = move(state[name], array_module(w.data)).astype(w.dtype)
 
@@ -147,7 +152,9 @@ class Linear(Module):
     """y = x Wᵀ + b.   weight (out, in) ~ U(−1/√in, 1/√in), which is torch's kaiming_uniform(a=√5); bias (out,) or None."""
 
     def __init__(self, in_features, out_features, bias=False):
-        self.weight = Tensor(uniform((out_features, in_features), 1 / math.sqrt(max(in_features, 1))), requires_grad=True)
+        self.weight = Tensor(
+            uniform((out_features, in_features), 1 / math.sqrt(max(in_features, 1))), requires_grad=True
+        )
         self.bias = Tensor(np.zeros(out_features, np.float32), requires_grad=True) if bias else None
 
     in_features = property(lambda self: self.weight.shape[1])
@@ -184,8 +191,8 @@ class _FrozenLinear(Module):
 class Linear4bit(_FrozenLinear):
     """y = x Ŵᵀ + b, Ŵ = doubleDequant(weight) (QLoRA eq. 5 and 6). weight is a QuantizedTensor of shape (out, in).
 
-    compute_dtype "float32" (products as they are) or "bfloat16" (operands and result rounded to bfloat16, float32 accumulation).
-    Differs from bitsandbytes in that the compute dtype is never guessed from the input.
+    compute_dtype "float32" (products as they are) or "bfloat16" (operands and result rounded to bfloat16, float32
+    accumulation). Differs from bitsandbytes in that the compute dtype is never guessed from the input.
     """
 
     @classmethod
@@ -223,11 +230,13 @@ class RMSNorm(Module):
         return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
-def quantize_linears(model, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", skip=("lm_head",), **options):
+def quantize_linears(
+    model, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", skip=("lm_head",), **options
+):
     """Replace every Linear of the model by a frozen Linear4bit, in place; returns the model.
 
-    As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` keep their 16 or 32 bits. code="bfloat16"
-    stores the weights in two bytes instead (16-bit LoRA's base). All other parameters are frozen.
+    As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` keep their 16 or 32 bits.
+    code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base). All other parameters are frozen.
     """
     model.requires_grad_(False)
     for path, layer in list(model.named_modules()):
@@ -235,10 +244,14 @@ def quantize_linears(model, code="nf4", blocksize=64, double_quant=True, compute
             if code == "bfloat16":
                 new = Linear16bit.of(layer, compute_dtype)
             else:
-                new = Linear4bit.of(layer, code, blocksize, double_quant, compute_dtype, name=f"{path}.weight", **options)
+                new = Linear4bit.of(
+                    layer, code, blocksize, double_quant, compute_dtype, name=f"{path}.weight", **options
+                )
             model.replace(path, new)
     return model
 
 
+# fmt: off
 __all__ = ["Module", "Linear", "Linear4bit", "Linear16bit", "Embedding", "RMSNorm", "quantize_linears", "uniform", "normal",
            ]
+# fmt: on

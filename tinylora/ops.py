@@ -1,11 +1,12 @@
 """The operations: a forward equation, and beside it one pullback per argument.
 
-Notation: ḡ is the gradient of the loss with respect to the output, x̄ the one with respect to x. A pullback maps ḡ to x̄. Where the
-arguments share the work (normalization, attention), one function returns all of them. Broadcasting is undone by the engine, so
-every rule reads as if shapes matched.
+Notation: ḡ is the gradient of the loss with respect to the output, x̄ the one with respect to x. A pullback maps ḡ to
+x̄. Where the arguments share the work (normalization, attention), one function returns all of them. Broadcasting is
+undone by the engine, so every rule reads as if shapes matched.
 
-Shapes: the last axis is the feature axis, as in torch. Every operation keeps the dtype of its inputs: float32 in, float32 out.
-Differs from torch.nn.functional: no autocast, no in-place versions, no integer tensors (ids, masks and indices are plain arrays).
+Shapes: the last axis is the feature axis, as in torch. Every operation keeps the dtype of its inputs: float32 in,
+float32 out. Differs from torch.nn.functional: no autocast, no in-place versions, no integer tensors (ids, masks and
+indices are plain arrays).
 """
 
 import math
@@ -17,9 +18,11 @@ from .backend import array_module, rowdot
 from .dtypes import round_to
 from .tensor import Tensor, primitive
 
+# fmt: off
 __all__ = ["add", "sub", "mul", "div", "neg", "power", "exp", "log", "tanh", "sqrt", "sum", "mean", "max", "reshape", "transpose",
            "swapaxes", "index", "concatenate", "matmul", "linear", "linear_frozen", "embedding", "softmax", "softmax_cross_entropy",
            "relu", "gelu", "sigmoid", "silu", "rms_norm", "layer_norm", "rope", "causal_attention", "dropout"]
+# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------- arithmetic
@@ -94,7 +97,7 @@ def sqrt(x):
 # ---------------------------------------------------------------------------------------------------------------- reductions
 def _restore(g, axis, keepdims, ndim):
     """g with the reduced axes put back as length 1, so that it broadcasts against the input."""
-    if keepdims or axis is None and ndim == 0:
+    if keepdims or (axis is None and ndim == 0):
         return g
     if axis is None:
         return g.reshape((1,) * ndim)
@@ -230,9 +233,9 @@ def linear(x, w, b=None):
 def linear_frozen(x, q, compute_dtype="float32"):
     """y = x Ŵᵀ, Ŵ = dequantize(q);   x̄ = ḡ Ŵ.   QLoRA eq. 5 without the adapter.
 
-    x (..., in); q any stored weight with `shape` (out, in) and `dequantize(dtype)`. There is no pullback for Ŵ, and the one
-    for x captures q, never Ŵ: the dense weight is rebuilt for the backward pass and dropped again. With compute_dtype "bfloat16"
-    x, Ŵ, y and the gradients are rounded to bfloat16 around float32 products.
+    x (..., in); q any stored weight with `shape` (out, in) and `dequantize(dtype)`. There is no pullback for Ŵ, and the
+    one for x captures q, never Ŵ: the dense weight is rebuilt for the backward pass and dropped again. With
+    compute_dtype "bfloat16" x, Ŵ, y and the gradients are rounded to bfloat16 around float32 products.
     """
     _check_linear(x, q.shape)
     lead = x.shape[:-1]
@@ -285,9 +288,9 @@ def softmax(x):
 def softmax_cross_entropy(z, targets, mask=None, reduction="mean"):
     """L = −Σᵢ mᵢ log softmax(zᵢ)[targetᵢ] / Σ mᵢ;   z̄ᵢ = (softmax(zᵢ) − onehot(targetᵢ)) mᵢ / Σ mᵢ.   LoRA eq. 1.
 
-    z (..., n) logits, targets (...) integers below n, mask (...) of 0 and 1 (or weights): only the target tokens count, the
-    prompt is masked out. reduction="sum" leaves out the division, so that micro-batches with different masks add up exactly.
-    An all-zero mask gives 0. In nats.
+    z (..., n) logits, targets (...) integers below n, mask (...) of 0 and 1 (or weights): only the target tokens count,
+    the prompt is masked out. reduction="sum" leaves out the division, so that micro-batches with different masks add up
+    exactly. An all-zero mask gives 0. In nats.
     """
     xp, shape = array_module(z), z.shape
     for name, x in (("targets", targets), ("mask", mask)):
@@ -444,8 +447,8 @@ def _rotate(x, cos, sin):
 def rope(x, cos, sin):
     """y = R x, R rotates the pair (x_i, x_{i+d/2}) by the angle of its position;   x̄ = Rᵀ ḡ.   RoFormer §3.2.
 
-    x (..., t, heads, d), cos and sin (t, d/2) from `rope_table`. Pairs are the halves, as in Hugging Face's Llama; the paper, and
-    GGUF files, pair neighbours (a permutation of the rows of W_q and W_k).
+    x (..., t, heads, d), cos and sin (t, d/2) from `rope_table`. Pairs are the halves, as in Hugging Face's Llama; the
+    paper, and GGUF files, pair neighbours (a permutation of the rows of W_q and W_k).
     """
     cos, sin = cos[:, None, :], sin[:, None, :]
     return _rotate(x, cos, sin), (lambda g: _rotate(g, cos, -sin),)
@@ -455,8 +458,9 @@ def rope(x, cos, sin):
 def causal_attention(q, k, v):
     """y = P v, P = softmax(mask(q kᵀ/√d));   v̄ = Pᵀ ḡ,  S̄ = P (P̄ − Σ P̄ P),  P̄ = ḡ vᵀ,  q̄ = S̄ k/√d,  k̄ = S̄ᵀ q/√d.
 
-    q (b, t, heads, d), k and v (b, s, kv_heads, d) with s ≥ t: query i sees the keys 0 … s − t + i. heads must be a multiple of
-    kv_heads: query heads share a key head in groups (grouped-query attention, Ainslie et al. 2023). -> (b, t, heads, d).
+    q (b, t, heads, d), k and v (b, s, kv_heads, d) with s ≥ t: query i sees the keys 0 … s − t + i. heads must be a
+    multiple of kv_heads: query heads share a key head in groups (grouped-query attention, Ainslie et al. 2023). -> (b,
+    t, heads, d).
     """
     b, t, heads, d = q.shape
     _, s, groups, _ = k.shape

@@ -3,8 +3,9 @@
     m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
     p ← p − η λ p                  p ← p − η m̂ / (√v̂ + ε),     m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
 
-Loshchilov & Hutter 2019, algorithm 2 (as in torch: the decay is scaled by η and applied first). Because each element is on its own,
-the update of a tensor is the update of its pieces, and m and v can be paged. A page holds m in its first row and v in its second.
+Loshchilov & Hutter 2019, algorithm 2 (as in torch: the decay is scaled by η and applied first). Because each element is
+on its own, the update of a tensor is the update of its pieces, and m and v can be paged. A page holds m in its first
+row and v in its second.
 """
 
 import math
@@ -43,8 +44,9 @@ def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
 class AdamW:
     """AdamW over parameters, or over groups [{"params": [...], "lr": ..., "weight_decay": ...}, ...].
 
-    params may be Tensors or (name, Tensor) pairs; names appear in `state_dict`. With `pager`, the state lives in its pages and is
-    updated a page at a time: for every budget the parameters equal those of the unpaged optimizer bit for bit.
+    params may be Tensors or (name, Tensor) pairs; names appear in `state_dict`. With `pager`, the state lives in its
+    pages and is updated a page at a time: for every budget the parameters equal those of the unpaged optimizer bit for
+    bit.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, pager=None):
@@ -81,8 +83,18 @@ class AdamW:
             for number in pages:
                 m, v = page = self.pager.page(number)
                 end = start + page.shape[1]
-                adamw_step(flat[start:end], g[start:end], m, v, self.step_count, group["lr"] * lr_scale, self.betas, self.eps,
-                           group["weight_decay"], self._buffer(page))
+                adamw_step(
+                    flat[start:end],
+                    g[start:end],
+                    m,
+                    v,
+                    self.step_count,
+                    group["lr"] * lr_scale,
+                    self.betas,
+                    self.eps,
+                    group["weight_decay"],
+                    self._buffer(page),
+                )
                 start = end
 
     def _buffer(self, page):
@@ -126,7 +138,8 @@ def clip_grad_norm(params, max_norm):
 def schedule(kind, step, steps, warmup=0, floor=0.1):
     """The factor on the learning rate at step = 0 … steps − 1.
 
-    "constant": 1 after a linear warm-up over `warmup` steps. "cosine": from 1 down to `floor` along half a cosine after the same warm-up.
+    "constant": 1 after a linear warm-up over `warmup` steps. "cosine": from 1 down to `floor` along half a cosine after
+    the same warm-up.
     """
     if kind not in ("constant", "cosine"):
         raise ValueError(f"schedule {kind!r} is unknown: expected 'constant' or 'cosine'")

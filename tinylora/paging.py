@@ -1,13 +1,13 @@
 """Optimizer state that need not fit: pages in host memory, a budget of resident bytes, least recently used goes first.
 
-QLoRA §3 ("Paged Optimizers") lets the CUDA driver move optimizer state between GPU and CPU like an operating system moves memory
-between RAM and disk. Here the moving is done by hand, so that it can be read and counted:
+QLoRA §3 ("Paged Optimizers") lets the CUDA driver move optimizer state between GPU and CPU like an operating system
+moves memory between RAM and disk. Here the moving is done by hand, so that it can be read and counted:
 
     page(i)   resident -> a hit;   not resident -> a fault: copy pool -> frame, after evicting the page
               that was used longest ago (copy frame -> pool) if the budget is full.
 
-A page is a block of `page_bytes` and not a whole tensor, so a tensor larger than the budget is no problem; bitsandbytes pages whole
-states, and only those of 100,000 elements or more. Every move is in `counters`, and in `trace` if asked.
+A page is a block of `page_bytes` and not a whole tensor, so a tensor larger than the budget is no problem; bitsandbytes
+pages whole states, and only those of 100,000 elements or more. Every move is in `counters`, and in `trace` if asked.
 
 Without a budget nothing is ever evicted and nothing is copied: the pages are plain arrays.
 """
@@ -48,10 +48,14 @@ class Pager:
         if pool != "host":
             raise ValueError(f"pager: pool {pool!r} is unknown: expected 'host'")
         if page_bytes < 8 or page_bytes % 8:
-            raise ValueError(f"pager: page_bytes = {page_bytes}; a page holds pairs of float32 (m, v), so expected a multiple of 8")
+            raise ValueError(
+                f"pager: page_bytes = {page_bytes}; a page holds pairs of float32 (m, v), so expected a multiple of 8"
+            )
         if budget is not None and budget < page_bytes:
-            raise ValueError(f"pager: the budget of {budget} bytes is smaller than one page of {page_bytes} bytes; "
-                             "raise the budget or make the pages smaller")
+            raise ValueError(
+                f"pager: the budget of {budget} bytes is smaller than one page of {page_bytes} bytes; "
+                "raise the budget or make the pages smaller"
+            )
         self.budget, self.page_bytes, self.xp = budget, page_bytes, backend.module_for(device)
         self.counters, self.step, self.peak_resident_bytes = Counters(), 0, 0
         self.trace = [] if trace else None

@@ -1,7 +1,7 @@
 """Pretrain a byte-level Llama on text files: how the embedded base model was made.
 
-Each file is one source. Its last 5 % is never trained on; at the end the finished bfloat16 weights are measured on it, and the folder gets
-a model card with the recipe and the bits per byte of each source.
+Each file is one source. Its last 5 % is never trained on; at the end the finished bfloat16 weights are measured on it,
+and the folder gets a model card with the recipe and the bits per byte of each source.
 """
 
 from dataclasses import asdict
@@ -15,8 +15,18 @@ from .llama import Llama, LlamaConfig
 from .train import Recipe, bits_per_byte, fit
 
 HELD_OUT = 0.05
-RECIPE = Recipe(steps=17000, batch_size=8, seq_len=256, lr=2e-3, schedule="cosine", warmup=200, floor=0.02, beta2=0.99,
-                weight_decay=0.1, clip=1.0)
+RECIPE = Recipe(
+    steps=17000,
+    batch_size=8,
+    seq_len=256,
+    lr=2e-3,
+    schedule="cosine",
+    warmup=200,
+    floor=0.02,
+    beta2=0.99,
+    weight_decay=0.1,
+    clip=1.0,
+)
 
 
 def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, device="cpu", progress=True):
@@ -28,13 +38,24 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
     backend.module_for(device)
     texts = {Path(p).stem: np.frombuffer(read_text(p), np.uint8) for p in paths}
     cut = {name: int(len(t) * (1 - HELD_OUT)) for name, t in texts.items()}
-    train = Text([t[:cut[name]] for name, t in texts.items()])
+    train = Text([t[: cut[name]] for name, t in texts.items()])
     backend.seed(recipe.seed)
     model = Llama(config).to(device)
-    fit(model, train, recipe, out=out, checkpoint_every=checkpoint_every, about={"config": asdict(config)}, progress=progress)
+    fit(
+        model,
+        train,
+        recipe,
+        out=out,
+        checkpoint_every=checkpoint_every,
+        about={"config": asdict(config)},
+        progress=progress,
+    )
     model.save_pretrained(out)
     finished = Llama.from_pretrained(out)
-    scores = {name: bits_per_byte(finished, Text([t[cut[name]:]]), recipe.seq_len, progress=progress) for name, t in texts.items()}
+    scores = {
+        name: bits_per_byte(finished, Text([t[cut[name] :]]), recipe.seq_len, progress=progress)
+        for name, t in texts.items()
+    }
     files.write_text(Path(out) / "README.md", _card(finished, recipe, texts, cut, scores))
     return scores
 
@@ -42,7 +63,9 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
 def _card(model, recipe, texts, cut, scores):
     parameters = sum(p.size for p in model.parameters())
     tokens = recipe.steps * recipe.accumulate * recipe.batch_size * recipe.seq_len
-    rows = "\n".join(f"| {name} | {len(t):,} | {len(t) - cut[name]:,} | {scores[name]:.4f} |" for name, t in texts.items())
+    rows = "\n".join(
+        f"| {name} | {len(t):,} | {len(t) - cut[name]:,} | {scores[name]:.4f} |" for name, t in texts.items()
+    )
     recipe_rows = "\n".join(f"| {key} | {value} |" for key, value in asdict(recipe).items())
     config_rows = "\n".join(f"| {key} | {value} |" for key, value in asdict(model.config).items())
     return f"""# A byte-level Llama, pretrained by tinylora on NumPy
@@ -55,8 +78,8 @@ def _card(model, recipe, texts, cut, scores):
 {rows}
 | mean | | | {np.mean(list(scores.values())):.4f} |
 
-Bits per byte: −log₂ of the probability of the held-out bytes, each predicted once from {recipe.seq_len // 2} to {recipe.seq_len} bytes of context,
-by the weights in this folder.
+Bits per byte: −log₂ of the probability of the held-out bytes, each predicted once from {recipe.seq_len // 2} to
+{recipe.seq_len} bytes of context, by the weights in this folder.
 
 It writes in the manner of its sources and knows nothing else. It is made to be fine-tuned in a lesson, not to be believed.
 

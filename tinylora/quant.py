@@ -11,13 +11,14 @@ Double quantization (QLoRA §3) stores the m_b in 8 bits as well, in blocks of 2
 
     4 + 32/64 = 4.5 bits a weight become 4 + 8/64 + 32/(64·256) = 4.127.
 
-The rule "bitsandbytes-cpu" is what bitsandbytes 0.50 does on a CPU, to the bit; where its rounding surprises, the comment says so. In
-particular its 8-bit rounding is a look-up in a table of 65,536 entries and not the nearest code, and its mean is torch's float32 sum in
-torch's order. (From 32,768 blocks on, torch's sum depends on its number of threads; here it is that of one thread, and `offset=` takes
-another.)
+The rule "bitsandbytes-cpu" is what bitsandbytes 0.50 does on a CPU, to the bit; where its rounding surprises, the
+comment says so. In particular its 8-bit rounding is a look-up in a table of 65,536 entries and not the nearest code,
+and its mean is torch's float32 sum in torch's order. (From 32,768 blocks on, torch's sum depends on its number of
+threads; here it is that of one thread, and `offset=` takes another.)
 
-Differs from bitsandbytes: a QuantizedTensor is plain data; NaN and Inf are refused unless asked for; `size` counts weights, not bytes.
-This file never imports the tensor: whoever only wants to know about NF4 reads this one and codebooks.py.
+Differs from bitsandbytes: a QuantizedTensor is plain data; NaN and Inf are refused unless asked for; `size` counts
+weights, not bytes. This file never imports the tensor: whoever only wants to know about NF4 reads this one and
+codebooks.py.
 """
 
 from dataclasses import dataclass, replace
@@ -61,7 +62,8 @@ class QuantizedTensor:
     code        the values by index, float32;  code_name  "nf4", "fp4", "int4" or "custom"
     blocksize, shape, dtype ("float32", "bfloat16", "float16": what the weight was)
 
-    `size` is the number of weights and `nbytes` what is held for them (the code itself, 64 bytes, is shared and not counted).
+    `size` is the number of weights and `nbytes` what is held for them (the code itself, 64 bytes, is shared and not
+    counted).
     """
 
     packed: np.ndarray
@@ -127,7 +129,7 @@ class QuantizedTensor:
             body = flat[: whole * self.blocksize].reshape(whole, self.blocksize)
             body *= absmax[:whole, None]
             if whole * self.blocksize < n:
-                flat[whole * self.blocksize:] *= absmax[whole]
+                flat[whole * self.blocksize :] *= absmax[whole]
             return round_to(flat.reshape(self.shape), dtype or self.dtype)
 
     def to(self, move):
@@ -147,7 +149,16 @@ def _pair_table(code):
     return table.reshape(-1).view(np.complex64)
 
 
-def quantize(w, code="nf4", blocksize=64, double_quant=False, rule="bitsandbytes-cpu", offset=None, check_finite=True, name="weight"):
+def quantize(
+    w,
+    code="nf4",
+    blocksize=64,
+    double_quant=False,
+    rule="bitsandbytes-cpu",
+    offset=None,
+    check_finite=True,
+    name="weight",
+):
     """q_i = index of the code value nearest to w_i / absmax of its block (QLoRA §2 and §3). w (...) float -> QuantizedTensor.
 
     w              float32, float16 or ml_dtypes.bfloat16, any shape; blocks run along the flattened array (row-major)
@@ -174,16 +185,23 @@ def quantize(w, code="nf4", blocksize=64, double_quant=False, rule="bitsandbytes
 def _refuse(flat, shape, name):
     bad = np.flatnonzero(~np.isfinite(flat))
     where = tuple(int(i) for i in np.unravel_index(bad[0], shape))
-    raise ValueError(f"quantize: {name} holds {len(bad)} NaN or Inf (the first is {flat[bad[0]]} at {where}); "
-                     "pass check_finite=False to do with them what bitsandbytes does")
+    raise ValueError(
+        f"quantize: {name} holds {len(bad)} NaN or Inf (the first is {flat[bad[0]]} at {where}); "
+        "pass check_finite=False to do with them what bitsandbytes does"
+    )
 
 
 def _absmax(flat, blocksize):
     """max |w| a block; NaN if the block holds one. A last partial block is clamped to 1e-38, and stored so (bitsandbytes)."""
     if len(flat) == 0:
         return np.zeros(0, np.float32)
-    out = np.concatenate([np.maximum.reduceat(np.abs(flat[i:i + step]), np.arange(0, len(flat[i:i + step]), blocksize))
-                          for step in [max(_CHUNK // blocksize, 1) * blocksize] for i in range(0, len(flat), step)])
+    out = np.concatenate(
+        [
+            np.maximum.reduceat(np.abs(flat[i : i + step]), np.arange(0, len(flat[i : i + step]), blocksize))
+            for step in [max(_CHUNK // blocksize, 1) * blocksize]
+            for i in range(0, len(flat), step)
+        ]
+    )
     if len(flat) % blocksize:
         out[-1] = np.maximum(out[-1], np.float32(1e-38))
     return out
@@ -192,8 +210,8 @@ def _absmax(flat, blocksize):
 def _nearest(flat, absmax, blocksize, values):
     """Code indices, uint8. Counts the midpoints below x: a tie goes to the lower value, NaN above all of them.
 
-    A whole block is multiplied by the float32 reciprocal of its absmax, a last partial block is divided by it: bitsandbytes does so, and
-    the two differ in the last bit. absmax below 1e-38 counts as 1e-38.
+    A whole block is multiplied by the float32 reciprocal of its absmax, a last partial block is divided by it:
+    bitsandbytes does so, and the two differ in the last bit. absmax below 1e-38 counts as 1e-38.
     """
     n, whole = len(flat), len(flat) // blocksize
     bounds, last = codebooks.midpoints(values), len(values) - 1
@@ -202,7 +220,7 @@ def _nearest(flat, absmax, blocksize, values):
     blocks = max(_CHUNK // blocksize, 1)
     x, hit = np.empty((blocks, blocksize), np.float32), np.empty((blocks, blocksize), np.bool_)
     for b in range(0, whole, blocks):
-        r = reciprocal[b:b + blocks, None]
+        r = reciprocal[b : b + blocks, None]
         part = slice(b * blocksize, (b + len(r)) * blocksize)
         np.multiply(flat[part].reshape(-1, blocksize), r, out=x[: len(r)])
         _count(x[: len(r)], bounds, last, hit[: len(r)], index[part].reshape(-1, blocksize))
@@ -245,9 +263,10 @@ def quantize_constants(absmax, offset=None):
 def quantize_8bit(x, code, blocksize=256):
     """(codes uint8, absmax float32) of a float32 vector, as bitsandbytes' CPU kernel rounds.
 
-    s = x / absmax is looked up in a table of the 65,536 numbers v_i = 2i/65535 − 1, each of which knows the code below it: the result
-    is not always the nearest code. s = 0 falls between two v_i and comes out as code 131 (1.56e-5) instead of 127 (0). A block of zeros
-    gives code 0, which does no harm since its absmax is 0. NaN does not count for absmax and gets the code of v_0.
+    s = x / absmax is looked up in a table of the 65,536 numbers v_i = 2i/65535 − 1, each of which knows the code below
+    it: the result is not always the nearest code. s = 0 falls between two v_i and comes out as code 131 (1.56e-5)
+    instead of 127 (0). A block of zeros gives code 0, which does no harm since its absmax is 0. NaN does not count for
+    absmax and gets the code of v_0.
     """
     n = len(x)
     rows = np.zeros((-(-n // blocksize), blocksize), np.float32)
@@ -255,7 +274,9 @@ def quantize_8bit(x, code, blocksize=256):
     absmax = np.where(np.isnan(rows), np.float32(0), np.abs(rows)).max(axis=1, initial=np.float32(0))
     s = rows * (np.float32(1) / absmax)[:, None]
     u = (np.clip(s, -1, 1) + np.float32(1)) * np.float32(0.5)
-    position = (u.astype(np.float64) * 65535 + 0.5).astype(np.float32)  # one fused multiply-add there; exact in float64 here
+    position = (u.astype(np.float64) * 65535 + 0.5).astype(
+        np.float32
+    )  # one fused multiply-add there; exact in float64 here
     position = np.where(np.isnan(position), np.float32(0), position).astype(np.int32) & 0xFFFF
     grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
     table = np.searchsorted(codebooks.midpoints(code), grid, "left").astype(np.uint8)
@@ -267,8 +288,9 @@ def quantize_8bit(x, code, blocksize=256):
 def torch_mean(x):
     """mean(x) of a float32 vector, rounded as torch.Tensor.mean() on one CPU thread rounds: its sum in its order, over n.
 
-    torch adds in 4 × 8 running sums (four registers of eight lanes) that spill into a coarser level every 2^k rows; what does not
-    fill a row is added afterwards. A float64 mean differs in the last bit in a third of all cases, and that bit ends in `offset`.
+    torch adds in 4 × 8 running sums (four registers of eight lanes) that spill into a coarser level every 2^k rows;
+    what does not fill a row is added afterwards. A float64 mean differs in the last bit in a third of all cases, and
+    that bit ends in `offset`.
     """
     n = len(x)
     lanes = 8 if n >= 8 else 1
@@ -276,12 +298,12 @@ def torch_mean(x):
     rows = vectors // 4
     sums = _cascade(x[: rows * 4 * lanes].reshape(rows, 4 * lanes)).reshape(4, lanes)
     first = sums[0]
-    for row in x[rows * 4 * lanes: vectors * lanes].reshape(-1, lanes):
+    for row in x[rows * 4 * lanes : vectors * lanes].reshape(-1, lanes):
         first = first + row
     for other in sums[1:]:
         first = first + other
     total = np.float32(0)
-    for value in (*x[vectors * lanes:], *first):
+    for value in (*x[vectors * lanes :], *first):
         total = total + value
     return np.float32(total / np.float32(n))
 

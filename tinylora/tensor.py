@@ -8,10 +8,10 @@ An operation is written once, as a forward equation with its pullbacks beside it
         return x * y, (lambda g: g * y,
                        lambda g: g * x)
 
-`primitive` runs the forward on plain arrays and keeps a pullback only for an input that needs a gradient. The other closures
-are dropped together with all they captured. So the tape *is* the set of surviving closures: a frozen weight has no
-weight-gradient pullback at all, `tape_bytes` measures what is held by walking the closures, and LoRA's saving can be asserted
-instead of believed.
+`primitive` runs the forward on plain arrays and keeps a pullback only for an input that needs a gradient. The other
+closures are dropped together with all they captured. So the tape *is* the set of surviving closures: a frozen weight
+has no weight-gradient pullback at all, `tape_bytes` measures what is held by walking the closures, and LoRA's saving
+can be asserted instead of believed.
 
 Three things are done here once so that no operation has to:
   * broadcasting is undone: the adjoint of broadcasting is summation (`unbroadcast`);
@@ -19,9 +19,9 @@ Three things are done here once so that no operation has to:
   * the order is the order of creation, backwards: an operation is always younger than its inputs, so no recursion and no
     sort is needed, and a model deeper than Python's stack is no problem.
 
-Compared with torch: no double backward (nothing in LoRA or QLoRA needs one), no views that share a gradient, no in-place
-operations on tensors. `checkpoint` is torch's reentrant checkpoint without its trap: it works when only parameters inside the
-function need gradients.
+Compared with torch: no double backward (nothing in LoRA or QLoRA needs one), no views that share a gradient, no
+in-place operations on tensors. `checkpoint` is torch's reentrant checkpoint without its trap: it works when only
+parameters inside the function need gradients.
 """
 
 import contextlib
@@ -78,7 +78,8 @@ class Tensor:
     grad            for a leaf with requires_grad: the accumulated gradient, an array of the same shape; else None
     requires_grad   True for a leaf that asks for a gradient and for everything computed from it
 
-    Tensor([1, 2]) makes float32; float64 arrays stay float64; integers must be cast by the caller (token ids are plain arrays).
+    Tensor([1, 2]) makes float32; float64 arrays stay float64; integers must be cast by the caller (token ids are plain
+    arrays).
     """
 
     __slots__ = ("data", "grad", "requires_grad", "_node", "__weakref__")
@@ -133,16 +134,18 @@ class Tensor:
         gradient   ȳ, of this tensor's shape; may be left out for a single number (ȳ = 1)
         into       a dict {leaf: array} that receives the gradients instead of `.grad` (data-parallel shards use it)
 
-        The tape is released as it is walked; a second backward through it raises RuntimeError. If anything fails on the way, no
-        leaf has been touched. No double backward: the gradients are plain arrays.
+        The tape is released as it is walked; a second backward through it raises RuntimeError. If anything fails on the
+        way, no leaf has been touched. No double backward: the gradients are plain arrays.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor was not computed from anything with requires_grad=True")
         xp = array_module(self.data)
         if gradient is None:
             if self.size != 1:
-                raise ValueError(f"backward: the tensor has shape {self.shape}; give a gradient of that shape, "
-                                 "or reduce it to one number first")
+                raise ValueError(
+                    f"backward: the tensor has shape {self.shape}; give a gradient of that shape, "
+                    "or reduce it to one number first"
+                )
             gradient = xp.ones(self.shape, dtype=self.dtype)
         gradient = gradient.data if isinstance(gradient, Tensor) else gradient
         if gradient.shape != self.shape:
@@ -194,14 +197,18 @@ def _walk(root, gradient):
         _, node = heapq.heappop(heap)
         g, _ = waiting.pop(node)
         if node.pullbacks is None:
-            raise RuntimeError(f"backward: the tape behind this {node.name} was already walked and released; "
-                               "run the forward again before a second backward")
+            raise RuntimeError(
+                f"backward: the tape behind this {node.name} was already walked and released; "
+                "run the forward again before a second backward"
+            )
         for parent, h in node.gradients(g):
             h = np.asarray(h) if isinstance(h, np.generic) else h  # arithmetic on 0-d arrays makes scalars
             fresh = h is not g and h.base is None  # else h may share memory with something that is still in use
             summed = unbroadcast(h, parent.shape)
             if summed.shape != parent.shape:
-                raise RuntimeError(f"{node.name}: a pullback returned shape {h.shape} for an input of shape {parent.shape}")
+                raise RuntimeError(
+                    f"{node.name}: a pullback returned shape {h.shape} for an input of shape {parent.shape}"
+                )
             if summed.dtype != parent.dtype:
                 summed = summed.astype(parent.dtype)
             receive(parent, waiting if isinstance(parent, Node) else leaves, summed, fresh or summed is not h)
@@ -220,12 +227,12 @@ def unbroadcast(g, shape):
 def primitive(forward):
     """Turn `forward(*arrays, **options) -> (array, pullbacks)` into an operation on Tensors.
 
-    Each positional argument may be a Tensor, an array or plain data; keyword arguments are options and have no gradient.
-    `pullbacks` is a tuple with one function g -> x̄ for each leading positional argument, or, where the arguments share the work,
-    one function (g, need) -> (x̄, ȳ, ...) that may return None where need is False.
+    Each positional argument may be a Tensor, an array or plain data; keyword arguments are options and have no
+    gradient. `pullbacks` is a tuple with one function g -> x̄ for each leading positional argument, or, where the
+    arguments share the work, one function (g, need) -> (x̄, ȳ, ...) that may return None where need is False.
 
-    A pullback returns g itself, a view, or a new array; never an array that it captured. It must capture only what it uses:
-    what it captures is the memory that training costs.
+    A pullback returns g itself, a view, or a new array; never an array that it captured. It must capture only what it
+    uses: what it captures is the memory that training costs.
     """
 
     @functools.wraps(forward)
@@ -271,9 +278,9 @@ def no_grad():
 def checkpoint(fn, *xs):
     """y = fn(*xs), remembering only xs; the backward pass runs fn again to rebuild what it needs.
 
-    Memory for time: the tape of fn is replaced by its inputs, at the price of a second forward (QLoRA §2, Chen et al. 2016).
-    The random state at the first run is restored for the second, so dropout draws the same mask. Gradients reach xs and every
-    parameter that fn uses. fn takes Tensors and returns one Tensor.
+    Memory for time: the tape of fn is replaced by its inputs, at the price of a second forward (QLoRA §2, Chen et al.
+    2016). The random state at the first run is restored for the second, so dropout draws the same mask. Gradients reach
+    xs and every parameter that fn uses. fn takes Tensors and returns one Tensor.
     """
     if _state.mode != "record":
         return fn(*xs)
@@ -306,9 +313,9 @@ def checkpoint(fn, *xs):
 def tape_bytes(*tensors, exclude=()):
     """Bytes that the tape behind these tensors keeps alive for the backward pass.
 
-    Walks what the surviving closures captured: arrays (each buffer once, a view counts as the whole buffer it keeps alive) and
-    plain data made of arrays, such as a QuantizedTensor. Leaves that a pullback captured (weights) are counted too, unless their
-    arrays, or Tensors, are listed in `exclude`.
+    Walks what the surviving closures captured: arrays (each buffer once, a view counts as the whole buffer it keeps
+    alive) and plain data made of arrays, such as a QuantizedTensor. Leaves that a pullback captured (weights) are
+    counted too, unless their arrays, or Tensors, are listed in `exclude`.
     """
     skip = {id(_owner(e.data if isinstance(e, Tensor) else e)) for e in exclude if e is not None}
     buffers, seen = {}, set()

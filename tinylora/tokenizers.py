@@ -23,4 +23,6 @@ def load_tokenizer(folder, vocab_size):
     """The tokenizer of a model folder: bytes for a vocabulary of 256."""
     if vocab_size == 256 and not (folder / "tokenizer.json").exists():
         return ByteTokenizer()
-    raise ValueError(f"{folder}: vocab_size is {vocab_size}; tinylora reads byte-level models (256 tokens, no tokenizer.json)")
+    raise ValueError(
+        f"{folder}: vocab_size is {vocab_size}; tinylora reads byte-level models (256 tokens, no tokenizer.json)"
+    )

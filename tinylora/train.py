@@ -1,11 +1,12 @@
 """The loop: batches, gradient accumulation, clipping, AdamW, held-out bits per byte, checkpoints, resuming.
 
-Nothing random is carried from step to step. Batch and dropout of step t are drawn from a generator seeded with (seed, t, micro-batch),
-so a run that was killed and resumed from its last checkpoint ends with the same bytes as one that was left alone.
+Nothing random is carried from step to step. Batch and dropout of step t are drawn from a generator seeded with (seed,
+t, micro-batch), so a run that was killed and resumed from its last checkpoint ends with the same bytes as one that was
+left alone.
 
-A micro-batch is cut into `shards` that run in threads, BLAS held to one thread each (NumPy releases the interpreter lock while it
-computes; elementwise work then uses both cores too, which a threaded BLAS alone would not do). The gradients are summed in a fixed
-order: the number of shards is part of the recipe, the number of cores is not.
+A micro-batch is cut into `shards` that run in threads, BLAS held to one thread each (NumPy releases the interpreter
+lock while it computes; elementwise work then uses both cores too, which a threaded BLAS alone would not do). The
+gradients are summed in a fixed order: the number of shards is part of the recipe, the number of cores is not.
 """
 
 import contextlib
@@ -29,8 +30,9 @@ from .tensor import no_grad, tape_bytes
 class Recipe:
     """All that decides how a run goes, apart from the model and the data.
 
-    lr follows `schedule` ("constant" or "cosine" down to `floor` times lr) after `warmup` steps; `clip` bounds the norm of all
-    gradients together (0: off); weight decay is for matrices only. A step sees accumulate × batch_size sequences of seq_len tokens.
+    lr follows `schedule` ("constant" or "cosine" down to `floor` times lr) after `warmup` steps; `clip` bounds the norm
+    of all gradients together (0: off); weight decay is for matrices only. A step sees accumulate × batch_size sequences
+    of seq_len tokens.
     """
 
     steps: int = 300
@@ -79,7 +81,6 @@ def workers(n):
 
 def progress_bar(iterable, enabled, **options):
     """tqdm that redraws twice a second on a terminal and prints a line every half minute into a file."""
-
     from tqdm import tqdm
 
     return tqdm(iterable, disable=not enabled, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
@@ -100,24 +101,36 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     try:
         with workers(shards) as pool:
             parts = [slice(i, i + batch_size) for i in range(0, len(inputs), batch_size)]
-            total = math.fsum(progress_bar(pool.map(nats, parts), progress, total=len(parts), desc="held-out", leave=False))
+            total = math.fsum(
+                progress_bar(pool.map(nats, parts), progress, total=len(parts), desc="held-out", leave=False)
+            )
     finally:
         model.train(training)
     return total / math.log(2) * (data.tokens / data.nbytes) / float(mask.sum())
 
 
-def fit(model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_every=0, pager=None, about=None, progress=True):
+def fit(
+    model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_every=0, pager=None, about=None, progress=True
+):
     """Train the model's parameters that require a gradient, in place; returns a Result.
 
     heldout, eval_every       a corpus to evaluate every so many steps (0: never)
     out, checkpoint_every     a folder for checkpoint.safetensors, written atomically every so many steps (0: only at the end); a
-                              checkpoint that lies there is resumed if it is of the same run, refused with a sentence if it is not
+                              checkpoint that lies there is resumed if it is of the same run, refused with a sentence if
+                              it is not
     about                     what identifies the run besides the recipe (base model, adapters), compared on resuming
     """
     trainable = model.trainable()
-    optimizer = AdamW([{"params": [(n, p) for n, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-                       {"params": [(n, p) for n, p in trainable if p.ndim < 2], "weight_decay": 0.0}],
-                      lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, pager=pager)
+    optimizer = AdamW(
+        [
+            {"params": [(n, p) for n, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [(n, p) for n, p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+        betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.eps,
+        pager=pager,
+    )
     result = Result(optimizer_bytes=optimizer.state_bytes)
     identity = {"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}
     path = Path(out) / "checkpoint.safetensors" if out else None
@@ -127,15 +140,19 @@ def fit(model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_ev
     weights = [w for _, w in model.named_parameters()]
     model.train()
     began, losses = time.perf_counter(), None
-    with workers(recipe.shards) as pool, progress_bar(range(first, recipe.steps), progress, initial=first, total=recipe.steps,
-                                                      unit="step") as bar:
+    with (
+        workers(recipe.shards) as pool,
+        progress_bar(range(first, recipe.steps), progress, initial=first, total=recipe.steps, unit="step") as bar,
+    ):
         for step in bar:
             loss, tape = _step(model, data, recipe, step, pool, trainable, weights if step == first else None)
             result.tape_bytes = max(result.tape_bytes, tape)
             result.gradient_bytes = sum(p.grad.nbytes for _, p in trainable if p.grad is not None)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"step {step + 1}: the loss is {loss}; lower the learning rate (lr = {recipe.lr})"
-                                         + (f"; the last checkpoint is {path}" if path and path.exists() else ""))
+                raise FloatingPointError(
+                    f"step {step + 1}: the loss is {loss}; lower the learning rate (lr = {recipe.lr})"
+                    + (f"; the last checkpoint is {path}" if path and path.exists() else "")
+                )
             if recipe.clip:
                 clip_grad_norm([p for _, p in trainable], recipe.clip)
             optimizer.step(schedule(recipe.schedule, step, recipe.steps, recipe.warmup, recipe.floor))
@@ -151,8 +168,10 @@ def fit(model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_ev
             result.seconds = time.perf_counter() - began
             result.tokens_per_second = seen / result.seconds
             heldout_text = f", held-out {row['heldout']:.3f}" if "heldout" in row else ""
-            bar.set_postfix_str(f"loss {losses:.3f}, {result.tokens_per_second:,.0f} tokens/s{heldout_text}", refresh=False)
-            if path and (last or checkpoint_every and (step + 1) % checkpoint_every == 0):
+            bar.set_postfix_str(
+                f"loss {losses:.3f}, {result.tokens_per_second:,.0f} tokens/s{heldout_text}", refresh=False
+            )
+            if path and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
                 _save(path, identity, trainable, optimizer, result)
     model.eval()
     return result
@@ -174,7 +193,9 @@ def _step(model, data, recipe, step, pool, trainable, measure):
                 inputs, targets, mask = parts[j]
                 z = model(inputs)
                 xp = backend.array_module(z.data)
-                total = ops.softmax_cross_entropy(z, move(targets, xp), move(mask, xp), reduction="sum") * (1 / max(count, 1))
+                total = ops.softmax_cross_entropy(z, move(targets, xp), move(mask, xp), reduction="sum") * (
+                    1 / max(count, 1)
+                )
                 held = tape_bytes(total, exclude=measure) if measure else 0
                 found = {}
                 if total.requires_grad:
@@ -213,13 +234,17 @@ def _resume(path, identity, trainable, optimizer, result):
             a, b = theirs.get(key), identity.get(key)
             if isinstance(a, dict) and isinstance(b, dict):
                 key, a, b = next((f"{key}.{k}", a.get(k), b.get(k)) for k in b if a.get(k) != b.get(k))
-            raise ValueError(f"{path} is the checkpoint of another run: its {key} is {a}, this run's is {b}; "
-                             "choose another output folder or remove the file")
+            raise ValueError(
+                f"{path} is the checkpoint of another run: its {key} is {a}, this run's is {b}; "
+                "choose another output folder or remove the file"
+            )
     for name, p in trainable:
         saved = tensors.get(f"param.{name}")
         if saved is None or saved.shape != p.shape:
             raise ValueError(f"{path} has no parameter {name} of shape {p.shape}")
         p.data = move(saved.copy(), backend.array_module(p.data))
-    optimizer.load_state_dict({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")})
+    optimizer.load_state_dict(
+        {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    )
     result.history, result.tape_bytes = about["history"], about["tape_bytes"]
     return optimizer.step_count

@@ -327,9 +327,7 @@ def jargon():
     texts = ([], [])
     for term, body in entries:
         key = owner.setdefault(body, term)
-        alias = re.fullmatch(
-            r".{0,30}?(?:See|Syn\.|Synonym(?:ous)? \w+|Variant of) ([^.;,]+)\.", body.strip()
-        )
+        alias = re.fullmatch(r".{0,30}?(?:See|Syn\.|Synonym(?:ous)? \w+|Variant of) ([^.;,]+)\.", body.strip())
         key = alias[1] if alias else key
         digest = hashlib.sha256(key.lower().encode()).hexdigest()
         texts[int(digest, 16) % HELD_OUT == 0].append(f"{term}\n{body}\n")

@@ -3,9 +3,9 @@
     base_model.model.<path>.lora_A.weight   (r, in)
     base_model.model.<path>.lora_B.weight   (out, r)
 
-An adapter saved here opens with `PeftModel.from_pretrained`, and one that PEFT trained opens here. What this file does not read (DoRA,
-rsLoRA, per-layer ranks, biases, modules_to_save) is refused with a sentence, since ignoring it would change the model silently.
-A config without `r` or `lora_alpha` means 8 to PEFT, and so it does here.
+An adapter saved here opens with `PeftModel.from_pretrained`, and one that PEFT trained opens here. What this file does
+not read (DoRA, rsLoRA, per-layer ranks, biases, modules_to_save) is refused with a sentence, since ignoring it would
+change the model silently. A config without `r` or `lora_alpha` means 8 to PEFT, and so it does here.
 """
 
 from pathlib import Path
@@ -32,10 +32,25 @@ def save_adapter(model, folder, base_model=None):
     targets = c.target_modules
     if targets == "all-linear":  # PEFT would resolve that anew, and might find other layers
         targets = sorted({path.rpartition(".")[2] for path, _ in found})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
-              "r": int(c.r), "lora_alpha": c.alpha, "lora_dropout": c.dropout, "target_modules": targets if isinstance(targets, str) else list(targets), "bias": "none",
-              "fan_in_fan_out": False, "init_lora_weights": True, "use_rslora": False, "use_dora": False, "lora_bias": False,
-              "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": int(c.r),
+        "lora_alpha": c.alpha,
+        "lora_dropout": c.dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+    }
     folder = Path(folder)
     files.save_safetensors(folder / "adapter_model.safetensors", tensors)
     files.write_json(folder / "adapter_config.json", config)
@@ -49,12 +64,24 @@ def read_adapter(folder):
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
     config = files.read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder / 'adapter_config.json'}: peft_type is {config.get('peft_type')!r}, tinylora reads 'LORA'")
-    for name in ("use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: peft_type is {config.get('peft_type')!r}, tinylora reads 'LORA'"
+        )
+    for name in (
+        "use_dora",
+        "use_rslora",
+        "lora_bias",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+    ):
         if config.get(name):
             raise ValueError(f"{folder / 'adapter_config.json'}: {name} = {config[name]!r} is not supported here")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{folder / 'adapter_config.json'}: bias = {config['bias']!r} is not supported here, only 'none'")
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: bias = {config['bias']!r} is not supported here, only 'none'"
+        )
     tensors, _ = files.load_safetensors(folder / "adapter_model.safetensors")
     weights = {}
     for key, value in tensors.items():
@@ -65,10 +92,16 @@ def read_adapter(folder):
         weights.setdefault(path, {})[factor] = value
     for path, pair in weights.items():
         if len(pair) != 2:
-            raise ValueError(f"{folder / 'adapter_model.safetensors'}: {path} has {next(iter(pair))} but not its partner")
+            raise ValueError(
+                f"{folder / 'adapter_model.safetensors'}: {path} has {next(iter(pair))} but not its partner"
+            )
     targets = config.get("target_modules", "all-linear")
-    c = lora.LoRAConfig(config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0),
-                        targets if isinstance(targets, str) else tuple(sorted(targets)))
+    c = lora.LoRAConfig(
+        config.get("r", 8),
+        config.get("lora_alpha", 8),
+        config.get("lora_dropout", 0.0),
+        targets if isinstance(targets, str) else tuple(sorted(targets)),
+    )
     return lora.Adapter(c, {path: (pair["lora_A"], pair["lora_B"]) for path, pair in weights.items()})
 
 
