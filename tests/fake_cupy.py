@@ -199,6 +199,11 @@ class ndarray:
     def base(self):
         return None if self._a.base is None else _wrap(self._a.base)
 
+    @property
+    def flags(self):
+        f = self._a.flags
+        return types.SimpleNamespace(c_contiguous=f.c_contiguous, f_contiguous=f.f_contiguous, owndata=f.owndata)
+
     __hash__ = object.__hash__
 
 

@@ -78,8 +78,7 @@ def agree(ours, theirs, tolerance, what="values"):
     assert error <= tolerance, f"{what}: relative error {error:.2e}"
 
 
-# ------------------------------------------------------------------------------------------------------------- the code
-# tables
+# ------------------------------------------------------------------------------------------------------ the code tables
 def test_the_four_bit_tables_are_bitsandbytes_tables():
     for name in CODES:
         assert same_bits(codebooks.NAMED[name](), bnb.functional.get_4bit_type(name, device="cpu")), name
@@ -100,8 +99,7 @@ def test_linspace_is_torchs_in_every_bit(rng):
         assert same_bits(codebooks.linspace_f32(start, stop, n), torch.linspace(start, stop, n)), (start, stop, n)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# quantization
+# --------------------------------------------------------------------------------------------------------- quantization
 def check_quantization(values, code, blocksize, dtype, nested):
     """Every stored number and every dequantized one equals bitsandbytes', bit for bit. values: float32, any shape."""
     w = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(getattr(torch, dtype))
@@ -249,8 +247,7 @@ def test_rounding_to_bfloat16_is_torchs_for_any_bits(rng):
     assert same_bits(tl.dtypes.round_to(x, "bfloat16"), torch.from_numpy(x).to(torch.bfloat16))
 
 
-# ------------------------------------------------------------------------------------------------------------- the
-# 4-bit layer
+# ------------------------------------------------------------------------------------------------------ the 4-bit layer
 def their_linear4bit(w, bias, code, blocksize, nested, compute_dtype):
     layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], bias=bias is not None, compute_dtype=compute_dtype)
     layer.weight = bnb.nn.Params4bit(
@@ -271,10 +268,10 @@ def their_linear4bit(w, bias, code, blocksize, nested, compute_dtype):
 def test_linear4bit_and_its_input_gradient_are_bitsandbytes(code, nested, rng):
     for blocksize, bias in ((32, True), (64, False), (128, True)):
         w, b = (
-            rng.standard_normal((48, 256)).astype(np.float32),
-            rng.standard_normal(48).astype(np.float32) if bias else None,
+            rng.standard_normal((160, 256)).astype(np.float32),
+            rng.standard_normal(160).astype(np.float32) if bias else None,
         )
-        x, g = rng.standard_normal((3, 5, 256)).astype(np.float32), rng.standard_normal((3, 5, 48)).astype(np.float32)
+        x, g = rng.standard_normal((3, 5, 256)).astype(np.float32), rng.standard_normal((3, 5, 160)).astype(np.float32)
         theirs = their_linear4bit(w, b, code, blocksize, nested, torch.float32)
         ours = nn.Linear4bit(quantize(w, code, blocksize, nested), None if b is None else Tensor(b))
         ours_x, theirs_x = Tensor(x, requires_grad=True), torch.tensor(x, requires_grad=True)
@@ -301,8 +298,7 @@ def test_linear4bit_in_bfloat16_rounds_where_bitsandbytes_rounds(code, rng):
         np.testing.assert_allclose(a, b, rtol=2.0**-7, atol=1e-4)
 
 
-# -------------------------------------------------------------------------------------------------------------- the
-# operations
+# ------------------------------------------------------------------------------------------------------- the operations
 def compare(ours, theirs, *arrays, rng):
     """Values and all gradients of two functions of float64 arrays, for a random output gradient."""
     xs = [Tensor(a, requires_grad=True) for a in arrays]
@@ -402,8 +398,7 @@ def test_embedding_adds_up_the_gradients_of_a_repeated_token_as_torch_does(rng):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- the
-# optimizer
+# -------------------------------------------------------------------------------------------------------- the optimizer
 @pytest.mark.parametrize(
     "lr, betas, eps, decay",
     [(1e-3, (0.9, 0.999), 1e-8, 0.0), (1e-2, (0.8, 0.95), 1e-6, 0.1), (2e-4, (0.9, 0.999), 1e-8, 0.01)],
@@ -444,8 +439,7 @@ def test_clipping_is_torchs(max_norm, rng):
         np.testing.assert_allclose(x.grad, array(t.grad), rtol=1e-5, atol=1e-8)
 
 
-# -------------------------------------------------------------------------------------------------------------------
-# the Llama
+# ------------------------------------------------------------------------------------------------------------ the Llama
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -601,8 +595,7 @@ def test_the_loss_on_an_answer_is_transformers_loss_with_the_prompt_labelled_min
     assert ops.softmax_cross_entropy(ours(inputs), targets, mask).item() == pytest.approx(theirs, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# LoRA
+# ----------------------------------------------------------------------------------------------------------------- LoRA
 NAMES = ("q_proj", "v_proj", "model.layers.1.mlp.down_proj")
 TARGETS = {"all-linear": "all-linear", "names": NAMES, "expression": r".*layers\.[01]\.(self_attn\.k|mlp\.gate)_proj"}
 
@@ -773,8 +766,7 @@ def test_merging_is_pefts_merging(rng, tmp_path):
     agree(ours(ids).data, their_logits(theirs, ids), 1e-5, "logits")
 
 
-# -----------------------------------------------------------------------------------------------------------------------
-# QLoRA
+# ---------------------------------------------------------------------------------------------------------------- QLoRA
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("code", CODES)
 def test_a_quantized_llama_with_an_adapter_is_transformers_with_bitsandbytes_and_peft(
@@ -831,8 +823,7 @@ def test_merging_into_four_bits_is_pefts_merging(nested, rng):
     )
 
 
-# ----------------------------------------------------------------------------------------------------- the embedded
-# base model
+# ---------------------------------------------------------------------------------------------- the embedded base model
 @pytest.fixture(params=["tiny", "embedded"])
 def folder(request, rng, tmp_path):
     """A model folder: a random tiny one, and the embedded base model."""

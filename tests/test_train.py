@@ -37,6 +37,19 @@ def test_training_lowers_the_loss():
     )
 
 
+def test_training_on_a_device_follows_training_on_the_host(xp):
+    """Same batches, same adapters; the optimizer's pages cross between the pool and the device, and are counted."""
+    m = adapted().to(xp)
+    pager = tl.Pager(4096, 1024, device=xp)
+    result = fit(m, TEXT, RECIPE, pager=pager, progress=False)
+    host = adapted()
+    expected = fit(host, TEXT, RECIPE, progress=False)
+    np.testing.assert_allclose([r["loss"] for r in result.history], [r["loss"] for r in expected.history], rtol=1e-4)
+    assert pager.counters.faults > len(pager) and {p.device for _, p in m.trainable()} == {
+        "cpu" if xp is np else "cuda"
+    }
+
+
 def test_the_same_seed_gives_the_same_bytes():
     runs = []
     for seed in (0, 0, 1):

@@ -23,7 +23,7 @@ import numpy as np
 
 from . import backend, ops
 from .dtypes import BFloat16Array
-from .nn import Linear, Linear4bit, Linear16bit, Module, normal, uniform
+from .nn import Linear, Linear4bit, Linear16bit, Module, normal, stored_array, uniform
 from .quant import QuantizedTensor, quantize
 from .tensor import Tensor
 
@@ -65,9 +65,7 @@ class LoRALinear(Module):
             if init == "kaiming"
             else normal((r, base.in_features), 1 / r)
         )
-        like = backend.array_module(
-            getattr(base.weight, "data", getattr(base.weight, "packed", getattr(base.weight, "bits", None)))
-        )
+        like = backend.array_module(stored_array(base.weight))
         self.lora_A.weight = Tensor(backend.move(a, like), requires_grad=True)
         self.lora_B.weight = Tensor(like.zeros((base.out_features, r), np.float32), requires_grad=True)
 

@@ -24,6 +24,17 @@ from .tensor import Tensor
 STORED = (QuantizedTensor, BFloat16Array)
 
 
+def stored_array(weight):
+    """The array that a weight is held in, whichever kind it is: it tells on which device the weight lives."""
+    return (
+        weight.data
+        if isinstance(weight, Tensor)
+        else weight.packed
+        if isinstance(weight, QuantizedTensor)
+        else weight.bits
+    )
+
+
 class Module:
     """Something with parameters and a forward: subclasses define `forward`, calling the object runs it."""
 

@@ -77,8 +77,8 @@ class AdamW:
         for _, p, group, pages in self._slots:
             if p.grad is None:
                 continue
-            if not p.data.flags.c_contiguous or not p.data.flags.writeable:
-                p.data = p.data.copy()
+            if not p.data.flags.c_contiguous:
+                p.data = array_module(p.data).ascontiguousarray(p.data)  # so that the flat view below is no copy
             flat, g, start = p.data.reshape(-1), p.grad.reshape(-1), 0
             for number in pages:
                 m, v = page = self.pager.page(number)
