@@ -253,6 +253,15 @@ def test_an_adapter_survives_the_disk(tmp_path, rng):
     assert again.lora_config == m.lora_config
 
 
+def test_names_that_would_mean_more_layers_are_saved_as_paths(tmp_path):
+    """As after loading an adapter whose PEFT config restricted it to some layers."""
+    m = tl.add_lora(tiny.model(), r=4, target_modules=["q_proj"])
+    adapter = lora.detach(m)
+    del adapter.weights["model.layers.0.self_attn.q_proj"]
+    peft.save_adapter(lora.attach(m, adapter), tmp_path)
+    assert peft.read_adapter(tmp_path).config.target_modules == ("model.layers.1.self_attn.q_proj",)
+
+
 def test_saving_twice_gives_the_same_bytes(tmp_path, rng):
     m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4), rng)
     for name in ("a", "b"):
@@ -276,6 +285,8 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, rng):
 @pytest.mark.parametrize(
     "change, words",
     [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
         ({"use_dora": True}, "use_dora = True is not supported"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
         ({"bias": "all"}, "bias = 'all'"),

@@ -142,6 +142,12 @@ def _named(path, name):
     return path == name or path.endswith("." + name)
 
 
+def named(model, names):
+    """{paths of linear layers, adapted or not, that the names mean}."""
+    layers = (path for path, layer in model.named_modules() if isinstance(layer, (*ADAPTABLE, LoRALinear)))
+    return {path for path in layers if not _inside_lora(path) and any(_named(path, name) for name in names)}
+
+
 def _inside_lora(path):
     return any(part in ("base_layer", "lora_A", "lora_B") for part in path.split("."))
 

@@ -18,6 +18,13 @@ from ..dtypes import BFloat16Array
 
 _PREFIX = "base_model.model."
 
+#: Settings that change what the adapter computes, or the base under it (the inits that PEFT subtracts from the base weight).
+_REFUSED = (
+    "use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
+_ONLY = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+
 
 def save_adapter(model, folder, base_model=None):
     """Write the model's adapter as PEFT does. base_model: what PEFT should record as the base (a name or a folder)."""
@@ -30,8 +37,12 @@ def save_adapter(model, folder, base_model=None):
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = move(layer.lora_A.weight.data, "cpu")
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = move(layer.lora_B.weight.data, "cpu")
     targets = c.target_modules
-    if targets == "all-linear":  # PEFT would resolve that anew, and might find other layers
-        targets = sorted({path.rpartition(".")[2] for path, _ in found})
+    if not isinstance(targets, str) or targets == "all-linear":
+        # Names, as long as they mean these layers and no others; else whole paths. ("all-linear" would be resolved anew.)
+        paths = {path for path, _ in found}
+        targets = sorted({path.rpartition(".")[2] for path in paths}) if targets == "all-linear" else list(targets)
+        if lora.named(model, targets) != paths:
+            targets = sorted(paths)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -40,7 +51,7 @@ def save_adapter(model, folder, base_model=None):
         "r": int(c.r),
         "lora_alpha": c.alpha,
         "lora_dropout": c.dropout,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -67,21 +78,14 @@ def read_adapter(folder):
         raise ValueError(
             f"{folder / 'adapter_config.json'}: peft_type is {config.get('peft_type')!r}, tinylora reads 'LORA'"
         )
-    for name in (
-        "use_dora",
-        "use_rslora",
-        "lora_bias",
-        "fan_in_fan_out",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-    ):
+    for name in _REFUSED:
         if config.get(name):
             raise ValueError(f"{folder / 'adapter_config.json'}: {name} = {config[name]!r} is not supported here")
-    if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{folder / 'adapter_config.json'}: bias = {config['bias']!r} is not supported here, only 'none'"
-        )
+    for name, fine in _ONLY.items():
+        if config.get(name, fine[0]) not in fine:
+            raise ValueError(
+                f"{folder / 'adapter_config.json'}: {name} = {config[name]!r} is not supported here, only {fine[0]!r}"
+            )
     tensors, _ = files.load_safetensors(folder / "adapter_model.safetensors")
     weights = {}
     for key, value in tensors.items():
