@@ -95,6 +95,25 @@ def test_generation_with_a_cache_equals_generation_without(options):
     assert with_cache == without and len(with_cache) == 100  # 105 tokens: past the window of 64
 
 
+def test_generation_is_without_dropout_and_leaves_the_mode_alone():
+    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, dropout=0.5), np.random.default_rng(0)).train()
+    assert m.generate("a", 30, seed=1) == m.generate("a", 30, seed=1) and m.training
+
+
+def test_a_full_cache_says_so(rng):
+    with pytest.raises(ValueError, match="4 tokens are held and 2 come in; its capacity is 5"):
+        m, cache = tiny.model(), KVCache(5)
+        for n in (4, 2):
+            m(tiny.ids(rng, 1, n), cache)
+
+
+def test_a_model_that_is_not_dense_is_not_saved_in_part(tmp_path):
+    for m in (tl.quantize_linears(tiny.model()), tl.add_lora(tiny.model(), r=2)):
+        with pytest.raises(ValueError, match="merge the adapter first"):
+            m.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_generation_depends_on_the_seed_only_through_the_seed():
     m = tiny.model()
     assert m.generate("a", 30, seed=1) == m.generate("a", 30, seed=1) != m.generate("a", 30, seed=2)

@@ -174,6 +174,8 @@ def test_all_linear_leaves_the_head_out():
             {"target_modules": ["q_proj", "query"]},
             "'query' does not exist; the linear layers are down_proj, gate_proj, k_proj, o_proj",
         ),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": "(q"}, "is no regular expression"),
         ({"target_modules": "query.*"}, "matches no layer; the layers are named down_proj"),
         ({"r": 0}, "r = 0, expected a whole number, 1 or more"),
         ({"r": 2.5}, "r = 2.5"),
@@ -184,7 +186,7 @@ def test_bad_choices_get_a_sentence_and_change_nothing(options, words):
     m = tiny.model()
     with pytest.raises(ValueError, match=words):
         tl.add_lora(m, **options)
-    assert not lora.adapters(m) and all(p.requires_grad for p in m.parameters())
+    assert not lora.adapters(m) and all(p.requires_grad for p in m.parameters()) and len(m.parameters()) == 20
 
 
 def test_a_second_adapter_is_refused():
@@ -217,6 +219,25 @@ def test_quantizing_leaves_embeddings_norms_and_head_alone():
         bad = tiny.model()
         bad.model.layers[0].self_attn.q_proj.weight.data[3, 4] = np.nan
         tl.quantize_linears(bad)
+
+
+def test_quantizing_is_all_or_nothing_and_comes_before_the_adapter():
+    m = tiny.model()
+    m.model.layers[1].mlp.down_proj.weight.data[0, 0] = np.inf
+    with pytest.raises(ValueError, match="down_proj"):
+        tl.quantize_linears(m)
+    assert not any(isinstance(layer, Linear4bit) for _, layer in m.named_modules()) and len(m.trainable()) == 20
+    with pytest.raises(ValueError, match="quantize first, then add_lora"):
+        tl.quantize_linears(tl.add_lora(tiny.model(), r=2))
+
+
+def test_a_quantized_models_state_can_be_loaded_into_another(rng):
+    x, (a, b) = tiny.ids(rng, 1, 9), (tl.add_lora(tl.quantize_linears(tiny.model(seed)), r=2) for seed in (0, 1))
+    assert tiny.logits(a, x).tobytes() != tiny.logits(b, x).tobytes()
+    b.load_state_dict(a.state_dict())
+    assert tiny.logits(a, x).tobytes() == tiny.logits(b, x).tobytes()
+    with pytest.raises(ValueError, match="dense on one side and quantized on the other"):
+        tiny.model().load_state_dict(tl.quantize_linears(tiny.model()).state_dict())
 
 
 def test_only_the_adapter_is_on_the_tape_beside_activations(rng):

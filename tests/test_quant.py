@@ -1,6 +1,5 @@
 """Quantization: bitsandbytes' golden cases bit for bit, the fast path against the plain one, and what a QuantizedTensor says of itself."""
 
-import fake_cupy
 import numpy as np
 import plain
 import pytest
@@ -125,12 +124,28 @@ def test_empty_tensors_are_fine():
     assert q.dequantize().shape == (0, 4) and q.size == 0
 
 
-def test_dequantizing_on_a_device_gives_the_same_bits(rng):
+def test_a_device_gives_the_same_bits(xp, rng):
     for shape, double in (((5, 13), True), ((64, 64), False), ((640, 129), True)):
-        q = quantize(rng.standard_normal(shape).astype(np.float32), double_quant=double)
-        there = q.to(lambda a: backend.move(a, fake_cupy))
+        w = rng.standard_normal(shape).astype(np.float32)
+        q, there = quantize(w, double_quant=double), quantize(xp.asarray(w), double_quant=double)
+        assert backend.array_module(there.packed) is xp
         for dtype in ("float32", "bfloat16", "float16"):
-            assert there.dequantize(dtype).get().tobytes() == q.dequantize(dtype).tobytes()
+            assert backend.move(there.dequantize(dtype), "cpu").tobytes() == q.dequantize(dtype).tobytes()
+
+
+def test_bfloat16_arrays_are_quantized_as_their_float32_values(rng):
+    w = round_to(rng.standard_normal((9, 70)).astype(np.float32), "bfloat16")
+    expected = quantize(w, double_quant=True)
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    for same_w in (BFloat16Array.of(w), w.astype(ml_dtypes.bfloat16)):
+        q = quantize(same_w, double_quant=True)
+        assert q.dtype == "bfloat16" and q.packed.tobytes() == expected.packed.tobytes()
+        assert q.dequantize().tobytes() == expected.dequantize("bfloat16").tobytes()
+
+
+def test_codes_are_shared_and_read_only(rng):
+    a, b = (quantize(rng.standard_normal(100).astype(np.float32), double_quant=True) for _ in range(2))
+    assert a.code is b.code and a.constants.code is b.constants.code and not a.code.flags.writeable
 
 
 def test_bfloat16_rounds_to_nearest_even(rng):
@@ -145,6 +160,7 @@ def test_bfloat16_rounds_to_nearest_even(rng):
     finite = np.isfinite(high)
     assert round_to(x, "bfloat16")[finite].tobytes() == expected[finite].tobytes()
     assert np.isnan(round_to(np.array([np.nan], np.float32), "bfloat16")[0])
+    assert round_to(np.float32(1.5).reshape(()), "bfloat16").shape == ()
     assert bfloat16_bits(np.array([np.inf, -np.inf, -0.0], np.float32)).tolist() == [0x7F80, 0xFF80, 0x8000]
 
 

@@ -27,6 +27,17 @@ def test_a_tensor_used_twice_receives_the_sum(xp):
     assert host(a.grad).tolist() == [4, 4, 4]
 
 
+def test_a_0d_tensor_used_many_times_receives_every_contribution(xp):
+    a = leaf(xp, 3)
+    s = a.sum()
+    (((s + s) + s) + (s + s)).backward()
+    assert host(a.grad).tolist() == [5, 5, 5]
+    b = Tensor(xp.asarray(np.float32(2.0).reshape(())), requires_grad=True)
+    for _ in range(2):
+        ((b + b) + b).backward()
+    assert float(b.grad) == 6 and b.grad.shape == ()
+
+
 def test_gradients_accumulate_over_backwards(xp):
     a = leaf(xp, 3)
     for _ in range(3):

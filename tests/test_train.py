@@ -90,7 +90,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("pager", [None, 4096])
-def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(pager, tmp_path, monkeypatch):
+def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(pager, tmp_path):
     def run(out, steps_until_stop=None):
         m = adapted(dropout=0.1)
         data = TEXT
@@ -134,8 +134,34 @@ def test_a_checkpoint_of_another_run_is_refused(change, words, tmp_path):
 def test_a_diverging_run_says_so():
     m = tiny.model()
     m.model.norm.weight.data[...] = np.inf
-    with pytest.raises(FloatingPointError, match="the loss is nan; lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="the loss is nan and .* lower the learning rate"):
         fit(m, TEXT, RECIPE, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(tmp_path, monkeypatch):
+    m = adapted()
+    before = state(m)
+    monkeypatch.setattr("tinylora.train.clip_grad_norm", lambda params, limit: math.nan)
+    with pytest.raises(FloatingPointError, match="norm of its gradient nan"):
+        fit(m, TEXT, RECIPE, out=tmp_path, checkpoint_every=1, progress=False)
+    assert state(m) == before and not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_the_peak_of_the_tape_counts_what_checkpoints_rebuild_and_no_weights():
+    peaks = {}
+    for checkpointing in (False, True):
+        m = adapted()
+        m.gradient_checkpointing = checkpointing
+        peaks[checkpointing] = fit(m, TEXT, replace(RECIPE, steps=1), progress=False).tape_bytes
+    assert 0.2 < peaks[True] / peaks[False] < 0.8
+    dense = tl.add_lora(tiny.model(), r=4)  # the same activations, whatever the frozen weights are stored in
+    assert fit(dense, TEXT, replace(RECIPE, steps=1), progress=False).tape_bytes == peaks[False]
+
+
+def test_a_tuple_in_what_identifies_a_run_resumes(tmp_path):
+    for _ in range(2):
+        fit(adapted(), TEXT, RECIPE, out=tmp_path, about={"job": {"targets": ("q_proj", "v_proj")}}, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------------------------ evaluation
@@ -183,6 +209,13 @@ def test_pairs_put_the_loss_on_the_answer():
     assert mask[0].tolist() == [0, 1, 1, 1, 0, 0]
 
 
+def test_prompts_that_fill_the_window_get_a_sentence():
+    pairs = Pairs([(list(b"a long prompt"), list(b"x"))])
+    for call in (lambda: pairs.windows(5), lambda: pairs.batch(np.random.default_rng(0), 2, 5)):
+        with pytest.raises(ValueError, match="no answer begins within sequences of 5"):
+            call()
+
+
 def write(path, data):
     path.write_bytes(data)
     return path
@@ -227,7 +260,10 @@ def test_the_embedded_text_is_split_by_entries():
         jargon("test")
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"batch_size": -1}, {"shards": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 0}, {"batch_size": -1}, {"shards": 0}, {"clip": -1}, {"lr": float("nan")}, {"schedule": "linear"}],
+)
 def test_bad_recipes(change):
-    with pytest.raises(ValueError, match="expected 1 or more"):
+    with pytest.raises(ValueError, match="expected"):
         replace(RECIPE, **change)

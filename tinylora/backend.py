@@ -32,6 +32,7 @@ class Transfers:
 
 
 transfers = Transfers()
+_counting = threading.Lock()
 
 
 def array_module(x):
@@ -85,13 +86,14 @@ def move(x, device):
     xp, here = module_for(device), array_module(x)
     if xp is here:
         return x
-    if xp is np:
-        transfers.to_host += 1
-        transfers.to_host_bytes += x.nbytes
-        return x.get()
-    transfers.to_device += 1
-    transfers.to_device_bytes += x.nbytes
-    return xp.asarray(x)
+    with _counting:
+        if xp is np:
+            transfers.to_host += 1
+            transfers.to_host_bytes += x.nbytes
+        else:
+            transfers.to_device += 1
+            transfers.to_device_bytes += x.nbytes
+    return x.get() if xp is np else xp.asarray(x)
 
 
 def special(xp):
@@ -109,7 +111,8 @@ def scatter_add(rows, index, n):
     """W̄[index[i]] += rows[i]: the adjoint of a table look-up. rows (m, d), index (m,) -> (n, d).
 
     `np.add.at` walks element by element; sorting the index first and adding runs with `reduceat` is about ten times as
-    fast and adds in the same order every time.
+    fast and adds in the same order every time. On a GPU the additions are atomic and their order is not fixed: training an embedding
+    there is not reproducible to the last bit.
     """
     xp = array_module(rows)
     out = xp.zeros((n, *rows.shape[1:]), dtype=rows.dtype)

@@ -14,12 +14,15 @@ _FORMAT = argparse.RawDescriptionHelpFormatter
 def main(argv=None):
     """Entry point; returns the exit status."""
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a model may write any byte; a terminal may not know the character
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; the last checkpoint is kept, and the same command goes on from it", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, FloatingPointError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         if args.traceback:
             raise
         print(f"tinylora: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
@@ -56,17 +59,20 @@ def _positive(text):
     return value
 
 
-def _bytes(text):
-    """ "none", a number, or a number with k, M or G (powers of 1024)."""
-    if text.lower() == "none":
-        return None
+def _size(text):
+    """A number of bytes, or a number with k, M or G (powers of 1024)."""
     units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
     try:
-        return int(float(text[:-1]) * units[text[-1].lower()]) if text[-1].lower() in units else int(text)
+        return int(float(text[:-1]) * units[text[-1].lower()]) if text[-1:].lower() in units else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: expected none, or a number such as 1048576, 64k, 1M"
+            f"{text!r} is not a size: expected a number such as 1048576, 64k, 1M"
         ) from None
+
+
+def _budget(text):
+    """A size, or "none"."""
+    return None if text.lower() == "none" else _size(text)
 
 
 def _recipe_options(p, defaults, note=""):
@@ -180,12 +186,12 @@ def _finetune_parser(commands):
     g = p.add_argument_group("memory")
     g.add_argument(
         "--page-budget",
-        type=_bytes,
+        type=_budget,
         default=Job.page_budget,
         metavar="BYTES",
         help="optimizer state that may be resident at a time, or none for all of it (1M)",
     )
-    g.add_argument("--page-bytes", type=_bytes, default=Job.page_bytes, metavar="BYTES", help="bytes of a page (64k)")
+    g.add_argument("--page-bytes", type=_size, default=Job.page_bytes, metavar="BYTES", help="bytes of a page (64k)")
     g.add_argument(
         "--checkpointing",
         action="store_true",
@@ -196,10 +202,11 @@ def _finetune_parser(commands):
         "--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only before and after)"
     )
     _recipe_options(p, LORA_RECIPE)
+    p.set_defaults(lr=None)
 
 
 def _finetune(args):
-    from .finetune import LORA_RECIPE, Job, compare, describe, describe_comparison, finetune
+    from .finetune import FULL_RECIPE, LORA_RECIPE, Job, compare, describe, describe_comparison, finetune, finished
 
     targets = args.target_modules
     if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
@@ -219,13 +226,16 @@ def _finetune(args):
         checkpointing=args.checkpointing,
         device=args.device,
     )
+    if args.lr is None:  # full fine-tuning has a rate of its own; --compare takes it from --full-lr
+        args.lr = (FULL_RECIPE if args.method == "full" and not args.compare else LORA_RECIPE).lr
     recipe = _recipe(args, LORA_RECIPE)
     if not args.compare:
+        if finished(job, recipe, args.out) is not None:
+            print(f"this run has ended before; its report from {args.out}:", file=sys.stderr)
         report = finetune(job, recipe, args.out, args.eval_every, args.checkpoint_every)
         print(describe(report))
         return
     from . import figures
-    from .finetune import FULL_RECIPE
 
     figures.require_matplotlib()  # said before an hour of work, not after it
     reports = compare(job, recipe, args.seeds or (0, 1, 2), args.out, full_lr=args.full_lr or FULL_RECIPE.lr)

@@ -44,6 +44,12 @@ def _normal_quantiles(probabilities):
     return np.array([inverse(float(p)) for p in probabilities], np.float32)
 
 
+def _frozen(values):
+    """The same array, read-only, so that all quantized tensors can share it."""
+    values.flags.writeable = False
+    return values
+
+
 @cache
 def _nf4():
     positive = _normal_quantiles(linspace_f32(NF4_OFFSET, 0.5, 9)[:-1])  # 8 values above zero
@@ -88,7 +94,7 @@ def _dynamic8(signed):
         values += middle.tolist()
         if signed:
             values += (-middle).tolist()
-    return np.sort(np.array(values, np.float32))
+    return _frozen(np.sort(np.array(values, np.float32)))
 
 
 def dynamic8(signed=True):
@@ -103,6 +109,16 @@ def dynamic8(signed=True):
 NAMED = {"nf4": nf4, "fp4": fp4, "int4": int4}
 
 
+@cache
+def _shared(name):
+    return _frozen(NAMED[name]())
+
+
+def shared_dynamic8():
+    """The signed dynamic map, read-only and shared."""
+    return _dynamic8(True)
+
+
 def get(code):
     """(name, values by index) of a 4-bit code given by name, or of a custom code: up to 16 ascending values."""
     if isinstance(code, str):
@@ -110,7 +126,7 @@ def get(code):
             raise ValueError(
                 f"code {code!r} is unknown: expected one of {', '.join(NAMED)}, or a sorted array of up to 16 values"
             )
-        return code, NAMED[code]()
+        return code, _shared(code)
     values = np.asarray(code, np.float32)
     if values.ndim != 1 or not 2 <= len(values) <= 16 or not np.isfinite(values).all() or (np.diff(values) <= 0).any():
         raise ValueError("a custom code must be a vector of 2 to 16 finite values in ascending order")
@@ -126,8 +142,3 @@ def midpoints(values):
     """The boundaries between neighbours: float32((cᵢ + cᵢ₊₁)/2) of the sorted code. (n − 1,)"""
     ordered = values[sorted_order(values)]
     return (ordered[:-1] + ordered[1:]) / np.float32(2)
-
-
-def half_bin_offset():
-    """1 − ½(1/32 + 1/30) = 929/960: the exact number that NF4_OFFSET is cut from."""
-    return 1 - (1 / 32 + 1 / 30) / 2

@@ -71,6 +71,7 @@ class Pairs:
         self.pairs = [(list(p), list(a)) for p, a in pairs]
         self.tokens = sum(len(a) for _, a in self.pairs)
         self.nbytes = self.tokens if nbytes is None else nbytes
+        self._shortest_prompt = min((len(p) for p, a in self.pairs if a), default=0)
         if not self.tokens:
             raise ValueError("pairs: every answer is empty; there is nothing to predict")
 
@@ -83,6 +84,8 @@ class Pairs:
         return self._rows(self.pairs, length)
 
     def _rows(self, pairs, length):
+        if self._shortest_prompt > length:
+            raise ValueError(f"pairs: no answer begins within sequences of {length} tokens; choose a larger --seq-len")
         ids, mask = np.zeros((len(pairs), length + 1), np.int64), np.zeros((len(pairs), length + 1), np.float32)
         for row, keep, (prompt, answer) in zip(ids, mask, pairs, strict=True):
             tokens = (prompt + answer)[: length + 1]

@@ -37,8 +37,8 @@ def bfloat16_bits(x):
     kept.
     """
     xp = array_module(x)
-    x = xp.ascontiguousarray(x, dtype=np.float32)
-    u = x.view(np.uint32).reshape(x.shape)
+    shape = x.shape  # ascontiguousarray turns a 0-d array into one of shape (1,)
+    u = xp.ascontiguousarray(x, dtype=np.float32).view(np.uint32).reshape(shape)
     rounded = (u + (0x7FFF + ((u >> 16) & 1))) >> 16
     quiet = (u >> 16) | 0x0040
     return xp.where((u & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
@@ -61,7 +61,9 @@ def round_to(x, dtype):
 
 
 def as_float32(x):
-    """(x as float32, the logical dtype it came in): float32, float64, float16 and ml_dtypes.bfloat16 are accepted."""
+    """(x as float32, the logical dtype it came in): float32, float64, float16, ml_dtypes.bfloat16 and BFloat16Array."""
+    if isinstance(x, BFloat16Array):
+        return x.dequantize("float32"), "bfloat16"
     name = getattr(getattr(x, "dtype", None), "name", None)
     if name not in BITS:
         raise TypeError(f"expected a float array (float32, float16, bfloat16), got {name or type(x).__name__}")

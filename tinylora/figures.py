@@ -10,39 +10,44 @@ _COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3")
 
 
 def require_matplotlib():
-    """matplotlib.pyplot with a backend that needs no screen; a sentence if it is not installed."""
+    """The matplotlib module; a sentence if it is not installed."""
     try:
         import matplotlib
     except ImportError:
         raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'") from None
-    matplotlib.use("agg")
-    matplotlib.rcParams.update(
-        {"svg.hashsalt": "tinylora", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    )
-    import matplotlib.pyplot as plt
+    return matplotlib
 
-    return plt
+
+def canvas(width, height, **layout):
+    """(figure, axes) of the house's style, apart from pyplot: no window, and no effect on a notebook's figures."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(**layout)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+    return figure, axes
 
 
 def save(figure, path):
     """Write the figure as SVG, atomically and without a date, so that equal figures are equal files."""
-    with files.atomic(path) as temporary:
+    with require_matplotlib().rc_context({"svg.hashsalt": "tinylora"}), files.atomic(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "svg", bbox_inches="tight", metadata={"Date": None})
-    require_matplotlib().close(figure)
 
 
 def comparison(reports, path):
     """Held-out bits per byte of each method (dots: seeds, bar: their mean) beside the bytes of weights, state and tape."""
     from .finetune import METHODS
 
-    plt = require_matplotlib()
+    require_matplotlib()
     names = [
         METHODS[m][0].replace(" + double quantization", "\n+ double quantization").replace(", ", ",\n", 1)
         for m in reports
     ]
     after = [[r.after for r in rs] for rs in reports.values()]
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(9, 3.6), gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.08}, sharey=True
+    figure, (left, right) = canvas(
+        9, 3.6, ncols=2, gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.08}, sharey=True
     )
     y = np.arange(len(names))[::-1]
     for row, scores, colour in zip(y, after, _COLOURS, strict=False):

@@ -8,9 +8,9 @@ The safetensors package reads and writes NumPy arrays but no bfloat16; here a bf
 """
 
 import contextlib
+import glob
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -37,27 +37,33 @@ _NUMPY = {
 def atomic(path):
     """A temporary path beside `path` that becomes `path` if the block succeeds and disappears if it does not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # left by a process that was killed
+            stale.unlink(missing_ok=True)
+        temporary.touch()
+        yield str(temporary)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.remove(temporary)
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(f"could not write {path}: {error}; what was there before is untouched") from error
         raise
 
 
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _sync_folder(folder):
+    """Make a rename survive a power cut; not every system lets a folder be opened for that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path, text):

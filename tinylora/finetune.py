@@ -7,8 +7,8 @@
 bfloat16 base, QLoRA with NF4, FP4 and Int4.
 """
 
+import hashlib
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from . import backend, data, files, lora
-from .corpus import Text, read_corpus
+from .corpus import Text, read_corpus, read_text
 from .interop import peft
 from .llama import Llama
 from .nn import STORED, quantize_linears
@@ -69,15 +69,17 @@ class Report:
 
     job: dict
     recipe: dict
-    before: float = math.nan  # held-out bits per byte of the base as trained on (quantized, if it is)
-    after: float = math.nan
+    inputs: dict = field(default_factory=dict)  # hashes of the base model and of the text
+    before: float | None = None  # held-out bits per byte of the base as trained on (quantized, if it is)
+    after: float | None = None
     trainable: int = 0
     parameters: int = 0
-    bits_per_param: float = math.nan
+    bits_per_param: float | None = None
     bytes: dict = field(default_factory=dict)
     paging: dict = field(default_factory=dict)
     samples: dict = field(default_factory=dict)
     history: list = field(default_factory=list)
+    first_step: int = 0  # more than 0 if the run was resumed: time and paging are then counted from there
     seconds: float = 0.0
     tokens_per_second: float = 0.0
     adapter: str | None = None
@@ -97,6 +99,21 @@ def prepare(job, seed=0):
     return model.to(job.device)
 
 
+def model_folder(job):
+    """The folder that job.model means."""
+    return data.base_folder() if job.model == "base" else Path(job.model)
+
+
+def inputs(job):
+    """Hashes of the base model's weights and of the text: what a finished or a half-finished run is recognized by."""
+    weights = model_folder(job) / "model.safetensors"
+    text = b"".join(map(data.jargon, ("train", "heldout"))) if job.text is None else read_text(job.text)
+    return {
+        "model": hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else None,
+        "text": hashlib.sha256(text).hexdigest()[:16],
+    }
+
+
 def corpus(job, tokenizer):
     """(train, held-out) of a job."""
     if job.text is not None:
@@ -112,9 +129,12 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
 
     Killed and started again with the same arguments, it goes on from the last checkpoint.
     """
+    done = finished(job, recipe, out)
+    if done is not None:
+        return done
     model = prepare(job, recipe.seed)
     train, heldout = corpus(job, model.tokenizer)
-    report = Report(asdict(job), asdict(recipe))
+    report = Report(asdict(job), asdict(recipe), inputs(job))
     report.trainable, report.parameters = lora.count_parameters(model)
     stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
     if stored:
@@ -122,8 +142,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     if measure_before:
         report.before = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
         report.samples["before"] = sample(model)
-    paged = job.page_budget is not None and job.method != "full"
-    pager = Pager(job.page_budget, job.page_bytes, device=job.device) if paged else Pager(device=job.device)
+    pager = Pager(job.page_budget, job.page_bytes, device=job.device)
     result = fit(
         model,
         train,
@@ -133,11 +152,12 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         out=out,
         checkpoint_every=checkpoint_every,
         pager=pager,
-        about={"job": asdict(job)},
+        about={"job": asdict(job), "inputs": report.inputs},
         progress=progress,
     )
     report.after = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
     report.samples["after"] = sample(model)
+    report.first_step = result.first_step
     report.history, report.seconds, report.tokens_per_second = result.history, result.seconds, result.tokens_per_second
     report.bytes = {
         "frozen weights": sum(
@@ -146,7 +166,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         "trained weights": sum(p.nbytes for _, p in model.trainable()),
         "gradients": result.gradient_bytes,
         "optimizer state": result.optimizer_bytes,
-        "optimizer state, resident at most": pager.peak_resident_bytes if paged else result.optimizer_bytes,
+        "optimizer state, resident at most": pager.peak_resident_bytes or result.optimizer_bytes,
         "tape, peak": result.tape_bytes,
         "process, peak resident": peak_resident_bytes(),
     }
@@ -163,7 +183,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         folder = Path(out)
         if lora.adapters(model):
             report.adapter = str(folder / "adapter")
-            peft.save_adapter(model, report.adapter, base_model=job.model)
+            peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)))
         else:
             report.adapter = str(folder / "model")
             model.save_pretrained(report.adapter, dtype="float32")
@@ -190,27 +210,22 @@ def peak_resident_bytes():
 def describe(report):
     """The closing table of a job, as text."""
     label = METHODS[report.job["method"]][0]
-    rows = [
-        ("held-out bits per byte, before", f"{report.before:.4f}"),
+    rows = [] if report.before is None else [("held-out bits per byte, before", f"{report.before:.4f}")]
+    rows += [
         ("held-out bits per byte, after", f"{report.after:.4f}"),
         (
             "trainable parameters",
             f"{report.trainable:,} of {report.parameters:,} ({100 * report.trainable / report.parameters:.4f} %)",
         ),
     ]
-    if not math.isnan(report.bits_per_param):
+    if report.bits_per_param is not None:
         rows.append(("bits per quantized parameter", f"{report.bits_per_param:.3f}"))
     rows += [(f"bytes: {name}", f"{n:,}") for name, n in report.bytes.items()]
-    p = report.paging
+    p, since = report.paging, f", since step {report.first_step}" if report.first_step else ""
     if p["budget"] is not None:
-        rows.append(
-            (
-                "page faults (evictions)",
-                f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']} pages, budget {p['budget']:,} bytes",
-            )
-        )
-        rows.append(("bytes moved by paging", f"{p['bytes moved']:,}"))
-    rows.append(("training", f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s"))
+        faults = f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']:,} pages, budget {p['budget']:,} bytes{since}"
+        rows += [("page faults (evictions)", faults), ("bytes moved by paging", f"{p['bytes moved']:,}{since}")]
+    rows.append(("training", f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s{since}"))
     if report.adapter:
         rows.append(
             ("the adapter lies in" if Path(report.adapter).name == "adapter" else "the model lies in", report.adapter)
@@ -234,22 +249,21 @@ def compare(job, recipe, seeds=(0, 1, 2), out=None, methods=tuple(METHODS), full
             this = replace(job, method=method)
             plan = replace(recipe, seed=seed, lr=full_lr if method == "full" else recipe.lr)
             folder = Path(out) / f"{method}-seed{seed}" if out else None
-            report = _finished(folder, this, plan) if folder else None
-            if report is None:
-                if progress:
-                    print(f"{METHODS[method][0]}, seed {seed}", file=sys.stderr)
-                report = finetune(this, plan, folder, measure_before=seed == seeds[0], progress=progress)
+            if progress and finished(this, plan, folder) is None:
+                print(f"{METHODS[method][0]}, seed {seed}", file=sys.stderr)
+            report = finetune(this, plan, folder, measure_before=seed == seeds[0], progress=progress)
             reports.setdefault(method, []).append(report)
     return reports
 
 
-def _finished(folder, job, recipe):
-    path = folder / "report.json"
-    if not path.exists():
+def finished(job, recipe, out):
+    """The Report of a run that ended in `out` with the same job, recipe, model and text; None if there is none."""
+    path = Path(out) / "report.json" if out else None
+    if path is None or not path.exists():
         return None
     saved = files.read_json(path)
-    same = all(json.loads(json.dumps(asdict(mine))) == saved[name] for name, mine in (("job", job), ("recipe", recipe)))
-    return Report(**saved) if same else None
+    wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
+    return Report(**saved) if all(saved.get(name) == value for name, value in wanted.items()) else None
 
 
 def describe_comparison(reports):
@@ -264,7 +278,7 @@ def describe_comparison(reports):
         ]
         b = rs[0].bytes
         lines.append(
-            f"{METHODS[method][0]:<36}{rs[0].before:>9.4f}{after[method].mean():>9.4f}"
+            f"{METHODS[method][0]:<36}{rs[0].before or float('nan'):>9.4f}{after[method].mean():>9.4f}"
             f"{after[method].std(ddof=1) if len(rs) > 1 else 0:>9.4f}{deltas[0]:>10}{deltas[1]:>10}"
             f"{b['frozen weights'] + b['trained weights']:>14,}{b['optimizer state']:>12,}{b['tape, peak']:>14,}"
         )

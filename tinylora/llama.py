@@ -165,6 +165,10 @@ class KVCache:
         if layer not in self._buffers:
             self._buffers[layer] = [xp.empty((b, self.capacity, heads, d), k.dtype) for _ in range(2)]
         end = self.length + t
+        if end > self.capacity:
+            raise ValueError(
+                f"kv cache: {self.length} tokens are held and {t} come in; its capacity is {self.capacity}"
+            )
         for buffer, new in zip(self._buffers[layer], (k, v), strict=True):
             buffer[:, self.length : end] = new
         return tuple(buffer[:, :end] for buffer in self._buffers[layer])
@@ -246,22 +250,31 @@ class Llama(Module):
         ids = list(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids:
             raise ValueError("generate: the prompt is empty; give at least one token to continue from")
-        rng, window = np.random.default_rng(seed), self.config.max_position_embeddings
-        cache, fed = None, 0
-        for _ in range(max_new_tokens):
-            with no_grad():
-                if cache is None or cache.length >= window or not use_cache:
-                    # without a cache, feed the same window that the cached run would hold
-                    fed = fed if cache is not None and cache.length < window else _window_start(len(ids), window)
-                    cache = KVCache(window)
-                    logits = self.forward(np.array([ids[fed:]]), cache).data[0, -1]
+        rng, window, cache, training = (
+            np.random.default_rng(seed),
+            self.config.max_position_embeddings,
+            None,
+            self.training,
+        )
+        self.eval()
+        try:
+            first = 0  # where the window that the model sees begins
+            for _ in range(max_new_tokens):
+                if len(ids) - first > window:
+                    first, cache = len(ids) - window // 2, None
+                if use_cache and cache is None:
+                    cache, new = KVCache(window), ids[first:]
                 else:
-                    logits = self.forward(np.array([ids[-1:]]), cache).data[0, -1]
-            token = _draw(move(logits, "cpu"), temperature, top_k, top_p, rng)
-            ids.append(token)
-            yield token
-            if token == stop:
-                return
+                    new = ids[-1:] if use_cache else ids[first:]
+                with no_grad():
+                    logits = self.forward(np.array([new]), cache).data[0, -1]
+                token = _draw(move(logits, "cpu"), temperature, top_k, top_p, rng)
+                ids.append(token)
+                yield token
+                if token == stop:
+                    return
+        finally:
+            self.train(training)
 
     # ------------------------------------------------------------------------------------------------------------------ folders
     @classmethod
@@ -291,6 +304,11 @@ class Llama(Module):
     def save_pretrained(self, folder, dtype="bfloat16", extra_config=None):
         """Write config.json and model.safetensors (dtype "bfloat16", rounded to nearest even, or "float32")."""
         folder = Path(folder)
+        if any(not isinstance(w, Tensor) or "lora_" in name for name, w in self.named_weights()):
+            raise ValueError(
+                "save_pretrained: the model is quantized or carries an adapter; merge the adapter first, or save it alone with "
+                "interop.peft.save_adapter (only dense weights are written here)"
+            )
         state = {name: move(w.data, "cpu") for name, w in self.named_parameters()}
         if dtype == "bfloat16":
             state = {name: BFloat16Array.of(w) for name, w in state.items()}
@@ -298,11 +316,6 @@ class Llama(Module):
             raise ValueError(f"save_pretrained: dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
         files.save_safetensors(folder / "model.safetensors", state)
         files.write_json(folder / "config.json", {**self.config.to_dict(), "dtype": dtype, **(extra_config or {})})
-
-
-def _window_start(n, window):
-    """Where the context begins when n tokens are known: at 0 while they fit, then half a window from the end."""
-    return 0 if n < window else n - window // 2
 
 
 def _draw(logits, temperature, top_k, top_p, rng):
@@ -320,4 +333,4 @@ def _draw(logits, temperature, top_k, top_p, rng):
     return int(order[rng.choice(len(p), p=p / p.sum())])
 
 
-__all__ = ["Llama", "LlamaConfig", "KVCache", "Tensor"]
+__all__ = ["KVCache", "Llama", "LlamaConfig"]

@@ -17,7 +17,7 @@ Compared with loralib: eval() changes no weight.
 
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -124,7 +124,10 @@ def find_targets(model, target_modules="all-linear"):
     if target_modules == "all-linear":
         return [p for p in paths if p.rpartition(".")[2] != "lm_head"]
     if isinstance(target_modules, str):
-        found = [p for p in paths if re.fullmatch(target_modules, p)]
+        try:
+            found = [p for p in paths if re.fullmatch(target_modules, p)]
+        except re.error as error:
+            raise ValueError(f"lora: target_modules {target_modules!r} is no regular expression: {error}") from None
         if not found:
             raise ValueError(
                 f"lora: target_modules {target_modules!r} matches no layer; the layers are named {', '.join(names)} "
@@ -132,6 +135,8 @@ def find_targets(model, target_modules="all-linear"):
             )
         return found
     wanted = list(target_modules)
+    if not wanted:
+        raise ValueError(f"lora: target_modules is empty; the linear layers are {', '.join(names)}")
     for name in wanted:
         if not any(_named(p, name) for p in paths):
             raise ValueError(f"lora: target module {name!r} does not exist; the linear layers are {', '.join(names)}")
@@ -202,6 +207,8 @@ def attach(model, adapter):
     if adapters(model):
         raise ValueError("lora: the model carries an adapter already; detach or merge it first")
     c = adapter.config
+    if not adapter.weights:
+        raise ValueError("lora: the adapter holds no weights")
     existing = {path: layer for path, layer in model.named_modules() if isinstance(layer, ADAPTABLE)}
     for path, (a, b) in adapter.weights.items():
         if path not in existing:
@@ -227,8 +234,8 @@ def attach(model, adapter):
 
 def merge(model):
     """Replace every LoRALinear by its merged layer, in place; returns the model. See LoRALinear.merge for a 4-bit base."""
-    for path, layer in adapters(model):
-        model.replace(path, layer.merge())
+    for path, layer in [(path, layer.merge()) for path, layer in adapters(model)]:
+        model.replace(path, layer)
     model.lora_config = None
     return model
 
@@ -253,5 +260,5 @@ def print_trainable_parameters(model):
 
 # fmt: off
 __all__ = ["LoRAConfig", "LoRALinear", "Adapter", "add_lora", "attach", "detach", "merge", "adapters", "find_targets",
-           "count_parameters", "trainable_parameters", "print_trainable_parameters", "asdict"]
+           "count_parameters", "trainable_parameters", "print_trainable_parameters"]
 # fmt: on

@@ -82,8 +82,11 @@ class Module:
         return {name: w.data if isinstance(w, Tensor) else w for name, w in self.named_weights()}
 
     def load_state_dict(self, state, strict=True):
-        """Copy arrays in by name. Checks every name and shape first: nothing is changed if anything does not fit."""
-        mine = dict(self.named_parameters())
+        """Take weights over by name: arrays are copied into Tensors, stored weights replace stored weights.
+
+        Every name and shape is checked first: nothing is changed if anything does not fit.
+        """
+        mine = dict(self.named_weights())
         missing, unknown = sorted(mine.keys() - state.keys()), sorted(state.keys() - mine.keys())
         if strict and (missing or unknown):
             raise KeyError(
@@ -92,13 +95,19 @@ class Module:
             )
         shared = [name for name in mine if name in state]
         for name in shared:
-            if mine[name].shape != tuple(state[name].shape):
+            if tuple(mine[name].shape) != tuple(state[name].shape):
                 raise ValueError(
                     f"load_state_dict: {name} has shape {tuple(state[name].shape)}, the model's is {mine[name].shape}"
                 )
+            if isinstance(mine[name], STORED) != isinstance(state[name], STORED):
+                raise ValueError(f"load_state_dict: {name} is dense on one side and quantized on the other")
         for name in shared:
-            w = mine[name]
-            w.data = move(state[name], array_module(w.data)).astype(w.dtype)
+            w, new, xp = mine[name], state[name], array_module(stored_array(mine[name]))
+            if isinstance(w, Tensor):
+                w.data = move(new, xp).astype(w.dtype)
+            else:
+                path, _, attribute = name.rpartition(".")
+                setattr(self.get(path), attribute, new.to(lambda a, xp=xp: move(a, xp)))
 
     def replace(self, path, module):
         """Put `module` where `path` (such as model.layers.0.mlp.up_proj) points."""
@@ -143,6 +152,7 @@ class Module:
             for name, value in list(vars(module).items()):
                 if isinstance(value, Tensor):
                     value.data = move(value.data, xp)
+                    value.grad = None if value.grad is None else move(value.grad, xp)
                 elif isinstance(value, STORED):
                     moved.setdefault(id(value), value.to(lambda a: move(a, xp)))
                     setattr(module, name, moved[id(value)])
@@ -184,6 +194,10 @@ class _FrozenLinear(Module):
 
     def __init__(self, weight, bias=None, compute_dtype="float32"):
         self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                f"{type(self).__name__}: compute_dtype {compute_dtype!r}, expected 'float32' or 'bfloat16'"
+            )
         if len(weight.shape) != 2:
             raise ValueError(f"{type(self).__name__}: the weight must be (out, in), got {tuple(weight.shape)}")
 
@@ -202,8 +216,9 @@ class _FrozenLinear(Module):
 class Linear4bit(_FrozenLinear):
     """y = x Ŵᵀ + b, Ŵ = doubleDequant(weight) (QLoRA eq. 5 and 6). weight is a QuantizedTensor of shape (out, in).
 
-    compute_dtype "float32" (products as they are) or "bfloat16" (operands and result rounded to bfloat16, float32
-    accumulation). Differs from bitsandbytes in that the compute dtype is never guessed from the input.
+    compute_dtype "float32" (products as they are) or "bfloat16" (operands and product rounded to bfloat16, float32
+    accumulation; the bias is added in float32). Differs from bitsandbytes in that the compute dtype is never guessed
+    from the input.
     """
 
     @classmethod
@@ -249,20 +264,23 @@ def quantize_linears(
     As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` keep their 16 or 32 bits.
     code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base). All other parameters are frozen.
     """
-    model.requires_grad_(False)
-    for path, layer in list(model.named_modules()):
+    if any(path.rpartition(".")[2] in ("lora_A", "lora_B") for path, _ in model.named_modules()):
+        raise ValueError("quantize_linears: the model carries an adapter; quantize first, then add_lora (or merge)")
+    new = {}
+    for path, layer in model.named_modules():
         if isinstance(layer, Linear) and not any(path == s or path.endswith("." + s) for s in skip):
             if code == "bfloat16":
-                new = Linear16bit.of(layer, compute_dtype)
+                new[path] = Linear16bit.of(layer, compute_dtype)
             else:
-                new = Linear4bit.of(
+                new[path] = Linear4bit.of(
                     layer, code, blocksize, double_quant, compute_dtype, name=f"{path}.weight", **options
                 )
-            model.replace(path, new)
-    return model
+    for path, layer in new.items():  # only now that every weight was found fit
+        model.replace(path, layer)
+    return model.requires_grad_(False)
 
 
 # fmt: off
-__all__ = ["Module", "Linear", "Linear4bit", "Linear16bit", "Embedding", "RMSNorm", "quantize_linears", "uniform", "normal",
-           ]
+__all__ = ["STORED", "Module", "Linear", "Linear4bit", "Linear16bit", "Embedding", "RMSNorm", "normal", "quantize_linears",
+           "stored_array", "uniform"]
 # fmt: on

@@ -299,6 +299,9 @@ def softmax_cross_entropy(z, targets, mask=None, reduction="mean"):
     if reduction not in ("mean", "sum"):
         raise ValueError(f"softmax_cross_entropy: reduction {reduction!r} is unknown: expected 'mean' or 'sum'")
     t = targets.reshape(-1)
+    if t.size and not 0 <= int(t.min()) <= int(t.max()) < shape[-1]:
+        raise IndexError(f"softmax_cross_entropy: targets run from {int(t.min())} to {int(t.max())}, expected 0 to {shape[-1] - 1}; "
+                         "leave tokens out with the mask")
     rows = xp.arange(len(t))
     weight = xp.ones(len(t), dtype=z.dtype) if mask is None else mask.reshape(-1).astype(z.dtype)
     if reduction == "mean":
@@ -478,6 +481,7 @@ def causal_attention(q, k, v):
         return x.reshape(b, groups, m, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n, heads, d)
 
     ks, vs = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    shapes, dtype = (q.shape, ks.shape, vs.shape), q.dtype  # the pullback needs q's shape and not q
     y, parts = xp.empty_like(q), []
     for start in range(0, t, QUERY_BLOCK):  # a block of queries needs no key after its last: a third of the work is never done
         rows = slice(start, min(start + QUERY_BLOCK, t))
@@ -492,7 +496,7 @@ def causal_attention(q, k, v):
         parts.append((rows, end, qs, p))
 
     def pull(g, need):
-        dq, dk, dv = (xp.zeros(x.shape, x.dtype) if n else None for x, n in zip((q, ks, vs), need, strict=True))
+        dq, dk, dv = (xp.zeros(shape, dtype) if n else None for shape, n in zip(shapes, need, strict=True))
         for rows, end, qs, p in parts:
             gs = split(g[:, rows])
             if need[2]:

@@ -4,7 +4,7 @@ Each file is one source. Its last 5 % is never trained on; at the end the finish
 and the folder gets a model card with the recipe and the bits per byte of each source.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,9 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
     """
     config = config or LlamaConfig()
     backend.module_for(device)
+    names = [Path(p).stem for p in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"pretrain: two sources have the same name ({', '.join(names)}); rename a file")
     texts = {Path(p).stem: np.frombuffer(read_text(p), np.uint8) for p in paths}
     cut = {name: int(len(t) * (1 - HELD_OUT)) for name, t in texts.items()}
     train = Text([t[: cut[name]] for name, t in texts.items()])
@@ -50,6 +53,8 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
         about={"config": asdict(config)},
         progress=progress,
     )
+    # positions that were never trained are no part of the finished model
+    model.config = replace(config, max_position_embeddings=min(config.max_position_embeddings, recipe.seq_len))
     model.save_pretrained(out)
     finished = Llama.from_pretrained(out)
     scores = {

@@ -26,8 +26,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import codebooks
-from .backend import array_module
-from .dtypes import as_float32, dtype_name, round_to
+from .backend import array_module, is_array, move
+from .dtypes import as_float32, round_to
 
 NESTED_BLOCKSIZE = 256
 _CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
@@ -62,8 +62,8 @@ class QuantizedTensor:
     code        the values by index, float32;  code_name  "nf4", "fp4", "int4" or "custom"
     blocksize, shape, dtype ("float32", "bfloat16", "float16": what the weight was)
 
-    `size` is the number of weights and `nbytes` what is held for them (the code itself, 64 bytes, is shared and not
-    counted).
+    `size` is the number of weights and `nbytes` what is held for them. (The codes, 64 bytes and for double quantization
+    another 1,024, are shared by all tensors and not counted.)
     """
 
     packed: np.ndarray
@@ -171,6 +171,9 @@ def quantize(
     if not isinstance(blocksize, (int, np.integer)) or blocksize < 1:
         raise ValueError(f"quantize: blocksize = {blocksize!r}, expected a whole number, 1 or more")
     code_name, values = codebooks.get(code)
+    if is_array(w) and (xp := array_module(w)) is not np:  # quantizing happens once, and on the host
+        q = quantize(move(w, "cpu"), code, blocksize, double_quant, rule, offset, check_finite, name)
+        return q.to(lambda a: move(a, xp))
     floats, dtype = as_float32(w)
     flat = np.ascontiguousarray(floats).reshape(-1)
     with np.errstate(all="ignore"):
@@ -255,7 +258,7 @@ def _pack(index):
 def quantize_constants(absmax, offset=None):
     """absmax -> DoubleQuantized: subtract the mean (or `offset`), then blockwise 8 bits in blocks of 256."""
     mean = (torch_mean(absmax) if len(absmax) else np.float32(0)) if offset is None else np.float32(offset)
-    code = codebooks.dynamic8()
+    code = codebooks.shared_dynamic8()
     codes, nested = quantize_8bit(absmax - mean, code, NESTED_BLOCKSIZE)
     return DoubleQuantized(codes, nested, mean, code)
 
@@ -263,10 +266,10 @@ def quantize_constants(absmax, offset=None):
 def quantize_8bit(x, code, blocksize=256):
     """(codes uint8, absmax float32) of a float32 vector, as bitsandbytes' CPU kernel rounds.
 
-    s = x / absmax is looked up in a table of the 65,536 numbers v_i = 2i/65535 − 1, each of which knows the code below
-    it: the result is not always the nearest code. s = 0 falls between two v_i and comes out as code 131 (1.56e-5)
-    instead of 127 (0). A block of zeros gives code 0, which does no harm since its absmax is 0. NaN does not count for
-    absmax and gets the code of v_0.
+    s = x / absmax is looked up in a table of the 65,536 numbers v_i = 2i/65535 − 1, each of which knows its own nearest
+    code: the result is the code nearest to the nearest v_i, and not always the one nearest to s. s = 0 falls between
+    two v_i and comes out as code 131 (1.56e-5) instead of 127 (0). A block of zeros gives code 0, which does no harm
+    since its absmax is 0. NaN does not count for absmax and gets the code of v_0.
     """
     n = len(x)
     rows = np.zeros((-(-n // blocksize), blocksize), np.float32)
@@ -329,8 +332,3 @@ def _cascade(rows):
     for other in remainders[1:]:
         total = total + other
     return total
-
-
-def dequantize(q, dtype=None):
-    """Ŵ of a stored weight: the same as q.dequantize(dtype)."""
-    return q.dequantize(None if dtype is None else dtype_name(dtype))

@@ -40,6 +40,7 @@ from .backend import array_module, is_array
 class _State(threading.local):
     mode = "record"  # "record": build the tape; "probe": only work out requires_grad; "off": neither
     sink = None  # where backward puts the gradients of leaves, if not into .grad
+    watch = None  # called with each tensor that a checkpoint rebuilds, before its tape is walked
 
 
 _state = _State()
@@ -157,7 +158,7 @@ class Tensor:
                 _accumulate(found, leaf, g, owned)
         if sink is None:
             for leaf, g in found.items():
-                leaf.grad = g if leaf.grad is None else leaf.grad + g
+                leaf.grad = g if leaf.grad is None else _as_array(leaf.grad + g)
 
 
 def _accumulate(found, leaf, g, owned):
@@ -165,6 +166,11 @@ def _accumulate(found, leaf, g, owned):
         found[leaf] += g
     else:
         found[leaf] = g if owned else g.copy()
+
+
+def _as_array(x):
+    """NumPy's arithmetic on 0-d arrays makes scalars, which cannot be added to in place."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
 
 
 @contextlib.contextmanager
@@ -190,7 +196,7 @@ def _walk(root, gradient):
         if ours:
             so_far += h
         else:
-            table[key] = (so_far + h, True)
+            table[key] = (_as_array(so_far + h), True)
 
     receive(root if root.is_leaf else root._node, leaves if root.is_leaf else waiting, gradient, False)
     while heap:
@@ -202,7 +208,7 @@ def _walk(root, gradient):
                 "run the forward again before a second backward"
             )
         for parent, h in node.gradients(g):
-            h = np.asarray(h) if isinstance(h, np.generic) else h  # arithmetic on 0-d arrays makes scalars
+            h = _as_array(h)
             fresh = h is not g and h.base is None  # else h may share memory with something that is still in use
             summed = unbroadcast(h, parent.shape)
             if summed.shape != parent.shape:
@@ -294,6 +300,8 @@ def checkpoint(fn, *xs):
         fresh = [Tensor(x, n) for x, n in zip(arrays, need, strict=True)]
         with backend.using_generator(copy.deepcopy(rng)), _mode("record"):
             again = fn(*fresh)
+        if _state.watch is not None:
+            _state.watch(again)
         inside = {}
         again.backward(g, into=inside)
         gradients = [inside.pop(x, None) for x in fresh]
@@ -310,14 +318,30 @@ def checkpoint(fn, *xs):
     return result
 
 
+@contextlib.contextmanager
+def watch_rebuilds(callback):
+    """Within the block, callback(y) sees each y that a checkpoint rebuilds in this thread: its tape is on top of the one held."""
+    before, _state.watch = _state.watch, callback
+    try:
+        yield
+    finally:
+        _state.watch = before
+
+
 def tape_bytes(*tensors, exclude=()):
     """Bytes that the tape behind these tensors keeps alive for the backward pass.
 
     Walks what the surviving closures captured: arrays (each buffer once, a view counts as the whole buffer it keeps
     alive) and plain data made of arrays, such as a QuantizedTensor. Leaves that a pullback captured (weights) are
-    counted too, unless their arrays, or Tensors, are listed in `exclude`.
+    counted too, unless their arrays (or Tensors, or stored weights) are listed in `exclude`.
     """
-    skip = {id(_owner(e.data if isinstance(e, Tensor) else e)) for e in exclude if e is not None}
+    skip, listed = set(), list(exclude)
+    while listed:
+        thing = listed.pop()
+        if is_array(thing):
+            skip.add(id(_owner(thing)))
+        elif thing is not None and not isinstance(thing, (str, bytes, int, float)):
+            listed.extend(_contents(thing))
     buffers, seen = {}, set()
     nodes = [t._node for t in tensors if t._node is not None]
     stack = []

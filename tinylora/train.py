@@ -23,7 +23,7 @@ import numpy as np
 from . import backend, files, ops
 from .backend import move
 from .optim import AdamW, clip_grad_norm, schedule
-from .tensor import no_grad, tape_bytes
+from .tensor import no_grad, tape_bytes, watch_rebuilds
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Recipe:
         for name in ("steps", "batch_size", "seq_len", "accumulate", "shards"):
             if getattr(self, name) < 1:
                 raise ValueError(f"recipe: {name} = {getattr(self, name)}, expected 1 or more")
+        for name in ("lr", "warmup", "weight_decay", "clip", "eps"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"recipe: {name} = {getattr(self, name)}, expected 0 or more")
+        schedule(self.schedule, 0, 1)  # an unknown name is said now, not after the first step
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Result:
     tape_bytes: int = 0
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
+    first_step: int = 0  # where this process began: more than 0 if the run was resumed
     seconds: float = 0.0
     tokens_per_second: float = 0.0
 
@@ -132,12 +137,12 @@ def fit(
         pager=pager,
     )
     result = Result(optimizer_bytes=optimizer.state_bytes)
-    identity = {"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}
+    identity = json.loads(json.dumps({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}))
     path = Path(out) / "checkpoint.safetensors" if out else None
-    first = 0
     if path and path.exists():
-        first = _resume(path, identity, trainable, optimizer, result)
-    weights = [w for _, w in model.named_parameters()]
+        result.first_step = _resume(path, identity, trainable, optimizer, result)
+    first = result.first_step
+    weights = [w for _, w in model.named_weights()]
     model.train()
     began, losses = time.perf_counter(), None
     with (
@@ -148,13 +153,13 @@ def fit(
             loss, tape = _step(model, data, recipe, step, pool, trainable, weights if step == first else None)
             result.tape_bytes = max(result.tape_bytes, tape)
             result.gradient_bytes = sum(p.grad.nbytes for _, p in trainable if p.grad is not None)
-            if not math.isfinite(loss):
+            norm = clip_grad_norm([p for _, p in trainable], recipe.clip or math.inf)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                kept = f"; the last checkpoint is {path}" if path and path.exists() else ""
                 raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss}; lower the learning rate (lr = {recipe.lr})"
-                    + (f"; the last checkpoint is {path}" if path and path.exists() else "")
+                    f"step {step + 1}: the loss is {loss} and the norm of its gradient {norm}; lower the learning rate "
+                    f"(lr = {recipe.lr}){kept}"
                 )
-            if recipe.clip:
-                clip_grad_norm([p for _, p in trainable], recipe.clip)
             optimizer.step(schedule(recipe.schedule, step, recipe.steps, recipe.warmup, recipe.floor))
             optimizer.zero_grad()
             row = {"step": step + 1, "loss": loss}
@@ -196,11 +201,11 @@ def _step(model, data, recipe, step, pool, trainable, measure):
                 total = ops.softmax_cross_entropy(z, move(targets, xp), move(mask, xp), reduction="sum") * (
                     1 / max(count, 1)
                 )
-                held = tape_bytes(total, exclude=measure) if measure else 0
-                found = {}
+                held, rebuilt, found = (tape_bytes(total, exclude=measure) if measure else 0), [0], {}
                 if total.requires_grad:
-                    total.backward(into=found)
-                return total.item(), found, held
+                    with watch_rebuilds(lambda y: rebuilt.append(tape_bytes(y, exclude=measure)) if measure else None):
+                        total.backward(into=found)
+                return total.item(), found, held + max(rebuilt)
 
         held = 0
         for value, found, bytes_held in pool.map(shard, range(len(parts))):
@@ -233,7 +238,9 @@ def _resume(path, identity, trainable, optimizer, result):
         if identity.get(key) != theirs.get(key):
             a, b = theirs.get(key), identity.get(key)
             if isinstance(a, dict) and isinstance(b, dict):
-                key, a, b = next((f"{key}.{k}", a.get(k), b.get(k)) for k in b if a.get(k) != b.get(k))
+                key, a, b = next(
+                    (f"{key}.{k}", a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
+                )
             raise ValueError(
                 f"{path} is the checkpoint of another run: its {key} is {a}, this run's is {b}; "
                 "choose another output folder or remove the file"
