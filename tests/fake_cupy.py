@@ -210,7 +210,8 @@ class ndarray:
 def _method(name):
     def method(self, *args, **kwargs):
         if name in _IN_PLACE:
-            getattr(self._a, name)(*map(_unwrap, args))
+            if getattr(self._a, name)(*map(_unwrap, args)) is NotImplemented:
+                raise TypeError(f"{name} is not possible with {args}")
             return self
         return _call(getattr(self._a, name), *args, **kwargs)
 

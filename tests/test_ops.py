@@ -1,10 +1,13 @@
 """Every operation: its value, and its pullbacks against central differences, on every array module."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from gradcheck import check
 
-from tinylora import Tensor, ops
+from tinylora import Tensor, backend, ops
 
 
 def away_from_zero(rng, *shape):
@@ -154,6 +157,30 @@ def test_softmax_cross_entropy(reduction, xp, rng):
     )
 
 
+def test_zero_size_loss_and_attention(xp, rng):
+    none = xp.asarray(np.zeros((0,), np.int64))
+    check(lambda z: ops.softmax_cross_entropy(z, none), np.zeros((0, 5)), xp=xp, rng=rng)
+    check(ops.causal_attention, *(np.zeros((0, 3, h, 4)) for h in (2, 1, 1)), xp=xp, rng=rng)
+    check(ops.causal_attention, *(np.zeros((2, 0, h, 4)) for h in (2, 1, 1)), xp=xp, rng=rng)
+
+
+@pytest.mark.parametrize("lead", [(3,), (2, 3), (0,)])
+def test_linear_frozen(lead, xp, rng):
+    w = rng.standard_normal((5, 4))
+
+    class Dense:  # a stored weight that is exact in every dtype, so that float64 can be checked
+        shape = w.shape
+        dequantize = staticmethod(lambda dtype: weight[0])
+
+    weight = [None]
+
+    def op(x):
+        weight[0] = xp.asarray(w.astype(x.dtype))
+        return ops.linear_frozen(x, Dense)
+
+    check(op, rng.standard_normal((*lead, 4)), xp=xp, value=lambda x: x @ w.T, rng=rng)
+
+
 def test_softmax_cross_entropy_is_finite_for_huge_logits_and_empty_masks(xp):
     z = Tensor(xp.asarray(np.array([[1e4, 0.0], [0.0, 1e4]], np.float32)), requires_grad=True)
     t = xp.asarray(np.array([1, 1]))
@@ -238,6 +265,7 @@ def test_causal_attention(t, s, heads, groups, xp, rng):
     )
     check(ops.causal_attention, q, k, v, xp=xp, value=attention_by_hand, rng=rng)
     check(lambda k: ops.causal_attention(k, k, k), rng.standard_normal((1, 4, 2, 4)), xp=xp, rng=rng)
+    check(ops.causal_attention, *(np.swapaxes(a, 1, 2).copy().swapaxes(1, 2) for a in (q, k, v)), xp=xp, rng=rng)
 
 
 def test_attention_blocks_change_nothing(monkeypatch, rng):
@@ -252,6 +280,14 @@ def test_attention_blocks_change_nothing(monkeypatch, rng):
         results.append([y.data, *(t.grad for t in tensors)])
     for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_against_central_differences(xp, rng):
+    def op(x):
+        with backend.using_generator(np.random.default_rng(5)):  # the same mask at every evaluation
+            return ops.dropout(x, 0.4)
+
+    check(op, rng.standard_normal((6, 7)), xp=xp, rng=rng)
 
 
 def test_dropout_keeps_the_mean_and_its_mask_goes_back(xp):
@@ -284,3 +320,9 @@ def test_dropout_keeps_the_mean_and_its_mask_goes_back(xp):
 def test_errors_are_sentences(call, words):
     with pytest.raises((ValueError, TypeError, IndexError), match=words.replace("(", r"\(").replace(")", r"\)")):
         call()
+
+
+def test_every_operation_is_checked_here():
+    source = Path(__file__).read_text(encoding="utf-8")
+    named = set(re.findall(r"ops\.(\w+)", source)) | {"add", "sub", "mul", "div"}
+    assert set(ops.__all__) <= named

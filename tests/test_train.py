@@ -134,7 +134,7 @@ def test_a_checkpoint_of_another_run_is_refused(change, words, tmp_path):
 def test_a_diverging_run_says_so():
     m = tiny.model()
     m.model.norm.weight.data[...] = np.inf
-    with pytest.raises(FloatingPointError, match="the loss is nan and .* lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"the loss is nan and .* lower the learning rate"):
         fit(m, TEXT, RECIPE, progress=False)
 
 

@@ -32,7 +32,7 @@ def logits(m, x):
 
 
 def randomize_lora(m, rng):
-    """Give every B (and A) random values, so that the bypass does something."""
+    """Give every B random values, so that the bypass does something."""
     from tinylora.lora import adapters
 
     for _, layer in adapters(m):
