@@ -75,42 +75,27 @@ def _budget(text):
     return None if text.lower() == "none" else _size(text)
 
 
-def _recipe_options(p, defaults, note=""):
-    g = p.add_argument_group("recipe" + note)
-    g.add_argument("--steps", type=_positive, default=defaults.steps, help=f"optimizer steps ({defaults.steps})")
+def _recipe_options(p, defaults):
+    g = p.add_argument_group("recipe")
+    for name, kind, text in (
+        ("steps", _positive, "optimizer steps"),
+        ("batch_size", _positive, "sequences a micro-batch"),
+        ("accumulate", _positive, "micro-batches added up before a step"),
+        ("seq_len", _positive, "tokens a sequence"),
+        ("lr", float, "learning rate"),
+        ("warmup", int, "steps of linear warm-up"),
+        ("weight_decay", float, "weight decay, on matrices only"),
+        ("clip", float, "largest norm of the gradient, 0 for no limit"),
+        ("shards", _positive, "parts of a micro-batch that run in threads; sums are ordered by it"),
+    ):
+        default = getattr(defaults, name)
+        g.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=f"{text} ({default:g})")
     g.add_argument(
-        "--batch-size",
-        type=_positive,
-        default=defaults.batch_size,
-        help=f"sequences a micro-batch ({defaults.batch_size})",
+        "--schedule",
+        choices=("constant", "cosine"),
+        default=defaults.schedule,
+        help=f"of the learning rate ({defaults.schedule})",
     )
-    g.add_argument(
-        "--accumulate", type=_positive, default=defaults.accumulate, help="micro-batches added up before a step (1)"
-    )
-    g.add_argument(
-        "--seq-len", type=_positive, default=defaults.seq_len, help=f"tokens a sequence ({defaults.seq_len})"
-    )
-    g.add_argument("--lr", type=float, default=defaults.lr, help=f"learning rate ({defaults.lr:g})")
-    g.add_argument(
-        "--schedule", choices=("constant", "cosine"), default=defaults.schedule, help=f"({defaults.schedule})"
-    )
-    g.add_argument("--warmup", type=int, default=defaults.warmup, help=f"steps of linear warm-up ({defaults.warmup})")
-    g.add_argument(
-        "--weight-decay",
-        type=float,
-        default=defaults.weight_decay,
-        help=f"on matrices only ({defaults.weight_decay:g})",
-    )
-    g.add_argument(
-        "--clip", type=float, default=defaults.clip, help=f"largest gradient norm, 0 for none ({defaults.clip:g})"
-    )
-    g.add_argument(
-        "--shards",
-        type=_positive,
-        default=defaults.shards,
-        help=f"parts of a micro-batch that run in threads; part of the recipe, since sums are ordered by it ({defaults.shards})",
-    )
-    return g
 
 
 def _recipe(args, defaults):
