@@ -99,6 +99,26 @@ def test_other_methods(method, setup, tmp_path, capsys):
     assert (tmp_path / "run" / ("model" if method == "full" else "adapter")).is_dir()
 
 
+def test_other_options(setup, tmp_path, capsys):
+    options = "--compute-dtype bfloat16 --checkpointing --eval-every 1 --dropout 0.1 --page-budget none --accumulate 2 --shards 1"
+    command = [
+        "finetune",
+        *setup,
+        *QUICK,
+        "--steps",
+        "2",
+        *options.split(),
+        "--schedule",
+        "cosine",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(command) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [set(row) for row in report["history"]] == [{"step", "loss", "heldout"}] * 2
+    assert report["paging"]["budget"] is None and report["paging"]["bytes moved"] == 0
+
+
 def test_compare_prints_one_table_and_draws_one_figure(setup, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     command = [

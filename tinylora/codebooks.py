@@ -13,7 +13,6 @@ holds them equal to the published float32 tables in every bit.
 """
 
 from functools import cache
-from statistics import NormalDist
 
 import numpy as np
 
@@ -40,6 +39,10 @@ def linspace_f32(start, stop, n):
 
 def _normal_quantiles(probabilities):
     """Φ⁻¹(p) in float64, rounded to float32."""
+    from statistics import (
+        NormalDist,
+    )  # accurate to the last bits, and needs no scipy; imported here since it is slow to load
+
     inverse = NormalDist().inv_cdf
     return np.array([inverse(float(p)) for p in probabilities], np.float32)
 
