@@ -95,10 +95,9 @@ class LoRALinear(Module):
             return layer
         old = base.weight
         if isinstance(old, QuantizedTensor):
-            xp = backend.array_module(wanted)
             code = old.code if old.code_name == "custom" else old.code_name
-            new = quantize(backend.move(wanted, "cpu"), code, old.blocksize, old.double_quant)
-            layer = Linear4bit(new.to(lambda a: backend.move(a, xp)), base.bias, base.compute_dtype)
+            new = quantize(wanted, code, old.blocksize, old.double_quant)
+            layer = Linear4bit(new, base.bias, base.compute_dtype)
         else:
             layer = Linear16bit(BFloat16Array.of(wanted), base.bias, base.compute_dtype)
         difference = layer.dense() - wanted
