@@ -36,5 +36,7 @@ def randomize_lora(m, rng):
     from tinylora.lora import adapters
 
     for _, layer in adapters(m):
-        layer.lora_B.weight.data = (0.1 * rng.standard_normal(layer.lora_B.weight.shape)).astype(np.float32)
+        b = layer.lora_B.weight
+        random = (0.1 * rng.standard_normal(b.shape)).astype(np.float32)
+        b.data = backend.move(random, backend.array_module(b.data))
     return m
