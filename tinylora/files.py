@@ -43,7 +43,9 @@ def atomic(path):
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # left by a process that was killed
             stale.unlink(missing_ok=True)
         temporary.touch()
+        mode = temporary.stat().st_mode  # some writers replace the file and with it its permissions
         yield str(temporary)
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
