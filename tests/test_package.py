@@ -1,11 +1,13 @@
 """The house itself: the import arrows, the light import, and what a clone has to carry."""
 
 import ast
+import hashlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import tinylora
@@ -87,6 +89,20 @@ def test_the_embedded_model_and_its_card():
     card = (folder / "README.md").read_text()
     for word in ("shakespeare", "bible", "factbook", "seed", "steps", "bits per byte"):
         assert word in card
+
+
+def test_the_embedded_text_is_the_one_described():
+    described = (ROOM / "data" / "README.md").read_text(encoding="utf-8")
+    for split in ("train", "heldout"):
+        text = tinylora.data.jargon(split)
+        assert f"| jargon-{split}.txt | {len(text):,} | {hashlib.sha256(text).hexdigest()[:16]} |" in described
+
+
+def test_the_embedded_model_predicts_english():
+    text = tinylora.corpus.Text(
+        [np.frombuffer(b"And the LORD said unto Moses, Speak unto the children of Israel", np.uint8)]
+    )
+    assert tinylora.train.bits_per_byte(tinylora.Llama.from_pretrained("base"), text, 64) < 1.5
 
 
 @pytest.mark.parametrize("name", tinylora.__all__)
