@@ -268,19 +268,41 @@ def finished(job, recipe, out):
 
 
 def describe_comparison(reports):
-    """One line a method: held-out bits per byte before and after (mean ± standard deviation over seeds), distance to LoRA and to full."""
-    after = {m: np.array([r.after for r in rs]) for m, rs in reports.items()}
-    lines = [
-        f"{'method':<36}{'before':>9}{'after':>9}{'±':>9}{'vs LoRA':>10}{'vs full':>10}{'weights':>14}{'optimizer':>12}{'tape':>14}"
-    ]
+    """One line a method, as text. ± is the standard deviation over seeds; differences are taken seed by seed.
+
+    before: the base as the method holds it, not yet fine-tuned. weights, optimizer, tape: bytes.
+    """
+
+    def spread(values):
+        return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
+
+    def against(method, other):
+        if other not in reports or other == method:
+            return ""
+        pairs = zip(reports[method], reports[other], strict=False)
+        text = spread([a.after - b.after for a, b in pairs])
+        return text if text.startswith("-") else "+" + text
+
+    rows = [("method", "seeds", "before", "after", "minus LoRA's", "minus full's", "weights", "optimizer", "tape")]
     for method, rs in reports.items():
-        deltas = [
-            f"{(after[method] - after[other]).mean():+.4f}" if other in after else "" for other in ("lora", "full")
-        ]
         b = rs[0].bytes
-        lines.append(
-            f"{METHODS[method][0]:<36}{rs[0].before or float('nan'):>9.4f}{after[method].mean():>9.4f}"
-            f"{after[method].std(ddof=1) if len(rs) > 1 else 0:>9.4f}{deltas[0]:>10}{deltas[1]:>10}"
-            f"{b['frozen weights'] + b['trained weights']:>14,}{b['optimizer state']:>12,}{b['tape, peak']:>14,}"
+        rows.append(
+            (
+                METHODS[method][0],
+                str(len(rs)),
+                "" if rs[0].before is None else f"{rs[0].before:.4f}",
+                spread([r.after for r in rs]),
+                against(method, "lora"),
+                against(method, "full"),
+                f"{b['frozen weights'] + b['trained weights']:,}",
+                f"{b['optimizer state']:,}",
+                f"{b['tape, peak']:,}",
+            )
         )
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
