@@ -9,9 +9,11 @@ import sys
 import time
 import types
 
+import fake_cupy
 import pytest
 import tiny
 
+from tinylora import backend, files
 from tinylora.cli import main
 
 TEXT = "\n\n".join(
@@ -203,29 +205,46 @@ def test_a_finished_run_is_reported_and_not_repeated(setup, tmp_path, capsys, mo
     assert again.out == first and "has ended before" in again.err
 
 
-FULL_DISK = """
+FULL_AFTER_ONE = """
 import resource, signal, sys
+from tinylora import train
+from tinylora import backend, files
 from tinylora.cli import main
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-sys.exit(main(sys.argv[2:]))
+save = train._save
+def save_and_fill_the_disk(*args):
+    save(*args)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+train._save = save_and_fill_the_disk
+sys.exit(main(sys.argv[1:]))
 """
 
 
 def test_a_disk_that_fills_up_leaves_the_last_checkpoint(setup, tmp_path):
-    """A limit on the size of files stands in for a full disk; the run goes on from the old checkpoint once there is room."""
+    """A limit on the size of files stands in for a full disk; once there is room, the run goes on from the old checkpoint."""
     pytest.importorskip("resource")
-    command = ["finetune", *setup, *QUICK, "--steps", "6", "--checkpoint-every", "2", "--out", str(tmp_path / "run")]
+    command = ["finetune", *setup, *QUICK, "--steps", "6", "--checkpoint-every", "2", "--out"]
+    full = [sys.executable, "-c", FULL_AFTER_ONE, *command, str(tmp_path / "run")]
+    failed = subprocess.run(full, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2 and "what was there before is untouched" in failed.stderr, failed.stderr
+    tensors, _ = files.load_safetensors(tmp_path / "run" / "checkpoint.safetensors")
+    assert tensors["optimizer.step"] == 2
+    for name in ("run", "undisturbed"):
+        assert main([*command, str(tmp_path / name)]) == 0
+    adapters = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("run", "undisturbed")
+    ]
+    assert adapters[0] == adapters[1]
 
-    def run(limit, steps="6"):
-        arguments = [sys.executable, "-c", FULL_DISK, str(limit), *command]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
 
-    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
-    failed = run(1000)
-    assert failed.returncode == 2 and "could not write" in failed.stderr and "Traceback" not in failed.stderr
-    assert not checkpoint.exists()
-    assert run(10**9).returncode == 0 and checkpoint.exists()
+def test_the_job_runs_on_a_device(setup, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(backend, "cuda", lambda: fake_cupy)
+    for method in ("qlora", "full"):
+        command = ["finetune", *setup, *QUICK, "--steps", "2", "--method", method, "--out", str(tmp_path / method)]
+        assert main([*command, "--device", "cuda"]) == 0
+    assert fake_cupy.counters["to_device"] > 100
+    command = ["generate", *setup[:2], "--adapter", str(tmp_path / "qlora" / "adapter"), "--max-new-tokens", "3"]
+    assert main([*command, "--device", "cuda"]) == 0
 
 
 def test_cupy_without_a_gpu_is_said(setup, tmp_path, capsys, monkeypatch):

@@ -89,8 +89,8 @@ def test_the_cache_changes_nothing(steps, rng):
     "options",
     [{"temperature": 0}, {"temperature": 0.9}, {"temperature": 0.9, "top_k": 5}, {"temperature": 1.0, "top_p": 0.7}],
 )
-def test_generation_with_a_cache_equals_generation_without(options):
-    m = tiny.model()
+def test_generation_with_a_cache_equals_generation_without(options, xp):
+    m = tiny.model().to(xp)
     with_cache, without = (list(m.stream("Hello", 100, use_cache=c, seed=4, **options)) for c in (True, False))
     assert with_cache == without and len(with_cache) == 100  # 105 tokens: past the window of 64
 
@@ -98,6 +98,14 @@ def test_generation_with_a_cache_equals_generation_without(options):
 def test_generation_is_without_dropout_and_leaves_the_mode_alone():
     m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, dropout=0.5), np.random.default_rng(0)).train()
     assert m.generate("a", 30, seed=1) == m.generate("a", 30, seed=1) and m.training
+
+
+def test_two_streams_can_take_turns():
+    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, dropout=0.5), np.random.default_rng(0)).train()
+    alone = list(m.stream("a", 20, seed=1))
+    assert [
+        a for a, _ in zip(m.stream("a", 20, seed=1), m.stream("b", 30, seed=2), strict=False)
+    ] == alone and m.training
 
 
 def test_a_full_cache_says_so(rng):

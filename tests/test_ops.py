@@ -68,6 +68,8 @@ def test_unary(name, xp, rng):
     check(op, x, xp=xp, value=value, rng=rng)
     check(op, np.moveaxis(away_from_zero(rng, 5, 4, 3), 0, -1).transpose(1, 0, 2), xp=xp, value=value, rng=rng)
     check(op, np.zeros((0, 4, 5)), xp=xp, rng=rng)
+    if name in ("neg", "exp", "tanh", "relu", "sigmoid", "silu", "cube", "gelu", "gelu-tanh", "sum"):
+        check(op, np.asarray(0.7), xp=xp, value=value, rng=rng)
     check(lambda x: ops.mul(op(x), ops.sum(op(x))), x, xp=xp, rng=rng)  # used twice
 
 

@@ -172,6 +172,12 @@ def test_nested_checkpoints_and_a_gradient_sink(xp, rng):
     np.testing.assert_allclose(host(found[x]), host(x.grad), rtol=1e-6)
 
 
+def test_a_tensor_given_by_name_gets_a_sentence():
+    x, w, b = (Tensor(np.ones(s, np.float32)) for s in ((2, 3), (4, 3), (4,)))
+    with pytest.raises(TypeError, match="linear: b is a Tensor and must be given by position"):
+        ops.linear(x, w, b=b)
+
+
 def test_scalars_do_not_promote():
     a = Tensor(np.ones(3, np.float32), requires_grad=True)
     for y in (a * np.float64(0.1), np.float64(2) * a, a / np.float64(3), 1.5 - a):

@@ -165,8 +165,8 @@ def test_a_tuple_in_what_identifies_a_run_resumes(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ evaluation
-def test_bits_per_byte_of_a_uniform_model_is_8():
-    m = tiny.model()
+def test_bits_per_byte_of_a_uniform_model_is_8(xp):
+    m = tiny.model().to(xp)
     m.model.norm.weight.data[...] = 0
     assert bits_per_byte(m, TEXT, 16) == pytest.approx(8, rel=1e-6)
 

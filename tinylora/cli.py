@@ -121,9 +121,9 @@ def _finetune_parser(commands):
         "examples:\n"
         "  tinylora finetune                                     the main job, about two minutes on two cores\n"
         "  tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out\n"
-        '  tinylora finetune --text pairs.jsonl                  {"prompt": ..., "answer": ...} lines; the loss is on the answer\n'
-        "  tinylora finetune --target-modules q_proj v_proj -r 4 the paper's choice of layers\n"
-        "  tinylora finetune --compare --seeds 0 1 2             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure\n\n"
+        '  tinylora finetune --text pairs.jsonl --out pairs      {"prompt": ..., "answer": ...} lines; the loss is on the answer\n'
+        "  tinylora finetune --target-modules q_proj v_proj --out qv  the paper's choice of layers\n"
+        "  tinylora finetune --compare --out compare             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure\n\n"
         "A run that was stopped goes on from its last checkpoint when the same command is given again.",
     )
     p.add_argument(
@@ -143,10 +143,10 @@ def _finetune_parser(commands):
     p.add_argument(
         "--compare",
         action="store_true",
-        help="run every method, for each of --seeds, and print one table; draws one figure",
+        help="run every method for each of --seeds (instead of --method and --seed), print one table, draw one figure",
     )
     p.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of --compare (0 1 2)")
-    p.add_argument("--full-lr", type=float, default=None, help="learning rate of full fine-tuning in --compare")
+    p.add_argument("--full-lr", type=float, default=None, help="learning rate of full fine-tuning in --compare (0.001)")
     g = p.add_argument_group("LoRA")
     g.add_argument("-r", type=int, default=Job.r, help=f"rank of the bypass ({Job.r})")
     g.add_argument("--alpha", type=float, default=Job.alpha, help=f"the bypass is scaled by alpha/r ({Job.alpha})")
@@ -242,7 +242,7 @@ def _generate_parser(commands):
         "  top-k keeps the k likeliest tokens, top-p the likeliest that together reach probability p",
         "examples:\n"
         "  tinylora generate --prompt 'KING HENRY.'\n"
-        "  tinylora generate --adapter tinylora-run/adapter --prompt 'hacker'\n",
+        "  tinylora generate --quantize nf4 --adapter tinylora-run/adapter --prompt 'hacker'    on the base it was trained on\n",
     )
     p.add_argument("--model", default="base", help="'base' (embedded) or a model folder")
     p.add_argument("--adapter", default=None, help="an adapter folder, written by finetune or by PEFT")
@@ -299,7 +299,7 @@ def _pretrain_parser(commands):
         "Pretrain a Llama on UTF-8 text files; every file is a source from which batches draw evenly, and its last 5 % is held out.\n"
         "The finished folder (config.json, model.safetensors in bfloat16, README.md with the measured bits per byte)\n"
         "opens in tinylora and in transformers. The embedded base model was made by this command with its defaults.",
-        "example: the embedded base model, some 80 minutes on two cores\n"
+        "example: the embedded base model, about an hour on two cores\n"
         "  python -m tinylora.data.texts texts\n"
         "  tinylora pretrain texts/shakespeare.txt texts/bible.txt texts/factbook.txt --out base\n",
     )

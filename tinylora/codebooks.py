@@ -16,8 +16,8 @@ from functools import cache
 
 import numpy as np
 
-#: Where the outermost NF4 quantile lies: 1 − ½(1/32 + 1/30), cut to seven digits. Half of one bin of 16 and half of one bin of 15 are
-#: averaged, because the code has 16 values of which the positive side uses 8 steps and the negative side 7.
+#: Where the outermost NF4 quantile lies. bitsandbytes states the number without its origin; it equals 1 − ½(1/32 + 1/30) cut to seven
+#: digits, the mean of half a bin of 16 and half a bin of 15 (the code's positive side has 8 steps and its negative side 7).
 NF4_OFFSET = 0.9677083
 
 

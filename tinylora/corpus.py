@@ -130,7 +130,7 @@ def read_corpus(path, tokenizer, heldout=0.1):
         cut = int(len(ids) * (1 - heldout))
         return Text([ids[:cut]]), Text([ids[cut:]])
     pairs = []
-    for number, line in enumerate(data.decode("utf-8").splitlines(), 1):
+    for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

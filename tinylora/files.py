@@ -41,7 +41,8 @@ def atomic(path):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # left by a process that was killed
-            stale.unlink(missing_ok=True)
+            if not _alive(stale.name.split(".")[-2]):
+                stale.unlink(missing_ok=True)
         temporary.touch()
         mode = temporary.stat().st_mode  # some writers replace the file and with it its permissions
         yield str(temporary)
@@ -56,6 +57,19 @@ def atomic(path):
         if isinstance(error, OSError):
             raise OSError(f"could not write {path}: {error}; what was there before is untouched") from error
         raise
+
+
+def _alive(pid):
+    """Whether a process of that number runs; True where it cannot be told."""
+    if os.name != "posix" or not pid.isdigit():
+        return True
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return int(pid) != os.getpid()
 
 
 def _sync_folder(folder):

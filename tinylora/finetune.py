@@ -22,7 +22,7 @@ from .llama import Llama
 from .nn import STORED, quantize_linears
 from .paging import Pager
 from .tensor import Tensor
-from .train import Recipe, bits_per_byte, fit
+from .train import Recipe, bits_per_byte, check_run, fit
 
 #: What `method` may be: (label, the code of the frozen linear layers or None, whether LoRA is put on)
 METHODS = {
@@ -140,6 +140,8 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
     if stored:
         report.bits_per_param = 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored)
+    about = {"job": asdict(job), "inputs": report.inputs}
+    check_run(out, train, recipe, about)  # before anything long
     if measure_before:
         report.before = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
         report.samples["before"] = sample(model)
@@ -153,7 +155,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         out=out,
         checkpoint_every=checkpoint_every,
         pager=pager,
-        about={"job": asdict(job), "inputs": report.inputs},
+        about=about,
         progress=progress,
     )
     report.after = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
@@ -167,7 +169,9 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         "trained weights": sum(p.nbytes for _, p in model.trainable()),
         "gradients": result.gradient_bytes,
         "optimizer state": result.optimizer_bytes,
-        "optimizer state, resident at most": pager.peak_resident_bytes or result.optimizer_bytes,
+        "optimizer state, resident at most": result.optimizer_bytes
+        if pager.budget is None
+        else pager.peak_resident_bytes,
         "tape, peak": result.tape_bytes,
         "process, peak resident": peak_resident_bytes(),
     }
@@ -264,7 +268,8 @@ def finished(job, recipe, out):
         return None
     saved = files.read_json(path)
     wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
-    return Report(**saved) if all(saved.get(name) == value for name, value in wanted.items()) else None
+    same = all(saved.get(name) == value for name, value in wanted.items())
+    return Report(**saved) if same and Path(saved["adapter"]).is_dir() else None
 
 
 def describe_comparison(reports):

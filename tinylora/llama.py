@@ -250,31 +250,27 @@ class Llama(Module):
         ids = list(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids:
             raise ValueError("generate: the prompt is empty; give at least one token to continue from")
-        rng, window, cache, training = (
-            np.random.default_rng(seed),
-            self.config.max_position_embeddings,
-            None,
-            self.training,
-        )
-        self.eval()
-        try:
-            first = 0  # where the window that the model sees begins
-            for _ in range(max_new_tokens):
-                if len(ids) - first > window:
-                    first, cache = len(ids) - window // 2, None
-                if use_cache and cache is None:
-                    cache, new = KVCache(window), ids[first:]
-                else:
-                    new = ids[-1:] if use_cache else ids[first:]
+        rng, window, cache = np.random.default_rng(seed), self.config.max_position_embeddings, None
+        first = 0  # where the window that the model sees begins
+        for _ in range(max_new_tokens):
+            if len(ids) - first > window:
+                first, cache = len(ids) - window // 2, None
+            if use_cache and cache is None:
+                cache, new = KVCache(window), ids[first:]
+            else:
+                new = ids[-1:] if use_cache else ids[first:]
+            training = self.training
+            self.eval()  # no dropout; the mode is put back before the caller gets the token
+            try:
                 with no_grad():
                     logits = self.forward(np.array([new]), cache).data[0, -1]
-                token = _draw(move(logits, "cpu"), temperature, top_k, top_p, rng)
-                ids.append(token)
-                yield token
-                if token == stop:
-                    return
-        finally:
-            self.train(training)
+            finally:
+                self.train(training)
+            token = _draw(move(logits, "cpu"), temperature, top_k, top_p, rng)
+            ids.append(token)
+            yield token
+            if token == stop:
+                return
 
     # ------------------------------------------------------------------------------------------------------------------ folders
     @classmethod

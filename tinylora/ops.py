@@ -347,8 +347,9 @@ def gelu(x, approximate=False):
 
 def _sigmoid(x):
     """1 / (1 + e⁻ˣ), written as ½ (1 + tanh(x/2)): nothing overflows, in one transcendental pass."""
-    s = x * 0.5
-    array_module(x).tanh(s, out=s)
+    xp = array_module(x)
+    s = xp.asarray(x * 0.5)  # a 0-d product is a scalar, which cannot be written to
+    xp.tanh(s, out=s)
     s *= 0.5
     s += 0.5
     return s

@@ -9,6 +9,9 @@ moves memory between RAM and disk. Here the moving is done by hand, so that it c
 A page is a block of `page_bytes` and not a whole tensor, so a tensor larger than the budget is no problem; bitsandbytes
 pages whole states, and only those of 100,000 elements or more. Every move is in `counters`, and in `trace` if asked.
 
+On a CPU pool and frames are both plain memory: there the pager shows the mechanism and its costs and saves nothing. On a
+GPU the frames are device memory and the pool is not.
+
 Without a budget nothing is ever evicted and nothing is copied: the pages are plain arrays.
 """
 

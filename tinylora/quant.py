@@ -3,7 +3,10 @@
 The flattened weight is cut into blocks of `blocksize`. With c the code and m_b = max |w| over block b (its absmax),
 
     quantize:     q_i = the index of the code value nearest to w_i / m_b
-    dequantize:   ŵ_i = c[q_i] · m_b                                            (QLoRA eq. 1 and 2, for a general code)
+    dequantize:   ŵ_i = c[q_i] · m_b                                            (QLoRA §2)
+
+(QLoRA's equations 1 and 2 are the special case of 8-bit integers, and their c is the factor 127/m_b, by which they
+divide to come back; here c is the code, and absmax multiplies.)
 
 Double quantization (QLoRA §3) stores the m_b in 8 bits as well, in blocks of 256 and around their mean μ:
 

@@ -245,6 +245,9 @@ def primitive(forward):
     def operation(*args, **options):
         raw = [a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a for a in args]
         _same_device(forward.__name__, raw)
+        for name, value in options.items():
+            if isinstance(value, Tensor):
+                raise TypeError(f"{forward.__name__}: {name} is a Tensor and must be given by position, not by name")
         out, pullbacks = forward(*raw, **options)
         places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
         result = Tensor(out)

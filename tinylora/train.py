@@ -63,7 +63,11 @@ class Recipe:
 
 @dataclass
 class Result:
-    """What a run measured. `history`: {"step", "loss"} rows (nats a token), with "heldout" (bits per byte) where it was evaluated."""
+    """What a run measured. `history`: {"step", "loss"} rows (nats a token), with "heldout" (bits per byte) where evaluated.
+
+    tape_bytes: what all shards' tapes hold beside the weights after the forward, plus, with checkpointing, the largest
+    block that the backward pass rebuilds (an upper bound of the peak: some of the tape is gone by then).
+    """
 
     history: list = field(default_factory=list)
     tape_bytes: int = 0
@@ -136,11 +140,11 @@ def fit(
         eps=recipe.eps,
         pager=pager,
     )
-    result = Result(optimizer_bytes=optimizer.state_bytes)
-    identity = json.loads(json.dumps({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}))
-    path = Path(out) / "checkpoint.safetensors" if out else None
-    if path and path.exists():
-        result.first_step = _resume(path, identity, trainable, optimizer, result)
+    gradient_bytes = sum(p.nbytes for _, p in trainable)
+    result = Result(gradient_bytes=gradient_bytes, optimizer_bytes=optimizer.state_bytes)
+    identity, path, resuming = check_run(out, data, recipe, about)
+    if resuming:
+        result.first_step = _resume(path, trainable, optimizer, result)
     first = result.first_step
     weights = [w for _, w in model.named_weights()]
     model.train()
@@ -152,7 +156,6 @@ def fit(
         for step in bar:
             loss, tape = _step(model, data, recipe, step, pool, trainable, weights if step == first else None)
             result.tape_bytes = max(result.tape_bytes, tape)
-            result.gradient_bytes = sum(p.grad.nbytes for _, p in trainable if p.grad is not None)
             norm = clip_grad_norm([p for _, p in trainable], recipe.clip or math.inf)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 kept = f"; the last checkpoint is {path}" if path and path.exists() else ""
@@ -229,22 +232,31 @@ def _save(path, identity, trainable, optimizer, result):
     files.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
 
 
-def _resume(path, identity, trainable, optimizer, result):
-    """Load a checkpoint of the same run; returns the step to go on from."""
-    tensors, metadata = files.load_safetensors(path)
-    about = json.loads(metadata.get("tinylora", "{}"))
-    theirs = about.get("identity", {})
+def check_run(out, data, recipe, about=None):
+    """(identity, path, whether a checkpoint lies there) of a run in `out`; ValueError if the checkpoint is of another run."""
+    identity = json.loads(json.dumps({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}))
+    path = Path(out) / "checkpoint.safetensors" if out else None
+    if path is None or not path.exists():
+        return identity, path, False
+    _, metadata = files.load_safetensors(path)
+    theirs = json.loads(metadata.get("tinylora", "{}")).get("identity", {})
     for key in sorted(identity.keys() | theirs.keys()):
-        if identity.get(key) != theirs.get(key):
-            a, b = theirs.get(key), identity.get(key)
+        a, b = theirs.get(key), identity.get(key)
+        if a != b:
             if isinstance(a, dict) and isinstance(b, dict):
-                key, a, b = next(
-                    (f"{key}.{k}", a.get(k), b.get(k)) for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)
-                )
+                part = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
+                key, a, b = f"{key}.{part}", a.get(part), b.get(part)
             raise ValueError(
                 f"{path} is the checkpoint of another run: its {key} is {a}, this run's is {b}; "
                 "choose another output folder or remove the file"
             )
+    return identity, path, True
+
+
+def _resume(path, trainable, optimizer, result):
+    """Load a checkpoint of the same run; returns the step to go on from."""
+    tensors, metadata = files.load_safetensors(path)
+    about = json.loads(metadata["tinylora"])
     for name, p in trainable:
         saved = tensors.get(f"param.{name}")
         if saved is None or saved.shape != p.shape:

@@ -21,7 +21,8 @@ _PREFIX = "base_model.model."
 #: Settings that change what the adapter computes, or the base under it (the inits that PEFT subtracts from the base weight).
 _REFUSED = (
     "use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "layer_replication", "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication", "alora_invocation_tokens",
+    "trainable_token_indices", "target_parameters",
 )  # fmt: skip
 _ONLY = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
 
