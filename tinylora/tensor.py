@@ -152,7 +152,7 @@ class Tensor:
         if gradient.shape != self.shape:
             raise ValueError(f"backward: the gradient has shape {gradient.shape}, the tensor {self.shape}")
         sink = into if into is not None else _state.sink
-        with _sink(sink if sink is not None else {}) as found:
+        with _setting("sink", sink if sink is not None else {}) as found:
             leaves = _walk(self, gradient)
             for leaf, (g, owned) in leaves.items():
                 _accumulate(found, leaf, g, owned)
@@ -174,12 +174,14 @@ def _as_array(x):
 
 
 @contextlib.contextmanager
-def _sink(target):
-    before, _state.sink = _state.sink, target
+def _setting(name, value):
+    """Within the block, this thread's `_state.name` is `value`."""
+    before = getattr(_state, name)
+    setattr(_state, name, value)
     try:
-        yield target
+        yield value
     finally:
-        _state.sink = before
+        setattr(_state, name, before)
 
 
 def _walk(root, gradient):
@@ -270,18 +272,9 @@ def _same_device(name, raw):
         raise TypeError(f"{name}: arrays on different devices ({where}); move one with .to(device)")
 
 
-@contextlib.contextmanager
-def _mode(mode):
-    before, _state.mode = _state.mode, mode
-    try:
-        yield
-    finally:
-        _state.mode = before
-
-
 def no_grad():
     """Within the block no tape is built: nothing is captured, and results do not require a gradient."""
-    return _mode("off")
+    return _setting("mode", "off")
 
 
 def checkpoint(fn, *xs):
@@ -294,14 +287,14 @@ def checkpoint(fn, *xs):
     if _state.mode != "record":
         return fn(*xs)
     rng = copy.deepcopy(backend.generator())
-    with _mode("probe"):  # find out whether anything inside needs a gradient, without keeping any of it
+    with _setting("mode", "probe"):  # find out whether anything inside needs a gradient, without keeping any of it
         out = fn(*xs)
     if not out.requires_grad:
         return out
 
     def pull(g, need):
         fresh = [Tensor(x, n) for x, n in zip(arrays, need, strict=True)]
-        with backend.using_generator(copy.deepcopy(rng)), _mode("record"):
+        with backend.using_generator(copy.deepcopy(rng)), _setting("mode", "record"):
             again = fn(*fresh)
         if _state.watch is not None:
             _state.watch(again)
@@ -321,14 +314,9 @@ def checkpoint(fn, *xs):
     return result
 
 
-@contextlib.contextmanager
 def watch_rebuilds(callback):
     """Within the block, callback(y) sees each y that a checkpoint rebuilds in this thread: its tape is on top of the one held."""
-    before, _state.watch = _state.watch, callback
-    try:
-        yield
-    finally:
-        _state.watch = before
+    return _setting("watch", callback)
 
 
 def tape_bytes(*tensors, exclude=()):
