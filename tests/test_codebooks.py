@@ -52,7 +52,7 @@ def test_the_offset_is_half_a_bin_of_16_averaged_with_half_a_bin_of_15():
 def test_other_grids_would_miss_the_table():
     """np.linspace in float32 differs in one entry (index 1, 4 ULP), so it is torch's grid that is emulated."""
     grid = [np.linspace(codebooks.NF4_OFFSET, 0.5, n, dtype=np.float32)[:-1] for n in (9, 8)]
-    positive, negative = map(codebooks._normal_quantiles, grid)
+    positive, negative = map(codebooks._normal_inverse, grid)
     values = np.sort(np.concatenate([-negative, [0], positive])).astype(np.float32)
     ulps = np.array(bits(values / values.max())) - np.array(NF4_BITS)
     assert np.flatnonzero(ulps).tolist() == [1] and abs(ulps[1]) == 4

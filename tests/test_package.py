@@ -20,7 +20,10 @@ ARROWS = [
     "dtypes",
     "tensor",
     "ops",
+    "laws",
+    "optimality",
     "codebooks",
+    "rounding",
     "quant",
     "paging",
     "optim",
@@ -38,7 +41,14 @@ ARROWS = [
     "figures",
     "cli",
 ]
-NUMBERS_ONLY = {"quant", "codebooks", "paging"}  # whoever only wants to know about NF4 reads two files
+NUMBERS_ONLY = {
+    "laws",
+    "optimality",
+    "codebooks",
+    "rounding",
+    "quant",
+    "paging",
+}  # whoever only wants to know about NF4 reads three files
 
 
 def imports(path):

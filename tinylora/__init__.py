@@ -31,7 +31,7 @@ __all__ = ["AdamW", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "Q
 
 def __getattr__(name):
     """Heavier rooms are opened when they are asked for: tinylora.interop, tinylora.train, …"""
-    if name in ("interop", "train", "corpus", "finetune", "pretrain", "figures", "data"):
+    if name in ("interop", "train", "corpus", "finetune", "pretrain", "figures", "data", "laws", "optimality"):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

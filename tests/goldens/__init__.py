@@ -12,3 +12,14 @@ INDEX = json.loads(QUANT["index"].tobytes())
 def arrays(case):
     """{quantity: flat array} of one case."""
     return {name: QUANT[name][start:stop] for name, (start, stop) in case["at"].items()}
+
+
+def published():
+    """Codes as their papers print them, by name (published.json says which table each is)."""
+    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+
+
+def optimality():
+    """{(quantity, code): {blocksize: the printed digits}}: error and entropy for normal weights (optimality.csv)."""
+    head, *rows = (line.split(",") for line in Path(__file__).with_name("optimality.csv").read_text().split())
+    return {(row[0], row[1]): dict(zip(map(int, head[2:]), row[2:], strict=True)) for row in rows}

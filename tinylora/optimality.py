@@ -1,0 +1,398 @@
+"""What a code costs, exactly: expected error, usage and entropy under blockwise absmax, and the codes that minimize them.
+
+Weights W₁ … W_I of a block are independent with a symmetric law f; M = max |W_i|; X = W/M is coded by its nearest value q.
+With G(m) = P(|W| ≤ m) the block's maximum has
+
+    F_M(m) = G(m)ᴵ,    p_M(m) = 2 I f(m) G(m)ᴵ⁻¹                                 (BOF4, 2505.06653, eq. 11 and 12)
+
+and given M = m one weight is ±m while the other I − 1 follow f cut to [−m, m]. So X has an atom of 1/(2I) at each of ±1
+(with signed absmax, one of 1/I at +1), and between them its density, weighted by Mᵏ, is
+
+    g_k(x) = 2(I−1) ∫₀^∞ m^{k+1} f(m) f(m x) G(m)^{I−2} dm.
+
+g₀ decides usage, entropy and errors of X; g₁ the absolute error of W = M·X, and g₂ its squared error:
+
+    E|W − Ŵ|ᵖ = ∫ |x − q(x)|ᵖ g_p(x) dx + E[Mᵖ]/(2I)·(|1 − q(1)|ᵖ + |1 + q(−1)|ᵖ).
+
+Over a cell every inner integral is closed (`laws`), so one Gauss–Legendre rule in log m is all the quadrature there is. Nothing is
+drawn at random. Stated bound on errors and usage: 1e-12 absolute (1e-11 for `StudentT`; 1e-7 for `Outlier`, whose integrand has
+kinks). Tests double the nodes, for blocks of 2 to 2²⁴, and compare with mpmath.
+
+`optimal_code` solves ∂E/∂q = 0 (the centroid condition for p = 2, the median for p = 1; BOF4 eq. 5 and 7) by Newton's method, whose
+matrix is tridiagonal, falling back to Lloyd's step wherever Newton's would not lower the error.
+
+This file needs arrays and scipy.special; codes come in as arrays (`codebooks.nf4()`), ascending or not.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, log
+
+import numpy as np
+
+from .laws import Normal, Outlier
+
+_PANEL, _ORDER = 0.1, 20  # width in log m, and Gauss–Legendre nodes within
+_NEGLIGIBLE = 1e-18
+
+
+# ------------------------------------------------------------------------------------------------------- the law of a block
+@dataclass(frozen=True)
+class Block:
+    """The law of a block as sums over nodes m_j of its maximum.
+
+    others (J,)   for a function h:  (1/I) E Σ_{i not the maximum} h(W_i, M) = Σ_j others_j ∫_{−m_j}^{m_j} h(w, m_j) f(w) dw
+    maximum (J,)  (1/I) E h(M) = Σ_j maximum_j h(m_j)
+    points        (m, w, share): weights of one fixed size |w| < m among the rest, for `Outlier`
+    edge          where coding ends: 1 under absmax, ∞ on the whole line
+    """
+
+    law: object
+    m: np.ndarray
+    others: np.ndarray
+    maximum: np.ndarray
+    points: tuple = ()
+    edge: float = 1.0
+
+    def density(self, x, k):
+        """g_k(x), without atoms. (…) of x."""
+        x = np.asarray(x, np.float64)
+        return (self.others * self.m ** (k + 1)) @ self.law.pdf(np.multiply.outer(self.m, x))
+
+    def moments(self, x, k):
+        """(3, …): ∫₀ˣ yⁿ g_k(y) dy for n = 0, 1, 2."""
+        A = self.law.moments(np.multiply.outer(self.m, np.asarray(x, np.float64)))  # (3, J, …)
+        return np.stack([(self.others * self.m ** (k - n)) @ A[n] for n in range(3)])
+
+    def atom(self, k):
+        """E[Mᵏ]/I: the weight of the maximum itself."""
+        return float(self.maximum @ self.m**k)
+
+
+@lru_cache(maxsize=256)
+def block_law(blocksize, law=Normal(), order=_ORDER):  # noqa: B008 (a frozen dataclass)
+    """The law of a block of I weights, as nodes and their shares -> Block."""
+    I = _blocksize(blocksize)
+    if isinstance(law, Outlier):
+        return _outlier_block(I, law, order)
+    lo = _solve_log(lambda m: I * np.log1p(-law.tail(m)) - log(_NEGLIGIBLE))
+    hi = _solve_log(lambda m: log(_NEGLIGIBLE) - np.log(I * law.tail(m) * max(m, 1.0) ** 2 + 1e-300))
+    m, dm = _nodes(lo, hi, order)
+    log_G, f = np.log1p(-law.tail(m)), law.pdf(m)
+    return Block(law, m, dm * 2 * (I - 1) * f * np.exp((I - 2) * log_G), dm * 2 * f * np.exp((I - 1) * log_G))
+
+
+def _outlier_block(I, law, order):
+    """One weight is ±k. Either it is the maximum (m = k), or one of the I − 1 normal ones is (m > k), and it lies inside at k/m."""
+    base, k = Normal(), law.k
+    G = 1 - float(base.tail(k))
+    m, dm = _nodes(k, max(12.0, k + 1), order)
+    log_G, f = np.log1p(-base.tail(m)), base.pdf(m)
+    inside = dm * 2 * (I - 1) / I * f * np.exp((I - 2) * log_G)  # (1/I) p_M, the maximum normal
+    others = inside * (I - 2) / np.exp(log_G)
+    return Block(
+        base,
+        np.append(m, k),
+        np.append(others, (I - 1) / I * G ** (I - 2)),
+        np.append(inside, G ** (I - 1) / I),
+        (m, k, inside),
+    )
+
+
+def line_law(law=Normal()):  # noqa: B008
+    """The law of one weight, not divided by anything, on the whole line -> Block with one node."""
+    return Block(law, np.ones(1), np.ones(1), np.zeros(1), (), np.inf)
+
+
+def _blocksize(blocksize):
+    if not isinstance(blocksize, (int, np.integer)) or blocksize < 2:
+        raise ValueError(f"blocksize = {blocksize!r}, expected a whole number, 2 or more")
+    return int(blocksize)
+
+
+def _solve_log(g):
+    """The m in [1e-12, 1e12] where the increasing function g crosses 0, by bisection in log m; either end if it does not."""
+    lo, hi = log(1e-12), log(1e12)
+    for _ in range(100):
+        middle = (lo + hi) / 2
+        lo, hi = (middle, hi) if g(np.exp(middle)) < 0 else (lo, middle)
+    return float(np.exp((lo + hi) / 2))
+
+
+def _nodes(lo, hi, order):
+    """Composite Gauss–Legendre in log m: (nodes m, weights for ∫ dm)."""
+    panels = max(ceil(log(hi / lo) / _PANEL), 1)
+    x, w = np.polynomial.legendre.leggauss(order)
+    edges = np.linspace(log(lo), log(hi), panels + 1)
+    half = np.diff(edges)[:, None] / 2
+    m = np.exp((edges[:-1, None] + half) + half * x).reshape(-1)
+    return m, (half * w).reshape(-1) * m
+
+
+# --------------------------------------------------------------------------------------------------------- the block maximum
+def max_cdf(m, blocksize, law=Normal()):  # noqa: B008
+    """F_M(m) = P(|W| ≤ m)ᴵ (BOF4 eq. 11). m (…) -> (…)."""
+    return np.exp(_blocksize(blocksize) * np.log1p(-law.tail(m)))
+
+
+def max_pdf(m, blocksize, law=Normal()):  # noqa: B008
+    """p_M(m) = 2 I f(m) P(|W| ≤ m)ᴵ⁻¹ (BOF4 eq. 12). m (…) -> (…)."""
+    I = _blocksize(blocksize)
+    return 2 * I * law.pdf(m) * np.exp((I - 1) * np.log1p(-law.tail(m)))
+
+
+def expected_max(blocksize, power=1, law=Normal()):  # noqa: B008
+    """E[Mᵖ] of a block's largest magnitude M, by which QLoRA §3 rescales as if it were one number. -> float"""
+    return block_law(blocksize, law).atom(power) * blocksize
+
+
+# ------------------------------------------------------------------------------------------------------------ cost of a code
+def expected_error(code, blocksize, power=2, signed=False, of="weights", law=Normal(), order=_ORDER):  # noqa: B008
+    """E|W − Ŵ|ᵖ of a code under blockwise absmax (BOF4 eq. 2 and 3), by quadrature, to 1e-12. -> float
+
+    code       its values, any order; blocksize  I ≥ 2
+    power      2: mean squared error, 1: mean absolute error
+    signed     divide by the signed maximum (BOF4-S), so that it is always +1
+    of         "weights": of W, what a layer feels. "normalized": of X = W/M, which is what AF4 (2306.06965) minimizes
+    law        of one weight, see `laws`; order: Gauss–Legendre nodes a panel, for those who want to double them
+    """
+    return _error(_values(code), block_law(blocksize, law, order), _power(power), signed, _weighting(of, power))
+
+
+def distortion(code, power=2, law=Normal()):  # noqa: B008
+    """E|W − q(W)|ᵖ where W itself is coded and not W/absmax: Max's (1960) distortion D. -> float"""
+    return _error(_values(code), line_law(law), _power(power), False, power)
+
+
+def usage(code, blocksize, signed=False, law=Normal()):  # noqa: B008
+    """P(q(X) = c) for each distinct value c of the code, ascending; QLoRA §3 claims them equal for NF4. (n,) float64, sum 1."""
+    q, block = _values(code), block_law(blocksize, law)
+    p = np.diff(block.moments(_edges(q, block.edge), 0)[0])
+    for position, share in _atoms(block, signed):
+        np.add.at(p, _cell(q, position), np.broadcast_to(share, np.shape(position)))
+    return p
+
+
+def entropy(code, blocksize, signed=False, law=Normal()):  # noqa: B008
+    """H = −Σ P log₂ P of the code's usage, in bits; 4 would be equal usage of 16 values. -> float"""
+    p = usage(code, blocksize, signed, law)
+    return float(-(p[p > 0] @ np.log2(p[p > 0])))
+
+
+def affine_error(blocksize, power=2, levels=16, law=Normal(), order=6):  # noqa: B008
+    """E|W − Ŵ|ᵖ of affine integers: `levels` evenly spaced values from a block's minimum to its maximum, both stored exactly. -> float
+
+    The joint density of minimum a and maximum b is I(I−1) f(a) f(b) [F(b) − F(a)]^{I−2}; both are coded without error, and the
+    others follow f cut to [a, b]. A double quadrature; an absolute error below 1e-8 at blocks of 8 to 4096 (tests double the nodes).
+    """
+    I = _blocksize(blocksize)
+    hi = _solve_log(lambda m: log(1e-12) - np.log(I * law.tail(m) + 1e-300))
+    x, w = np.polynomial.legendre.leggauss(order)
+    edges = np.linspace(-hi, hi, 2 * ceil(hi / 0.4) + 1)
+    half = np.diff(edges)[:, None] / 2
+    s, ds = (
+        ((edges[:-1, None] + half) + half * x).reshape(-1),
+        np.broadcast_to(half * w, (len(half), order)).reshape(-1),
+    )
+    a, b = np.meshgrid(s, s, indexing="ij")
+    keep = b > a
+    a, b, area = a[keep], b[keep], np.outer(ds, ds)[keep]
+    F = law.moments(s)[0] + 0.5
+    inside = (F[None, :] - F[:, None])[keep]
+    with np.errstate(divide="ignore"):
+        density = area * (I - 1) * law.pdf(a) * law.pdf(b) * (I - 2) * np.exp((I - 3) * np.log(inside))
+    keep = density > 1e-18
+    a, b, density = a[keep], b[keep], density[keep]
+    q = a[:, None] + (b - a)[:, None] * np.arange(levels) / (levels - 1)
+    cells = np.concatenate([a[:, None], (q[:, 1:] + q[:, :-1]) / 2, b[:, None]], axis=1)
+    return float(density @ _cell_errors(law.moments(cells), law.moments(q), q, _power(power)))
+
+
+def _values(code):
+    if isinstance(code, str):
+        raise TypeError(f"expected a code's values, such as codebooks.nf4(), and got the name {code!r}")
+    q = np.unique(np.asarray(code, np.float64))  # fp4 has two zeros
+    if q.ndim != 1 or len(q) < 2 or not np.isfinite(q).all():
+        raise ValueError("a code is a vector of 2 or more distinct finite values")
+    return q
+
+
+def _power(power):
+    if power not in (1, 2):
+        raise ValueError(f"power = {power!r}, expected 1 (absolute error) or 2 (squared error)")
+    return power
+
+
+def _weighting(of, power):
+    """k of g_k."""
+    if of not in ("weights", "normalized"):
+        raise ValueError(f"of = {of!r}, expected 'weights' or 'normalized'")
+    return power if of == "weights" else 0
+
+
+def _edges(q, edge):
+    """The ends of the cells: −edge, the midpoints, edge. (n + 1,)"""
+    return np.concatenate([[-edge], np.clip((q[1:] + q[:-1]) / 2, -edge, edge), [edge]])
+
+
+def _cell(q, x):
+    """The index of the value nearest to x."""
+    return np.searchsorted((q[1:] + q[:-1]) / 2, x)
+
+
+def _atoms(block, signed, k=0):
+    """(positions, shares weighted by Mᵏ) of what lies at a point: the maximum, and an outlier inside a block."""
+    share = block.atom(k)
+    yield from [(1.0, share)] if signed else [(1.0, share / 2), (-1.0, share / 2)]
+    if block.points:
+        m, w, inside = block.points
+        for sign in (1, -1):
+            yield sign * w / m, inside * m**k / 2
+
+
+def _error(q, block, power, signed, k):
+    edges = _edges(q, block.edge)
+    total = _cell_errors(block.moments(edges, k), block.moments(np.clip(q, edges[:-1], edges[1:]), k), q, power).sum()
+    for x, share in _atoms(block, signed, k) if block.edge == 1 else ():
+        total += np.sum(share * np.abs(x - q[_cell(q, x)]) ** power)
+    return float(total)
+
+
+def _cell_errors(at_edges, at_values, q, power):
+    """Σ over cells of ∫ |y − q|ᵖ from the moments at the cells' ends and at the values themselves. (…) summed over the last axis."""
+    if power == 2:
+        mass, first, second = np.diff(at_edges, axis=-1)
+        return (second - 2 * q * first + q * q * mass).sum(axis=-1)
+    below, above = at_values[:2] - at_edges[:2, ..., :-1], at_edges[:2, ..., 1:] - at_values[:2]
+    return (q * below[0] - below[1] + above[1] - q * above[0]).sum(axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------------------- optimal codes
+def optimal_code(
+    blocksize,
+    power=2,
+    pins=(-1, 0, 1),
+    signed=False,
+    of="weights",
+    law=Normal(),  # noqa: B008
+    levels=16,
+    start=None,
+    zero_cell=True,
+):
+    """argmin_q E|W − Ŵ|ᵖ among codes of `levels` values that contain `pins`: BOF4's criterion (eq. 5 and 7). (levels,) float64, ascending.
+
+    pins       values that stay: (−1, 0, 1) by default, (0, 1) for BOF4-S, None or () for none
+    signed, of, law  as in `expected_error`; of="normalized" with power=1 is the criterion that AF4 states
+    start      a code to start from, which also fixes how many values lie between two pins; by default normal quantiles, one more above 0
+               than below (the same number, for signed)
+    zero_cell  False: 0 has no cell of its own, its neighbours' cells meet there. With power=1, of="normalized" this is AF4 as released
+
+    For a given number of values between the pins the optimum found does not depend on the start (a test tries random ones).
+    """
+    pins = sorted(float(p) for p in pins or ())
+    q = _default_start(levels, pins, signed) if start is None else np.unique(np.asarray(start, np.float64))
+    if len(q) != levels or not set(pins) <= set(q.tolist()):
+        raise ValueError(f"optimal_code: expected a start of {levels} distinct values that contain the pins {pins}")
+    if not zero_cell and 0.0 not in pins:
+        raise ValueError("optimal_code: zero_cell=False needs 0 among the pins")
+    return _minimize(
+        q, ~np.isin(q, pins), block_law(blocksize, law), _power(power), signed, _weighting(of, power), zero_cell
+    )
+
+
+def optimal_levels(levels, power=2, law=Normal()):  # noqa: B008
+    """The code that minimizes E|W − q(W)|ᵖ on the whole line: Lloyd's and Max's quantizer. (levels,) float64, ascending."""
+    far = _solve_log(lambda m: log(1e-9) - np.log(law.tail(m) + 1e-300))
+    x = np.linspace(-far, far, 20001)
+    share = np.cumsum(
+        law.pdf(x) ** (1 / (1 + _power(power)))
+    )  # the point density of many levels (Panter and Dite 1951)
+    start = np.interp((np.arange(levels) + 0.5) / levels, share / share[-1], x)
+    return _minimize(start, np.ones(levels, bool), line_law(law), power, False, power, True)
+
+
+def _default_start(levels, pins, signed):
+    """Quantiles of a normal law cut off at its last value, with the pins put in the place of what lies nearest."""
+    from scipy.special import ndtri
+
+    above = levels // 2
+    below = levels - 1 - above if 0.0 in pins else levels - above
+    outer = 1 - 1 / (2 * levels)
+    positive = ndtri(np.linspace(outer, 0.5, above + 1)[:-1]) if above else np.zeros(0)
+    negative = -ndtri(np.linspace(outer, 0.5, below + 1)[:-1]) if below else np.zeros(0)
+    q = np.concatenate([negative, [0.0] if 0.0 in pins else [], positive[::-1]]) / ndtri(outer)
+    if -1.0 not in pins:
+        q[q < 0] *= 0.85
+    if 1.0 not in pins:
+        q[q > 0] *= 0.85
+    return q
+
+
+def _minimize(q, free, block, power, signed, k, zero_cell):
+    """Newton's method on the free values, with Lloyd's step as the fallback; ascending order is kept throughout."""
+    q = q.copy()
+    for _ in range(500):
+        gradient, hessian, lloyd, error = _derivatives(q, block, power, signed, k, zero_cell)
+        H = hessian[np.ix_(free, free)]
+        step = np.zeros_like(q)
+        newton = _is_positive(H)
+        if newton:
+            step[free] = np.linalg.solve(H, -gradient[free])
+            newton = _ascending(q + step, block.edge) and _descends(q + step, error, block, power, signed, k, zero_cell)
+        if not newton:
+            step = np.where(free, lloyd - q, 0.0)
+        q = q + step
+        if np.abs(step).max() < 1e-13:
+            return q
+    if np.abs(step).max() > 1e-10:
+        raise ArithmeticError("optimal_code: no convergence in 500 steps")
+    return q
+
+
+def _is_positive(H):
+    try:
+        np.linalg.cholesky(H)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _ascending(q, edge):
+    return bool((np.diff(q) > 0).all() and abs(q[0]) <= edge and abs(q[-1]) <= edge)
+
+
+def _descends(q, error, block, power, signed, k, zero_cell):
+    return not zero_cell or _error(q, block, power, signed, k) <= error + 1e-15
+
+
+def _derivatives(q, block, power, signed, k, zero_cell):
+    """Half the gradient and half the Hessian of the error (p = 2), or both whole (p = 1); Lloyd's update; the error."""
+    edges = _edges(q, block.edge)
+    moves = np.full(len(q) - 1, 0.5)  # ∂ boundary / ∂ each of its two values
+    if not zero_cell:
+        zero = int(np.flatnonzero(q == 0)[0])
+        edges[zero : zero + 2], moves[zero - 1 : zero + 1] = 0.0, 0.0
+    at_edges, at_values = block.moments(edges, k), block.moments(q, k)
+    density = block.density(edges[1:-1], k)
+    top = block.atom(k) if block.edge == 1 else 0.0
+    top, bottom = (top, 0.0) if signed else (top / 2, top / 2)
+    gap = np.diff(q)
+    if power == 2:
+        mass, first, _ = np.diff(at_edges, axis=1)
+        mass[-1], first[-1] = mass[-1] + top, first[-1] + top
+        mass[0], first[0] = mass[0] + bottom, first[0] - bottom
+        gradient = q * mass - first
+        lloyd = np.divide(first, mass, out=q.copy(), where=mass > 0)
+        diagonal, beside = mass, -moves * gap / 2 * density  # the boundary lies gap/2 from either value
+    else:
+        below, above = at_values[0] - at_edges[0, :-1], at_edges[0, 1:] - at_values[0]
+        gradient = below - above
+        gradient[-1] += -top if q[-1] < 1 else 0.0
+        gradient[0] += bottom if q[0] > -1 else 0.0
+        own = block.density(q, k)
+        lloyd = np.clip(q - gradient / (2 * own), (q + edges[:-1]) / 2, (q + edges[1:]) / 2)
+        diagonal, beside = 2 * own, -moves * density
+    hessian = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
+    hessian[np.arange(len(q) - 1), np.arange(len(q) - 1)] += beside
+    hessian[np.arange(1, len(q)), np.arange(1, len(q))] += beside
+    return gradient, hessian, lloyd, _error(q, block, power, signed, k)
