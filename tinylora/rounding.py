@@ -121,7 +121,7 @@ def cpu_quantize_8bit(x, code, blocksize=256):
 
     s = x / absmax is looked up in a table of the 65,536 numbers v_i = 2i/65535 − 1, each of which knows its own nearest
     code: the result is the code nearest to the nearest v_i, and not always the one nearest to s. s = 0 falls between
-    two v_i and comes out as code 131 (1.56e-5) instead of 127 (0). A block of zeros gives code 0, which does no harm
+    two v_i and comes out as code 131 (2.1e-5) instead of 127 (0). A block of zeros gives code 0, which does no harm
     since its absmax is 0. NaN does not count for absmax and gets the code of v_0.
     """
     rows, absmax = _rows(x, blocksize)

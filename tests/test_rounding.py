@@ -1,0 +1,189 @@
+"""The GPU's rounding rule against its kernels spelled out, where it parts from the CPU's; constants in 8 bits; signed absmax."""
+
+import numpy as np
+import plain
+import pytest
+
+from tinylora import codebooks, quantize
+from tinylora.rounding import CPU, CUDA, cuda_quantize_8bit
+
+TREES = {"nf4": plain.cuda_nf4, "fp4": plain.cuda_fp4}
+f32 = np.float32
+
+
+def inputs(rng, n, code):
+    """Numbers of all sizes, ties and their neighbours, blocks of zeros, denormals, and what is no number."""
+    w = (rng.standard_normal(n) * 10.0 ** rng.integers(-3, 3, n)).astype(f32)
+    points = np.concatenate([codebooks.midpoints(codebooks.get(code)[1]), [0.00260417, 0.0859375, 0.583333]]).astype(
+        f32
+    )
+    near = (rng.choice(points[points != 0], n).view(np.int32) + rng.integers(-1, 2, n)).astype(np.int32).view(f32)
+    kind = rng.integers(0, 6, n)
+    w = np.where(kind == 0, near, w)
+    w[::32] = 1.0
+    for start in range(0, n, 64):
+        case, part = rng.integers(0, 10), slice(start, start + 64)
+        if case == 0:
+            w[part] = 0
+        elif case == 1:
+            w[part] = rng.standard_normal(len(w[part])) * 1e-39
+        elif case == 2:
+            w[part] = w[part] * f32(2.0**126)
+        elif case == 3:
+            w[start + rng.integers(len(w[part]))] = rng.choice([np.nan, np.inf, -np.inf])
+        elif case == 4:
+            w[part] = np.nan
+    return w
+
+
+@pytest.mark.parametrize("code", TREES)
+@pytest.mark.parametrize(
+    "n, blocksize", [(1, 64), (2, 64), (63, 64), (64, 64), (1000, 64), (999, 32), (4097, 128), (641, 64)]
+)
+def test_the_gpu_rule_is_its_kernel_spelled_out(code, n, blocksize, rng):
+    with np.errstate(all="ignore"):
+        w = inputs(rng, n, code)
+        codes, absmax = plain.cuda_quantize_4bit(w, TREES[code], blocksize)
+    q = quantize(w, code, blocksize, rule="bitsandbytes-cuda", check_finite=False)
+    assert q.absmax.tobytes() == absmax.tobytes()
+    assert q.packed.tolist() == (codes[0::2] << 4 | codes[1::2]).tolist()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_gpu_rule_in_8_bits_is_its_search_spelled_out(signed, rng):
+    code = codebooks.dynamic8(signed)
+    ties = codebooks.midpoints(code)
+    x = np.concatenate(
+        [
+            ties,
+            np.nextafter(ties, f32(2)),
+            np.nextafter(ties, f32(-2)),
+            code,
+            rng.uniform(-1, 1, 2000).astype(f32),
+            [np.nan],
+        ]
+    ).astype(f32)
+    x[np.abs(x) < 2.0**-126] = 0
+    x[0] = 1
+    codes, absmax = cuda_quantize_8bit(x, code, blocksize=len(x))  # the largest is 1, so nothing is rescaled
+    assert absmax.tolist() == [1.0] and codes.tolist() == [plain.cuda_8bit(code, v) for v in x]
+
+
+def test_ordinary_weights_are_coded_alike_by_both_rules(rng):
+    w = rng.standard_normal(64 * 4000).astype(f32)
+    for code in ("nf4", "int4"):
+        cpu, gpu = (quantize(w, code, rule=rule) for rule in ("bitsandbytes-cpu", "bitsandbytes-cuda"))
+        assert cpu.packed.tobytes() == gpu.packed.tobytes() and cpu.absmax.tobytes() == gpu.absmax.tobytes()
+
+
+def test_where_the_rules_part():
+    def indices(w, code="nf4", blocksize=4):
+        w = np.array(w, f32)
+        return [
+            quantize(w, code, blocksize, rule=r, check_finite=False).indices().tolist()
+            for r in ("bitsandbytes-cpu", "bitsandbytes-cuda")
+        ]
+
+    assert indices([0, 0, 0, 0]) == [[7, 7, 7, 7], [0, 0, 0, 0]]  # a block of zeros
+    assert indices([1, np.nan, 0, -1]) == [[15, 15, 15, 15], [15, 0, 7, 0]]  # NaN
+    assert indices([1, np.inf, 0, -1]) == [[7, 15, 7, 7], [7, 0, 7, 7]]  # infinity
+    assert indices([1, -0.75, 0.75, -0.001], "fp4") == [[3, 10, 2, 0], [3, 10, 2, 8]]  # a small negative number
+    middle = float(codebooks.midpoints(codebooks.get("fp4")[1])[1])
+    assert (
+        indices([1, middle, -middle, 0], "fp4")[0][2] != indices([1, middle, -middle, 0], "fp4")[1][2]
+    )  # a negative tie
+
+
+def test_8_bit_rounding_of_zero_is_where_the_cpu_rule_errs():
+    x = np.array([0.0, 1.0, -0.5], f32)
+    code = codebooks.dynamic8()
+    (cpu, _), (gpu, _) = CPU.quantize_8bit(x, code), CUDA.quantize_8bit(x, code)
+    assert code[gpu[0]] == 0 and cpu[0] == 131 and round(float(code[131]), 7) == 2.12e-05
+
+
+@pytest.mark.parametrize("rule", ["bitsandbytes-cpu", "bitsandbytes-cuda"])
+@pytest.mark.parametrize("nested", codebooks.NESTED)
+def test_constants_in_8_bits_are_the_nearest_code_but_for_the_table(nested, rule, rng):
+    w = (rng.standard_normal((700, 64)) * rng.lognormal(0, 0.3, (700, 1))).astype(f32)
+    exact, q = quantize(w), quantize(w, double_quant=True, rule=rule, nested_code=nested)
+    code, scale = q.constants.code, np.repeat(q.nested_absmax, 256)[:700]
+    error = np.abs(q.absmax - exact.absmax)
+    nearest = np.abs(code[None, :] * scale[:, None] + q.offset - exact.absmax[:, None]).min(axis=1)
+    slack = scale * (2 / 65535 if rule.endswith("cpu") else 1e-6)
+    assert (error <= nearest + slack + 1e-6).all()
+    assert q.packed.tobytes() == quantize(w, rule=rule).packed.tobytes()
+
+
+#: Squared error of NF4 in blocks of 64 of normal weights over that with float32 constants: {8-bit code: (with the mean, without)}
+COST = {
+    "dynamic8": (1.0005, 1.0052),
+    "fp8_e4m3": (1.0020, 1.092),
+    "int8": (1.0002, 1.0016),
+    "fp8_e5m2": (1.0078, 1.366),
+}
+
+
+def test_what_double_quantization_costs_with_and_without_the_mean(rng):
+    w = rng.standard_normal(1 << 22).astype(f32)
+
+    def cost(**how):
+        return np.square(quantize(w, **how).dequantize() - w).mean(dtype=np.float64)
+
+    exact = cost()
+    for nested, (with_mean, without) in COST.items():
+        for offset, expected in ((None, with_mean), (0.0, without)):
+            ratio = cost(double_quant=True, nested_code=nested, offset=offset) / exact
+            assert abs(ratio - expected) < 0.0001 + 0.05 * (expected - 1), (nested, offset, ratio)
+
+
+def test_a_signed_scale_spoils_the_mean(rng):
+    w = rng.standard_normal(1 << 22).astype(f32)
+    code = codebooks.bof4(64, "mse", signed=True)
+
+    def cost(**how):
+        return np.square(quantize(w, code, signed=True, **how).dequantize() - w).mean(dtype=np.float64)
+
+    for nested, expected in (("dynamic8", 1.0058), ("fp8_e4m3", 1.106)):
+        ratio = cost(double_quant=True, nested_code=nested) / cost()
+        assert abs(ratio - expected) < 0.0001 + 0.05 * (expected - 1), (nested, ratio)
+
+
+def test_signed_absmax_makes_the_largest_plus_one(rng):
+    w = rng.standard_normal((50, 64)).astype(f32)
+    q = quantize(w, codebooks.bof4(64, "mse", signed=True), signed=True)
+    top = np.abs(w).argmax(axis=1)
+    assert (q.absmax == w[np.arange(50), top]).all() and (q.indices()[np.arange(50), top] == 15).all()
+    assert (q.dequantize()[np.arange(50), top] == w[np.arange(50), top]).all()
+    tie = np.array([-2, 2, 0, 1], f32)
+    assert quantize(tie, blocksize=4, signed=True).absmax.tolist() == [2.0]
+
+
+def test_a_whole_tensor_is_one_block(rng):
+    w = rng.standard_normal((37, 11)).astype(f32)
+    q = quantize(w, blocksize=None)
+    assert q.blocksize == w.size and q.absmax.tolist() == [np.abs(w).max()]
+    assert q.packed.tobytes() == quantize(w, blocksize=w.size).packed.tobytes()
+    for rule in ("bitsandbytes-cpu", "bitsandbytes-cuda"):
+        assert quantize(np.zeros((0, 3), f32), blocksize=None, double_quant=True, rule=rule).dequantize().shape == (
+            0,
+            3,
+        )
+
+
+@pytest.mark.parametrize("blocksize", [16, 48, 4096])
+@pytest.mark.parametrize("rule", ["bitsandbytes-cpu", "bitsandbytes-cuda"])
+def test_any_block_size_comes_back_within_half_a_step(blocksize, rule, rng):
+    w = rng.standard_normal(10_000).astype(f32)
+    q = quantize(w, "int4", blocksize, rule=rule)
+    scale = np.repeat(q.absmax, blocksize)[: len(w)]
+    assert (np.abs(q.dequantize() - w) <= scale / 14 * 1.00001).all()
+
+
+def test_the_gpu_rule_refuses_what_is_no_number_too():
+    w = np.ones(70, f32)
+    w[3] = np.nan
+    with pytest.raises(ValueError, match="holds 1 NaN or Inf"):
+        quantize(w, rule="bitsandbytes-cuda")
+    assert quantize(np.full(70, 3e38, f32), rule="bitsandbytes-cuda").size == 70  # large, and a number
+    with pytest.raises(ValueError, match="nested_code 'fp9'"):
+        quantize(np.ones(4, f32), nested_code="fp9")
