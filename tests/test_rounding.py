@@ -114,12 +114,13 @@ def test_constants_in_8_bits_are_the_nearest_code_but_for_the_table(nested, rule
     assert q.packed.tobytes() == quantize(w, rule=rule).packed.tobytes()
 
 
-#: Squared error of NF4 in blocks of 64 of normal weights over that with float32 constants: {8-bit code: (with the mean, without)}
+#: Squared error of NF4 in blocks of 64 of normal weights over that with float32 constants, less 1, for 2^22 weights: mean and standard
+#: deviation over 30 draws. {8-bit code: (with the mean, without)}
 COST = {
-    "dynamic8": (1.0005, 1.0052),
-    "fp8_e4m3": (1.0020, 1.092),
-    "int8": (1.0002, 1.0016),
-    "fp8_e5m2": (1.0078, 1.366),
+    "dynamic8": ((0.00051, 0.00004), (0.00516, 0.00014)),
+    "fp8_e4m3": ((0.00200, 0.00006), (0.09198, 0.00083)),
+    "fp8_e5m2": ((0.00794, 0.00018), (0.36608, 0.00270)),
+    "int8": ((0.00022, 0.00002), (0.00162, 0.00005)),
 }
 
 
@@ -131,9 +132,9 @@ def test_what_double_quantization_costs_with_and_without_the_mean(rng):
 
     exact = cost()
     for nested, (with_mean, without) in COST.items():
-        for offset, expected in ((None, with_mean), (0.0, without)):
-            ratio = cost(double_quant=True, nested_code=nested, offset=offset) / exact
-            assert abs(ratio - expected) < 0.0001 + 0.05 * (expected - 1), (nested, offset, ratio)
+        for offset, (expected, deviation) in ((None, with_mean), (0.0, without)):
+            more = cost(double_quant=True, nested_code=nested, offset=offset) / exact - 1
+            assert abs(more - expected) < 6 * deviation, (nested, offset, more)
 
 
 def test_a_signed_scale_spoils_the_mean(rng):
@@ -143,9 +144,9 @@ def test_a_signed_scale_spoils_the_mean(rng):
     def cost(**how):
         return np.square(quantize(w, code, signed=True, **how).dequantize() - w).mean(dtype=np.float64)
 
-    for nested, expected in (("dynamic8", 1.0058), ("fp8_e4m3", 1.106)):
-        ratio = cost(double_quant=True, nested_code=nested) / cost()
-        assert abs(ratio - expected) < 0.0001 + 0.05 * (expected - 1), (nested, ratio)
+    for nested, expected, deviation in (("dynamic8", 0.0058, 0.00015), ("fp8_e4m3", 0.106, 0.001)):
+        more = cost(double_quant=True, nested_code=nested) / cost() - 1
+        assert abs(more - expected) < 6 * deviation, (nested, more)
 
 
 def test_signed_absmax_makes_the_largest_plus_one(rng):
