@@ -1,6 +1,7 @@
 """The codes against the published tables, bit for bit."""
 
 import math
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -81,3 +82,83 @@ def test_a_caller_cannot_spoil_a_code():
 def test_bad_codes_get_a_sentence(code):
     with pytest.raises(ValueError, match="code"):
         codebooks.get(code)
+
+
+# ------------------------------------------------------------------------------------------------ what breaks the published table
+def ulps(values):
+    """The distance of each value from the published one, in units in the last place."""
+    return (
+        np.asarray(values, np.float32).view(np.int32).astype(np.int64) - np.array(NF4_BITS, np.uint32).view(np.int32)
+    ).tolist()
+
+
+def quantiles(grid, offset=codebooks.NF4_OFFSET, precision=np.float32):
+    """NF4's recipe with another grid or offset, or with all that follows Φ⁻¹ in another precision."""
+    inverse = NormalDist().inv_cdf
+    positive, negative = (np.array([inverse(float(p)) for p in grid(offset, 0.5, n)[:-1]], precision) for n in (9, 8))
+    values = np.sort(np.concatenate([-negative, np.zeros(1, precision), positive]))
+    return (values / values.max()).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"grid": codebooks.linspace_f32}, [0] * 16),
+        ({"grid": lambda a, b, n: np.linspace(a, b, n, dtype=np.float32)}, [0, -4, *[0] * 14]),
+        ({"grid": np.linspace}, [0, -2, 0, 0, 0, 0, 5, 0, 4, -2, 0, -1, -1, -1, -2, 0]),
+        ({"precision": np.float64}, [0, -1, -1, 0, -1, 0, 1, 0, 0, 0, 0, 1, 0, -1, 0, 0]),
+        ({"offset": 929 / 960}, [0, 2, 4, 3, 4, 0, 6, 0, 7, -5, -8, -5, -2, -2, -5, 0]),
+    ],
+    ids=["as published", "np.linspace in float32", "np.linspace in float64", "divided in float64", "929/960 exactly"],
+)
+def test_each_deviation_from_the_recipe_misses_the_table(change, expected):
+    found = ulps(quantiles(**{"grid": codebooks.linspace_f32, **change}))
+    assert np.abs(found).tolist() == np.abs(expected).tolist()
+
+
+def test_equation_4_as_printed_is_another_code():
+    """q_i = ½(Q(i/(2^k+1)) + Q((i+1)/(2^k+1))): its first value is −∞; the 15 others are symmetric, with an exact 0."""
+    from scipy.special import ndtri
+
+    Q = ndtri(np.arange(18) / 17)
+    q = (Q[:16] + Q[1:17]) / 2
+    assert q[0] == -np.inf and np.isfinite(q[1:]).all()
+    assert np.abs(q[1:] + q[:0:-1]).max() < 1e-15 and abs(q[8]) < 1e-15 and round(float(q[15]), 3) == 1.376
+    gap = np.abs(q[1:] / q[15] - codebooks.nf4()[1:]).max()
+    assert 0.05 < gap < 1
+
+
+@pytest.mark.parametrize("name, count", [("fp8_e4m3", 253), ("fp8_e5m2", 247)])
+def test_8_bit_floats_are_those_of_ml_dtypes(name, count):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    dtype = {"fp8_e4m3": ml_dtypes.float8_e4m3fn, "fp8_e5m2": ml_dtypes.float8_e5m2}[name]
+    values = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float64)
+    values = np.unique(values[np.isfinite(values)])
+    code = codebooks.NESTED[name]()
+    assert len(code) == count and (code == (values / values.max()).astype(np.float32)).all()
+
+
+def test_4_bit_floats_by_bit_pattern():
+    assert (codebooks.fp4("e2m1") * 6).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    assert (codebooks.fp4("e3m0")[:8] * 16).tolist() == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    values = np.arange(16, dtype=np.uint8).astype(ml_dtypes.float4_e2m1fn, copy=False)
+    patterns = np.arange(16, dtype=np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    assert values.shape == (16,) and (patterns == codebooks.fp4("e2m1") * 6).all()
+
+
+def test_normal_float_has_the_form_of_nf4_in_any_width():
+    assert bits(codebooks.normal_float(4)) == NF4_BITS
+    for k in range(2, 9):
+        code = codebooks.normal_float(k)
+        assert ((code < 0).sum(), (code == 0).sum(), (code > 0).sum()) == (2 ** (k - 1) - 1, 1, 2 ** (k - 1))
+        assert (np.diff(code) > 0).all() and code[0] == (-1 if k > 2 else code[0]) and code[-1] == 1
+
+
+def test_every_named_code_has_16_values_or_fewer_and_reaches_one():
+    for name, make in codebooks.NAMED.items():
+        code = make()
+        assert code.dtype == np.float32 and len(code) <= 16 and code.max() == 1 and 0 in code, name
+    for name, make in codebooks.NESTED.items():
+        code = make()
+        assert code.dtype == np.float32 and len(code) <= 256 and code.max() == 1 and (np.diff(code) > 0).all(), name

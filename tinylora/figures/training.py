@@ -1,44 +1,13 @@
-"""Pictures, drawn with matplotlib (extra `notebooks` or `dev`) and written as SVG. One function a figure; each carries a number."""
-
-from pathlib import Path
+"""Figures of training runs."""
 
 import numpy as np
 
-from . import files
-
-_COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3")
-
-
-def require_matplotlib():
-    """The matplotlib module; a sentence if it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'") from None
-    return matplotlib
-
-
-def canvas(width, height, **layout):
-    """(figure, axes) of the house's style, apart from pyplot: no window, and no effect on a notebook's figures."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(**layout)
-    for ax in np.ravel(axes):
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.tick_params(labelsize=9)
-    return figure, axes
-
-
-def save(figure, path):
-    """Write the figure as SVG, atomically and without a date, so that equal figures are equal files."""
-    with require_matplotlib().rc_context({"svg.hashsalt": "tinylora"}), files.atomic(path) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "svg", bbox_inches="tight", metadata={"Date": None})
+from .style import COLOURS, canvas, require_matplotlib, save
 
 
 def comparison(reports, path):
     """Held-out bits per byte of each method (dots: seeds, bar: their mean) beside the bytes of weights, state and tape."""
-    from .finetune import METHODS
+    from ..finetune import METHODS
 
     require_matplotlib()
     names = [
@@ -50,7 +19,7 @@ def comparison(reports, path):
         9, 3.6, ncols=2, gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.08}, sharey=True
     )
     y = np.arange(len(names))[::-1]
-    for row, scores, colour in zip(y, after, _COLOURS, strict=False):
+    for row, scores, colour in zip(y, after, COLOURS, strict=False):
         left.plot([np.mean(scores)] * 2, [row - 0.3, row + 0.3], color=colour, lw=3)
         left.plot(scores, [row] * len(scores), "o", color=colour, ms=4, mec="white", mew=0.5)
         left.annotate(f"{np.mean(scores):.4f}", (max(scores), row), textcoords="offset points", xytext=(8, -3))

@@ -1,0 +1,180 @@
+"""Make the notebooks from their sources.
+
+    python notebooks/build.py              every NN_name.ipynb from its NN_name.py, executed, with its outputs
+    python notebooks/build.py 08           only notebook 08
+    python notebooks/build.py --check      what CI runs: do both versions run, and is each .ipynb that of its source?
+    python notebooks/build.py --solutions FOLDER
+
+A source is a Python file in jupytext's percent format. A code cell tagged "exercise" defines one function exercise_K, in
+which the solution lies between the lines "# BEGIN SOLUTION" and "# END SOLUTION". Two versions are made from it: the
+student's has `raise NotImplementedError("your answer")` in place of that block, the solution version loses the two lines.
+"""
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from grading import HERE, read, sources, tags
+
+from tinylora.files import atomic
+
+BEGIN, END, BLANK = "# BEGIN SOLUTION", "# END SOLUTION", 'raise NotImplementedError("your answer")'
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def split(code, solution):
+    """An exercise's code without its marker lines: with its solution, or with BLANK instead."""
+    lines = code.splitlines()
+    begin, end = ([i for i, line in enumerate(lines) if line.strip() == mark] for mark in (BEGIN, END))
+    if len(begin) != 1 or len(end) != 1 or begin[0] > end[0]:
+        raise ValueError(f"an exercise needs one line {BEGIN!r} and after it one line {END!r}")
+    (begin,), (end,) = begin, end
+    indent = lines[begin][: -len(BEGIN)]
+    return "\n".join([*lines[:begin], *(lines[begin + 1 : end] if solution else [indent + BLANK]), *lines[end + 1 :]])
+
+
+def make(source, solutions=False):
+    """The student's or the solution version of a source, not executed. ValueError names a cell that cannot be split."""
+    import nbformat
+
+    notebook = read(source)
+    for i, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{i:03d}"
+        cell.metadata = nbformat.from_dict({"tags": tags(cell)} if tags(cell) else {})
+        if "exercise" in tags(cell):
+            try:
+                cell.source = split(cell.source, solutions)
+            except ValueError as error:
+                raise ValueError(f"{Path(source).name}, cell {i + 1}: {error}") from None
+    notebook.metadata, notebook.nbformat, notebook.nbformat_minor = nbformat.from_dict(METADATA), 4, 5
+    return notebook
+
+
+def execute(notebook, limit):
+    """Run a notebook in this folder on the running interpreter; ValueError with a sentence if it fails or takes too long.
+
+    Its outputs are left without what differs from run to run or from machine to machine. Returns the seconds it took.
+    """
+    import nbformat
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
+    began = time.perf_counter()
+    # without folders to look in, python3 is the interpreter that runs this, whatever kernels the user has installed
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    client = NotebookClient(
+        notebook,
+        km=kernel,
+        resources={"metadata": {"path": str(HERE)}},
+        timeout_func=lambda cell: max(0.1, limit - (time.perf_counter() - began)),
+        record_timing=False,
+        coalesce_streams=True,
+        shutdown_kernel="immediate",
+        extra_arguments=["--log-level=ERROR"],
+    )
+    client.log.disabled = True  # what it would say is in the errors below
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "PYTHONHASHSEED": "0"}
+    try:
+        client.execute(env=environment, cleanup_kc=True)
+    except CellExecutionError as error:
+        raise ValueError(f"a cell raised {error.ename}: {error.evalue}\n{error.traceback}") from None
+    except CellTimeoutError:
+        raise ValueError(f"it takes more than {limit:g} seconds") from None
+    except DeadKernelError:
+        raise ValueError("its Python process died, perhaps for lack of memory") from None
+    seconds = time.perf_counter() - began
+    if seconds > limit:
+        raise ValueError(f"it takes more than {limit:g} seconds")
+    notebook.metadata = nbformat.from_dict(METADATA)  # the kernel's own names its version of Python
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        if "text" in output:
+            output.text = plain(output.text)
+        for kind in output.get("data", {}):
+            if kind.startswith("text/"):
+                output.data[kind] = plain(output.data[kind])
+    return seconds
+
+
+def plain(text):
+    """A text output without the paths of this machine and without addresses in memory."""
+    text = re.sub(r"\S*ipykernel_\d+/\d+\.py", "cell.py", text)
+    for folder, name in ((HERE.parent, "."), (sys.prefix, "python"), (sys.base_prefix, "python"), (Path.home(), "~")):
+        text = re.sub(rf"(?<![\w/.]){re.escape(str(folder))}(?=/)", name, text)
+    return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", text)
+
+
+def form(notebook):
+    """What two versions of a notebook must share: type, source and tags of every cell."""
+    return [(cell.cell_type, cell.source, tags(cell)) for cell in notebook.cells]
+
+
+def build(source, limit, folder=None):
+    """Write a source's student version beside it, or its solution version into a folder.
+
+    A notebook that someone has answered is not overwritten.
+    """
+    import nbformat
+
+    target = (folder or source.parent) / f"{source.stem}.ipynb"
+    answered = target.exists() and any("exercise" in tags(c) and BLANK not in c.source for c in read(target).cells)
+    if answered and not folder:
+        raise ValueError(f"{target.name} holds answers, which would be lost; move it away first")
+    notebook = make(source, solutions=folder is not None)
+    seconds = execute(notebook, limit)
+    with atomic(target) as temporary:
+        Path(temporary).write_text(nbformat.writes(notebook).rstrip() + "\n", encoding="utf-8", newline="\n")
+    return f"{seconds:.1f} s"
+
+
+def check(source, limit):
+    """Execute both versions without writing, and compare the notebook beside the source with its student version."""
+    target, student = source.with_suffix(".ipynb"), make(source)
+    if not target.exists() or form(read(target)) != form(student):
+        what = "is stale" if target.exists() else "does not exist"
+        raise ValueError(f"{target.name} {what}: run `python notebooks/build.py notebooks/{source.name}`")
+    seconds = [execute(version, limit) for version in (student, make(source, solutions=True))]
+    return "student {:.1f} s, solutions {:.1f} s".format(*seconds)
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status 1 if a notebook raises, takes too long, is stale (--check), or holds answers that would be lost.",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a source, or how it begins, such as 08 (all of them)")
+    parser.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="the most one may take (60)")
+    way = parser.add_mutually_exclusive_group()
+    way.add_argument("--solutions", type=Path, metavar="FOLDER", help="write solution versions into FOLDER instead")
+    way.add_argument(
+        "--check", action="store_true", help="write nothing; run both versions, compare each .ipynb with its source"
+    )
+    args = parser.parse_args(argv)
+    if args.solutions and args.solutions.resolve() == HERE:
+        parser.error("--solutions would overwrite the student versions; name another folder")
+    stems = tuple(Path(name).stem for name in args.names)
+    for stem in stems:
+        if not any(source.stem.startswith(stem) for source in sources()):
+            parser.error(f"no source begins with {stem!r}; expected one of {[s.stem for s in sources()]}")
+    failed = False
+    for source in (source for source in sources() if source.stem.startswith(stems or "")):
+        try:
+            said = check(source, args.limit) if args.check else build(source, args.limit, args.solutions)
+            print(f"{source.stem}: {said}", flush=True)
+        except (ValueError, ImportError, OSError) as error:
+            print(f"{source.stem}: {error}", file=sys.stderr, flush=True)
+            failed = True
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

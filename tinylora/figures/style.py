@@ -1,0 +1,47 @@
+"""The house's style: canvases without pyplot, and files that come out equal when the figure is equal."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from .. import files
+
+COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3")
+
+
+def require_matplotlib():
+    """The matplotlib module; a sentence if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'") from None
+    return matplotlib
+
+
+def canvas(width, height, **layout):
+    """(figure, axes) of the house's style, apart from pyplot: no window, and no effect on a notebook's other figures.
+
+    The figure shows itself where it is a notebook cell's last value, whichever backend is active.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    class Picture(Figure):
+        def _repr_png_(self):
+            png = io.BytesIO()
+            self.savefig(png, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+            return png.getvalue()
+
+    figure = Picture(figsize=(width, height), layout="constrained" if "gridspec_kw" not in layout else None)
+    axes = figure.subplots(**layout)
+    for ax in np.ravel(axes):
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.tick_params(labelsize=9)
+    return figure, axes
+
+
+def save(figure, path):
+    """Write the figure as SVG, atomically and without a date, so that equal figures are equal files."""
+    with require_matplotlib().rc_context({"svg.hashsalt": "tinylora"}), files.atomic(path) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "svg", bbox_inches="tight", metadata={"Date": None})
