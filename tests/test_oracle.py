@@ -9,6 +9,7 @@ compared in train mode, because in eval mode that kernel rounds absmax to bfloat
 that its means add in a fixed order.
 """
 
+import copy
 import json
 import os
 
@@ -798,6 +799,75 @@ def test_a_quantized_llama_with_an_adapter_is_transformers_with_bitsandbytes_and
     assert parameter_line(theirs, capsys) == tl.trainable_parameters(ours)
     losses(ours, theirs, ids)
     gradients_agree(ours, theirs, in_peft)
+
+
+def their_dequantized(weight):
+    """A Params4bit of bitsandbytes in float32, taken round the AVX-512 kernel's wrong scales: as one column."""
+    state = copy.copy(weight.quant_state)
+    shape, state.shape, state.dtype = state.shape, torch.Size((state.shape.numel(), 1)), torch.float32
+    return array(bnb.functional.dequantize_4bit(weight.data, state)).reshape(tuple(shape))
+
+
+def their_tensors(name, weight):
+    """What bitsandbytes itself writes for a Params4bit."""
+    parts = weight.quant_state.as_dict(packed=True)
+    return {name: weight.data, **{f"{name}.{key}": value for key, value in parts.items()}}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("code", CODES)
+def test_a_4_bit_folder_opens_in_transformers_with_the_same_bits(code, nested, rng, tmp_path):
+    model = tl.quantize_linears(random_llama(rng), code, int(rng.choice([32, 64])), nested)
+    tl.interop.bitsandbytes.save(model, tmp_path)
+    theirs = open_in_transformers(tmp_path)
+    quantized = [path for path, layer in model.named_modules() if isinstance(layer, nn.Linear4bit)]
+    assert quantized == [path for path, layer in theirs.named_modules() if isinstance(layer, bnb.nn.Linear4bit)]
+    for path in quantized:
+        q, weight = model.get(path).weight, theirs.get_submodule(path).weight
+        assert same_bits(q.dequantize("float32"), their_dequantized(weight)), path
+        expected = their_tensors("w", weight)
+        for name, tensor in tl.interop.bitsandbytes.to_tensors("w", q).items():
+            assert same_bits(tensor, expected.pop(name)), (path, name)
+        assert not expected
+    ids = random_ids(rng)
+    agree(model(ids).data, their_logits(theirs, ids), 1e-4, "logits")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_4_bit_folder_that_transformers_wrote_opens_here_with_the_same_bits(code, nested, dtype, rng, tmp_path):
+    random_llama(rng).save_pretrained(tmp_path / "base", dtype=dtype)
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=code,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = open_in_transformers(tmp_path / "base", quantization_config=four_bits, dtype=getattr(torch, dtype))
+    theirs.save_pretrained(tmp_path / "four")
+    model = tl.interop.bitsandbytes.load(tmp_path / "four")
+    for path, layer in theirs.named_modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            q = model.get(path).weight
+            assert same_bits(q.dequantize("float32"), their_dequantized(layer.weight)), path
+            assert q.dtype == dtype and q.double_quant == nested and q.code_name == code
+    if dtype == "float32":
+        ids = random_ids(rng)
+        agree(model(ids).data, their_logits(theirs, ids), 1e-4, "logits")
+
+
+def test_a_folder_of_another_architecture_opens_in_transformers_after_quantize_folder(rng, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
+    done = tl.interop.bitsandbytes.quantize_folder(tmp_path / "bert", tmp_path / "four", progress=False)
+    theirs = open_in_transformers(tmp_path / "four", transformers.AutoModel)
+    layers = {path: layer for path, layer in theirs.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
+    assert {f"{path}.weight" for path in layers} == set(done) and len(done) == 13
+    for path, layer in layers.items():
+        assert same_bits(done[f"{path}.weight"].dequantize("float32"), their_dequantized(layer.weight)), path
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -148,3 +148,22 @@ def load_safetensors(path):
             raise ValueError(f"{path}: tensor {name} has dtype {kind}, which NumPy cannot hold")
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__", {})
+
+
+def load_folder(folder):
+    """{name: array or BFloat16Array} of a model folder: model.safetensors, or the files that model.safetensors.index.json lists."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return load_safetensors(folder / "model.safetensors")[0]
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: expected a weight_map from names to files")
+    tensors = {}
+    for name in sorted(set(where.values())):
+        tensors |= load_safetensors(folder / name)[0]
+    if missing := sorted(set(where) - set(tensors)):
+        raise ValueError(
+            f"{folder}: {len(missing)} tensors of the index are in none of its files, the first is {missing[0]}"
+        )
+    return tensors

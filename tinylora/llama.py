@@ -285,8 +285,13 @@ class Llama(Module):
         folder = base_folder() if str(path) == "base" else Path(path)
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{path}: expected 'base' or a folder with config.json and model.safetensors")
-        config = LlamaConfig.from_dict(files.read_json(folder / "config.json"), folder / "config.json")
-        state, _ = files.load_safetensors(folder / "model.safetensors")
+        config = files.read_json(folder / "config.json")
+        if config.get("quantization_config"):
+            raise ValueError(
+                f"{path} is quantized already; interop.bitsandbytes.load opens 4-bit folders of bitsandbytes"
+            )
+        config = LlamaConfig.from_dict(config, folder / "config.json")
+        state = files.load_folder(folder)
         if "lm_head.weight" in state and config.tie_word_embeddings:
             del state["lm_head.weight"]
         model = cls(config, load_tokenizer(folder, config.vocab_size))

@@ -37,12 +37,13 @@ NESTED_BLOCKSIZE = 256
 
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """absmax in 8 bits: codes (blocks,) uint8, absmax (blocks/256,) float32, offset float32, code (≤ 256,) float32."""
+    """absmax in 8 bits: codes (blocks,) uint8, absmax (blocks/256,) float32, offset float32, code (≤ 256,) float32; blocksize 256."""
 
     codes: np.ndarray
     absmax: np.ndarray
     offset: np.float32
     code: np.ndarray
+    blocksize: int = NESTED_BLOCKSIZE
 
     @property
     def nbytes(self):
@@ -51,7 +52,7 @@ class DoubleQuantized:
     def restore(self):
         """d[k_b] · n_⌊b/256⌋ + μ, with two float32 roundings. (blocks,)"""
         xp = array_module(self.codes)
-        scale = xp.repeat(self.absmax, NESTED_BLOCKSIZE)[: len(self.codes)]
+        scale = xp.repeat(self.absmax, self.blocksize)[: len(self.codes)]
         return self.code[self.codes] * scale + self.offset
 
 
@@ -137,7 +138,7 @@ class QuantizedTensor:
     def to(self, move):
         """The same weight with its arrays passed through `move` (see backend.move)."""
         c = self.constants
-        c = DoubleQuantized(move(c.codes), move(c.absmax), c.offset, move(c.code)) if self.double_quant else move(c)
+        c = replace(c, codes=move(c.codes), absmax=move(c.absmax), code=move(c.code)) if self.double_quant else move(c)
         return replace(self, packed=move(self.packed), constants=c, code=move(self.code))
 
 

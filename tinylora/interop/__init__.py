@@ -1,5 +1,5 @@
-"""Other people's formats. peft: adapters as PEFT saves them."""
+"""Other people's formats. peft: adapters as PEFT saves them. bitsandbytes: 4-bit folders that transformers opens."""
 
-from . import peft
+from . import bitsandbytes, peft
 
-__all__ = ["peft"]
+__all__ = ["bitsandbytes", "peft"]

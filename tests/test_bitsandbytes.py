@@ -1,0 +1,174 @@
+"""4-bit folders in bitsandbytes' format, as far as it can be told without bitsandbytes; tests/test_oracle.py opens them there."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+import tinylora as tl
+from tinylora import codebooks, files, quantize
+from tinylora.dtypes import BFloat16Array, bfloat16_bits
+from tinylora.interop import bitsandbytes as bnb
+
+
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(16, 64), (7, 13), (300, 129)])
+def test_a_weight_comes_back_in_every_bit(code, double_quant, shape, rng):
+    w = rng.standard_normal(shape).astype(np.float32)
+    q = quantize(w, code, 32, double_quant)
+    tensors = bnb.to_tensors("a.weight", q)
+    assert tensors["a.weight"].shape == ((w.size + 1) // 2, 1) and tensors["a.weight.quant_map"].shape == (16,)
+    state = json.loads(tensors[f"a.weight.quant_state.bitsandbytes__{code}"].tobytes())
+    order = ["quant_type", "blocksize", "dtype", "shape"] + [
+        "nested_blocksize",
+        "nested_dtype",
+        "nested_offset",
+    ] * double_quant
+    assert (
+        list(state) == order
+        and state["shape"] == list(shape)
+        and np.float32(state.get("nested_offset", 0)) == (q.offset or 0)
+    )
+    back = bnb.from_tensors("a.weight", dict(tensors))
+    assert back.dequantize().tobytes() == q.dequantize().tobytes() and back.code is q.code
+    assert (back.code_name, back.blocksize, back.shape, back.dtype) == (code, 32, shape, "float32")
+
+
+def test_both_maps_are_read_from_the_file(rng):
+    """bitsandbytes up to 0.49 put −1 in front of its 8-bit map; weights it wrote mean what its own map says."""
+    q = quantize(rng.standard_normal((64, 64)).astype(np.float32), double_quant=True)
+    tensors = bnb.to_tensors("a.weight", q)
+    tensors["a.weight.nested_quant_map"] = tensors["a.weight.nested_quant_map"].copy()
+    tensors["a.weight.nested_quant_map"][0] = -1
+    tensors["a.weight.quant_map"] = tensors["a.weight.quant_map"] * np.float32(2)
+    tensors["a.weight.absmax"] = np.zeros_like(tensors["a.weight.absmax"])
+    back = bnb.from_tensors("a.weight", tensors)
+    assert (back.absmax == np.float32(-1) * q.nested_absmax[0] + q.offset).all()
+    assert back.code.max() == 2
+
+
+def test_another_nested_blocksize_is_honoured(rng):
+    q = quantize(rng.standard_normal((64, 64)).astype(np.float32), double_quant=True)
+    tensors = bnb.to_tensors("a.weight", q)
+    key = "a.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(tensors[key].tobytes()) | {"nested_blocksize": 32}
+    tensors[key] = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    tensors["a.weight.nested_absmax"] = np.array([1, 2], np.float32)
+    back = bnb.from_tensors("a.weight", tensors)
+    plain = codebooks.dynamic8()[q.absmax_codes] * np.repeat(np.array([1, 2], np.float32), 32) + q.offset
+    assert back.absmax.tobytes() == plain.tobytes()
+
+
+def test_packed_bytes_may_be_stored_as_another_dtype(rng):
+    q = quantize(rng.standard_normal((64, 64)).astype(np.float32))
+    tensors = bnb.to_tensors("a.weight", q)
+    for stored in (q.packed.view(np.float32), BFloat16Array(q.packed.view(np.uint16)[:, None])):
+        assert bnb.from_tensors("a.weight", {**tensors, "a.weight": stored}).packed.tobytes() == q.packed.tobytes()
+
+
+def test_a_model_folder_comes_back(tmp_path):
+    model = tl.quantize_linears(tiny.model(), "nf4", 32)
+    ids = np.arange(12)[None] % 50
+    with tl.no_grad():
+        expected = model(ids).data
+    bnb.save(model, tmp_path / "four")
+    config = files.read_json(tmp_path / "four" / "config.json")["quantization_config"]
+    assert (
+        config["quant_method"] == "bitsandbytes"
+        and config["bnb_4bit_quant_type"] == "nf4"
+        and config["llm_int8_skip_modules"]
+    )
+    again = bnb.load(tmp_path / "four")
+    with tl.no_grad():
+        assert again(ids).data.tobytes() == expected.tobytes()
+    assert all(not p.requires_grad for p in again.parameters())
+    with pytest.raises(ValueError, match="quantized already"):
+        tl.Llama.from_pretrained(tmp_path / "four")
+
+
+def test_dense_weights_are_written_in_the_shortest_exact_form(tmp_path):
+    model = tl.quantize_linears(tl.Llama.from_pretrained("base"))  # stored in bfloat16
+    bnb.save(model, tmp_path / "a")
+    assert isinstance(files.load_folder(tmp_path / "a")["model.norm.weight"], BFloat16Array)
+    model.model.norm.weight.data += np.float32(1e-5)
+    bnb.save(model, tmp_path / "b")
+    assert files.load_folder(tmp_path / "b")["model.norm.weight"].dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda m, f: bnb.save(m, f), "no 4-bit layers"),
+        (lambda m, f: bnb.save(tl.quantize_linears(m, "int4"), f), "opens the codes nf4 and fp4"),
+        (lambda m, f: bnb.save(tl.quantize_linears(m, "nf4", 48), f), "in blocks of 48"),
+        (lambda m, f: bnb.save(tl.add_lora(tl.quantize_linears(m, "nf4")), f), "carries an adapter"),
+        (lambda m, f: (m.save_pretrained(f), bnb.load(f)), "no quantization_config"),
+    ],
+)
+def test_errors_are_sentences(call, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        call(tiny.model(), tmp_path / "x")
+
+
+def test_damaged_weights_are_refused_by_name(rng):
+    tensors = bnb.to_tensors("a.weight", quantize(rng.standard_normal((8, 64)).astype(np.float32)))
+    for spoil, words in (
+        ({"a.weight": tensors["a.weight"][:-1]}, "needs 256 bytes"),
+        ({"a.weight.absmax": tensors["a.weight.absmax"][:-1]}, "and 8 constants"),
+        ({"a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"{no", np.uint8)}, "damaged"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bnb.from_tensors("a.weight", {**tensors, **spoil})
+    with pytest.raises(ValueError, match="found 0"):
+        bnb.from_tensors("b.weight", dict(tensors))
+    del tensors["a.weight.absmax"]
+    with pytest.raises(ValueError, match="incomplete"):
+        bnb.from_tensors("a.weight", tensors)
+
+
+def folder(path, rng):
+    """A small checkpoint of no known architecture, in two files, bfloat16."""
+    tensors = {
+        "embeddings.word_embeddings.weight": rng.standard_normal((50, 64)),
+        "layer.0.dense.weight": rng.standard_normal((96, 64)),
+        "layer.0.norm.weight": rng.standard_normal(64),
+        "layer.1.dense.weight": rng.standard_normal((64, 96)),
+        "layer.1.router.weight": rng.standard_normal((4, 64)),
+        "lm_head.weight": rng.standard_normal((50, 64)),
+    }
+    tensors = {n: BFloat16Array(bfloat16_bits(w.astype(np.float32))) for n, w in tensors.items()}
+    names = list(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
+    for file, inside in parts.items():
+        files.save_safetensors(path / file, {n: tensors[n] for n in inside})
+    files.write_json(
+        path / "model.safetensors.index.json", {"weight_map": {n: f for f, inside in parts.items() for n in inside}}
+    )
+    files.write_json(path / "config.json", {"model_type": "something", "dtype": "bfloat16"})
+    files.write_text(path / "tokenizer.json", "{}")
+    return tensors
+
+
+def test_any_folder_can_be_quantized(tmp_path, rng):
+    tensors = folder(tmp_path / "in", rng)
+    done = bnb.quantize_folder(tmp_path / "in", tmp_path / "out", "nf4", 32, skip=("router",), progress=False)
+    assert sorted(done) == ["layer.0.dense.weight", "layer.1.dense.weight"]
+    written = files.load_folder(tmp_path / "out")
+    for name, w in tensors.items():
+        if name in done:
+            q = bnb.from_tensors(name, written)
+            assert q.dtype == "bfloat16" and q.packed.tobytes() == quantize(w, blocksize=32).packed.tobytes()
+        else:
+            assert written[name].bits.tobytes() == w.bits.tobytes()
+    config = files.read_json(tmp_path / "out" / "config.json")
+    assert config["quantization_config"]["llm_int8_skip_modules"] == [
+        "embeddings.word_embeddings",
+        "layer.1.router",
+        "lm_head",
+    ]
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    for source, target, words in (("in", "in", "overwrite"), ("out", "twice", "quantized already")):
+        with pytest.raises(ValueError, match=words):
+            bnb.quantize_folder(tmp_path / source, tmp_path / target, progress=False)
