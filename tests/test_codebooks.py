@@ -1,38 +1,19 @@
 """The codes against the published tables, bit for bit."""
 
 import math
-from statistics import NormalDist
 
 import numpy as np
 import pytest
 from goldens import QUANT
 
-from tinylora import codebooks
+from tinylora import codebooks, derivation
 
 
 def bits(x):
     return x.view(np.uint32).tolist()
 
 
-#: QLoRA appendix E as bitsandbytes holds it, float32 bit patterns
-NF4_BITS = [
-    0xBF800000,
-    0xBF3239B1,
-    0xBF066B30,
-    0xBECA32A0,
-    0xBE91A24D,
-    0xBE3D353F,
-    0xBDBA7871,
-    0x00000000,
-    0x3DA2FAFF,
-    0x3E24CAE3,
-    0x3E7C04DD,
-    0x3EAD033A,
-    0x3EE1A4B8,
-    0x3F1007AB,
-    0x3F3913B3,
-    0x3F800000,
-]
+NF4_BITS = list(codebooks.NF4_PUBLISHED)
 
 
 def test_nf4_equals_the_published_table_in_all_16_entries():
@@ -85,21 +66,6 @@ def test_bad_codes_get_a_sentence(code):
 
 
 # ------------------------------------------------------------------------------------------------ what breaks the published table
-def ulps(values):
-    """The distance of each value from the published one, in units in the last place."""
-    return (
-        np.asarray(values, np.float32).view(np.int32).astype(np.int64) - np.array(NF4_BITS, np.uint32).view(np.int32)
-    ).tolist()
-
-
-def quantiles(grid, offset=codebooks.NF4_OFFSET, precision=np.float32):
-    """NF4's recipe with another grid or offset, or with all that follows Φ⁻¹ in another precision."""
-    inverse = NormalDist().inv_cdf
-    positive, negative = (np.array([inverse(float(p)) for p in grid(offset, 0.5, n)[:-1]], precision) for n in (9, 8))
-    values = np.sort(np.concatenate([-negative, np.zeros(1, precision), positive]))
-    return (values / values.max()).astype(np.float32)
-
-
 @pytest.mark.parametrize(
     "change, expected",
     [
@@ -112,16 +78,14 @@ def quantiles(grid, offset=codebooks.NF4_OFFSET, precision=np.float32):
     ids=["as published", "np.linspace in float32", "np.linspace in float64", "divided in float64", "929/960 exactly"],
 )
 def test_each_deviation_from_the_recipe_misses_the_table(change, expected):
-    found = ulps(quantiles(**{"grid": codebooks.linspace_f32, **change}))
-    assert np.abs(found).tolist() == np.abs(expected).tolist()
+    probabilities, quantiles, values = derivation.recipe(**change)
+    assert derivation.ulps(values) == expected
+    assert len(probabilities) == len(quantiles) == 16
 
 
 def test_equation_4_as_printed_is_another_code():
     """q_i = ½(Q(i/(2^k+1)) + Q((i+1)/(2^k+1))): its first value is −∞; the 15 others are symmetric, with an exact 0."""
-    from scipy.special import ndtri
-
-    Q = ndtri(np.arange(18) / 17)
-    q = (Q[:16] + Q[1:17]) / 2
+    q = derivation.equation_4()
     assert q[0] == -np.inf and np.isfinite(q[1:]).all()
     assert np.abs(q[1:] + q[:0:-1]).max() < 1e-15 and abs(q[8]) < 1e-15 and round(float(q[15]), 3) == 1.376
     gap = np.abs(q[1:] / q[15] - codebooks.nf4()[1:]).max()

@@ -1,9 +1,10 @@
-"""The command line: finetune, generate, pretrain. `tinylora COMMAND --help` explains each command by what it does to a model.
+"""The command line: finetune, generate, quantize, nf4, pretrain. `tinylora COMMAND --help` says what each does to a model.
 
 Expected errors (a missing file, a value out of range, no GPU) are one sentence on stderr and exit status 2.
 """
 
 import argparse
+import os
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\ninterrupted; the last checkpoint is kept, and the same command goes on from it", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `tinylora … | head`: whoever read has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the flush at exit)
+        return 0
     except (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
         if args.traceback:
             raise
@@ -36,7 +40,7 @@ def _parser():
         description="LoRA and QLoRA, small enough to read. Every default is embedded: `tinylora finetune` needs no file and no network.",
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for add in (_finetune_parser, _generate_parser, _pretrain_parser):
+    for add in (_finetune_parser, _generate_parser, _quantize_parser, _nf4_parser, _pretrain_parser):
         add(commands)
     return parser
 
@@ -284,6 +288,139 @@ def _generate(args):
     for token in stream:
         print(decoder.decode(model.tokenizer.token_bytes(token)), end="", flush=True)
     print(decoder.decode(b"", final=True))
+
+
+# -------------------------------------------------------------------------------------------------------------------- quantize
+def _quantize_parser(commands):
+    from .survey import CODES
+
+    p = commands.add_parser(
+        "quantize",
+        help="what 4 bits do to a checkpoint's weights, and a 4-bit copy that transformers opens",
+        description="Measure every 4-bit code on the weights of a model folder (config.json and safetensors, any architecture),\n"
+        "tensor by tensor and at equal bits: the relative squared error, how evenly the code's values are used, how normal the\n"
+        "weights are (Shapiro-Wilk, row by row) and how many blocks hold an outlier. Beside them: normal weights, drawn and in theory.\n\n"
+        "With --out, also write the folder in 4 bits in bitsandbytes' format: transformers opens it, and so does\n"
+        "tinylora.interop.bitsandbytes.load; report.json and errors.svg lie beside it.",
+        epilog="examples:\n"
+        "  tinylora quantize base                                        the embedded model\n"
+        "  tinylora quantize my-model --out my-model-nf4                 measure, and write NF4 with double quantization\n"
+        "  tinylora quantize my-model --codes nf4 bof4 --blocksize 128   only two codes, in larger blocks\n",
+        formatter_class=_FORMAT,
+    )
+    p.set_defaults(run=_quantize)
+    p.add_argument(
+        "path", help="'base' (embedded) or a folder with config.json and model.safetensors (one file or several)"
+    )
+    p.add_argument(
+        "--codes",
+        nargs="+",
+        choices=tuple(CODES),
+        default=tuple(CODES),
+        metavar="CODE",
+        help=f"codes to measure ({' '.join(CODES)})",
+    )
+    p.add_argument("--blocksize", type=_positive, default=64, help="weights a block (64)")
+    p.add_argument(
+        "--no-double-quant", action="store_true", help="constants in float32 instead of 8 bits around their mean"
+    )
+    p.add_argument(
+        "--skip",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        help="leave weights whose name contains one of these as they are",
+    )
+    p.add_argument("--out", default=None, help="write the 4-bit folder here")
+    p.add_argument("--code", choices=("nf4", "fp4"), default="nf4", help="the code to write with (nf4)")
+    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
+
+
+def _quantize(args):
+    from tqdm import tqdm
+
+    from . import data, figures, files, survey
+    from .interop import bitsandbytes
+
+    folder = data.base_folder() if args.path == "base" else Path(args.path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{args.path}: expected 'base' or a folder with config.json and safetensors files")
+    double, blocksize = not args.no_double_quant, args.blocksize
+    if args.out:  # first what can be refused, then what takes long
+        done = bitsandbytes.quantize_folder(folder, args.out, args.code, blocksize, double, args.skip)
+    weights = {n: w for n, w in files.load_folder(folder).items() if bitsandbytes.is_linear_weight(n, w, args.skip)}
+    if not weights:
+        raise ValueError(
+            f"{args.path} holds no linear weights (matrices named *.weight that are neither embeddings nor lm_head)"
+        )
+    lines = [
+        survey.measure(n, w, args.codes, blocksize, double)
+        for n, w in tqdm(weights.items(), desc="measuring", disable=None)
+    ]
+    normal = survey.control(lines[0].shape, args.codes, blocksize, double)
+    print(survey.describe(lines, blocksize, normal))
+    if args.out:
+        out = Path(args.out)
+        about = {"path": args.path, "blocksize": blocksize, "double_quant": double, "control": normal.__dict__}
+        files.write_json(out / "report.json", survey.as_json(lines, **about))
+        bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
+        print(f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all else as it was")
+        if _can_draw():
+            figures.survey(lines, normal, out / "errors.svg")
+            print(f"figure: {out / 'errors.svg'}")
+
+
+def _can_draw():
+    """Whether matplotlib is there; says how to get it if not."""
+    from . import figures
+
+    try:
+        figures.require_matplotlib()
+    except RuntimeError as error:
+        print(f"no figure: {error}")
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------------------------- nf4
+def _nf4_parser(commands):
+    p = commands.add_parser(
+        "nf4",
+        help="build NF4 step by step, and say what it is optimal for",
+        description="Build the NF4 code from normal quantiles, step by step, with the bit patterns of all 16 values beside the published\n"
+        "ones; then what breaks the table; then what NF4 costs for normal weights in blocks of 16 to 4096, and how much that lies\n"
+        "above the best code with the same -1, 0 and 1 (exact to the digits printed, by quadrature). The figure shows both.",
+        epilog="examples:\n  tinylora nf4\n  tinylora nf4 --blocksizes 12 64 69 453 --figure none\n",
+        formatter_class=_FORMAT,
+    )
+    p.set_defaults(run=_nf4)
+    p.add_argument(
+        "--blocksizes",
+        nargs="+",
+        type=_positive,
+        default=None,
+        metavar="I",
+        help="blocks for the table (16 32 ... 4096)",
+    )
+    p.add_argument(
+        "--figure", default=None, metavar="FILE", help="where to draw (nf4.svg if matplotlib is installed), or none"
+    )
+    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
+
+
+def _nf4(args):
+    from . import derivation, figures
+
+    print(derivation.construction(), derivation.deviations(), sep="\n\n")
+    print("\n" + derivation.optimality_table(*([args.blocksizes] if args.blocksizes else [])))
+    if args.figure == "none":
+        return
+    if args.figure:
+        figures.require_matplotlib()
+    if args.figure or _can_draw():
+        path = args.figure or "nf4.svg"
+        figures.save(figures.nf4_excess(), path)
+        print(f"\nfigure: {path}")
 
 
 # -------------------------------------------------------------------------------------------------------------------- pretrain

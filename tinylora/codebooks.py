@@ -22,6 +22,12 @@ import numpy as np
 #: digits, the mean of half a bin of 16 and half a bin of 15 (the code's positive side has 8 steps and its negative side 7).
 NF4_OFFSET = 0.9677083
 
+#: The float32 bit patterns of NF4 as published (QLoRA, appendix E; bitsandbytes' table), to compare with and never to compute from.
+NF4_PUBLISHED = (
+    0xBF800000, 0xBF3239B1, 0xBF066B30, 0xBECA32A0, 0xBE91A24D, 0xBE3D353F, 0xBDBA7871, 0x00000000,
+    0x3DA2FAFF, 0x3E24CAE3, 0x3E7C04DD, 0x3EAD033A, 0x3EE1A4B8, 0x3F1007AB, 0x3F3913B3, 0x3F800000,
+)  # fmt: skip
+
 
 def linspace_f32(start, stop, n):
     """n evenly spaced float32 values as torch.linspace makes them: from both ends towards the middle, with a fused multiply-add.

@@ -141,6 +141,13 @@ def max_pdf(m, blocksize, law=Normal()):  # noqa: B008
     return 2 * I * law.pdf(m) * np.exp((I - 1) * np.log1p(-law.tail(m)))
 
 
+def max_quantile(probability, blocksize, law=Normal()):  # noqa: B008
+    """F_M⁻¹(p): the m that the largest magnitude of a block stays below with probability p. -> float"""
+    if not 0 < probability < 1:
+        raise ValueError(f"max_quantile: probability = {probability}, expected between 0 and 1")
+    return _solve_log(lambda m: max_cdf(m, blocksize, law) - probability)
+
+
 def expected_max(blocksize, power=1, law=Normal()):  # noqa: B008
     """E[Mᵖ] of a block's largest magnitude M, by which QLoRA §3 rescales as if it were one number. -> float"""
     return block_law(blocksize, law).atom(power) * blocksize

@@ -5,5 +5,6 @@
 
 from .style import canvas, require_matplotlib, save
 from .training import comparison
+from .weights import survey
 
-__all__ = ["canvas", "comparison", "require_matplotlib", "save"]
+__all__ = ["canvas", "comparison", "require_matplotlib", "save", "survey"]

@@ -1,0 +1,178 @@
+"""What 4 bits do to real weights: error and usage of every code at equal bits, tensor by tensor, and how normal the weights are.
+
+    relative squared error  Σ (w − ŵ)² / Σ w²          for normal weights this is E(W − Ŵ)² of `optimality`, .00846 for NF4 in blocks of 64
+    usage                   H = −Σ P log₂ P in bits, P the shares of the code's values
+    normal                  the share of rows (output neurons) that Shapiro and Wilk's test does not reject at 5 % (QLoRA, appendix F).
+                            Normal rows pass at 95 %. The test's power grows with the length of a row, so lengths must be alike to compare
+    outliers                the share of blocks whose largest |w| exceeds F_M⁻¹(0.95)·σ_b, σ_b the block's own deviation (BOF4, eq. 9)
+
+All codes are compared at equal bits: 4 a weight, the same blocks, the same form of the constants. A line of normal weights, drawn with a
+fixed seed and measured in the same way, stands beside the real ones: what differs from it is what is not normal.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from . import codebooks, optimality
+from .dtypes import as_float32
+from .quant import quantize
+
+#: {name: (the code for a block size, whether absmax is signed)}
+CODES = {
+    **{name: (lambda _, name=name: name, False) for name in ("nf4", "fp4", "fp4_e2m1", "int4", "sf4")},
+    "af4": (codebooks.af4, False),
+    "bof4_mae": (lambda I: codebooks.bof4(I, "mae"), False),
+    "bof4": (codebooks.bof4, False),
+    "bof4_s": (lambda I: codebooks.bof4(I, signed=True), True),
+}
+
+_ROWS, _LENGTH = 48, 4096  # rows tested for normality, and values of each
+
+
+@dataclass
+class Line:
+    """What was measured on one tensor."""
+
+    name: str
+    shape: tuple
+    normal: float
+    outliers: float
+    error: dict = field(default_factory=dict)  # code -> relative squared error
+    usage: dict = field(default_factory=dict)  # code -> shares of its values, ascending
+    bits: float = 0.0
+
+    def entropy(self, code):
+        """H of a code's usage, in bits."""
+        p = np.array(self.usage[code])
+        return float(-(p[p > 0] @ np.log2(p[p > 0])))
+
+
+def measure(name, w, codes=tuple(CODES), blocksize=64, double_quant=True):
+    """One tensor under every code -> Line. w (out, in), any float dtype."""
+    w = np.ascontiguousarray(as_float32(w)[0])
+    line = Line(name, tuple(w.shape), normality(w), outlier_blocks(w, blocksize))
+    power = float(np.square(w, dtype=np.float64).sum()) or 1.0
+    for code in codes:
+        make, signed = CODES[code]
+        q = quantize(w, make(blocksize), blocksize, double_quant, name=name, signed=signed)
+        line.error[code] = float(np.square(q.dequantize("float32") - w, dtype=np.float64).sum() / power)
+        counts = np.bincount(q.indices().reshape(-1), minlength=len(q.code)).astype(np.float64)
+        values, first = np.unique(q.code, return_inverse=True)  # fp4 has two zeros
+        line.usage[code] = (np.bincount(first, counts, len(values)) / w.size).tolist()
+        line.bits = q.bits_per_param
+    return line
+
+
+def normality(w):
+    """The share of rows that Shapiro and Wilk's test does not reject at 5 %: of up to 48 rows, 4,096 values each. NaN for short rows."""
+    import warnings
+
+    from scipy.stats import shapiro
+
+    rows = w[np.linspace(0, len(w) - 1, min(len(w), _ROWS)).astype(int), :_LENGTH].astype(np.float64)
+    if rows.shape[1] < 8:
+        return float("nan")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constant rows: not normal, and no reason to say so 48 times
+        return float(np.mean([shapiro(row).pvalue > 0.05 and np.ptp(row) > 0 for row in rows]))
+
+
+def outlier_blocks(w, blocksize):
+    """The share of whole blocks whose largest |w| exceeds F_M⁻¹(0.95)·σ_b (BOF4 eq. 9)."""
+    blocks = w.reshape(-1)[: w.size // blocksize * blocksize].reshape(-1, blocksize)
+    if blocksize < 2 or len(blocks) == 0:
+        return float("nan")
+    limit = optimality.max_quantile(0.95, blocksize) * blocks.std(axis=1, ddof=1)
+    return float((np.abs(blocks).max(axis=1) > limit).mean())
+
+
+def control(like, codes=tuple(CODES), blocksize=64, double_quant=True):
+    """The same measurement on normal weights in the shape of a line's tensor, at most 2²⁰ of them. The seed is fixed."""
+    out, width = like
+    w = np.random.default_rng(0).standard_normal((max(min(out, (1 << 20) // width), 1), width), dtype=np.float32)
+    return measure("normal weights, drawn", w, codes, blocksize, double_quant)
+
+
+def mean(lines):
+    """All tensors as one: errors weighted by the number of weights. -> Line"""
+    n = np.array([np.prod(line.shape) for line in lines], np.float64)
+
+    def average(values):
+        values = np.asarray(values, np.float64)
+        known = ~np.isnan(values)
+        return float((values * n)[known].sum() / n[known].sum()) if known.any() else float("nan")
+
+    total = Line(
+        "mean over weights", (int(n.sum()),), average([x.normal for x in lines]), average([x.outliers for x in lines])
+    )
+    for code in lines[0].error:
+        total.error[code] = average([x.error[code] for x in lines])
+        total.usage[code] = np.average([x.usage[code] for x in lines], axis=0, weights=n).tolist()
+    total.bits = average([x.bits for x in lines])
+    return total
+
+
+def theory(codes, blocksize):
+    """{code: E(W − Ŵ)²} for normal weights and exact constants, by quadrature."""
+    values = {code: (CODES[code][0](blocksize), CODES[code][1]) for code in codes}
+    return {
+        code: optimality.expected_error(codebooks.get(q)[1] if isinstance(q, str) else q, blocksize, 2, signed)
+        for code, (q, signed) in values.items()
+    }
+
+
+def describe(lines, blocksize, normal=None):
+    """The two tables: errors, with the smallest of each line marked, and usage."""
+    codes = list(lines[0].error)
+    total = mean(lines)
+    below = [total, *([normal] if normal else [])]
+    name, width = max(len(x.name) for x in [*lines, *below]), 10
+    head = f"{'':<{name}}  {'shape':>12}  {'normal':>7}  {'outliers':>8}  "
+
+    def share(x):
+        return f"{100 * x:.1f} %" if x == x else "-"
+
+    def row(line):
+        best = min(line.error.values())
+        cells = (f"{line.error[c]:.5f}{'*' if line.error[c] == best else ' '}".rjust(width) for c in codes)
+        shape = "x".join(map(str, line.shape))
+        return f"{line.name:<{name}}  {shape:>12}  {share(line.normal):>7}  {share(line.outliers):>8}  {''.join(cells)}"
+
+    def usage(line):
+        return f"{line.name:<{name}}  " + "".join(f"{line.entropy(c):.3f}".rjust(width) for c in codes)
+
+    columns = "".join(f"{c} ".rjust(width) for c in codes)
+    text = [
+        f"relative squared error at equal bits: {total.bits:.3f} a weight, constants counted (* the smallest)",
+        head + columns,
+        *(row(line) for line in lines),
+        "",
+        *(row(line) for line in below),
+    ]
+    if blocksize >= 2:
+        expected = theory(codes, blocksize)
+        label = f"normal weights, by quadrature, exact constants{'':<{name}}"
+        text.append(f"{label[: len(head)]:<{len(head)}}" + "".join(f"{expected[c]:.5f} ".rjust(width) for c in codes))
+    text += ["", "usage: entropy of the code's values in bits, at most log2 of their number"]
+    text += [f"{'':<{name}}  " + "".join(c.rjust(width) for c in codes), *(usage(line) for line in [*lines, *below])]
+    return "\n".join(text)
+
+
+def as_json(lines, **about):
+    """Everything measured, for report.json."""
+    return {**about, "tensors": [asdict(line) for line in lines]}
+
+
+__all__ = [
+    "CODES",
+    "Line",
+    "as_json",
+    "control",
+    "describe",
+    "mean",
+    "measure",
+    "normality",
+    "outlier_blocks",
+    "theory",
+]
