@@ -78,6 +78,14 @@ def test_large_inputs_cross_the_chunks(rng):
         assert same(part.absmax, q.absmax[start // 64 : (start + step) // 64 + (start + step > len(w))])
 
 
+@pytest.mark.parametrize("blocksize", [64, 7, 100_000, None])
+def test_dequantizing_crosses_the_chunks(blocksize, rng):
+    w = rng.standard_normal(int(rng.integers(300_000, 400_000))).astype(np.float32)
+    q = quantize(w, "fp4", blocksize)
+    expected = q.code[q.indices()] * np.repeat(q.absmax, q.blocksize)[: len(w)]
+    assert q.dequantize().tobytes() == expected.tobytes()
+
+
 def test_bits_per_parameter_of_a_large_layer(rng):
     w = rng.standard_normal((4096, 4096)).astype(np.float32)
     assert quantize(w).bits_per_param == 4.5
@@ -85,6 +93,9 @@ def test_bits_per_parameter_of_a_large_layer(rng):
     assert q.nbytes == w.size // 2 + w.size // 64 + w.size // 64 // 256 * 4 + 4
     assert round(q.bits_per_param, 3) == 4.127
     assert q.size == 4096 * 4096 and q.shape == (4096, 4096)
+    saved = 0.5 - (8 / 64 + 32 / (64 * 256))  # QLoRA §3: 0.373 bits a weight, about 3 GB for a 65B model
+    assert saved == 0.373046875 and round(saved * 65.286e9 / 8 / 1e9, 2) == 3.04
+    assert abs((4.5 - q.bits_per_param) - saved) <= 32 / q.size  # the one mean
 
 
 def test_double_quantization_restores_absmax_closely(rng):

@@ -411,8 +411,8 @@ def _nf4_parser(commands):
 def _nf4(args):
     from . import derivation, figures
 
-    print(derivation.construction(), derivation.deviations(), sep="\n\n")
-    print("\n" + derivation.optimality_table(*([args.blocksizes] if args.blocksizes else [])))
+    table = derivation.optimality_table(*([args.blocksizes] if args.blocksizes else []))
+    print(derivation.construction(), derivation.deviations(), table, sep="\n\n")
     if args.figure == "none":
         return
     if args.figure:

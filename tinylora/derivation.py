@@ -91,7 +91,7 @@ def optimality_table(blocksizes=_BLOCKSIZES):
         for power in (2, 1):
             cost = optimality.expected_error(nf4, I, power)
             best = optimality.expected_error(optimality.optimal_code(I, power), I, power)
-            cells.append(f"{cost:15.7f}  {cost / best - 1:7.2%}")
+            cells.append(f"{cost:15.7f}  {cost / best - 1:7.3%}")
         lines.append("  ".join([*cells, f"{optimality.entropy(nf4, I):12.4f}"]))
     return "\n".join(lines)
 

@@ -50,23 +50,19 @@ def signed_absmax(flat, absmax, blocksize):
     return np.where(positive, absmax, -absmax)
 
 
-def _largest(flat, blocksize, maximum=np.maximum):
-    """max |w| a block, with NaN as `maximum` treats it. (blocks,)"""
-    if len(flat) == 0:
-        return np.zeros(0, np.float32)
-    step = max(_CHUNK // blocksize, 1) * blocksize
-    return np.concatenate(
-        [
-            maximum.reduceat(np.abs(flat[i : i + step]), np.arange(0, len(flat[i : i + step]), blocksize))
-            for i in range(0, len(flat), step)
-        ]
-    )
-
-
 # ------------------------------------------------------------------------------------------------------------------------- CPU
 def cpu_absmax(flat, blocksize):
-    """max |w| a block; NaN if the block holds one. A last partial block is clamped to 1e-38, and stored so."""
-    out = _largest(flat, blocksize)
+    """max |w| a block; NaN if the block holds one. A last partial block is clamped to 1e-38, and stored so.
+
+    Taken from the bit patterns without their sign bits: they are ordered as the magnitudes are, NaN above all, and compare faster.
+    """
+    out, bits = np.empty(-(-len(flat) // blocksize), np.uint32), flat.view(np.uint32)
+    step = max(_CHUNK // blocksize, 1) * blocksize
+    for i in range(0, len(flat), step):
+        part = bits[i : i + step] & np.uint32(0x7FFFFFFF)
+        starts = np.arange(0, len(part), blocksize)
+        np.maximum.reduceat(part, starts, out=out[i // blocksize :][: len(starts)])
+    out = out.view(np.float32)
     if len(flat) % blocksize:
         out[-1] = np.maximum(out[-1], _LEAST)
     return out
@@ -158,7 +154,9 @@ def _flush(x):
 
 def cuda_absmax(flat, blocksize):
     """max |w| a block as fmaxf takes it: NaN does not count. A block of nothing but NaN keeps the start value −FLT_MAX, or 0 if partial."""
-    out = _flush(_largest(flat, blocksize, np.fmax))
+    if len(flat) == 0:
+        return np.zeros(0, np.float32)
+    out = _flush(np.fmax.reduceat(np.abs(flat), np.arange(0, len(flat), blocksize)))
     nothing = np.isnan(out)
     out[nothing] = -np.finfo(np.float32).max
     if len(flat) % blocksize and nothing[-1]:
