@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from tinylora import cli, codebooks, derivation, files, optimality, quantize, survey
 from tinylora.interop import bitsandbytes
@@ -95,6 +96,40 @@ def test_quantize_writes_a_folder_that_opens(folder, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [t["name"] for t in report["tensors"]] == ["a.weight"] and len(report["tensors"][0]["usage"]["nf4"]) == 16
     assert (tmp_path / "out" / "errors.svg").read_text().startswith("<?xml")
+
+
+def test_a_4_bit_folder_is_a_base_for_generating_and_fine_tuning(tmp_path, capsys):
+    """What quantize wrote computes what quantizing on the fly computes."""
+    tiny.model().save_pretrained(tmp_path / "model", dtype="float32")
+    assert run("quantize", tmp_path / "model", "--codes", "nf4", "--out", tmp_path / "four") == 0
+    capsys.readouterr()
+    texts = []
+    for arguments in (["--model", tmp_path / "four"], ["--model", tmp_path / "model", "--quantize", "nf4"]):
+        assert run("generate", *arguments, "--prompt", "word", "--max-new-tokens", 20) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    (tmp_path / "text.txt").write_text("A word that was made for a test, and means nothing else.\n\n" * 50)
+    job = [
+        "finetune",
+        "--model",
+        tmp_path / "four",
+        "--text",
+        tmp_path / "text.txt",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--seq-len",
+        32,
+        "-r",
+        2,
+    ]
+    assert run(*job, "--out", tmp_path / "run") == 0
+    capsys.readouterr()
+    assert run("generate", "--model", tmp_path / "four", "--quantize", "nf4") == 2
+    assert run(*job, "--method", "full", "--out", tmp_path / "full") == 2
+    err = capsys.readouterr().err
+    assert "is in 4 bits already" in err and "is stored in nf4; the method 'full' starts from dense weights" in err
 
 
 @pytest.mark.parametrize(

@@ -268,12 +268,14 @@ def _generate(args):
     import codecs
 
     from . import files
+    from .interop.bitsandbytes import open_model
     from .interop.peft import load_adapter
-    from .llama import Llama
-    from .nn import quantize_linears
+    from .nn import Linear4bit, quantize_linears
 
-    model = Llama.from_pretrained(args.model)
+    model = open_model(args.model)
     if args.quantize != "none":
+        if any(isinstance(layer, Linear4bit) for _, layer in model.named_modules()):
+            raise ValueError(f"{args.model} is in 4 bits already; leave --quantize out")
         quantize_linears(model, args.quantize)
     if args.adapter:
         load_adapter(model, args.adapter)

@@ -17,10 +17,10 @@ import numpy as np
 
 from . import backend, data, files, lora
 from .corpus import Text, read_corpus, read_text
-from .interop import peft
-from .llama import Llama
+from .interop import bitsandbytes, peft
 from .nn import STORED, quantize_linears
 from .paging import Pager
+from .quant import QuantizedTensor
 from .tensor import Tensor
 from .train import Recipe, bits_per_byte, check_run, fit
 
@@ -89,9 +89,15 @@ class Report:
 def prepare(job, seed=0):
     """The model of a job, on its device: loaded, quantized, with LoRA on it, frozen except for what is to be trained."""
     backend.module_for(job.device)  # a missing GPU is said before anything is read
-    model = Llama.from_pretrained(job.model)
+    model = bitsandbytes.open_model(job.model, job.compute_dtype)
     _, code, adapt = METHODS[job.method]
-    if code:
+    stored = {w.code_name for _, w in model.named_weights() if isinstance(w, QuantizedTensor)}
+    if stored:
+        if stored != {code}:
+            raise ValueError(
+                f"{job.model} is stored in {', '.join(stored)}; the method {job.method!r} starts from {code or 'dense weights'}"
+            )
+    elif code:
         quantize_linears(model, code, job.blocksize, double_quant=True, compute_dtype=job.compute_dtype)
     if adapt:
         backend.seed([seed, 1])  # the adapters' start

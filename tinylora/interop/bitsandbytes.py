@@ -172,6 +172,14 @@ def load(folder, compute_dtype="float32"):
     return model.requires_grad_(False)
 
 
+def open_model(path, compute_dtype="float32"):
+    """A Llama from "base", from a dense folder (as from_pretrained), or from a 4-bit folder (as load)."""
+    config = Path(path) / "config.json"
+    if str(path) != "base" and config.is_file() and files.read_json(config).get("quantization_config"):
+        return load(path, compute_dtype)
+    return Llama.from_pretrained(path)
+
+
 # ------------------------------------------------------------------------------------------------------------ any folder
 def is_linear_weight(name, w, skip=()):
     """Whether a tensor of a checkpoint is the weight of a linear layer, as far as its name and shape tell."""
@@ -227,4 +235,13 @@ def quantize_folder(
     return done
 
 
-__all__ = ["from_tensors", "is_linear_weight", "load", "quantization_config", "quantize_folder", "save", "to_tensors"]
+__all__ = [
+    "from_tensors",
+    "is_linear_weight",
+    "load",
+    "open_model",
+    "quantization_config",
+    "quantize_folder",
+    "save",
+    "to_tensors",
+]
