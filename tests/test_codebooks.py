@@ -116,7 +116,7 @@ def test_normal_float_has_the_form_of_nf4_in_any_width():
     for k in range(2, 9):
         code = codebooks.normal_float(k)
         assert ((code < 0).sum(), (code == 0).sum(), (code > 0).sum()) == (2 ** (k - 1) - 1, 1, 2 ** (k - 1))
-        assert (np.diff(code) > 0).all() and code[0] == (-1 if k > 2 else code[0]) and code[-1] == 1
+        assert (np.diff(code) > 0).all() and code[0] == -1 and code[-1] == 1
 
 
 def test_every_named_code_has_16_values_or_fewer_and_reaches_one():

@@ -421,7 +421,7 @@ def _nf4(args):
         figures.require_matplotlib()
     if args.figure or _can_draw():
         path = args.figure or "nf4.svg"
-        figures.save(figures.nf4_excess(), path)
+        figures.save(figures.nf4_optimal_for(args.blocksizes), path)
         print(f"\nfigure: {path}")
 
 

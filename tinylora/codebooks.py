@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 
 #: Where the outermost NF4 quantile lies. bitsandbytes states the number without its origin; it equals 1 − ½(1/32 + 1/30) cut to seven
-#: digits, the mean of half a bin of 16 and half a bin of 15 (the code's positive side has 8 steps and its negative side 7).
+#: digits: the mean of half a bin of 16 (where a symmetric code of 16 values ends) and half a bin of 15 (where one with a 0 among them does).
 NF4_OFFSET = 0.9677083
 
 #: The float32 bit patterns of NF4 as published (QLoRA, appendix E; bitsandbytes' table), to compare with and never to compute from.
@@ -93,10 +93,10 @@ def nf4():
 
 
 def normal_float(bits=4, offset=None):
-    """NormalFloat of 2 to 8 bits: 2^(k−1) − 1 negative quantiles, 0, and 2^(k−1) positive ones (QLoRA §3). (2^k,) float32, ascending.
+    """NormalFloat of k = 2 to 8 bits: 2^(k−1) − 1 negative quantiles, 0, and 2^(k−1) positive ones (QLoRA §3). (2^k,) float32, ascending.
 
-    offset    the outermost probability. By default 1 − ½(1/2^(k+1) + 1/(2^(k+1) − 2)), the rule behind NF4's, whose published seven
-              digits are taken for k = 4, so that normal_float(4) is nf4() to the bit
+    offset    the outermost probability. By default 1 − ½(1/2^(k+1) + 1/(2^(k+1) − 2)), the rule that NF4's number follows, carried
+              over to k bits here; for k = 4 the published seven digits are taken, so that normal_float(4) is nf4() to the bit
     """
     if bits not in range(2, 9):
         raise ValueError(f"normal_float: bits = {bits!r}, expected 2 to 8")

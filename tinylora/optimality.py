@@ -19,7 +19,7 @@ drawn at random. Stated bound on errors and usage: 1e-12 absolute (1e-11 for `St
 kinks). Tests double the nodes, for blocks of 2 to 2²⁴, and compare with mpmath.
 
 `optimal_code` solves ∂E/∂q = 0 (the centroid condition for p = 2, the median for p = 1; BOF4 eq. 5 and 7) by Newton's method, whose
-matrix is tridiagonal, falling back to Lloyd's step wherever Newton's would not lower the error.
+matrix is tridiagonal; the step is damped, and Lloyd's is taken instead, where Newton's would not lower the error.
 
 This file needs arrays and scipy.special; codes come in as arrays (`codebooks.nf4()`), ascending or not.
 """
@@ -195,12 +195,12 @@ def affine_error(blocksize, power=2, levels=16, law=Normal(), order=6):  # noqa:
     I = _blocksize(blocksize)
     hi = _solve_log(lambda m: log(1e-12) - np.log(I * law.tail(m) + 1e-300))
     x, w = np.polynomial.legendre.leggauss(order)
-    edges = np.linspace(-hi, hi, 2 * ceil(hi / 0.4) + 1)
+    edges = np.linspace(
+        -np.arcsinh(hi), np.arcsinh(hi), 2 * ceil(np.arcsinh(hi) / 0.1) + 1
+    )  # s = sinh u reaches far tails
     half = np.diff(edges)[:, None] / 2
-    s, ds = (
-        ((edges[:-1, None] + half) + half * x).reshape(-1),
-        np.broadcast_to(half * w, (len(half), order)).reshape(-1),
-    )
+    u = ((edges[:-1, None] + half) + half * x).reshape(-1)
+    s, ds = np.sinh(u), (half * w).reshape(-1) * np.cosh(u)
     a, b = np.meshgrid(s, s, indexing="ij")
     keep = b > a
     a, b, area = a[keep], b[keep], np.outer(ds, ds)[keep]
@@ -294,7 +294,8 @@ def optimal_code(
                than below (the same number, for signed)
     zero_cell  False: 0 has no cell of its own, its neighbours' cells meet there. With power=1, of="normalized" this is AF4 as released
 
-    For a given number of values between the pins the optimum found does not depend on the start (a test tries random ones).
+    For normal weights, and a given number of values between the pins, the optimum found does not depend on the start (a test tries random
+    ones). For heavy-tailed laws several codes can be stationary; which one is found then depends on the start.
     """
     pins = sorted(float(p) for p in pins or ())
     q = _default_start(levels, pins, signed) if start is None else np.unique(np.asarray(start, np.float64))
@@ -336,40 +337,38 @@ def _default_start(levels, pins, signed):
 
 
 def _minimize(q, free, block, power, signed, k, zero_cell):
-    """Newton's method on the free values, with Lloyd's step as the fallback; ascending order is kept throughout."""
-    q = q.copy()
-    for _ in range(500):
+    """Newton's method on the free values, damped where a whole step would leave the order or raise the error, else Lloyd's step."""
+    q, before = q.copy(), np.inf
+    for _ in range(200):
         gradient, hessian, lloyd, error = _derivatives(q, block, power, signed, k, zero_cell)
-        H = hessian[np.ix_(free, free)]
-        step = np.zeros_like(q)
-        newton = _is_positive(H)
-        if newton:
-            step[free] = np.linalg.solve(H, -gradient[free])
-            newton = _ascending(q + step, block.edge) and _descends(q + step, error, block, power, signed, k, zero_cell)
-        if not newton:
-            step = np.where(free, lloyd - q, 0.0)
+        move = free & ~((np.abs(q) == block.edge) & (q * gradient <= 0))  # the median may be the atom at ±1 itself
+        newton, step, whole = np.zeros_like(q), np.where(move, lloyd - q, 0.0), False
+        newton[move] = np.linalg.solve(_positive(hessian[np.ix_(move, move)]), -gradient[move])
+        for damping in (1.0, 0.5, 0.25, 0.125):
+            new = q + damping * newton
+            if _ascending(new, block.edge) and (
+                not zero_cell or _error(new, block, power, signed, k) <= error * (1 + 1e-10)
+            ):
+                step, whole = new - q, damping == 1
+                break
         q = q + step
-        if np.abs(step).max() < 1e-13:
+        size = np.abs(step / np.maximum(np.abs(q), 1)).max()
+        if size < 1e-13 or (whole and before / 2 < size < 1e-7):  # converged, or down to rounding errors
             return q
-    if np.abs(step).max() > 1e-10:
-        raise ArithmeticError("optimal_code: no convergence in 500 steps")
-    return q
+        before = size if whole else np.inf
+    raise ArithmeticError("optimal_code: no convergence in 200 steps; try another start")
 
 
-def _is_positive(H):
-    try:
-        np.linalg.cholesky(H)
-    except np.linalg.LinAlgError:
-        return False
-    return True
+def _positive(H):
+    """H with its eigenvalues replaced by their magnitudes, so that Newton's step goes down also where the error is not convex."""
+    values, vectors = np.linalg.eigh(H)
+    if values[0] > 0:
+        return H
+    return (vectors * np.maximum(np.abs(values), 1e-6 * np.abs(values).max())) @ vectors.T
 
 
 def _ascending(q, edge):
     return bool((np.diff(q) > 0).all() and abs(q[0]) <= edge and abs(q[-1]) <= edge)
-
-
-def _descends(q, error, block, power, signed, k, zero_cell):
-    return not zero_cell or _error(q, block, power, signed, k) <= error + 1e-15
 
 
 def _derivatives(q, block, power, signed, k, zero_cell):
@@ -394,10 +393,12 @@ def _derivatives(q, block, power, signed, k, zero_cell):
     else:
         below, above = at_values[0] - at_edges[0, :-1], at_edges[0, 1:] - at_values[0]
         gradient = below - above
-        gradient[-1] += -top if q[-1] < 1 else 0.0
-        gradient[0] += bottom if q[0] > -1 else 0.0
+        gradient[-1] -= top  # from the left; at 1 itself the atom pulls no further
+        gradient[0] += bottom
         own = block.density(q, k)
-        lloyd = np.clip(q - gradient / (2 * own), (q + edges[:-1]) / 2, (q + edges[1:]) / 2)
+        low, high = (q + edges[:-1]) / 2, (q + edges[1:]) / 2
+        low[0], high[-1] = edges[0], edges[-1]
+        lloyd = np.clip(q - gradient / (2 * own), low, high)
         diagonal, beside = 2 * own, -moves * density
     hessian = np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1)
     hessian[np.arange(len(q) - 1), np.arange(len(q) - 1)] += beside

@@ -253,5 +253,6 @@ def quantize_constants(absmax, offset=None, code=None, rule=CPU):
     """absmax -> DoubleQuantized: subtract the mean (or `offset`), then blockwise 8 bits in blocks of 256 (QLoRA §3)."""
     mean = (torch_mean(absmax) if len(absmax) else np.float32(0)) if offset is None else np.float32(offset)
     code = codebooks.get_nested("dynamic8") if code is None else code
-    codes, nested = rule.quantize_8bit(absmax - mean, code, NESTED_BLOCKSIZE)
+    with np.errstate(all="ignore"):  # equal constants leave a block of zeros, and 1/0
+        codes, nested = rule.quantize_8bit(absmax - mean, code, NESTED_BLOCKSIZE)
     return DoubleQuantized(codes, nested, mean, code)
