@@ -19,7 +19,7 @@ from functools import cache
 import numpy as np
 
 #: Where the outermost NF4 quantile lies. bitsandbytes states the number without its origin; it equals 1 − ½(1/32 + 1/30) cut to seven
-#: digits: the mean of half a bin of 16 (where a symmetric code of 16 values ends) and half a bin of 15 (where one with a 0 among them does).
+#: digits: the mean of half a bin of 16 (where a symmetric code of 16 values ends) and half a bin of 15 (where one with a 0 ends).
 NF4_OFFSET = 0.9677083
 
 #: The float32 bit patterns of NF4 as published (QLoRA, appendix E; bitsandbytes' table), to compare with and never to compute from.
