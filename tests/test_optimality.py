@@ -333,6 +333,8 @@ def test_student_weights_rank_the_codes_otherwise():
         (lambda: expected_error(NF4, 64, of="x"), "'weights' or 'normalized'"),
         (lambda: optimal_code(64, start=NF4, pins=(0.5,)), "contain the pins"),
         (lambda: optimal_code(64, pins=None, zero_cell=False), "needs 0 among the pins"),
+        (lambda: optimal_code(64, law=laws.Outlier(6)), "all weights are alike"),
+        (lambda: optimality.affine_error(64, law=laws.Outlier(6)), "all weights are alike"),
         (lambda: laws.StudentT(2), "more than 2"),
         (lambda: laws.ScaleMixture((1, 2), (1,)), "as many probabilities"),
         (lambda: laws.Outlier(0), "k = 0"),

@@ -31,7 +31,19 @@ __all__ = ["AdamW", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "Q
 
 def __getattr__(name):
     """Heavier rooms are opened when they are asked for: tinylora.interop, tinylora.train, …"""
-    if name in ("interop", "train", "corpus", "finetune", "pretrain", "figures", "data", "laws", "optimality"):
+    if name in (
+        "interop",
+        "train",
+        "corpus",
+        "finetune",
+        "pretrain",
+        "figures",
+        "data",
+        "laws",
+        "optimality",
+        "survey",
+        "derivation",
+    ):
         import importlib
 
         return importlib.import_module(f"{__name__}.{name}")

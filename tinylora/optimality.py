@@ -101,13 +101,22 @@ def _outlier_block(I, law, order):
 
 def line_law(law=Normal()):  # noqa: B008
     """The law of one weight, not divided by anything, on the whole line -> Block with one node."""
-    return Block(law, np.ones(1), np.ones(1), np.zeros(1), (), np.inf)
+    return Block(_iid(law), np.ones(1), np.ones(1), np.zeros(1), (), np.inf)
 
 
 def _blocksize(blocksize):
     if not isinstance(blocksize, (int, np.integer)) or blocksize < 2:
         raise ValueError(f"blocksize = {blocksize!r}, expected a whole number, 2 or more")
     return int(blocksize)
+
+
+def _iid(law):
+    """The law itself, if the weights of a block are alike under it."""
+    if isinstance(law, Outlier):
+        raise ValueError(
+            "Outlier: expected a law under which all weights are alike; it serves for errors, usage, entropy and expected_max"
+        )
+    return law
 
 
 def _solve_log(g):
@@ -132,13 +141,13 @@ def _nodes(lo, hi, order):
 # --------------------------------------------------------------------------------------------------------- the block maximum
 def max_cdf(m, blocksize, law=Normal()):  # noqa: B008
     """F_M(m) = P(|W| ≤ m)ᴵ (BOF4 eq. 11). m (…) -> (…)."""
-    return np.exp(_blocksize(blocksize) * np.log1p(-law.tail(m)))
+    return np.exp(_blocksize(blocksize) * np.log1p(-_iid(law).tail(m)))
 
 
 def max_pdf(m, blocksize, law=Normal()):  # noqa: B008
     """p_M(m) = 2 I f(m) P(|W| ≤ m)ᴵ⁻¹ (BOF4 eq. 12). m (…) -> (…)."""
     I = _blocksize(blocksize)
-    return 2 * I * law.pdf(m) * np.exp((I - 1) * np.log1p(-law.tail(m)))
+    return 2 * I * _iid(law).pdf(m) * np.exp((I - 1) * np.log1p(-law.tail(m)))
 
 
 def max_quantile(probability, blocksize, law=Normal()):  # noqa: B008
@@ -193,11 +202,10 @@ def affine_error(blocksize, power=2, levels=16, law=Normal(), order=6):  # noqa:
     others follow f cut to [a, b]. A double quadrature; an absolute error below 1e-8 at blocks of 8 to 4096 (tests double the nodes).
     """
     I = _blocksize(blocksize)
-    hi = _solve_log(lambda m: log(1e-12) - np.log(I * law.tail(m) + 1e-300))
+    hi = _solve_log(lambda m: log(1e-12) - np.log(I * _iid(law).tail(m) + 1e-300))
     x, w = np.polynomial.legendre.leggauss(order)
-    edges = np.linspace(
-        -np.arcsinh(hi), np.arcsinh(hi), 2 * ceil(np.arcsinh(hi) / 0.1) + 1
-    )  # s = sinh u reaches far tails
+    end = np.arcsinh(hi)  # nodes in u = arcsinh s, which reach far tails
+    edges = np.linspace(-end, end, 2 * ceil(end / 0.1) + 1)
     half = np.diff(edges)[:, None] / 2
     u = ((edges[:-1, None] + half) + half * x).reshape(-1)
     s, ds = np.sinh(u), (half * w).reshape(-1) * np.cosh(u)
@@ -304,7 +312,7 @@ def optimal_code(
     if not zero_cell and 0.0 not in pins:
         raise ValueError("optimal_code: zero_cell=False needs 0 among the pins")
     return _minimize(
-        q, ~np.isin(q, pins), block_law(blocksize, law), _power(power), signed, _weighting(of, power), zero_cell
+        q, ~np.isin(q, pins), block_law(blocksize, _iid(law)), _power(power), signed, _weighting(of, power), zero_cell
     )
 
 
@@ -312,9 +320,7 @@ def optimal_levels(levels, power=2, law=Normal()):  # noqa: B008
     """The code that minimizes E|W − q(W)|ᵖ on the whole line: Lloyd's and Max's quantizer. (levels,) float64, ascending."""
     far = _solve_log(lambda m: log(1e-9) - np.log(law.tail(m) + 1e-300))
     x = np.linspace(-far, far, 20001)
-    share = np.cumsum(
-        law.pdf(x) ** (1 / (1 + _power(power)))
-    )  # the point density of many levels (Panter and Dite 1951)
+    share = np.cumsum(law.pdf(x) ** (1 / (1 + _power(power))))  # where many levels would lie (Panter and Dite 1951)
     start = np.interp((np.arange(levels) + 0.5) / levels, share / share[-1], x)
     return _minimize(start, np.ones(levels, bool), line_law(law), power, False, power, True)
 
