@@ -112,12 +112,29 @@ def test_errors_are_sentences(call, words, tmp_path):
         call(tiny.model(), tmp_path / "x")
 
 
+def changed(tensors, **entries):
+    """The JSON of a weight with other entries."""
+    key = "a.weight.quant_state.bitsandbytes__nf4"
+    state = json.loads(tensors[key].tobytes()) | entries
+    return {key: np.frombuffer(json.dumps(state).encode(), np.uint8)}
+
+
 def test_damaged_weights_are_refused_by_name(rng):
     tensors = bnb.to_tensors("a.weight", quantize(rng.standard_normal((8, 64)).astype(np.float32)))
     for spoil, words in (
-        ({"a.weight": tensors["a.weight"][:-1]}, "needs 256 bytes"),
-        ({"a.weight.absmax": tensors["a.weight.absmax"][:-1]}, "and 8 constants"),
+        ({"a.weight": tensors["a.weight"][:-1]}, "expected 256 uint8"),
+        (
+            {"a.weight.absmax": tensors["a.weight.absmax"][:-1]},
+            "absmax: expected 8 float32, found float32 of shape .7,.",
+        ),
         ({"a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"{no", np.uint8)}, "damaged"),
+        ({"a.weight.quant_map": tensors["a.weight.quant_map"][:15]}, "quant_map: expected 16 float32"),
+        ({"a.weight.quant_map": tensors["a.weight.quant_map"].astype(np.float16)}, "quant_map: expected 16 float32"),
+        ({"a.weight.absmax": tensors["a.weight.absmax"].astype(np.uint8)}, "absmax: expected 8 float32"),
+        (changed(tensors, blocksize=0), "damaged"),
+        (changed(tensors, dtype="float8"), "dtype 'float8'"),
+        (changed(tensors, quant_type="int4"), "quant_type 'int4'"),
+        (changed(tensors, quant_type="fp4"), "says fp4 inside"),
     ):
         with pytest.raises(ValueError, match=words):
             bnb.from_tensors("a.weight", {**tensors, **spoil})
@@ -147,13 +164,18 @@ def folder(path, rng):
         path / "model.safetensors.index.json", {"weight_map": {n: f for f, inside in parts.items() for n in inside}}
     )
     files.write_json(path / "config.json", {"model_type": "something", "dtype": "bfloat16"})
-    files.write_text(path / "tokenizer.json", "{}")
+    files.write_text(path / "tokenizer_config.json", "{}")
+    files.write_text(path / "templates" / "chat_template.jinja", "{{ messages }}")
     return tensors
 
 
 def test_any_folder_can_be_quantized(tmp_path, rng):
     tensors = folder(tmp_path / "in", rng)
-    done = bnb.quantize_folder(tmp_path / "in", tmp_path / "out", "nf4", 32, skip=("router",), progress=False)
+    with pytest.raises(ValueError, match="copies of 'something' were not tried in transformers"):
+        bnb.quantize_folder(tmp_path / "in", tmp_path / "out", progress=False)
+    done = bnb.quantize_folder(
+        tmp_path / "in", tmp_path / "out", "nf4", 32, skip=("router",), progress=False, force=True
+    )
     assert sorted(done) == ["layer.0.dense.weight", "layer.1.dense.weight"]
     written = files.load_folder(tmp_path / "out")
     for name, w in tensors.items():
@@ -163,12 +185,16 @@ def test_any_folder_can_be_quantized(tmp_path, rng):
         else:
             assert written[name].bits.tobytes() == w.bits.tobytes()
     config = files.read_json(tmp_path / "out" / "config.json")
-    assert config["quantization_config"]["llm_int8_skip_modules"] == [
-        "embeddings.word_embeddings",
-        "layer.1.router",
-        "lm_head",
-    ]
-    assert (tmp_path / "out" / "tokenizer.json").is_file()
+    kept = set(config["quantization_config"]["llm_int8_skip_modules"])
+    assert {"embeddings.word_embeddings", "layer.1.router", "lm_head"} <= kept and "layer.0.dense" not in kept
+    assert (tmp_path / "out" / "tokenizer_config.json").is_file()
+    assert (tmp_path / "out" / "templates" / "chat_template.jinja").is_file()
+    assert not list((tmp_path / "out").glob("*.index.json"))
+    tiny.model().save_pretrained(tmp_path / "precious")
+    before = (tmp_path / "precious" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds another, dense model"):
+        bnb.quantize_folder(tmp_path / "in", tmp_path / "precious", progress=False, force=True)
+    assert (tmp_path / "precious" / "model.safetensors").read_bytes() == before
     for source, target, words in (("in", "in", "overwrite"), ("out", "twice", "quantized already")):
         with pytest.raises(ValueError, match=words):
-            bnb.quantize_folder(tmp_path / source, tmp_path / target, progress=False)
+            bnb.quantize_folder(tmp_path / source, tmp_path / target, progress=False, force=True)

@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import LoRALinear, Tensor, backend, lora, ops
+from tinylora import LoRALinear, Tensor, backend, codebooks, lora, ops, quantize
 from tinylora.interop import peft
 from tinylora.nn import Linear, Linear4bit, Linear16bit
 
@@ -334,3 +334,21 @@ def test_missing_files_get_a_sentence(tmp_path):
         peft.load_adapter(tiny.model(), tmp_path)
     with pytest.raises(ValueError, match="carries no adapter"):
         peft.save_adapter(tiny.model(), tmp_path)
+
+
+def test_merging_into_4_bits_keeps_every_setting(rng):
+    """A merge quantizes again as the base was quantized, so a zero adapter changes (almost) nothing."""
+    w = rng.standard_normal((64, 256)).astype(np.float32)
+    for how in (
+        {"code": codebooks.bof4(64, signed=True), "signed": True},
+        {"double_quant": True, "nested_code": "int8"},
+        {"double_quant": True, "offset": 0.0},
+        {"rule": "bitsandbytes-cuda", "code": "fp4"},
+    ):
+        q = quantize(w, **how)
+        layer = LoRALinear(Linear4bit(q), r=2, alpha=4)
+        again = layer.merge().weight
+        assert (again.code == q.code).all() and (again.signed, again.rule) == (q.signed, q.rule)
+        if q.double_quant:
+            assert (again.constants.code == q.constants.code).all() and (again.offset == 0) == (q.offset == 0)
+        assert layer.merge().merge_error < 0.004

@@ -52,18 +52,34 @@ def test_errors_and_entropies_to_the_last_printed_digit(quantity, name):
             assert f"{value:.{len(digits) - 2}f}" == digits, blocksize
 
 
-@pytest.mark.parametrize("law", [laws.Normal(), laws.StudentT(5), laws.ScaleMixture((1, 3), (0.9, 0.1))], ids=str)
+@pytest.mark.parametrize("law", [laws.Normal(), laws.StudentT(3), laws.ScaleMixture((1, 3), (0.9, 0.1))], ids=str)
 @pytest.mark.parametrize("blocksize", [2, 3, 16, 64, 4096, 1 << 24])
 def test_doubling_the_nodes_changes_nothing(blocksize, law):
     for power, signed in ((1, False), (2, True)):
         once, twice = (expected_error(NF4, blocksize, power, signed, law=law, order=n) for n in (20, 40))
-        assert abs(once - twice) < (1e-11 if isinstance(law, laws.StudentT) else 1e-12)
+        assert abs(once - twice) < (1e-9 if isinstance(law, laws.StudentT) else 1e-12)
 
 
-@pytest.mark.parametrize("k", [1, 3, 6, 20])
-def test_doubling_the_nodes_changes_little_where_the_integrand_has_kinks(k):
-    once, twice = (expected_error(NF4, 64, 2, law=laws.Outlier(k), order=n) for n in (20, 40))
-    assert abs(once - twice) < 1e-7
+def test_an_outlier_s_kinks_and_jumps_stay_within_their_bounds(rng):
+    for k, I in zip((*rng.uniform(0.3, 8, 8), 20.0), (*rng.integers(2, 200, 8), 64), strict=True):
+        law = laws.Outlier(float(k))
+        for power in (1, 2):
+            once, more = (expected_error(NF4, int(I), power, law=law, order=n) for n in (20, 80))
+            assert abs(once - more) < 1e-7
+        # the share of weights at ±1, the maximum's apart: exact from F_M, since a weight of size k is coded as ±1 if k/M is near enough
+        block, at = optimality.block_law(int(I), law), 2 * k / (1 + float(NF4[14]))
+        reaches = max_of_normals(at, int(I) - 1) - max_of_normals(k, int(I) - 1)
+        exact = (
+            reaches / (2 * I) + block.atom(0) / 2 + np.diff(block.moments([(1 + float(NF4[14])) / 2, 1.0], 0)[0]).item()
+        )
+        assert abs(usage(NF4, int(I), law=law)[-1] - exact) < 1e-4
+
+
+def max_of_normals(m, n):
+    """P(the largest of n normal magnitudes is at most m)."""
+    from scipy.special import erf
+
+    return erf(m / 2**0.5) ** n
 
 
 def by_mpmath(q, I, power):
@@ -101,15 +117,17 @@ def test_mpmath_agrees(I, power):
 
 @pytest.mark.parametrize("blocksize", [2, 16, 64, 4096])
 @pytest.mark.parametrize(
-    "law", [laws.Normal(), laws.StudentT(4.5), laws.ScaleMixture.lognormal(0.4)], ids=lambda law: type(law).__name__
+    "law", [laws.Normal(), laws.StudentT(3), laws.ScaleMixture.lognormal(0.4)], ids=lambda law: type(law).__name__
 )
 def test_shares_and_moments_add_up(blocksize, law):
     block = optimality.block_law(blocksize, law)
     whole = 2 * block.moments(1.0, 0)[0] + block.atom(0)
     assert abs(whole - 1) < 1e-13 and abs(usage(NF4, blocksize, law=law).sum() - 1) < 1e-13
-    assert abs(2 * block.moments(1.0, 2)[2] + block.atom(2) - 1) < 1e-9  # E W² = 1
+    assert abs(2 * block.moments(1.0, 2)[2] + block.atom(2) - 1) < (
+        1e-9 if isinstance(law, laws.StudentT) else 1e-12
+    )  # E W² = 1
     x = np.linspace(-0.999, 0.999, 2001)
-    assert abs(np.trapezoid(block.density(x, 1), x) - 2 * block.moments(0.999, 1)[0]) < 1e-4
+    assert np.isclose(np.trapezoid(block.density(x, 1), x), 2 * block.moments(0.999, 1)[0], rtol=2e-4)  # a coarse grid
 
 
 def test_laws_agree_with_scipy_stats():
@@ -191,7 +209,9 @@ def gradient(q, blocksize, power, signed, of="weights"):
     ],
 )
 def test_an_optimal_code_is_stationary_and_no_neighbour_is_better(power, pins, signed, of, rng):
-    blocksize = int(rng.integers(8, 600))
+    blocksize = int(
+        rng.integers(64 if (power, pins) == (1, None) else 8, 600)
+    )  # below, the medians lie on the atoms: next test
     q = optimal_code(blocksize, power, pins, signed, of)
     free = ~np.isin(q, pins or ())
     assert np.abs(gradient(q, blocksize, power, signed, of)[free]).max() < 1e-8
@@ -199,6 +219,29 @@ def test_an_optimal_code_is_stationary_and_no_neighbour_is_better(power, pins, s
     for _ in range(20):
         other = q + np.where(free, rng.normal(0, 0.003, len(q)), 0)
         assert expected_error(other, blocksize, power, signed, of) > best
+
+
+def test_in_small_blocks_the_outer_medians_lie_on_the_atoms():
+    q = optimal_code(16, 1, pins=None, of="normalized")
+    assert q[0] == -1 and q[-1] == 1
+    inner = np.where(np.abs(q) < 1, q, q * (1 - 1e-6))  # the error rises from there inwards
+    cost = [expected_error(x, 16, 1, of="normalized") for x in (q, inner)]
+    assert cost[0] < cost[1] and np.abs(gradient(q, 16, 1, False, "normalized")[1:-1]).max() < 1e-8
+
+
+def test_any_pins_and_any_number_of_levels():
+    for pins in ((-1, -0.5, 0, 1), (-1, 1), (0.3,), (-1, 0, 0.5, 1)):
+        q = optimal_code(64, 2, pins)
+        free = ~np.isin(q, pins)
+        assert set(pins) <= set(q.tolist()) and np.abs(gradient(q, 64, 2, False)[free]).max() < 1e-8
+    assert optimal_code(64, levels=3).tolist() == [-1, 0, 1]
+    assert len(optimal_code(64, pins=None, levels=2)) == 2 and len(optimal_code(64, levels=32)) == 32
+
+
+def test_a_mixture_of_far_apart_scales_is_solved_too(rng):
+    law = laws.ScaleMixture((1, 30), (0.95, 0.05))
+    q = optimal_code(4096, law=law)
+    assert expected_error(q, 4096, law=law) < 0.0162 < expected_error(codebooks.bof4(4096), 4096, law=law)
 
 
 @pytest.mark.parametrize("power", [1, 2])
@@ -241,9 +284,9 @@ def test_bof4_is_its_theoretical_table_to_2e_6():
 def test_bof4_is_near_its_monte_carlo_tables():
     for name, expected in published()["bof4_table_6"].items():
         criterion, signed = name.split("_")[-1], "_s_" in name
-        assert np.abs(codebooks.bof4(64, criterion, signed) - expected).max() < 4e-4, name
+        assert np.abs(codebooks.bof4(64, criterion, signed) - expected).max() < 3.3e-4, name  # their sampling error
     for blocksize, expected in published()["bof4_table_7"].items():
-        assert np.abs(codebooks.bof4(int(blocksize), "mse", True) - expected).max() < 4e-4, blocksize
+        assert np.abs(codebooks.bof4(int(blocksize), "mse", True) - expected).max() < 3.3e-4, blocksize
 
 
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 256, 512, 1024, 2048, 4096])
@@ -335,7 +378,7 @@ def test_student_weights_rank_the_codes_otherwise():
         (lambda: optimal_code(64, pins=None, zero_cell=False), "needs 0 among the pins"),
         (lambda: optimal_code(64, law=laws.Outlier(6)), "all weights are alike"),
         (lambda: optimality.affine_error(64, law=laws.Outlier(6)), "all weights are alike"),
-        (lambda: laws.StudentT(2), "more than 2"),
+        (lambda: laws.StudentT(2), "3 or more"),
         (lambda: laws.ScaleMixture((1, 2), (1,)), "as many probabilities"),
         (lambda: laws.Outlier(0), "k = 0"),
         (lambda: codebooks.bof4(64, "rmse"), "criterion 'rmse'"),
@@ -343,6 +386,15 @@ def test_student_weights_rank_the_codes_otherwise():
         (lambda: codebooks.normal_float(9), "bits = 9"),
         (lambda: codebooks.normal_float(4, 0.4), "offset = 0.4"),
         (lambda: codebooks.sf4(0), "nu = 0"),
+        (lambda: expected_error(NF4, 64, law="normal"), "expected a law"),
+        (lambda: expected_error(NF4.reshape(4, 4), 64), "2 or more distinct"),
+        (lambda: optimal_code(64, levels=2), "levels = 2, expected a whole number, 3 or more"),
+        (lambda: optimal_code(64, pins=(0, 2)), "within"),
+        (lambda: optimal_code(64, start=NF4 * 2, pins=(0,)), "within"),
+        (lambda: optimality.affine_error(64, levels=1), "levels = 1"),
+        (lambda: laws.ScaleMixture((np.nan, 1), (1, 1)), "as many probabilities"),
+        (lambda: laws.StudentT(np.inf), "finite"),
+        (lambda: codebooks.normal_float(4, 1 - 1e-9), "in float32"),
         (lambda: codebooks.fp4("e4m3"), "grid 'e4m3'"),
     ],
 )

@@ -857,17 +857,63 @@ def test_a_4_bit_folder_that_transformers_wrote_opens_here_with_the_same_bits(co
         agree(model(ids).data, their_logits(theirs, ids), 1e-4, "logits")
 
 
-def test_a_folder_of_another_architecture_opens_in_transformers_after_quantize_folder(rng, tmp_path):
-    config = transformers.BertConfig(
-        vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96
+SIZES = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+}
+
+
+def other_architecture(kind):
+    """A small model of another architecture, its class, and a function that runs it on ids."""
+    grouped = {**SIZES, "num_key_value_heads": 2}
+    if kind == "whisper":
+        config = transformers.WhisperConfig(
+            vocab_size=128, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=64, decoder_ffn_dim=64, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+        )  # fmt: skip
+        sound = torch.randn(1, 80, 3000)
+        return transformers.WhisperForConditionalGeneration(
+            config
+        ), lambda m, ids: m(sound, decoder_input_ids=ids).logits
+    cls, config = {
+        "bert": (transformers.BertModel, transformers.BertConfig(**SIZES)),
+        "bert, masked": (transformers.BertForMaskedLM, transformers.BertConfig(**SIZES)),
+        "gpt_neox": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**SIZES)),
+        "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(**grouped)),
+        "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**grouped)),
+        "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**grouped, head_dim=16)),
+    }[kind]
+    return cls(config), lambda m, ids: m(ids)[0]
+
+
+@pytest.mark.parametrize("kind", ["bert", "bert, masked", "gpt_neox", "mistral", "qwen2", "qwen3", "whisper"])
+def test_a_4_bit_copy_of_another_architecture_runs_in_transformers(kind, tmp_path):
+    """The same modules are in 4 bits as in transformers' own quantization, with the same bits, and the model runs."""
+    model, run = other_architecture(kind)
+    model.eval().save_pretrained(tmp_path / "dense")
+    done = tl.interop.bitsandbytes.quantize_folder(tmp_path / "dense", tmp_path / "four", progress=False)
+    theirs, report = type(model).from_pretrained(tmp_path / "four", output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
+    four_bits = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
-    transformers.BertModel(config).save_pretrained(tmp_path / "bert")
-    done = tl.interop.bitsandbytes.quantize_folder(tmp_path / "bert", tmp_path / "four", progress=False)
-    theirs = open_in_transformers(tmp_path / "four", transformers.AutoModel)
+    own = type(model).from_pretrained(tmp_path / "dense", quantization_config=four_bits)
     layers = {path: layer for path, layer in theirs.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
-    assert {f"{path}.weight" for path in layers} == set(done) and len(done) == 13
+    assert set(layers) == {path for path, layer in own.named_modules() if isinstance(layer, bnb.nn.Linear4bit)}
+    assert len(layers) == len(done)
     for path, layer in layers.items():
-        assert same_bits(done[f"{path}.weight"].dequantize("float32"), their_dequantized(layer.weight)), path
+        (name,) = (n for n in done if f"{path}.weight".endswith(n))
+        assert same_bits(done[name].dequantize("float32"), their_dequantized(layer.weight)), path
+    theirs.train()  # in eval mode the CPU kernel rounds absmax to bfloat16
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    with torch.no_grad():
+        dense, four = run(model, torch.arange(20)[None]), run(theirs, torch.arange(20)[None])
+    assert float((dense - four).norm() / dense.norm()) < 0.5
 
 
 @pytest.mark.parametrize("nested", [False, True])

@@ -59,6 +59,31 @@ def test_normality_and_outliers_tell_normal_weights_from_others(rng):
     assert np.isnan(survey.normality(normal[:, :4])) and np.isnan(survey.outlier_blocks(normal[:1, :8], 64))
 
 
+def test_odd_tensors_are_left_out_or_named(tmp_path, capsys, rng):
+    tensors = {
+        "whole.weight": np.ones((8, 64), np.int8),
+        "short.weight": rng.standard_normal((64, 4)).astype(np.float32),
+        "a.weight": rng.standard_normal((16, 64)).astype(np.float16),
+        "bad.weight": np.full((4, 64), np.nan, np.float32),
+    }
+    files.save_safetensors(tmp_path / "model.safetensors", tensors)
+    files.write_json(tmp_path / "config.json", {"model_type": "something"})
+    assert run("quantize", tmp_path, "--codes", "nf4") == 2
+    assert "bad.weight holds NaN or Inf; leave it out (--skip bad.weight)" in capsys.readouterr().err
+    assert (
+        run("quantize", tmp_path, "--codes", "nf4", "--skip", "bad.weight", "--out", tmp_path / "out", "--force") == 0
+    )
+    assert "whole.weight" not in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    assert {t["name"]: t["normal"] is None for t in report["tensors"]} == {"a.weight": False, "short.weight": True}
+
+
+def test_outliers_do_not_depend_on_the_scale(rng):
+    w = rng.standard_t(4, (200, 64)).astype(np.float32)
+    shares = [survey.outlier_blocks(w * np.float32(s), 64) for s in (1, 1e-25, 1e25)]
+    assert shares[0] == shares[1] == shares[2] > 0.05
+
+
 def test_the_mean_weighs_by_size(rng):
     a, b = rng.standard_normal((64, 64)).astype(np.float32), rng.standard_t(3, (64, 192)).astype(np.float32)
     la, lb = (survey.measure("x", w, ["nf4"]) for w in (a, b))
@@ -87,7 +112,10 @@ def test_quantize_prints_a_line_for_each_linear_weight(folder, capsys):
 
 def test_quantize_writes_a_folder_that_opens(folder, tmp_path, capsys):
     path, tensors = folder
-    assert run("quantize", path, "--codes", "nf4", "--out", tmp_path / "out", "--code", "fp4", "--skip", "b.") == 0
+    assert (
+        run("quantize", path, "--codes", "nf4", "--out", tmp_path / "out", "--code", "fp4", "--skip", "b.", "--force")
+        == 0
+    )
     assert "1 weights written" in capsys.readouterr().out
     written = files.load_folder(tmp_path / "out")
     q = bitsandbytes.from_tensors("a.weight", written)
@@ -138,7 +166,8 @@ def test_a_4_bit_folder_is_a_base_for_generating_and_fine_tuning(tmp_path, capsy
         (["quantize", "nowhere"], "nowhere: expected 'base' or a folder"),
         (["quantize", "{in}", "--skip", "weight"], "holds no linear weights"),
         (["quantize", "{in}", "--out", "{in}"], "would overwrite its source"),
-        (["quantize", "{in}", "--out", "{in}2", "--blocksize", "48"], "in blocks of 48"),
+        (["quantize", "{in}", "--out", "{in}2", "--blocksize", "48", "--force"], "in blocks of 48"),
+        (["quantize", "{in}", "--out", "{in}2"], "'something' were not tried in transformers"),
         (["nf4", "--blocksizes", "1", "--figure", "none"], "blocksize = 1"),
     ],
 )

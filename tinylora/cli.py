@@ -302,8 +302,9 @@ def _quantize_parser(commands):
         description="Measure every 4-bit code on the weights of a model folder (config.json and safetensors, any architecture),\n"
         "tensor by tensor and at equal bits: the relative squared error, how evenly the code's values are used, how normal the\n"
         "weights are (Shapiro-Wilk, row by row) and how many blocks hold an outlier. Beside them: normal weights, drawn and in theory.\n\n"
-        "With --out, also write the folder in 4 bits in bitsandbytes' format: transformers opens it, and so does\n"
-        "tinylora.interop.bitsandbytes.load; report.json and errors.svg lie beside it.",
+        "With --out, also write the folder in 4 bits in bitsandbytes' format, which transformers opens (tried with llama, mistral,\n"
+        "qwen2, qwen3, bert, gpt_neox and whisper; others are refused without --force). A Llama opens here as well: generate and\n"
+        "finetune take the folder as --model. report.json and errors.svg lie beside it. Needs about twice the folder's size in memory.",
         epilog="examples:\n"
         "  tinylora quantize base                                        the embedded model\n"
         "  tinylora quantize my-model --out my-model-nf4                 measure, and write NF4 with double quantization\n"
@@ -334,6 +335,7 @@ def _quantize_parser(commands):
         help="leave weights whose name contains one of these as they are",
     )
     p.add_argument("--out", default=None, help="write the 4-bit folder here")
+    p.add_argument("--force", action="store_true", help="also write architectures that were not tried in transformers")
     p.add_argument("--code", choices=("nf4", "fp4"), default="nf4", help="the code to write with (nf4)")
     p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
@@ -349,7 +351,9 @@ def _quantize(args):
         raise FileNotFoundError(f"{args.path}: expected 'base' or a folder with config.json and safetensors files")
     double, blocksize = not args.no_double_quant, args.blocksize
     if args.out:  # first what can be refused, then what takes long
-        done = bitsandbytes.quantize_folder(folder, args.out, args.code, blocksize, double, args.skip)
+        done = bitsandbytes.quantize_folder(folder, args.out, args.code, blocksize, double, args.skip, force=args.force)
+    if (folder / "config.json").is_file() and files.read_json(folder / "config.json").get("quantization_config"):
+        raise ValueError(f"{args.path} is quantized already; measure the dense model")
     weights = {n: w for n, w in files.load_folder(folder).items() if bitsandbytes.is_linear_weight(n, w, args.skip)}
     if not weights:
         raise ValueError(
@@ -359,12 +363,12 @@ def _quantize(args):
         survey.measure(n, w, args.codes, blocksize, double)
         for n, w in tqdm(weights.items(), desc="measuring", disable=None)
     ]
-    normal = survey.control(lines[0].shape, args.codes, blocksize, double)
+    normal = survey.control(max(weights.values(), key=lambda w: w.size).shape[1], args.codes, blocksize, double)
     print(survey.describe(lines, blocksize, normal))
     if args.out:
         out = Path(args.out)
-        about = {"path": args.path, "blocksize": blocksize, "double_quant": double, "control": normal.__dict__}
-        files.write_json(out / "report.json", survey.as_json(lines, **about))
+        about = {"path": args.path, "blocksize": blocksize, "double_quant": double}
+        files.write_json(out / "report.json", survey.as_json(lines, normal, **about))
         bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
         print(f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all else as it was")
         if _can_draw():

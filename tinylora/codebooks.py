@@ -102,8 +102,8 @@ def normal_float(bits=4, offset=None):
         raise ValueError(f"normal_float: bits = {bits!r}, expected 2 to 8")
     if offset is None:
         offset = NF4_OFFSET if bits == 4 else 1 - (1 / 2 ** (bits + 1) + 1 / (2 ** (bits + 1) - 2)) / 2
-    if not 0.5 < offset < 1:
-        raise ValueError(f"normal_float: offset = {offset}, expected a probability between 0.5 and 1")
+    if not 0.5 < np.float32(offset) < 1:
+        raise ValueError(f"normal_float: offset = {offset}, expected a probability between 0.5 and 1 (in float32)")
     return _quantile_code(_normal_inverse, 2 ** (bits - 1), 2 ** (bits - 1) - 1, offset)
 
 
@@ -123,9 +123,9 @@ def closed_form(blocksize=64, criterion="mse"):
 
 
 def sf4(nu=5):
-    """SF4: NF4's recipe with the quantiles of Student's t_ν (Dotzel et al. 2024, 2405.03103). (16,) float32, ascending."""
-    if not nu > 0:
-        raise ValueError(f"sf4: nu = {nu}, expected more than 0")
+    """SF4: F_ν⁻¹ in the place of NF4's Φ⁻¹, F_ν Student's distribution (Dotzel et al. 2024, 2405.03103). (16,) float32, ascending."""
+    if not 0.5 <= nu < np.inf:
+        raise ValueError(f"sf4: nu = {nu}, expected a finite number, 0.5 or more")
     return _quantile_code(_student_inverse(nu), 8, 7, NF4_OFFSET)
 
 
@@ -151,7 +151,7 @@ def bof4(blocksize=64, criterion="mse", signed=False, dtype=np.float32):
 
 
 def af4(blocksize=64, dtype=np.float32):
-    """AF4 as released (Yoshida 2023, 2306.06965): medians of W/absmax in every cell, with 0 as a boundary. (16,), ascending.
+    """AF4 as released: 2F(q_i) = F(ξ_i) + F(ξ_{i+1}), F of W/absmax, with 0 as a boundary ξ (Yoshida 2023, 2306.06965). (16,), ascending.
 
     The stated criterion is the least E|X − q(X)| among codes with −1, 0 and 1. The released tables, for blocks of 32 to 4096, obey its
     median condition everywhere but beside 0, where the cells of both neighbours run to 0 itself instead of half-way. With that

@@ -1,7 +1,7 @@
 """Laws of one weight: what a quantization error is an expectation over. Each is symmetric around 0 and has variance 1.
 
     Normal()                            w ~ N(0, 1): what NF4 assumes of pretrained weights (QLoRA §3, appendix F)
-    StudentT(nu)                        a t distribution with nu > 2 degrees of freedom, scaled to variance 1: heavy tails (SF4, 2405.03103)
+    StudentT(nu)                        a t distribution with nu ≥ 3 degrees of freedom, scaled to variance 1: heavy tails (SF4, 2405.03103)
     ScaleMixture(sigmas, probabilities) w ~ N(0, sigma²), sigma drawn anew for each weight
     Outlier(k)                          normal weights, but one in each block is ±k
 
@@ -13,7 +13,7 @@ Scales cancel: blockwise absmax codes w/max|w|, so a law of another variance σ�
 """
 
 from dataclasses import dataclass
-from math import gamma, pi, sqrt
+from math import exp, lgamma, pi, sqrt
 
 import numpy as np
 
@@ -48,8 +48,10 @@ class StudentT:
     nu: float = 5
 
     def __post_init__(self):
-        if not self.nu > 2:
-            raise ValueError(f"StudentT: nu = {self.nu}, expected more than 2, since else there is no variance")
+        if not 3 <= self.nu < np.inf:
+            raise ValueError(
+                f"StudentT: nu = {self.nu}, expected a finite number, 3 or more (below, the tails outreach the quadrature)"
+            )
 
     @property
     def _scale(self):
@@ -61,7 +63,7 @@ class StudentT:
         return self._constant() * (1 + np.square(np.asarray(x) / s) / nu) ** (-(nu + 1) / 2) / s
 
     def _constant(self):
-        return gamma((self.nu + 1) / 2) / (gamma(self.nu / 2) * sqrt(self.nu * pi))
+        return exp(lgamma((self.nu + 1) / 2) - lgamma(self.nu / 2)) / sqrt(self.nu * pi)
 
     def tail(self, m):
         """P(|w| > m)."""
@@ -89,7 +91,13 @@ class ScaleMixture:
 
     def __post_init__(self):
         s, p = np.asarray(self.sigmas, np.float64), np.asarray(self.probabilities, np.float64)
-        if s.ndim != 1 or s.shape != p.shape or len(s) == 0 or (s <= 0).any() or (p < 0).any() or p.sum() == 0:
+        if (
+            s.ndim != 1
+            or s.shape != p.shape
+            or len(s) == 0
+            or not ((s > 0) & (p >= 0)).all()
+            or not 0 < p.sum() < np.inf
+        ):
             raise ValueError(
                 "ScaleMixture: expected as many probabilities (0 or more) as sigmas (above 0), one at least"
             )
@@ -130,8 +138,8 @@ class Outlier(Normal):
     k: float = 6.0
 
     def __post_init__(self):
-        if not self.k > 0:
-            raise ValueError(f"Outlier: k = {self.k}, expected more than 0")
+        if not 0 < self.k < np.inf:
+            raise ValueError(f"Outlier: k = {self.k}, expected a finite number above 0")
 
 
 def _finite(z):

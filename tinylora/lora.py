@@ -24,7 +24,7 @@ import numpy as np
 from . import backend, ops
 from .dtypes import BFloat16Array
 from .nn import Linear, Linear4bit, Linear16bit, Module, normal, stored_array, uniform
-from .quant import QuantizedTensor, quantize
+from .quant import QuantizedTensor, quantize_like
 from .tensor import Tensor
 
 ADAPTABLE = (Linear, Linear4bit, Linear16bit)
@@ -95,9 +95,7 @@ class LoRALinear(Module):
             return layer
         old = base.weight
         if isinstance(old, QuantizedTensor):
-            code = old.code if old.code_name == "custom" else old.code_name
-            new = quantize(wanted, code, old.blocksize, old.double_quant)
-            layer = Linear4bit(new, base.bias, base.compute_dtype)
+            layer = Linear4bit(quantize_like(wanted, old), base.bias, base.compute_dtype)
         else:
             layer = Linear16bit(BFloat16Array.of(wanted), base.bias, base.compute_dtype)
         difference = layer.dense() - wanted

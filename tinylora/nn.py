@@ -269,7 +269,7 @@ def quantize_linears(
     new = {}
     for path, layer in model.named_modules():
         if isinstance(layer, Linear) and not any(path == s or path.endswith("." + s) for s in skip):
-            if code == "bfloat16":
+            if isinstance(code, str) and code == "bfloat16":
                 new[path] = Linear16bit.of(layer, compute_dtype)
             else:
                 new[path] = Linear4bit.of(

@@ -15,8 +15,8 @@ g₀ decides usage, entropy and errors of X; g₁ the absolute error of W = M·X
     E|W − Ŵ|ᵖ = ∫ |x − q(x)|ᵖ g_p(x) dx + E[Mᵖ]/(2I)·(|1 − q(1)|ᵖ + |1 + q(−1)|ᵖ).
 
 Over a cell every inner integral is closed (`laws`), so one Gauss–Legendre rule in log m is all the quadrature there is. Nothing is
-drawn at random. Stated bound on errors and usage: 1e-12 absolute (1e-11 for `StudentT`; 1e-7 for `Outlier`, whose integrand has
-kinks). Tests double the nodes, for blocks of 2 to 2²⁴, and compare with mpmath.
+drawn at random. Stated bound, for codes within [−1, 1]: 1e-12 absolute (1e-9 for `StudentT`, nu ≥ 3). `Outlier` has kinks and jumps in its
+integrand: 1e-7 for errors, 1e-4 for usage. Tests double the nodes, for blocks of 2 to 2²⁴, and compare with mpmath.
 
 `optimal_code` solves ∂E/∂q = 0 (the centroid condition for p = 2, the median for p = 1; BOF4 eq. 5 and 7) by Newton's method, whose
 matrix is tridiagonal; the step is damped, and Lloyd's is taken instead, where Newton's would not lower the error.
@@ -30,9 +30,10 @@ from math import ceil, log
 
 import numpy as np
 
-from .laws import Normal, Outlier
+from .laws import Normal, Outlier, ScaleMixture, StudentT
 
 _PANEL, _ORDER = 0.1, 20  # width in log m, and Gauss–Legendre nodes within
+_FINE = 0.005  # the width for `Outlier`
 _NEGLIGIBLE = 1e-18
 
 
@@ -69,10 +70,15 @@ class Block:
         return float(self.maximum @ self.m**k)
 
 
-@lru_cache(maxsize=256)
 def block_law(blocksize, law=Normal(), order=_ORDER):  # noqa: B008 (a frozen dataclass)
-    """The law of a block of I weights, as nodes and their shares -> Block."""
-    I = _blocksize(blocksize)
+    """The law of a block of I weights, as nodes and their shares -> Block. ValueError for a blocksize below 2."""
+    if not isinstance(law, (Normal, StudentT, ScaleMixture)):
+        raise TypeError(f"expected a law such as laws.Normal(), got {law!r}")
+    return _block_law(_blocksize(blocksize), law, int(order))
+
+
+@lru_cache(maxsize=256)
+def _block_law(I, law, order):
     if isinstance(law, Outlier):
         return _outlier_block(I, law, order)
     lo = _solve_log(lambda m: I * np.log1p(-law.tail(m)) - log(_NEGLIGIBLE))
@@ -86,7 +92,7 @@ def _outlier_block(I, law, order):
     """One weight is ±k. Either it is the maximum (m = k), or one of the I − 1 normal ones is (m > k), and it lies inside at k/m."""
     base, k = Normal(), law.k
     G = 1 - float(base.tail(k))
-    m, dm = _nodes(k, max(12.0, k + 1), order)
+    m, dm = _nodes(k, max(12.0, k + 1), order, _FINE)
     log_G, f = np.log1p(-base.tail(m)), base.pdf(m)
     inside = dm * 2 * (I - 1) / I * f * np.exp((I - 2) * log_G)  # (1/I) p_M, the maximum normal
     others = inside * (I - 2) / np.exp(log_G)
@@ -120,17 +126,17 @@ def _iid(law):
 
 
 def _solve_log(g):
-    """The m in [1e-12, 1e12] where the increasing function g crosses 0, by bisection in log m; either end if it does not."""
-    lo, hi = log(1e-12), log(1e12)
+    """The m in [1e-20, 1e20] where the increasing function g crosses 0, by bisection in log m; either end if it does not."""
+    lo, hi = log(1e-20), log(1e20)
     for _ in range(100):
         middle = (lo + hi) / 2
         lo, hi = (middle, hi) if g(np.exp(middle)) < 0 else (lo, middle)
     return float(np.exp((lo + hi) / 2))
 
 
-def _nodes(lo, hi, order):
+def _nodes(lo, hi, order, panel=_PANEL):
     """Composite Gauss–Legendre in log m: (nodes m, weights for ∫ dm)."""
-    panels = max(ceil(log(hi / lo) / _PANEL), 1)
+    panels = max(ceil(log(hi / lo) / panel), 1)
     x, w = np.polynomial.legendre.leggauss(order)
     edges = np.linspace(log(lo), log(hi), panels + 1)
     half = np.diff(edges)[:, None] / 2
@@ -192,7 +198,7 @@ def usage(code, blocksize, signed=False, law=Normal()):  # noqa: B008
 def entropy(code, blocksize, signed=False, law=Normal()):  # noqa: B008
     """H = −Σ P log₂ P of the code's usage, in bits; 4 would be equal usage of 16 values. -> float"""
     p = usage(code, blocksize, signed, law)
-    return float(-(p[p > 0] @ np.log2(p[p > 0])))
+    return float(-(p[p > 0] @ np.log2(p[p > 0]))) + 0.0
 
 
 def affine_error(blocksize, power=2, levels=16, law=Normal(), order=6):  # noqa: B008
@@ -202,6 +208,7 @@ def affine_error(blocksize, power=2, levels=16, law=Normal(), order=6):  # noqa:
     others follow f cut to [a, b]. A double quadrature; an absolute error below 1e-8 at blocks of 8 to 4096 (tests double the nodes).
     """
     I = _blocksize(blocksize)
+    _levels(levels, 2)
     hi = _solve_log(lambda m: log(1e-12) - np.log(I * _iid(law).tail(m) + 1e-300))
     x, w = np.polynomial.legendre.leggauss(order)
     end = np.arcsinh(hi)  # nodes in u = arcsinh s, which reach far tails
@@ -226,10 +233,16 @@ def affine_error(blocksize, power=2, levels=16, law=Normal(), order=6):  # noqa:
 def _values(code):
     if isinstance(code, str):
         raise TypeError(f"expected a code's values, such as codebooks.nf4(), and got the name {code!r}")
-    q = np.unique(np.asarray(code, np.float64))  # fp4 has two zeros
-    if q.ndim != 1 or len(q) < 2 or not np.isfinite(q).all():
+    q = np.asarray(code, np.float64)
+    distinct = np.unique(q)  # fp4 has two zeros
+    if q.ndim != 1 or len(distinct) < 2 or not np.isfinite(q).all():
         raise ValueError("a code is a vector of 2 or more distinct finite values")
-    return q
+    return distinct
+
+
+def _levels(levels, least):
+    if not isinstance(levels, (int, np.integer)) or levels < least:
+        raise ValueError(f"levels = {levels!r}, expected a whole number, {least} or more")
 
 
 def _power(power):
@@ -298,53 +311,65 @@ def optimal_code(
 
     pins       values that stay: (−1, 0, 1) by default, (0, 1) for BOF4-S, None or () for none
     signed, of, law  as in `expected_error`; of="normalized" with power=1 is the criterion that AF4 states
-    start      a code to start from, which also fixes how many values lie between two pins; by default normal quantiles, one more above 0
-               than below (the same number, for signed)
+    start      a code to start from, within [−1, 1], which also fixes how many values lie between two pins; by default quantiles of the
+               point density g^(1/(1+p)) that many values would have (Panter and Dite 1951), the nearest moved to each pin. With 0
+               pinned and 16 values that leaves one more above 0 than below
     zero_cell  False: 0 has no cell of its own, its neighbours' cells meet there. With power=1, of="normalized" this is AF4 as released
 
     For normal weights, and a given number of values between the pins, the optimum found does not depend on the start (a test tries random
-    ones). For heavy-tailed laws several codes can be stationary; which one is found then depends on the start.
+    ones). Other laws can have several stationary codes; the one found is then a local optimum that depends on the start.
+    ValueError for pins or a start that do not fit; ArithmeticError if 200 steps do not converge.
     """
-    pins = sorted(float(p) for p in pins or ())
-    q = _default_start(levels, pins, signed) if start is None else np.unique(np.asarray(start, np.float64))
-    if len(q) != levels or not set(pins) <= set(q.tolist()):
-        raise ValueError(f"optimal_code: expected a start of {levels} distinct values that contain the pins {pins}")
+    pins = sorted({float(p) for p in pins or ()})
+    _levels(levels, max(2, len(pins)))
+    if not all(-1 <= p <= 1 for p in pins):
+        raise ValueError(f"optimal_code: pins {pins}, expected numbers within [-1, 1]")
     if not zero_cell and 0.0 not in pins:
         raise ValueError("optimal_code: zero_cell=False needs 0 among the pins")
-    return _minimize(
-        q, ~np.isin(q, pins), block_law(blocksize, _iid(law)), _power(power), signed, _weighting(of, power), zero_cell
-    )
+    block, k = block_law(blocksize, _iid(law)), _weighting(of, _power(power))
+    if start is None:
+        q = _default_start(levels, pins, lambda x: block.density(x, k), 1.0, power)
+    else:
+        q = np.unique(np.asarray(start, np.float64))
+        if len(q) != levels or not set(pins) <= set(q.tolist()) or not (np.abs(q) <= 1).all():
+            raise ValueError(
+                f"optimal_code: expected a start of {levels} distinct values within [-1, 1] that contain the pins {pins}"
+            )
+    return _minimize(q, ~np.isin(q, pins), block, power, signed, k, zero_cell)
 
 
 def optimal_levels(levels, power=2, law=Normal()):  # noqa: B008
-    """The code that minimizes E|W − q(W)|ᵖ on the whole line: Lloyd's and Max's quantizer. (levels,) float64, ascending."""
-    far = _solve_log(lambda m: log(1e-9) - np.log(law.tail(m) + 1e-300))
-    x = np.linspace(-far, far, 20001)
-    share = np.cumsum(law.pdf(x) ** (1 / (1 + _power(power))))  # where many levels would lie (Panter and Dite 1951)
-    start = np.interp((np.arange(levels) + 0.5) / levels, share / share[-1], x)
+    """argmin_q E|W − q(W)|ᵖ on the whole line: Lloyd's and Max's quantizer. (levels,) float64, ascending; ArithmeticError as above."""
+    _levels(levels, 2)
+    far = _solve_log(lambda m: log(1e-9) - np.log(_iid(law).tail(m) + 1e-300))
+    start = _default_start(levels, [], law.pdf, far, _power(power))
     return _minimize(start, np.ones(levels, bool), line_law(law), power, False, power, True)
 
 
-def _default_start(levels, pins, signed):
-    """Quantiles of a normal law cut off at its last value, with the pins put in the place of what lies nearest."""
-    from scipy.special import ndtri
-
-    above = levels // 2
-    below = levels - 1 - above if 0.0 in pins else levels - above
-    outer = 1 - 1 / (2 * levels)
-    positive = ndtri(np.linspace(outer, 0.5, above + 1)[:-1]) if above else np.zeros(0)
-    negative = -ndtri(np.linspace(outer, 0.5, below + 1)[:-1]) if below else np.zeros(0)
-    q = np.concatenate([negative, [0.0] if 0.0 in pins else [], positive[::-1]]) / ndtri(outer)
-    if -1.0 not in pins:
-        q[q < 0] *= 0.85
-    if 1.0 not in pins:
-        q[q > 0] *= 0.85
+def _default_start(levels, pins, density, end, power):
+    """Quantiles of density^(1/(1+p)) on [−end, end] at (i + ½)/levels; then each pin takes the place of the value nearest to it."""
+    u = np.linspace(-np.arcsinh(1e3), np.arcsinh(1e3), 8001)
+    x = end * np.sinh(u) / 1e3  # fine near 0
+    point_density = density(x) ** (1 / (1 + power))
+    share = np.concatenate([[0], np.cumsum((point_density[1:] + point_density[:-1]) / 2 * np.diff(x))])
+    q = np.interp((np.arange(levels) + 0.5) / levels, share / share[-1], x)
+    q = (q - q[::-1]) / 2  # symmetric to the last bit, as the density is
+    taken = np.zeros(levels, bool)
+    for i, pin in enumerate(pins):
+        room = slice(i, levels - (len(pins) - 1 - i))  # the pins before and after it need places too
+        distance = np.where(taken[room], np.inf, np.abs(q[room] - pin))
+        nearest = i + int(np.argmin(distance))
+        q[nearest], taken[nearest] = pin, True
+    if (np.diff(q) <= 0).any():
+        raise ValueError(f"optimal_code: the pins {pins} lie too close together for {levels} values; give a start")
     return q
 
 
 def _minimize(q, free, block, power, signed, k, zero_cell):
     """Newton's method on the free values, damped where a whole step would leave the order or raise the error, else Lloyd's step."""
     q, before = q.copy(), np.inf
+    if not free.any():
+        return q
     for _ in range(200):
         gradient, hessian, lloyd, error = _derivatives(q, block, power, signed, k, zero_cell)
         move = free & ~((np.abs(q) == block.edge) & (q * gradient <= 0))  # the median may be the atom at ±1 itself

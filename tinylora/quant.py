@@ -66,6 +66,7 @@ class QuantizedTensor:
     constants   absmax as a float32 vector, or DoubleQuantized
     code        the values by index, float32;  code_name  a name in codebooks.NAMED, or "custom"
     blocksize, shape, dtype ("float32", "bfloat16", "float16": what the weight was)
+    rule, signed            how it was quantized, for `quantize_like`
 
     `size` is the number of weights and `nbytes` what is held for them. (The codes, 64 bytes and for double quantization
     another 1,024, are shared by all tensors and not counted.)
@@ -78,6 +79,8 @@ class QuantizedTensor:
     blocksize: int
     shape: tuple
     dtype: str
+    rule: str = "bitsandbytes-cpu"
+    signed: bool = False
 
     @property
     def size(self):
@@ -202,10 +205,13 @@ def quantize(
     code           a name in codebooks.NAMED ("nf4", "fp4", "int4", …), or up to 16 ascending values
     blocksize      weights a block, 1 or more; None: the whole tensor is one block
     double_quant   store absmax in 8 bits, around its float32 mean or around `offset` if that is given (0: without the mean)
-    rule           "bitsandbytes-cpu", confirmed to the bit, or "bitsandbytes-cuda", read from the source and not run (see `rounding`)
+    rule           "bitsandbytes-cpu", confirmed to the bit, or "bitsandbytes-cuda", read from the source and not run (see `rounding`).
+                   The mean is torch's on a CPU under either; a GPU adds in another order, so give its `offset` to have its bits
     check_finite   True: NaN or Inf raises ValueError with the tensor's `name`; False: do what bitsandbytes does with them
     nested_code    the 8-bit code of double quantization: "dynamic8" (bitsandbytes), "fp8_e4m3", "fp8_e5m2" or "int8"
     signed         divide by the signed absmax, for codes such as bof4(signed=True); absmax then carries a sign
+
+    ValueError for unknown names, a bad blocksize or code, and NaN or Inf; TypeError if w is not a float array.
     """
     if rule not in RULES:
         raise ValueError(f"quantize: rule {rule!r} is unknown: expected one of {', '.join(map(repr, RULES))}")
@@ -214,23 +220,52 @@ def quantize(
             f"quantize: blocksize = {blocksize!r}, expected a whole number, 1 or more, or None for the whole tensor"
         )
     code_name, values = codebooks.get(code)
-    nested = codebooks.get_nested(nested_code)
-    if is_array(w) and (xp := array_module(w)) is not np:  # quantizing happens once, and on the host
-        host = move(w, "cpu")
-        q = quantize(host, code, blocksize, double_quant, rule, offset, check_finite, name, nested_code, signed)
-        return q.to(lambda a: move(a, xp))
+    nested = codebooks.get_nested(nested_code)  # looked up first, so that a wrong name is said in any case
+    settings = _Settings(code_name, values, blocksize, nested if double_quant else None, offset, rule, signed)
+    return _quantize(w, settings, check_finite, name)
+
+
+def quantize_like(w, q, name="weight"):
+    """w quantized as q was: its code, blocks, rule and form of the constants. w of any shape -> QuantizedTensor.
+
+    The mean of the constants is taken anew, unless q has none (offset 0). NaN and Inf raise ValueError.
+    """
+    q = q.to(lambda a: move(a, "cpu"))
+    nested = q.constants.code if q.double_quant else None
+    offset = 0.0 if q.double_quant and q.offset == 0 else None
+    return _quantize(w, _Settings(q.code_name, q.code, q.blocksize, nested, offset, q.rule, q.signed), True, name)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    code_name: str
+    code: np.ndarray
+    blocksize: int | None
+    nested_code: np.ndarray | None
+    offset: float | None
+    rule: str
+    signed: bool
+
+
+def _quantize(w, settings, check_finite, name):
+    """Quantizing happens once, and on the host; what comes from a device goes back to it."""
+    xp = array_module(w) if is_array(w) else np
+    w = w if xp is np else move(w, "cpu")
     floats, dtype = as_float32(w)
     flat = np.ascontiguousarray(floats).reshape(-1)
-    size, how = int(blocksize or max(len(flat), 1)), RULES[rule]
+    c, how = settings, RULES[settings.rule]
+    size = int(c.blocksize or max(len(flat), 1))
     with np.errstate(all="ignore"):
         absmax = how.absmax(flat, size)
         if check_finite and not np.isfinite(absmax if how is CPU else CPU.absmax(flat, size)).all():
             _refuse(flat, np.shape(w), name)
-        if signed:
+        if c.signed:
             absmax = signed_absmax(flat, absmax, size)
-        packed = _pack(how.indices(flat, absmax, size, values))
-        constants = quantize_constants(absmax, offset, nested, how) if double_quant else absmax
-    return QuantizedTensor(packed, constants, values, code_name, size, tuple(np.shape(w)), dtype)
+        packed = _pack(how.indices(flat, absmax, size, c.code))
+        constants = absmax if c.nested_code is None else quantize_constants(absmax, c.offset, c.nested_code, how)
+    shape = tuple(np.shape(w))
+    q = QuantizedTensor(packed, constants, c.code, c.code_name, size, shape, dtype, c.rule, bool(c.signed))
+    return q if xp is np else q.to(lambda a: move(a, xp))
 
 
 def _refuse(flat, shape, name):

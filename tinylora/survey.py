@@ -45,12 +45,17 @@ class Line:
     def entropy(self, code):
         """H of a code's usage, in bits."""
         p = np.array(self.usage[code])
-        return float(-(p[p > 0] @ np.log2(p[p > 0])))
+        return float(-(p[p > 0] @ np.log2(p[p > 0]))) + 0.0
 
 
 def measure(name, w, codes=tuple(CODES), blocksize=64, double_quant=True):
-    """One tensor under every code -> Line. w (out, in), any float dtype."""
+    """Σ (w − ŵ)² / Σ w², usage, normality and outliers of one tensor under every code. w (out, in), any float dtype -> Line
+
+    ValueError with the tensor's `name` for NaN or Inf.
+    """
     w = np.ascontiguousarray(as_float32(w)[0])
+    if not np.isfinite(w).all():
+        raise ValueError(f"{name} holds NaN or Inf; leave it out (--skip {name})")
     line = Line(name, tuple(w.shape), normality(w), outlier_blocks(w, blocksize))
     power = float(np.square(w, dtype=np.float64).sum()) or 1.0
     for code in codes:
@@ -83,14 +88,13 @@ def outlier_blocks(w, blocksize):
     blocks = w.reshape(-1)[: w.size // blocksize * blocksize].reshape(-1, blocksize)
     if blocksize < 2 or len(blocks) == 0:
         return float("nan")
-    limit = optimality.max_quantile(0.95, blocksize) * blocks.std(axis=1, ddof=1)
+    limit = optimality.max_quantile(0.95, blocksize) * blocks.std(axis=1, ddof=1, dtype=np.float64)
     return float((np.abs(blocks).max(axis=1) > limit).mean())
 
 
-def control(like, codes=tuple(CODES), blocksize=64, double_quant=True):
-    """The same measurement on normal weights in the shape of a line's tensor, at most 2²⁰ of them. The seed is fixed."""
-    out, width = like
-    w = np.random.default_rng(0).standard_normal((max(min(out, (1 << 20) // width), 1), width), dtype=np.float32)
+def control(width, codes=tuple(CODES), blocksize=64, double_quant=True):
+    """The same measurement on about 2²⁰ normal weights in rows of `width`. The seed is fixed. -> Line"""
+    w = np.random.default_rng(0).standard_normal((max((1 << 20) // width, 1), width), dtype=np.float32)
     return measure("normal weights, drawn", w, codes, blocksize, double_quant)
 
 
@@ -159,9 +163,13 @@ def describe(lines, blocksize, normal=None):
     return "\n".join(text)
 
 
-def as_json(lines, **about):
-    """Everything measured, for report.json."""
-    return {**about, "tensors": [asdict(line) for line in lines]}
+def as_json(lines, normal, **about):
+    """Everything measured, for report.json; NaN (a row too short to test) becomes null."""
+
+    def plain(line):
+        return {name: None if value != value else value for name, value in asdict(line).items()}
+
+    return {**about, "control": plain(normal), "tensors": [plain(line) for line in lines]}
 
 
 __all__ = [

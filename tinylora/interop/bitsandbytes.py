@@ -8,8 +8,8 @@ A weight <path>.weight of shape (out, in) becomes, in a safetensors file,
     <path>.weight.nested_absmax, .nested_quant_map         (⌈blocks/256⌉,) and (256,) float32, with double quantization
     <path>.weight.quant_state.bitsandbytes__nf4 | __fp4    JSON as uint8: quant_type, blocksize, dtype, shape, nested_…
 
-and config.json gains a `quantization_config`. Both maps are read from the file and not assumed: bitsandbytes up to 0.49 wrote −1
-as the first entry of its 8-bit map, and dequantizing with another one would be wrong.
+and config.json gains a `quantization_config`. Both maps are read from the file and not assumed: the CPU quantizer of bitsandbytes up to
+0.49 put −1 in front of its 8-bit map, and dequantizing with another map would be wrong.
 
 bitsandbytes knows the codes NF4 and FP4, in blocks of 32 to 4096; other codes are refused with a sentence. Left out: LLM.int8().
 """
@@ -34,8 +34,17 @@ _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
-#: Matrices that are not linear layers, and the head, which transformers leaves in 16 bits.
-NOT_LINEAR = r"embed|lm_head|\bwte\b|\bwpe\b|\bshared\b|position|relative_attention_bias"
+#: Matrices that are not linear layers, and heads, which transformers leaves in 16 bits.
+NOT_LINEAR = (
+    r"embed|lm_head|proj_out|cls\.predictions\.decoder|\bwte\b|\bwpe\b|\bshared\b|position|relative_attention_bias"
+)
+
+#: Heads that are tied to an embedding are in no file; transformers must still be told that they are dense.
+_HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder")
+
+#: model_types whose 4-bit copies were opened and run in transformers (tests/test_oracle.py). Others may store a linear weight as (in, out),
+#: as GPT-2 does, or fuse experts on loading, and would come out wrong.
+OPENED = ("llama", "mistral", "qwen2", "qwen3", "bert", "gpt_neox", "whisper")
 
 
 # ---------------------------------------------------------------------------------------------------------------- one weight
@@ -67,24 +76,43 @@ def from_tensors(name, tensors, where="the file"):
         raise ValueError(f"{where}: expected one {name}{_STATE}nf4 or …fp4, found {len(keys)}")
     try:
         state = json.loads(tensors.pop(keys[0]).tobytes())
-        kind, blocksize, shape = state["quant_type"], int(state["blocksize"]), tuple(map(int, state["shape"]))
         parts = {part: tensors.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in tensors}
-        packed = _bytes(tensors.pop(name))
-        absmax, code = parts["absmax"], _same_or(codebooks.get(kind)[1], parts["quant_map"])
-        constants = absmax
-        if "nested_absmax" in parts:
-            nested_code = _same_or(codebooks.get_nested("dynamic8"), parts["nested_quant_map"])
-            offset, nested_blocksize = np.float32(state["nested_offset"]), int(state["nested_blocksize"])
-            constants = DoubleQuantized(absmax, parts["nested_absmax"], offset, nested_code, nested_blocksize)
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: the 4-bit weight {name} is incomplete or damaged ({error!r})") from None
-    size, blocks = int(np.prod(shape, dtype=np.int64)), -(-int(np.prod(shape, dtype=np.int64)) // blocksize)
-    if packed.size != (size + 1) // 2 or absmax.size != blocks:
-        raise ValueError(
-            f"{where}: {name} of shape {shape} in blocks of {blocksize} needs {(size + 1) // 2} bytes and {blocks} "
-            f"constants, found {packed.size} and {absmax.size}"
-        )
+        q = _read(state, parts, _bytes(tensors.pop(name)))
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{where}: the 4-bit weight {name} is incomplete or damaged ({error})") from None
+    if keys[0] != f"{name}{_STATE}{q.code_name}":
+        raise ValueError(f"{where}: {keys[0]} says {q.code_name} inside")
+    return q
+
+
+def _read(state, parts, packed):
+    """A QuantizedTensor from the JSON and the arrays of one weight; everything is checked before it is believed."""
+    kind, blocksize, shape = state["quant_type"], int(state["blocksize"]), tuple(map(int, state["shape"]))
+    size = int(np.prod(shape, dtype=np.int64))
+    blocks = -(-size // blocksize)
+    if kind not in ("nf4", "fp4") or blocksize < 1 or state["dtype"] not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"it says quant_type {kind!r}, blocksize {blocksize}, dtype {state['dtype']!r}")
+    nested = "nested_absmax" in parts
+    _expect(packed, "the weight", (size + 1) // 2, np.uint8)
+    _expect(parts["quant_map"], "quant_map", 16, np.float32)
+    _expect(parts["absmax"], "absmax", blocks, np.uint8 if nested else np.float32)
+    absmax, code = parts["absmax"], _same_or(codebooks.get(kind)[1], parts["quant_map"])
+    if not nested:
+        return QuantizedTensor(packed, absmax, code, kind, blocksize, shape, state["dtype"])
+    second = int(state["nested_blocksize"])
+    _expect(parts["nested_quant_map"], "nested_quant_map", 256, np.float32)
+    _expect(parts["nested_absmax"], "nested_absmax", -(-blocks // second), np.float32)
+    nested_code = _same_or(codebooks.get_nested("dynamic8"), parts["nested_quant_map"])
+    constants = DoubleQuantized(absmax, parts["nested_absmax"], np.float32(state["nested_offset"]), nested_code, second)
     return QuantizedTensor(packed, constants, code, kind, blocksize, shape, state["dtype"])
+
+
+def _expect(array, what, length, dtype):
+    found = getattr(array, "dtype", None)
+    if found != dtype or array.shape != (length,):
+        raise ValueError(
+            f"{what}: expected {length} {np.dtype(dtype).name}, found {found} of shape {tuple(array.shape)}"
+        )
 
 
 def _bytes(stored):
@@ -187,27 +215,34 @@ def is_linear_weight(name, w, skip=()):
         name.endswith(".weight")
         and len(w.shape) == 2
         and min(w.shape) > 1
+        and (isinstance(w, BFloat16Array) or w.dtype.kind == "f")
         and not re.search(NOT_LINEAR, name)
         and not any(s in name for s in skip)
     )
 
 
 def quantize_folder(
-    source, target, code="nf4", blocksize=64, double_quant=True, skip=(), progress=True, rule="bitsandbytes-cpu"
+    source,
+    target,
+    code="nf4",
+    blocksize=64,
+    double_quant=True,
+    skip=(),
+    progress=True,
+    rule="bitsandbytes-cpu",
+    force=False,
 ):
-    """A 4-bit copy of a folder with config.json and safetensors files, of whatever architecture: its linear weights in 4 bits, all
-    else as it was. Returns {name: QuantizedTensor}.
+    """A 4-bit copy of a folder with config.json and safetensors files: its linear weights in 4 bits, all else as it was.
+    Returns {name: QuantizedTensor}.
 
-    Linear weights are the matrices named *.weight apart from embeddings and lm_head, and apart from names that contain a word of `skip`.
+    Linear weights are the matrices named *.weight apart from embeddings and heads, and apart from names that contain a word of `skip`.
+    Architectures outside OPENED are refused unless `force` is true. So is a target that holds another, dense model. ValueError says
+    what does not fit; nothing is written then.
     """
     from tqdm import tqdm
 
     source, target = Path(source), Path(target)
-    if target.resolve() == source.resolve():
-        raise ValueError(f"quantize_folder: {target} would overwrite its source")
-    config = files.read_json(source / "config.json")
-    if "quantization_config" in config:
-        raise ValueError(f"{source / 'config.json'} says that the model is quantized already")
+    config = _check_folders(source, target, force)
     tensors, done = files.load_folder(source), {}
     linear = [name for name, w in tensors.items() if is_linear_weight(name, w, skip)]
     if not linear:
@@ -215,27 +250,51 @@ def quantize_folder(
     for name in tqdm(linear, desc=f"quantizing to {code}", disable=None if progress else True):
         done[name] = quantize(tensors.pop(name), code, blocksize, double_quant, rule, name=name)
         tensors |= to_tensors(name, done[name])
-    kept = sorted(
-        n.removesuffix(".weight")
-        for n, w in tensors.items()
-        if n.endswith(".weight") and len(w.shape) == 2 and n not in done
-    )
-    config["quantization_config"] = quantization_config(done[linear[0]], skip=sorted({"lm_head", *kept}))
-    files.save_safetensors(target / "model.safetensors", tensors)
-    files.write_json(target / "config.json", config)
-    for path in source.iterdir():  # tokenizer and the like
+    dense = {n.removesuffix(".weight") for n, w in tensors.items() if n.endswith(".weight") and len(w.shape) == 2}
+    kept = sorted({*_HEADS, *dense} - {n.removesuffix(".weight") for n in done})
+    config["quantization_config"] = quantization_config(done[linear[0]], skip=kept)
+    for path in sorted(source.rglob("*")):  # tokenizer, chat template, licence
+        weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(
+            (".safetensors.index.json", ".bin.index.json")
+        )
         if (
             path.is_file()
-            and path.suffix in (".json", ".txt", ".model")
-            and path.name != "config.json"
-            and ".safetensors" not in path.name
+            and not weights
+            and path != source / "config.json"
+            and target.resolve() not in path.resolve().parents
         ):
-            with files.atomic(target / path.name) as temporary:
-                shutil.copyfile(path, temporary)
+            _copy(path, target / path.relative_to(source))
+    files.save_safetensors(target / "model.safetensors", tensors)
+    files.write_json(target / "config.json", config)
     return done
 
 
+def _check_folders(source, target, force):
+    """The source's config, if the source can be quantized and the target can be written."""
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds no config.json; expected a model folder as transformers saves it")
+    config = files.read_json(source / "config.json")
+    if config.get("quantization_config"):
+        raise ValueError(f"{source / 'config.json'} says that the model is quantized already")
+    if target.resolve() == source.resolve():
+        raise ValueError(f"{target} would overwrite its source")
+    if (target / "config.json").is_file() and not files.read_json(target / "config.json").get("quantization_config"):
+        raise ValueError(f"{target} holds another, dense model; choose a new folder")
+    if config.get("model_type") not in OPENED and not force:
+        raise ValueError(
+            f"{source}: 4-bit copies of {config.get('model_type')!r} were not tried in transformers "
+            f"(tried: {', '.join(OPENED)}); force writes one all the same"
+        )
+    return config
+
+
+def _copy(path, target):
+    with files.atomic(target) as temporary:
+        shutil.copyfile(path, temporary)
+
+
 __all__ = [
+    "OPENED",
     "from_tensors",
     "is_linear_weight",
     "load",
