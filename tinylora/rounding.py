@@ -15,6 +15,8 @@ blocks of zeros, a last partial block, NaN, and the nearest 8-bit code. A `Rule`
 | NaN | m = NaN, all indices the highest value's | ignored by m; its own index 0 |
 | pad of an odd length | code of 0 | code of 0·(1/m) |
 | 8 bits | a table of 65,536 entries, not always the nearest | a search; a tie goes to the even index |
+| mean of the constants | torch's sum on one thread (`torch_mean`) | not reproduced: a GPU adds in another order; give `offset=` |
+| block sizes there | 32 to 4096 | 32 to 4096, powers of two; 32 and 64 in a kernel of their own, with the same arithmetic |
 
 The GPU's 1/m is an approximate instruction (compiled with --use_fast_math, up to 1 ulp off); here it is rounded correctly, so an
 element within an ulp of a tie may come out otherwise there. No GPU has confirmed the second rule yet.

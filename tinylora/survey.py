@@ -99,7 +99,7 @@ def control(width, codes=tuple(CODES), blocksize=64, double_quant=True):
 
 
 def mean(lines):
-    """All tensors as one: errors weighted by the number of weights. -> Line"""
+    """Σ n_t e_t / Σ n_t over tensors t of n_t weights, of errors, usage, normality and outliers alike. -> Line"""
     n = np.array([np.prod(line.shape) for line in lines], np.float64)
 
     def average(values):

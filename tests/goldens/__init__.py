@@ -21,5 +21,6 @@ def published():
 
 def optimality():
     """{(quantity, code): {blocksize: the printed digits}}: error and entropy for normal weights (optimality.csv)."""
-    head, *rows = (line.split(",") for line in Path(__file__).with_name("optimality.csv").read_text().split())
+    lines = Path(__file__).with_name("optimality.csv").read_text(encoding="utf-8").splitlines()
+    head, *rows = (line.split(",") for line in lines if not line.startswith("#"))
     return {(row[0], row[1]): dict(zip(map(int, head[2:]), row[2:], strict=True)) for row in rows}
