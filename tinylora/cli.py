@@ -395,7 +395,8 @@ def _nf4_parser(commands):
         help="build NF4 step by step, and say what it is optimal for",
         description="Build the NF4 code from normal quantiles, step by step, with the bit patterns of all 16 values beside the published\n"
         "ones; then what breaks the table; then what NF4 costs for normal weights in blocks of 16 to 4096, and how much that lies\n"
-        "above the best code with the same -1, 0 and 1 (exact to the digits printed, by quadrature). The figure shows both.",
+        "above the best code with the same -1, 0 and 1 (exact to the digits printed, by quadrature). The figure\n"
+        "shows that by block size, beside what theory predicts.",
         epilog="examples:\n  tinylora nf4\n  tinylora nf4 --blocksizes 12 64 69 453 --figure none\n",
         formatter_class=_FORMAT,
     )
