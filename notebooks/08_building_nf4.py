@@ -10,7 +10,7 @@
 # 0.9677083 comes from (bitsandbytes 440, 938, 968; section 3), what NF4 is step by step (bitsandbytes 543, 1283;
 # qlora 299; section 4), and how to get the exact values (bitsandbytes 1772; sections 4 and 5).
 #
-# Hours: 3 (1½ to read and run, 1½ for the exercises).
+# Hours: 3½ (2 to read and run, 1½ for the exercises).
 #
 # Prerequisites: NumPy; the normal distribution function Φ and its inverse, the quantile function Φ⁻¹; that a float32
 # holds 24 significant bits. Notebook 07, section 2, for the division of a block by its absmax (from section 6 on).
@@ -111,10 +111,12 @@ assert len(code) == 16 and [f"{g:.4f}" for g in gap.values()] == ["0.0668", "0.0
 # ## 3. Where 0.9677083 comes from
 #
 # The released code (bitsandbytes, `create_normal_map`) takes quantiles at evenly spaced probabilities from ½ to an
-# outermost $o = 0.9677083$, short of the infinite $Q(1)$. It does not explain the number, and QLoRA §3 does not
-# mention it. Two codes lie near at hand. Cut the probability 1 into 16 equal bins and put a value in the middle of
-# each: half a bin is left at either end, $1/32$, but no value is at ½, where the zero would be. With 15 bins there
-# is one, with 7 values on either side; half a bin is $1/30$. NF4 has 16 values and a zero, and its tail is the mean:
+# outermost $o = 0.9677083$, short of the infinite $Q(1)$. Its docstring calls it "empirically optimized to minimize
+# quantization error" and gives "~1.845 standard deviations"; it is $Q(o) = 1.848$ of them, and its seven digits are
+# those of a formula. QLoRA §3 does not mention it. Two codes lie near at hand. Cut the probability 1 into 16 equal
+# bins and put a value in the middle of each: half a bin is left at either end, $1/32$, but no value is at ½, where
+# the zero would be. With 15 bins there is one, with 7 values on either side; half a bin is $1/30$. NF4 has 16 values
+# and a zero, and its tail is the mean:
 #
 # $$o = 1 - \tfrac12\big(\tfrac1{32} + \tfrac1{30}\big) = \tfrac{929}{960} = 0.96770833…,\ \text{cut to seven digits: } 0.9677083.$$
 
@@ -129,8 +131,8 @@ assert (round(gap["1/32"], 4), round(gap["1/30"], 4), gap["their mean"]) == (0.0
 
 # %% [markdown]
 # Neither tail alone gives the table; the mean does, and all seven digits agree with it. (Exercise 2 finds the same
-# digits in appendix E alone.) *Why* the mean was taken is stated in no source read for this notebook. Later code
-# writes the tail as ½(1/32 + 1/30) and refers to the AF4 note, arXiv 2306.06965.
+# digits in appendix E alone.) *Why* the mean of these two was taken no source read for this notebook says; the
+# docstring speaks of an optimization, not of this formula.
 #
 # ## 4. The recipe, step by step
 #
@@ -217,8 +219,8 @@ assert off["929/960, not its 7 digits"] == [0, 2, 4, 3, 4, 0, 6, 0, 7, 5, 8, 5, 
 # %% [markdown]
 # So the seven digits belong to the definition, and so does float32, for the grid and for the division. The fused
 # multiply-add makes no difference to these two grids. It does to 4 of the 7 from which the signed 8-bit map of double
-# quantization is made by the same function. `np.linspace(…, dtype=float32)` computes in float64 and rounds at the end,
-# while torch rounds the step $h$ first and carries that error along.
+# quantization (notebook 11) is made by the same function. `np.linspace(…, dtype=float32)` computes in float64 and
+# rounds at the end, while torch rounds the step $h$ first and carries that error along.
 #
 # All this is about the last bits. Averaging neighbouring quantiles of the *same* two grids, as equation 4 would, is
 # about the second digit.
@@ -308,19 +310,21 @@ assert (codebooks.normal_float(4) == codebooks.nf4()).all()
 #    appendix E (section 1). Used on two ranges it stays .055 to .075 away (section 2), on the released grids .038
 #    (section 5). The table is made of quantiles, not of means of quantiles.
 # 2. **The offset 0.9677083 is not in QLoRA §3.** It is 929/960 cut to seven digits (section 3), and 929/960 itself gives
-#    other bits, 8 ULP at most (section 5).
+#    other bits, 8 ULP at most (section 5). bitsandbytes' docstring gives 1.845 standard deviations for it; it is 1.848.
 # 3. **"$2^{k-1}$ for the negative part, $2^{k-1} + 1$ for the positive part"** counts the zero on both sides: grids of 8
-#    and 9, but 7 negative and 8 positive values. bitsandbytes' docstring says "8 negative and 9 positive", which holds for
-#    the grids only (section 4).
+#    and 9, but 7 negative and 8 positive values. bitsandbytes' docstring counts it twice as well: "8 negative and 9
+#    positive values (including zero), for 15 non-zero values total" (section 4).
 # 4. **"Equal expected number of values in each quantization bin"** does not hold: at blocks of 64 from 1.73 % to 9.24 %,
 #    3.8847 bits; for an ideal normal law from 5.57 % to 7.10 %, 3.9962 bits (section 6).
 #
 # ## Exercises
 #
+# For grading only the setup cell and the exercise cells are run: put helpers inside the exercise's cell.
+#
 # ### 08-1 Repair equation 4
 #
-# The paper says of its symmetric code that it has $2^k$ values and no zero. Equation 4 as printed has neither property.
-# One number in it has to change.
+# The paper says of its symmetric code that it has $2^k$ values and no zero. Equation 4 as printed gives $2^k - 1$ finite
+# values, one of them 0. One number in it has to change.
 
 
 # %% tags=["exercise"]

@@ -5,8 +5,9 @@
 # and 1 can have. It does not use its values equally often (it comes closest in blocks of 12), nor is it near the least
 # mean squared error (that it is in blocks of 453).**
 #
-# Hours: 4 (2 to read and run, 2 for the exercises). Prerequisites: notebook 08 (how NF4 is built), or its result: 16
+# Hours: 5½ (3 to read and run, 2½ for the exercises). Prerequisites: notebook 08 (how NF4 is built), or its result: 16
 # values, quantiles of a normal law divided by the largest; conditional densities; the idea of numerical integration.
+# Point masses, Newton's step and minimizing over a function are explained where they are used.
 #
 # Accompanies QLoRA §3, "4-bit NormalFloat quantization" (arXiv 2305.14314), where NF4 is called information-theoretically
 # optimal for normal weights; Yoshida 2023, "NF4 Isn't Information Theoretically Optimal (and that's Good)"
@@ -49,7 +50,7 @@ def phi(w):
 # $$g_k(x) = \frac{I-1}{I}\int_0^\infty m^k\,\frac{m\,\varphi(mx)}{2\Phi(m)-1}\,p_M(m)\,dm
 #   = 2(I-1)\int_0^\infty m^{k+1}\varphi(m)\,\varphi(mx)\,\big(2\Phi(m)-1\big)^{I-2}dm .$$
 #
-# The maximum itself adds an atom of $\mathrm E[M^k]/(2I)$ at each of $x = \pm 1$. $g_0$ says how often a value is used,
+# The maximum itself adds an *atom*, a point mass, of $\mathrm E[M^k]/(2I)$ at each of $x = \pm 1$. $g_0$ says how often a value is used,
 # $g_1$ and $g_2$ weigh the absolute and the squared error of $W$.
 #
 # Over a cell the inner integral is closed: with $w = mx$, $\int_a^b x^n\,m\,\varphi(mx)\,dx = m^{-n}\int_{ma}^{mb}
@@ -173,8 +174,9 @@ for p, cost in zip((1, 2), np.concatenate(costs, axis=1), strict=True):
 #   p = 1:\quad \int_{\xi_\ell}^{q_\ell} g_1 = \tfrac12\int_{\xi_\ell}^{\xi_{\ell+1}} g_1,$$
 #
 # the centroid or the weighted median of its cell $[\xi_\ell, \xi_{\ell+1}]$. Lloyd's iteration puts every value there,
-# draws the boundaries anew, and repeats. (For the median one Newton step is enough: it rests at the same place.) The
-# values −1, 0 and 1 stay, as in NF4: they are *pinned*.
+# draws the boundaries anew, and repeats. (For the median one Newton step is enough, which subtracts from $q_\ell$ the
+# excess of $\int_{\xi_\ell}^{q_\ell} g_1$ over half the cell, divided by its derivative $g_1(q_\ell)$: a code that one
+# such step no longer moves has each free value at its median.) The values −1, 0 and 1 stay, as in NF4: they are *pinned*.
 
 
 # %%
@@ -246,16 +248,17 @@ for p in (1, 2):
 # $$\mathrm E\,|\text{error}|^p \;\propto\; n^{-p}\int f\,\lambda^{-p}\,dx \quad\text{is least where}\quad
 #   f\,\lambda^{-p-1} = \text{const}, \qquad\text{so}\qquad \lambda \propto f^{1/(1+p)}$$
 #
-# (Panter and Dite 1951 for $p = 2$). As $p \to 0$ this becomes $\lambda \propto f$: equal usage, the largest entropy.
-# For a normal law $f^{1/(1+p)} \propto e^{-x^2/(2(1+p))}$ is a normal law again, $\sqrt{1+p}$ times as wide. In the
-# scaled weight $x = w/m$ of a block with maximum $m$:
+# (add $\mu\int\lambda$ and set the derivative with respect to $\lambda(x)$ to 0; Panter and Dite 1951 for $p = 2$). As $p
+# \to 0$ this becomes $\lambda \propto f$: equal usage, the largest entropy. For a normal law $f^{1/(1+p)} \propto
+# e^{-x^2/(2(1+p))}$ is a normal law again, $\sqrt{1+p}$ times as wide. In the scaled weight $x = w/m$ of a block with
+# maximum $m$:
 #
 # $$\lambda(x) \propto \exp\Big(-\frac{m^2x^2}{2(1+p)}\Big) \quad\text{on } [-1, 1],$$
 #
 # a normal law, cut at $m/\sqrt{1+p}$ of its standard deviations.
 #
 # NF4 is a normal law cut at $s_0 = \Phi^{-1}(0.9677083) = 1.8481$: on either side of 0 the same probability lies between
-# any two neighbours. The cell checks that.
+# any two neighbours. The code below checks that.
 
 # %%
 s0 = NormalDist().inv_cdf(codebooks.NF4_OFFSET)
@@ -341,7 +344,7 @@ assert [f"{x:.2%}" for x in free] == ["0.64%", "11.00%"] and [f"{x:.1%}" for x i
 # ## 7 · Equal usage is nothing to wish for
 #
 # Suppose one insists on it. At $I = 64$ cut $[-1, 1]$ at the quantiles $F_X^{-1}(i/16)$ of the scaled weight, so that each of
-# 16 cells holds exactly 1/16 of the weights, and give each cell the level that is best for the squared error, its
+# 16 cells holds exactly 1/16 of the weights, and give each cell the value that is best for the squared error, its
 # centroid under $g_2$ with the atoms. Every index now carries 4 bits, and the error is 0.01713: 2.02 times NF4's. No code
 # whose cells are intervals and equally used can do better, since equal usage leaves no choice of cells.
 
@@ -354,9 +357,9 @@ atom = top(2, 64) / 2
 mass[[0, -1]] += atom
 first[[0, -1]] += [-atom, atom]
 second[[0, -1]] += atom
-cost = second - first**2 / mass  # the least ∫ (x − level)² g₂ of each cell
+cost = second - first**2 / mass  # the least ∫ (x − value)² g₂ of each cell
 times, outer = cost.sum() / error(NF4, 2, 64), cost[[0, -1]].sum() / cost.sum()
-print(f"outermost cut {cuts[-2]:.3f}, level {(first / mass)[-1]:.3f}; squared error {cost.sum():.5f}")
+print(f"outermost cut {cuts[-2]:.3f}, value {(first / mass)[-1]:.3f}; squared error {cost.sum():.5f}")
 print(f"that is {times:.2f} times NF4's; {outer:.0%} of it in the two outer cells")
 assert (round(cost.sum(), 5), round(times, 2), round(outer, 2), round(cuts[-2], 3)) == (0.01713, 2.02, 0.75, 0.610)
 
@@ -367,10 +370,11 @@ assert (round(cost.sum(), 5), round(times, 2), round(outer, 2), round(cuts[-2], 
 #
 # ## 8 · Moving the offset
 #
-# If the rule of section 5 is right, it can be turned round: keep NF4's recipe, and choose the offset for the block,
-# $o = \Phi\big(\mathrm E[M]/\sqrt{1+p}\big)$. For the squared error that is a closed form of BOF4 (MSE), which is otherwise
-# found by iteration. At the nine block sizes from 16 to 4096 it costs at most 0.32 % more than BOF4; at 64, with
-# $o = 0.93305$, 0.007998 against 0.007992. NF4 with its fixed offset costs up to 17.5 % more (at 16).
+# If the rule of section 5 is right, it can be turned round: keep NF4's recipe, and choose the offset for the block, $o =
+# \Phi\big(\mathrm E[M]/\sqrt{1+p}\big)$. For the squared error that is a closed form whose error is nearly that of BOF4
+# (MSE), the best pinned code (notebook 10), which is found by iteration. At the nine block sizes from 16 to 4096 it costs
+# at most 0.32 % more than BOF4; at 64, with $o = 0.93305$, 0.007998 against 0.007992. NF4 with its fixed offset costs up
+# to 17.5 % more (at 16).
 
 # %%
 worst = 0
@@ -433,6 +437,10 @@ assert round(64 * top(1, 64), 3) == 2.596 and round(4096 * top(1, 4096), 3) == 3
 
 # %% [markdown]
 # ## Exercises
+#
+# For grading only the setup cell and the exercise cells are run: put helpers inside the exercise's cell.
+#
+# ### 09-1 Uniform weights
 
 
 # %% tags=["exercise"]
@@ -445,6 +453,7 @@ def exercise_1(x, blocksize, k):
     weights, and does it depend on p?
     """
     # BEGIN SOLUTION
+    # which code is best: X is uniform for every k, so evenly spaced values (from −1 to 1, if these are pinned) are best for every p
     mean = blocksize / (blocksize + k)  # E[Mᵏ], since M has the density I mᴵ⁻¹ on [0, 1]
     inner = (blocksize - 1) / blocksize * mean / 2  # X is uniform on [−1, 1], and independent of M
     return np.full(np.shape(x), inner), mean / (2 * blocksize)
@@ -454,6 +463,9 @@ def exercise_1(x, blocksize, k):
 # %%
 _ = grade("09-1", exercise_1)
 
+# %% [markdown]
+# ### 09-2 Another offset
+
 
 # %% tags=["exercise"]
 def exercise_2(offset, p):
@@ -461,8 +473,8 @@ def exercise_2(offset, p):
 
     `offset` is the outermost probability of `normal_float(4, offset)`, between 0.75 and 0.97, and p ≥ 0 the power of the error, any
     number. Return, as an int, the block size at which section 5 expects this code to be nearly the best for E|W − Ŵ|ᵖ: the last
-    I ≥ 2 whose expected maximum is not above what the code fits. For NF4's own offset the answers are 9, 67 and 434 for p = 0, 1
-    and 2. `expected_max(I)` is E[M]. The largest answer asked for is below 1,000.
+    I ≥ 2 whose expected maximum is not above what the code fits (the edge). For NF4's own offset the answers are 9, 67 and 434 for
+    p = 0, 1 and 2. `expected_max(I)` is E[M]. Only cases with E[M] at I = 2 not above the edge are asked for; answers are below 1,000.
     """
     # BEGIN SOLUTION
     edge = NormalDist().inv_cdf(offset) * (1 + p) ** 0.5
@@ -475,6 +487,9 @@ def exercise_2(offset, p):
 
 # %%
 _ = grade("09-2", exercise_2)
+
+# %% [markdown]
+# ### 09-3 Laplace weights
 
 
 # %% tags=["exercise"]
@@ -494,6 +509,9 @@ def exercise_3(edge, p, n):
 
 # %%
 _ = grade("09-3", exercise_3)
+
+# %% [markdown]
+# ### 09-4 One step of Lloyd's iteration, on data
 
 
 # %% tags=["exercise"]

@@ -3,7 +3,8 @@
     python notebooks/build.py              every NN_name.ipynb from its NN_name.py, executed, with its outputs
     python notebooks/build.py 08           only notebook 08
     python notebooks/build.py --check      what CI runs: do both versions run, and is each .ipynb that of its source?
-    python notebooks/build.py --solutions FOLDER
+    python notebooks/build.py --solutions FOLDER   the solution versions, executed, for a teacher
+    python notebooks/build.py --student FOLDER     what students need to answer and to grade, without the sources
 
 A source is a Python file in jupytext's percent format. A code cell tagged "exercise" defines one function exercise_K, in
 which the solution lies between the lines "# BEGIN SOLUTION" and "# END SOLUTION". Two versions are made from it: the
@@ -13,6 +14,7 @@ student's has `raise NotImplementedError("your answer")` in place of that block,
 import argparse
 import os
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -144,23 +146,38 @@ def check(source, limit):
     return "student {:.1f} s, solutions {:.1f} s".format(*seconds)
 
 
+def hand_out(source, folder):
+    """Copy a notebook, its checks and what grades it into a folder, if it is the student version of its source."""
+    target = source.with_suffix(".ipynb")
+    if not target.exists() or form(read(target)) != form(make(source)):
+        raise ValueError(f"{target.name} is not the student version of its source: move your answers away and build it")
+    (folder / "checks").mkdir(parents=True, exist_ok=True)
+    checks = ("checks/__init__.py", f"checks/nb{source.name[:2]}.py")
+    for name in (target.name, "grading.py", "conftest.py", "test_exercises.py", *checks):
+        shutil.copy(HERE / name, folder / name)
+    return f"copied to {folder}"
+
+
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Exit status 1 if a notebook raises, takes too long, is stale (--check), or holds answers that would be lost.",
+        epilog="Exit status 1 if a notebook raises, takes too long, is stale (--check, --student), or holds answers that would be lost.",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="a source, or how it begins, such as 08 (all of them)")
     parser.add_argument("--limit", type=float, default=60, metavar="SECONDS", help="the most one may take (60)")
     way = parser.add_mutually_exclusive_group()
     way.add_argument("--solutions", type=Path, metavar="FOLDER", help="write solution versions into FOLDER instead")
+    way.add_argument("--student", type=Path, metavar="FOLDER", help="copy what students need into FOLDER, a new one")
     way.add_argument(
         "--check", action="store_true", help="write nothing; run both versions, compare each .ipynb with its source"
     )
     args = parser.parse_args(argv)
     if args.solutions and args.solutions.resolve() == HERE:
         parser.error("--solutions would overwrite the student versions; name another folder")
+    if args.student and args.student.exists() and (not args.student.is_dir() or any(args.student.iterdir())):
+        parser.error(f"--student would overwrite what is in {args.student}; name a new folder")
     stems = tuple(Path(name).stem for name in args.names)
     for stem in stems:
         if not any(source.stem.startswith(stem) for source in sources()):
@@ -168,7 +185,10 @@ def main(argv=None):
     failed = False
     for source in (source for source in sources() if source.stem.startswith(stems or "")):
         try:
-            said = check(source, args.limit) if args.check else build(source, args.limit, args.solutions)
+            if args.student:
+                said = hand_out(source, args.student)
+            else:
+                said = check(source, args.limit) if args.check else build(source, args.limit, args.solutions)
             print(f"{source.stem}: {said}", flush=True)
         except (ValueError, ImportError, OSError) as error:
             print(f"{source.stem}: {error}", file=sys.stderr, flush=True)

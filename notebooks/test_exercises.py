@@ -1,14 +1,18 @@
 """Grade answers, one test an exercise.
 
 pytest notebooks                      the notebooks in this folder, answered in place
-pytest notebooks --answers PATH       a notebook, or a folder of them
+pytest notebooks --answers PATH       a notebook, a folder of them, or a folder with one folder a student
 pytest notebooks --answers solutions  the solutions in the sources, as CI does
 pytest notebooks -k 08                only notebook 08; -k 08-2 only its exercise 2
+pytest notebooks --table marks.csv    write the marks, too
 
-Which exercises there are is read from the sources, so an answer that was deleted fails.
+Which exercises there are is read from the checks, so an answer that was deleted fails, and no source is needed.
 """
 
-import build
+import contextlib
+import os
+from pathlib import Path
+
 import grading
 import pytest
 
@@ -16,32 +20,65 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("default")
 
 
-def pytest_generate_tests(metafunc):
-    """One test for each exercise of each notebook of which there are answers."""
-    where = metafunc.config.getoption("answers")
+def chosen(where, numbers):
+    """{who: {"08": file}}, what --answers names."""
     sources = {source.name[:2]: source for source in grading.sources()}
-    try:
-        if where in (None, "solutions"):
-            files = sources if where else {n: source.with_suffix(".ipynb") for n, source in sources.items()}
-        else:
-            files = grading.collect(where, sources)
-        cases = [
-            pytest.param(files[n], k, id=f"{n}-{k}")
-            for n in sorted(files)
-            for k in grading.exercises(grading.read(sources[n]))
-        ]
-    except (ValueError, ImportError) as error:
-        raise pytest.UsageError(str(error)) from None
-    metafunc.parametrize("file, k", cases)
+    if where == "solutions":
+        if Path(where).exists():
+            raise ValueError(
+                "there is something called solutions here: write --answers ./solutions to grade it, or remove it to grade "
+                "the solutions in the sources"
+            )
+        if not sources:
+            raise ValueError("there are no sources here, which hold the solutions; expected a notebook or a folder")
+        return {"": sources}
+    if where is None and sources:
+        return {"": {number: source.with_suffix(".ipynb") for number, source in sources.items()}}
+    return grading.collect(where or grading.HERE, numbers)
 
 
-def test_exercise(file, k, rng, request):
-    exercise = f"{file.name[:2]}-{k}"
+def pytest_generate_tests(metafunc):
+    """One test for each exercise of each notebook of which there are answers, and one for each set without any."""
+    exercises = sorted(grading.load_checks(), key=lambda exercise: (exercise[:2], int(exercise[3:])))
     try:
-        solved = request.config.getoption("answers") == "solutions"
-        notebook = build.make(file, solutions=True) if solved else grading.read(file)
-        said = grading.verdict(exercise, grading.answer(notebook, k), rng)
+        sets = chosen(metafunc.config.getoption("answers"), {exercise[:2] for exercise in exercises})
     except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    cases = [
+        pytest.param(who, files[exercise[:2]], exercise, id=f"{who}/{exercise}".lstrip("/"))
+        for who, files in sets.items()
+        for exercise in exercises
+        if exercise[:2] in files
+    ]
+    cases += [pytest.param(who, None, None, id=who) for who, files in sets.items() if not files]
+    metafunc.parametrize("who, file, exercise", cases)
+
+
+def test_exercise(who, file, exercise, rng, request, marks):
+    where, limit = request.config.getoption("answers"), request.config.getoption("limit")
+    row = marks.setdefault(who or Path(where or grading.HERE).resolve().name, {})
+    if file is None:
+        pytest.fail(f"{who} holds no answers; expected files whose names begin as 08_ does", pytrace=False)
+    try:
+        # what an answer prints is of no interest here, and an endless print would fill the disk
+        with (
+            open(os.devnull, "w", encoding="utf-8") as sink,
+            contextlib.redirect_stdout(sink),
+            contextlib.redirect_stderr(sink),
+        ):
+            function = grading.answer(version(file, solution=where == "solutions"), int(exercise[3:]), limit)
+            said = grading.verdict(exercise, function, rng, limit)
+    except (ValueError, ImportError) as error:
         said = f"not gradable: {error}"
+    row[exercise] = {"right": "right", "not answered yet": "not answered"}.get(said, "not right")
     if said != "right":
         pytest.fail(f"exercise {exercise} is {said}", pytrace=False)
+
+
+def version(file, solution):
+    """A notebook as it is, or the solution version of a source."""
+    if not solution:
+        return grading.read(file)
+    import build  # which students do not have
+
+    return build.make(file, solutions=True)

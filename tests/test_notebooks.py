@@ -1,8 +1,10 @@
 """The form of the notebooks, and the machinery that builds and grades them. None of the notebooks is executed here."""
 
 import ast
+import importlib.util
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,13 @@ import grading  # noqa: E402
 
 REGISTRIES = r"https?://[^\s)]*(pypi|pythonhosted|npmjs|crates\.io|golang|anaconda|debian|docker|huggingface|hf\.co)"
 ABSOLUTE = r"(?<![\w.~:/])/(home|root|tmp|usr|opt|var|work|mnt|etc|Users|private)/|\b[A-Z]:\\(Users|Windows|Program)"
+
+
+def exercises_of(source):
+    """The numbers K of the exercises of a source, in order: each is a cell tagged "exercise" that defines exercise_K."""
+    cells = [cell.source for cell in grading.read(source).cells if "exercise" in grading.tags(cell)]
+    return [int(k) for code in cells for k in re.findall(r"^def exercise_(\d+)\(", code, re.M)]
+
 
 each = pytest.mark.parametrize("source", grading.sources(), ids=lambda source: source.stem)
 
@@ -104,7 +113,7 @@ def test_the_built_notebook_is_that_of_its_source(source):
 
 
 def test_every_exercise_has_a_check_and_every_check_an_exercise():
-    exercises = {f"{s.name[:2]}-{k}" for s in grading.sources() for k in grading.exercises(grading.read(s))}
+    exercises = {f"{s.name[:2]}-{k}" for s in grading.sources() for k in exercises_of(s)}
     checks = set(grading.load_checks())
     assert exercises - checks == set(), "exercises without a check"
     assert checks - exercises == set(), "checks without an exercise"
@@ -216,7 +225,7 @@ def test_student_and_solution_versions(source):
         "    return total",
     ]
     different = [i for i in range(len(student)) if student[i] != solution[i]]
-    assert different == [5, 7] and grading.exercises(grading.read(source)) == [1, 2]
+    assert different == [5, 7] and exercises_of(source) == [1, 2]
 
 
 def test_a_source_in_good_form_has_no_complaints(source):
@@ -283,8 +292,15 @@ def test_only_setup_and_exercise_cells_run(source):
         ),
         ("def exercise_1", "1 / 0\n\n\ndef exercise_1", "the cell '1 / 0' raises ZeroDivisionError: division by zero"),
         ("TWO = 2", "TWO = two", "the cell 'import numpy as np' raises NameError: name 'two' is not defined"),
-        ("def exercise_1", "def exercise_one", 'no cell tagged "exercise" defines exercise_1'),
-        ('tags=["exercise"]\ndef exercise_1', "\ndef exercise_1", 'no cell tagged "exercise" defines exercise_1'),
+        ("def exercise_1", "def exercise_one", "no exercise cell defines exercise_1; was it renamed, or written into"),
+        ('tags=["exercise"]\ndef exercise_1', "\ndef exercise_1", "no exercise cell defines exercise_1; was it"),
+        ("def exercise_1", "half\n\n\ndef exercise_1", "name 'half' is not defined. A name from another cell is not"),
+        ("def exercise_1", "raise SystemExit\n\n\ndef exercise_1", "the cell 'raise SystemExit' calls exit()"),
+        (
+            "    # END SOLUTION\n\n\n# %%\n",
+            "\n\nassert exercise_1(1) == 3\n\n# %%\n",
+            "your assert in line 8 of the cell fails",
+        ),
     ],
 )
 def test_a_cell_that_fails_is_one_sentence(source, old, new, sentence):
@@ -296,26 +312,98 @@ def test_a_cell_that_fails_is_one_sentence(source, old, new, sentence):
         assert grading.answer(notebook, 2)(np.array([1, 2])) == 5
 
 
-def test_collecting_answers(source, tmp_path):
+def test_a_notebook_without_its_setup_cell(source):
+    change(source, 'tags=["setup"]', "")
+    with pytest.raises(ValueError, match="the notebook has no cell tagged setup"):
+        grading.answer(grading.read(source), 1)
+
+
+def test_a_notebook_that_lost_its_tags(source):
+    for tag in ("setup", "exercise"):
+        change(source, f'tags=["{tag}"]', "")
+    change(source, "raise_here = TWO", "1 / 0")
+    assert grading.answer(grading.read(source), 1)(3) == 6
+
+
+def test_the_last_of_two_answers_counts(source):
+    with source.open("a", encoding="utf-8") as file:
+        file.write('\n\n# %% tags=["exercise"]\ndef exercise_1(x):\n    return 7\n')
+    assert grading.answer(grading.read(source), 1)(3) == 7
+
+
+def test_lines_for_ipython_are_passed_over(source):
+    change(source, "import numpy as np", "%matplotlib inline\nif True:\n    !ls\nimport numpy as np")
+    change(source, "    y = TWO * x", "    y = (7 * x\n% 5)\n    %time y")
+    assert grading.answer(grading.read(source), 1)(1) == 2
+
+
+@pytest.mark.parametrize(
+    "old, new, sentence",
+    [
+        (
+            "y = TWO * x",
+            "y = double(x)",
+            "'double' is not defined, in line 4 of its cell. A name from another cell is not",
+        ),
+        ("y = TWO * x", "assert x is None", "not right: your assert in line 4 of the cell fails"),
+        ("y = TWO * x", "raise SystemExit", "not right: it calls exit(), which ends Python"),
+        ("    return y\n", "", "not right: exercise_1 returned None; is a `return` missing?"),
+    ],
+)
+def test_verdict_on_an_answer_that_fails(source, rng, old, new, sentence):
+    change(source, old, new)
+    assert sentence in grading.verdict("99-1", grading.answer(grading.read(source), 1), rng)
+
+
+def test_a_sentence_of_the_check_comes_before_a_missing_return(source, rng):
+    @grading.check("99-3")
+    def _(answer, rng):
+        if answer() != 0:
+            raise AssertionError("exercise_3() should be 0.")  # to an assert here, pytest would add what it compared
+
+    assert grading.verdict("99-3", lambda: None, rng) == "not right: exercise_3() should be 0."
+
+
+def test_a_name_error_in_a_notebook_has_no_hint(source, rng):
+    assert "is not defined" in (said := grading.verdict("99-1", lambda x: no_such_name, rng))  # noqa: F821
+    assert "another cell" not in said
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no SIGALRM")
+def test_an_endless_loop(source, rng):
+    before = signal.getsignal(signal.SIGALRM)
+    change(source, "y = TWO * x", "while True: pass")
+    endless = grading.answer(grading.read(source), 1)
+    assert grading.verdict("99-1", endless, rng, limit=0.1) == "not right: it takes more than 0.1 seconds"
+    change(source, "    # END SOLUTION\n\n\n# %%\n", "\n\nexercise_1(1)\n\n# %%\n")
+    with pytest.raises(ValueError, match=r"the cell 'def exercise_1\(x\):' takes more than 0.1 seconds"):
+        grading.answer(grading.read(source), 1, limit=0.1)
+    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
+
+
+def test_collecting_answers(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    for name in ("99_tiny.py", "99 tiny.ipynb", "notes.py", "98_other.ipynb"):
+    for name in ("99_tiny.py", "99_tiny.ipynb", "notes.py", "98_other.ipynb"):
         (folder / name).write_text("{")
-    assert grading.collect(folder, {"99"}) == {"99": folder / "99 tiny.ipynb"}
-    assert grading.collect(folder / "99_tiny.py", {"99"}) == {"99": folder / "99_tiny.py"}
+    assert grading.collect(folder, {"99"}) == {"": {"99": folder / "99_tiny.ipynb"}}
+    assert grading.collect(folder / "99_tiny.py", {"99"}) == {"": {"99": folder / "99_tiny.py"}}
     with pytest.raises(ValueError, match="is not a notebook"):
-        grading.read(folder / "99 tiny.ipynb")
+        grading.read(folder / "99_tiny.ipynb")
     with pytest.raises(ValueError, match="holds no answers"):
         grading.collect(folder / "notes.py", {"99"})
     with pytest.raises(ValueError, match="does not exist"):
         grading.collect(folder / "nothing", {"99"})
+    (tmp_path / "none").mkdir()
+    assert grading.collect(tmp_path, {"99"}) == {"mine": {"99": folder / "99_tiny.ipynb"}, "none": {}}
     (folder / "99-again.ipynb").write_text("{")
-    with pytest.raises(ValueError, match="expected one of them"):
-        grading.collect(folder, {"99"})
+    two = {"99-again": {"99": folder / "99-again.ipynb"}, "99_tiny": {"99": folder / "99_tiny.ipynb"}}
+    assert grading.collect(folder, {"99"}) == two
+    assert set(grading.collect(tmp_path, {"99"})) == {"mine/99-again", "mine/99_tiny", "none"}
 
 
 def test_pytest_grades(source, tmp_path):
-    """One run over answers of which one is right and one does not compile, and one over the solutions."""
+    """One run over the solutions, and one over a class."""
 
     def run(*arguments):
         command = [sys.executable, "-m", "pytest", "notebooks", "-p", "no:cacheprovider", "-rA", *arguments]
@@ -323,17 +411,61 @@ def test_pytest_grades(source, tmp_path):
 
     done = run("--answers", "solutions", "-k", "99-2")
     assert done.returncode == 0 and "1 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
-    answers = tmp_path / "mine" / "99.py"
-    answers.parent.mkdir()
-    shutil.copy(source, answers)
+    for who in ("alice", "bob", "carol"):
+        (tmp_path / "class" / who).mkdir(parents=True)
+    for name in ("alice/99.py", "bob/99_b.py"):
+        shutil.copy(source, tmp_path / "class" / name)
+    answers = tmp_path / "class" / "bob" / "99_b.py"
     change(answers, "total = total + square", "total +")
-    change(answers, "    y = TWO * x\n    return y\n", '    raise NotImplementedError("your answer")\n')
-    done = run("--answers", str(answers.parent))
-    assert done.returncode == 1 and "2 failed" in done.stdout, done.stdout + done.stderr
+    change(
+        answers, "    y = TWO * x\n    return y\n", '    print("loud")\n    raise NotImplementedError("your answer")\n'
+    )
+    done = run("--answers", "class", "--table", "marks.csv")
+    assert done.returncode == 1 and "3 failed, 2 passed" in done.stdout, done.stdout + done.stderr
+    assert "[alice/99-2]" in done.stdout and "carol holds no answers" in done.stdout
     assert "exercise 99-1 is not answered yet" in done.stdout and "rng seed: " in done.stdout
+    assert "loud" not in done.stdout
     assert re.search(
         r"exercise 99-2 is not gradable: the cell 'def exercise_2.* does not compile: invalid", done.stdout
     )
+    assert (tmp_path / "marks.csv").read_text().splitlines() == [
+        "answers,99-1,99-2",
+        "alice,right,right",
+        "bob,not answered,not right",
+        "carol,not answered,not answered",
+    ]
+
+
+def test_a_folder_called_solutions_is_not_the_word(source, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("graded", source.parent / "test_exercises.py")
+    graded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(graded)
+    monkeypatch.chdir(tmp_path)
+    assert graded.chosen("solutions", {"99"}) == {"": {"99": source}}
+    (tmp_path / "solutions").mkdir()
+    with pytest.raises(ValueError, match=r"write --answers \./solutions to grade it, or remove it"):
+        graded.chosen("solutions", {"99"})
+
+
+def test_what_students_get(source, tmp_path, capsys):
+    """A folder without the sources in which pytest grades; not with answers in it, nor over what is there."""
+    import nbformat
+
+    built, folder = source.with_suffix(".ipynb"), tmp_path / "students"
+    nbformat.write(build.make(source, solutions=True), built)
+    assert build.main(["--student", str(folder)]) == 1
+    assert "99_tiny.ipynb is not the student version of its source" in capsys.readouterr().err and not folder.exists()
+    nbformat.write(build.make(source), built)
+    assert build.main(["--student", str(folder)]) == 0
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
+        *("99_tiny.ipynb", "checks/__init__.py", "checks/nb99.py", "conftest.py", "grading.py", "test_exercises.py"),
+    ]
+    change(folder / "99_tiny.ipynb", 'raise NotImplementedError(\\"your answer\\")', "return TWO * x")
+    command = [sys.executable, "-m", "pytest", str(folder), "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    with pytest.raises(SystemExit):
+        build.main(["--student", str(folder)])
 
 
 def test_build(source, tmp_path, capsys):

@@ -244,6 +244,18 @@ def test_a_mixture_of_far_apart_scales_is_solved_too(rng):
     assert expected_error(q, 4096, law=law) < 0.0162 < expected_error(codebooks.bof4(4096), 4096, law=law)
 
 
+def test_a_saddle_is_left():
+    """For widely mixed scales the symmetric code is stationary, and a lopsided one and its mirror image are better."""
+    law = laws.ScaleMixture.lognormal(1.0)
+    q = optimality.optimal_levels(16, 2, law)
+    assert (
+        abs(q[0] + q[-1]) > 1
+        and abs(optimality.distortion(q, 2, law) - optimality.distortion(-q[::-1], 2, law)) < 1e-12
+    )
+    assert optimality.distortion(q, 2, law) < optimality.distortion((q - q[::-1]) / 2, 2, law)
+    assert round(optimality.distortion(q, 2, law) / expected_error(NF4, 64), 3) == 4.999
+
+
 @pytest.mark.parametrize("power", [1, 2])
 def test_the_same_code_is_found_from_random_starts(power, rng):
     expected = optimal_code(64, power)

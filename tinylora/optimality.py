@@ -385,7 +385,13 @@ def _minimize(q, free, block, power, signed, k, zero_cell):
         q = q + step
         size = np.abs(step / np.maximum(np.abs(q), 1)).max()
         if size < 1e-13 or (whole and before / 2 < size < 1e-7):  # converged, or down to rounding errors
-            return q
+            values, vectors = np.linalg.eigh(hessian[np.ix_(move, move)])
+            if values[0] > -1e-9 * np.abs(values).max():
+                return q
+            away = np.zeros_like(q)  # a saddle, such as a symmetric code where two lopsided ones are better: leave it
+            away[move] = vectors[:, 0]
+            q = q + 0.05 * away / np.abs(away / np.gradient(q)).max()
+            size = np.inf
         before = size if whole else np.inf
     raise ArithmeticError("optimal_code: no convergence in 200 steps; try another start")
 

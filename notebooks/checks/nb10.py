@@ -22,10 +22,11 @@ def _(answer, rng):
         ]
         wrong = np.flatnonzero(np.abs(slope - expected) > 1e-6)
         where = "at the outermost values" if set(wrong) <= {0, n - 1} else f"at the values {wrong.tolist()}"
-        kind = "signed" if signed else "unsigned"
+        kind, worst = "signed" if signed else "unsigned", int(np.argmax(np.abs(slope - expected)))
+        turned = " The sign is turned." if np.abs(slope + expected).max() < 1e-6 else ""
         assert len(wrong) == 0, (
-            f"For blocks of {blocksize}, {kind} absmax, the gradient differs from central differences {where}: "
-            f"by up to {np.abs(slope - expected).max():.1g}."
+            f"For blocks of {blocksize}, {kind} absmax, the gradient differs from central differences {where}: at value {worst} "
+            f"it is {slope[worst]:.7f}, and the difference quotient {expected[worst]:.7f}.{turned}"
         )
 
 

@@ -64,7 +64,7 @@ def _(answer, rng):
         )
         held = expected.nbytes + -(-blocks // 8)
         assert nbytes == held, (
-            f"{blocks} scales: counted {nbytes} bytes, expected {held} (8-bit codes, nested constants, mean, and the signs)."
+            f"{blocks} scales: counted {nbytes} bytes, expected {held} (8-bit indices, nested constants, mean, and the signs)."
         )
 
 

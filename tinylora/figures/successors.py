@@ -65,7 +65,7 @@ def code_values(blocksize=64):
     best = {p: min(expected_error(q, I, p, s) for _, q, s in rows) for p in (1, 2)}
     for y, (name, q, signed) in zip(range(len(rows))[::-1], rows, strict=True):
         ax.plot([-1, 1], [y, y], color="0.85", lw=1, zorder=0)
-        pins = np.isin(q, (-1, 0, 1)) if name != "NF4" else np.zeros(len(q), bool)
+        pins = np.isin(q, (-1, 0, 1))
         ax.vlines(q[~pins], y - 0.3, y + 0.3, color=COLOURS[2] if name == "AF4 as released" else COLOURS[0], lw=2)
         ax.vlines(q[pins], y - 0.3, y + 0.3, color="black", lw=2)
         for x, p in ((1.24, 2), (1.56, 1)):
@@ -85,5 +85,5 @@ def code_values(blocksize=64):
     ax.spines["bottom"].set_bounds(-1, 1)
     ax.spines["left"].set_visible(False)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("code value, in units of the block's largest magnitude (black: pinned)", x=0.377)
+    ax.set_xlabel("code value, in units of the block's largest magnitude (black: −1, 0 and 1)", x=0.377)
     return figure
