@@ -38,7 +38,7 @@ def block_maximum(draws=20_000, seed=0):
 def price_and_gain(layers, outliers=(3, 4, 6, 10, 20)):
     """Left: NF4's error against the size k of one outlier a block of 64. Right: one quantizer for the tensor against blocks, by spread τ.
 
-    layers    {name: (τ, ratio at 16 levels, ratio at 22 levels)} as measured; the curves are theory (log-normal scales)
+    layers    {name: (τ, ratio with 16 values, with 22)} as measured; the curves are theory (log-normal scales)
     """
     figure, (left, right) = canvas(8, 3.6, ncols=2)
     nf4 = codebooks.nf4()
@@ -72,7 +72,7 @@ def price_and_gain(layers, outliers=(3, 4, 6, 10, 20)):
         ratio = np.array(cost) / undisturbed
         right.plot(tau, ratio, color=colour, lw=1.8)
         right.plot(points[0], measured, marker, color=colour, ms=4.5, mec="white", mew=0.4)
-        label = f"{levels} levels, {np.log2(levels):.3g} bits"
+        label = f"{levels} values, {np.log2(levels):.3g} bits"
         right.annotate(label, (0.51, height), color=colour, ha="right", fontsize=8.5)
     even = float(np.interp(1, ratio, tau))
     right.axhline(1, color="0.4", lw=1, ls="--")
