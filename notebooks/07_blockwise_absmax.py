@@ -11,6 +11,8 @@
 #
 # Prerequisites: NumPy; the normal density φ and distribution function Φ, expectation, independence. No other
 # notebook: where the 16 values of NF4 come from is the subject of notebook 08.
+#
+# Code that only measures, checks or draws is folded where the editor can fold it; its output is not.
 
 # %% tags=["setup"]
 import numpy as np
@@ -47,7 +49,7 @@ assert np.abs(back - W).max() <= m / 254 * (1 + 1e-6)
 # $w/\mathrm{absmax}$, and multiply that value by absmax to come back. Integers are the code $i/7$. The cell does
 # both, for Int4 and for NF4, and finds the library's indices.
 
-# %%
+# %% tags=["hide-input"]
 nf4, mse = codebooks.nf4(), {}
 index = np.abs(W[..., None] / m - nf4).argmin(axis=-1)
 assert (index == tl.quantize(W, "nf4", blocksize=None).indices()).all()
@@ -68,7 +70,7 @@ assert mse["Int8"] < 1e-4 < 0.012 < mse["NF4"] < 0.014 < 0.025 < mse["Int4"] < 0
 # block may run from one row into the next.)
 
 
-# %%
+# %% tags=["hide-input"]
 def errors(w, blocksize):
     return np.square(tl.quantize(w, "nf4", blocksize).dequantize() - w).reshape(-1, 64).mean(axis=1)
 
@@ -117,7 +119,7 @@ assert 0.0083 < np.square(w_hat - W).mean() < 0.0087 and round(mse["NF4"] / np.s
 #
 # The bytes are counted, not computed. A small tensor pays for a block that it does not fill, and for half a byte.
 
-# %%
+# %% tags=["hide-input"]
 held = {}
 for shape in ((96, 200), (1024, 1024), (5, 133), (3, 3)):
     q = tl.quantize(np.ones(shape, np.float32))
@@ -155,7 +157,7 @@ assert [round(v, 3) for v in mean.values()] == [2.077, 2.596, 3.044, 3.802] and 
 # larger one, because a constant scale cuts off the weights beyond it. (Both are exact expectations; the 300 blocks
 # drawn above had 0.008366.)
 
-# %%
+# %% tags=["hide-input"]
 M = np.abs(np.random.default_rng(0).standard_normal((20_000, 64))).max(axis=1)
 print(f"drawn: mean {M.mean():.3f} σ, standard deviation {M.std() / M.mean():.1%}")
 assert abs(M.mean() - mean[64]) < 4 * cv[64] * mean[64] / np.sqrt(len(M)) and abs(M.std() / M.mean() - cv[64]) < 0.005
@@ -177,7 +179,7 @@ block_maximum()
 # The errors are exact expectations over all 64 weights, by quadrature. The draw of 4,096 blocks at $k = 6$ checks one
 # of them, within four standard errors.
 
-# %%
+# %% tags=["hide-input"]
 price = {k: optimality.expected_error(nf4, 64, law=laws.Outlier(k)) for k in (3, 4, 6, 10, 20, 1000)}
 for k, error in price.items():
     print(f"k = {k:4}: {error:.4f} σ², {error / blockwise:6.2f} times the undisturbed {blockwise:.6f}")
@@ -199,7 +201,7 @@ assert abs(cost.mean() - price[6]) < 4 * cost.std() / np.sqrt(len(cost))
 # packed into one number; 22 float32 values for each layer of the model of section 6 add at most $22\cdot 32/18432 =
 # 0.04$ bits. Compare NF4 in blocks of 64, at 4.5 bits (4.127 with double quantization, notebook 11):
 
-# %%
+# %% tags=["hide-input"]
 rivals = {n: optimality.distortion(optimality.optimal_levels(n)) for n in (16, 17, 22)}
 print(f"NF4, blocks of 64: 4.500 bits, {blockwise:.6f} σ²")
 for n, error in rivals.items():
@@ -215,7 +217,7 @@ assert round(22 * 32 / (96 * 192), 2) == 0.04 and np.log2(22) + 22 * 32 / (96 * 
 # relative error of blocks does not change, since each is divided by its own maximum. One quantizer for the tensor
 # sees the mixture of all scales, and even the best one for that mixture falls behind:
 
-# %%
+# %% tags=["hide-input"]
 ratio = {}
 for τ in (0, 0.2, 0.3, 0.5, 1.0):
     law = laws.ScaleMixture.lognormal(τ)  # scaled to variance 1
@@ -226,7 +228,7 @@ assert [round(r, 2) for r in ratio.values()] == [1.12, 1.33, 1.56, 2.23, 5.0]
 # %% [markdown]
 # That is 4 bits against 4.5. At equal bits (22 values, 4.46 bits) the two are even near τ = 0.385 and not before:
 
-# %%
+# %% tags=["hide-input"]
 even = {}
 for τ in (0.38, 0.39):
     law = laws.ScaleMixture.lognormal(τ)
@@ -245,7 +247,7 @@ assert even[0.38] < 1 < even[0.39]
 # The rivals of the blocks are one absmax for the tensor with the same NF4, and 16, 17 or 22 values *fitted to the
 # layer's own weights* by Lloyd's iteration: each value becomes the mean of the weights nearest to it.
 
-# %%
+# %% tags=["hide-input"]
 starts = {n: optimality.optimal_levels(n) for n in (16, 17, 22)}
 assert round(np.sqrt(polygamma(1, 32) / 4), 3) == 0.089
 
@@ -259,7 +261,7 @@ def fitted_error(w, n):
     return np.square(s - np.repeat(values, np.diff(ends))).sum()
 
 
-# %%
+# %% tags=["hide-input"]
 model, layers, total = tl.Llama.from_pretrained("base"), {}, 0
 for name, parameter in model.named_parameters():
     if "_proj" in name:
@@ -280,7 +282,7 @@ print("all layers, sum of squared errors over that of blocks:", *(f"{r:.3f}" for
 # The table shows the smallest and the largest value among the five layers of each kind; the last four columns are
 # squared errors, divided by that of NF4 in blocks of 64.
 
-# %%
+# %% tags=["hide-input"]
 τ, peak, one_absmax, fit16, fit17, fit22 = np.array(list(layers.values())).T
 normal = optimality.expected_error(nf4, 192 * 192) / blockwise
 print(f"22 fitted values beat the blocks in {(fit22 < 1).sum()} of {len(τ)} layers; median τ {np.median(τ):.3f}")
@@ -294,7 +296,7 @@ assert {name.split(".")[4] for name, row in layers.items() if row[5] > 1} == {"k
 # Does section 5 say what 16 fitted values cost? By the layer's τ it does, except where single weights are very large
 # or blocks nearly empty.
 
-# %%
+# %% tags=["hide-input"]
 curve = np.interp(τ**2, np.square([0, 0.2, 0.3]), [ratio[0], ratio[0.2], ratio[0.3]])  # nearly linear in τ²
 above, far = fit16 / curve, peak > 6
 for which, some in (("with a weight beyond 6 σ", above[far]), ("without", above[~far])):
@@ -331,7 +333,7 @@ price_and_gain({name: (row[0], row[3], row[5]) for name, row in layers.items()})
 # base's $p$, on 4,096 bytes of the Jargon File, $\mathrm{KL} = E\,\log_2 p/p'$. With one absmax it is 2.7 times as
 # large, about the factor of the squared error.
 
-# %%
+# %% tags=["hide-input"]
 text = np.frombuffer(tl.data.jargon("heldout")[:4096], np.uint8).reshape(16, 256).astype(int)
 
 
@@ -362,7 +364,7 @@ assert abs(kl[64] - 0.030) < 0.001 and abs(kl[None] / kl[64] - 2.7) < 0.1
 #    of 16, 64, 256, 4096, with a coefficient of variation of 16 % at 64; a real rescaling by $E[M]$ would give NF4 an
 #    error of .010286 instead of .008460 (§3 above).
 
-# %%
+# %% tags=["hide-input"]
 again = codebooks.int8()[W_int8.astype(int) + 127] * np.abs(W).max()
 differ = (again != back).mean()
 print(
@@ -373,7 +375,7 @@ assert len(tl.quantize(np.ones((5, 133), np.float32)).absmax) == 11 == -(-665 //
 zeros = tl.quantize(np.zeros(65, np.float32))
 assert zeros.absmax.tolist() == [0, np.float32(1e-38)]
 
-# %%
+# %% tags=["hide-input"]
 m_b = np.random.default_rng(1).uniform(1, 4, (1000, 1)).astype(np.float32)
 w = middle * m_b
 product, quotient = np.searchsorted(middle, w * (np.float32(1) / m_b)), np.searchsorted(middle, w / m_b)

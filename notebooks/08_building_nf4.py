@@ -14,6 +14,8 @@
 #
 # Prerequisites: NumPy; the normal distribution function Φ and its inverse, the quantile function Φ⁻¹; that a float32
 # holds 24 significant bits. Notebook 07, section 2, for the division of a block by its absmax (from section 6 on).
+#
+# Code that only measures, checks or draws is folded where the editor can fold it; its output is not.
 
 # %% tags=["setup"]
 from fractions import Fraction
@@ -57,7 +59,7 @@ assert np.abs(q[1:] + q[:0:-1]).max() < 1e-15 and abs(q[8]) < 1e-15
 # zero, so it cannot mean these values. Nor are they appendix E, once they are divided by the largest. Both have 7
 # negative values, so those compare one to one:
 
-# %%
+# %% tags=["hide-input"]
 literal = q[1:] / q[15]
 for mine, theirs in zip(literal[:8], published[:8], strict=True):
     print(f"equation 4: {mine:7.4f}   appendix E: {theirs:7.4f}   {mine - theirs:+.4f}")
@@ -77,7 +79,7 @@ assert round(gap, 3) == 0.075 and (literal < 0).sum() == (published < 0).sum() =
 # - *bins of |W|*: the means of neighbouring quantiles of $|W|$, at $i/n$, without the infinite last one.
 
 
-# %%
+# %% tags=["hide-input"]
 def halves(n):
     return [(Φ_inverse(i / (2 * n + 1)) + Φ_inverse((i + 1) / (2 * n + 1))) / 2 for i in range(n + 1, 2 * n)]
 
@@ -95,7 +97,7 @@ def two_ranges(negative, positive, joint):
 # Each half can be divided by its own largest value, or both by the largest of all. Four combinations, and how far each is
 # from appendix E:
 
-# %%
+# %% tags=["hide-input"]
 gap = {}
 for reading in (halves, bins):
     for joint in (True, False):
@@ -183,7 +185,7 @@ assert ((nf4 < 0).sum(), (nf4 == 0).sum(), (nf4 > 0).sum()) == (7, 1, 8) and f"{
 # float32 to the next) each of the 16 values is off.
 
 
-# %%
+# %% tags=["hide-input"]
 def recipe(grid, precision=np.float32):
     positive, negative = (np.array([Φ_inverse(float(p)) for p in grid(n)[:-1]], precision) for n in (9, 8))
     values = np.sort(np.concatenate([-negative, np.zeros(1, precision), positive]))
@@ -196,7 +198,7 @@ def rounded_twice(n, a=0.9677083, b=0.5):
     return np.where(i < n // 2, a + h * i, b - h * (np.float32(n - 1) - i))
 
 
-# %%
+# %% tags=["hide-input"]
 changes = {
     "nothing": (grid,),
     "not fused: product, then sum": (rounded_twice,),
@@ -225,7 +227,7 @@ assert off["929/960, not its 7 digits"] == [0, 2, 4, 3, 4, 0, 6, 0, 7, 5, 8, 5, 
 # All this is about the last bits. Averaging neighbouring quantiles of the *same* two grids, as equation 4 would, is
 # about the second digit.
 
-# %%
+# %% tags=["hide-input"]
 different = [n for n in 2 ** np.arange(7) + 1 if (rounded_twice(n, 0.1, 1) != grid(n, 0.1, 1)).any()]
 print("grids from 0.1 to 1 that differ if not fused: those of", *different, "values")
 z = [np.array([Φ_inverse(float(p)) for p in grid(n)])[::-1] for n in (8, 9)]
@@ -243,7 +245,7 @@ assert len(different) == 4 and round(np.abs(averaged - published).max(), 3) == 0
 #
 # $$p_j = Φ\big(s\tfrac{c_j + c_{j+1}}2\big) - Φ\big(s\tfrac{c_{j-1} + c_j}2\big).$$
 
-# %%
+# %% tags=["hide-input"]
 c, s = codebooks.nf4().astype(float), Φ_inverse(0.9677083)
 ideal = np.diff([0, *(Φ(x) for x in s * (c[:-1] + c[1:]) / 2), 1])
 print("p =", *(f"{p:.4f}" for p in ideal), f"  H = {-(ideal @ np.log2(ideal)):.4f}")
@@ -293,7 +295,7 @@ nf4_on_the_normal()
 # only, and so does bitsandbytes. (PEFT's LoftQ code builds other widths with 0.9677083 for all of them.) For $k = 4$ the
 # function takes the seven digits.
 
-# %%
+# %% tags=["hide-input"]
 for k in (2, 3, 4, 8):
     code, o = codebooks.normal_float(k), 1 - (Fraction(1, 2 ** (k + 1)) + Fraction(1, 2 ** (k + 1) - 2)) / 2
     below, zero, above = (code < 0).sum(), (code == 0).sum(), (code > 0).sum()

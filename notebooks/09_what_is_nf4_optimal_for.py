@@ -13,6 +13,8 @@
 # optimal for normal weights; Yoshida 2023, "NF4 Isn't Information Theoretically Optimal (and that's Good)"
 # (2306.06965); and BOF4 (Blumenberg et al. 2025, 2505.06653), eq. 2 to 17. The law of a block is theirs. The three
 # block sizes, and the rule that predicts them, are this project's own computation, and are derived here from the start.
+#
+# Code that only measures, checks or draws is folded where the editor can fold it; its output is not.
 
 # %% tags=["setup"]
 from functools import cache
@@ -77,11 +79,6 @@ def moments(x, k, I, nodes=480):
     return np.array([(others * m ** (k - n)) @ inner[n] for n in range(3)])
 
 
-# %% [markdown]
-# Three things must come out: the mass between −1 and 1 is $(I-1)/I$; the two atoms have the remaining $1/I$; and
-# $\mathrm E\,W^2 = 1$, which is the second moment of $g_2$ plus $\mathrm E[M^2]/I$.
-
-
 # %%
 def top(k, I, nodes=480):
     """E[Mᵏ]/I, both atoms together."""
@@ -89,6 +86,12 @@ def top(k, I, nodes=480):
     return maximum @ m**k
 
 
+# %% [markdown]
+# Three things must come out: the mass between −1 and 1 is $(I-1)/I$; the two atoms have the remaining $1/I$; and
+# $\mathrm E\,W^2 = 1$, which is the second moment of $g_2$ plus $\mathrm E[M^2]/I$.
+
+
+# %% tags=["hide-input"]
 for I in (8, 64, 512, 4096):
     mass = np.diff(moments([-1, 1], 0, I)[0]).item()
     variance = np.diff(moments([-1, 1], 2, I)[2]).item() + top(2, I)
@@ -124,15 +127,15 @@ def error(q, p, I, nodes=480):
     return inside.sum() + top(p, I, nodes) / 2 * ((1 - q[-1]) ** p + (1 + q[0]) ** p)
 
 
-P = np.diff(moments(ends(NF4), 0, 64)[0])
-P[[0, -1]] += top(0, 64) / 2
-
 # %% [markdown]
 # NF4 in blocks of 64: mean squared error 0.0084601 σ², mean absolute error 0.0727955 σ. The library, whose nodes lie
 # elsewhere, gives the same to 1e-12, and so do twice as many nodes. Its 16 values are used between 1.73 % and 9.24 % of
 # the time; their entropy is 3.8847 bits and not 4.
 
-# %%
+# %% tags=["hide-input"]
+P = np.diff(moments(ends(NF4), 0, 64)[0])
+P[[0, -1]] += top(0, 64) / 2
+
 for p, I in ((2, 64), (1, 64), (2, 8), (1, 8), (2, 4096), (1, 4096)):
     value = error(NF4, p, I)
     print(f"E|W − Ŵ|^{p} at I = {I:4}: {value:.10f}")
@@ -152,7 +155,7 @@ assert (round(P.min(), 4), round(P.max(), 4), round(H, 4)) == (0.0173, 0.0924, 3
 # errors of the quadrature; the assert allows four. Both errors come from the same weights, so their two deviations are
 # not independent.
 
-# %%
+# %% tags=["hide-input"]
 rng, costs = np.random.default_rng(0), []
 for _ in range(8):
     w = rng.standard_normal((1 << 15, 64), dtype=np.float32)
@@ -179,7 +182,7 @@ for p, cost in zip((1, 2), np.concatenate(costs, axis=1), strict=True):
 # such step no longer moves has each free value at its median.) The values −1, 0 and 1 stay, as in NF4: they are *pinned*.
 
 
-# %%
+# %% tags=["hide-input"]
 def g(x, k, I):
     m, others, _ = law(I, 480)
     return (others * m ** (k + 1)) @ phi(np.multiply.outer(m, x))
@@ -206,7 +209,7 @@ def lloyd(q, p, I, until=1e-12):
 # [−1, 1], and for log-concave densities Fleischer (1964, $p = 2$) and Trushkin (1982) proved that a single code of a
 # given size obeys its condition. Here, with pinned values, the random starts are the evidence.
 
-# %%
+# %% tags=["hide-input"]
 rng, best = np.random.default_rng(0), {}
 for p in (1, 2):
     assert (np.diff(np.log(g(np.linspace(-1, 1, 2001), p, 64)), 2) < 0).all()
@@ -226,7 +229,7 @@ for p in (1, 2):
 # such a split, so try them all from 4 to 9. Six is best, and seven, its mirror image, ties; the next costs 3.7 % more in
 # absolute and 11.4 % more in squared error.
 
-# %%
+# %% tags=["hide-input"]
 for p in (1, 2):
     cost = {}
     for below in range(4, 10):
@@ -260,7 +263,7 @@ for p in (1, 2):
 # NF4 is a normal law cut at $s_0 = \Phi^{-1}(0.9677083) = 1.8481$: on either side of 0 the same probability lies between
 # any two neighbours. The code below checks that.
 
-# %%
+# %% tags=["hide-input"]
 s0 = NormalDist().inv_cdf(codebooks.NF4_OFFSET)
 between = np.diff(Phi(s0 * NF4))
 print(f"s0 = {s0:.4f}; probability between neighbours: {between[0]:.6f} (below 0), {between[-1]:.6f} (above 0)")
@@ -277,7 +280,7 @@ assert round(s0, 4) == 1.8481 and np.abs(between - expected).max() < 1e-7
 # usage, 67 for the absolute error, 434 for the squared error. Read the other way, blocks of 64 with $\mathrm E[M] = 2.596$ ask
 # for $p = 0.973$; or with $p = 1$ for the offset $\Phi(2.596/\sqrt2) = 0.96680$, which is nearly NF4's 0.96771.
 
-# %%
+# %% tags=["hide-input"]
 for p, predicted in ((0, 9), (1, 67), (2, 434)):
     fits = max(I for I in range(2, 600) if I * top(1, I) <= s0 * (1 + p) ** 0.5)
     print(f"p = {p}: E[M] should be {s0 * (1 + p) ** 0.5:.3f}, which blocks of {fits} come closest to from below")
@@ -296,7 +299,7 @@ assert round((64 * top(2, 64) - mean**2) ** 0.5 / mean, 2) == 0.16
 # with −1, 0 and 1. Section 4 has found that code twice, so from here on the library's faster `optimal_code` does it.
 
 
-# %%
+# %% tags=["hide-input"]
 def excess(I, p):
     return expected_error(NF4, I, p) / expected_error(optimal_code(I, p), I, p) - 1
 
@@ -315,7 +318,7 @@ assert at_best == {0: 12, 1: 69, 2: 453} and f"{entropy(NF4, 12):.4f}" == "3.996
 assert [f"{excess(at_best[p], p):.4%}" for p in (1, 2)] == ["0.0194%", "0.0299%"]
 assert [f"{excess(64, p):.3%}" for p in (1, 2)] == ["0.025%", "5.863%"]
 
-# %%
+# %% tags=["hide-input"]
 nf4_optimal_for()
 
 # %% [markdown]
@@ -332,7 +335,7 @@ nf4_optimal_for()
 # in squared error. Other codes show the scale: in absolute error bitsandbytes' FP4 is 32.7 % above the best pinned code,
 # Int4 25.4 % (both have 15 different values, not 16).
 
-# %%
+# %% tags=["hide-input"]
 assert [I for I in range(40, 110) if excess(I, 1) < 0.001] == list(range(52, 94))
 free = [expected_error(NF4, 64, p) / expected_error(optimal_code(64, p, pins=None), 64, p) - 1 for p in (1, 2)]
 others = [expected_error(codebooks.get(c)[1], 64, 1) / error(best[1], 1, 64) - 1 for c in ("fp4", "int4")]
@@ -348,7 +351,7 @@ assert [f"{x:.2%}" for x in free] == ["0.64%", "11.00%"] and [f"{x:.1%}" for x i
 # centroid under $g_2$ with the atoms. Every index now carries 4 bits, and the error is 0.01713: 2.02 times NF4's. No code
 # whose cells are intervals and equally used can do better, since equal usage leaves no choice of cells.
 
-# %%
+# %% tags=["hide-input"]
 x = np.linspace(-1, 1, 4001)
 F = top(0, 64) / 2 + moments(x, 0, 64)[0] - moments(-1, 0, 64)[0]  # P(X ≤ x) for x < 1
 cuts = np.concatenate([[-1], np.interp(np.arange(1, 16) / 16, F, x), [1]])
@@ -376,7 +379,7 @@ assert (round(cost.sum(), 5), round(times, 2), round(outer, 2), round(cuts[-2], 
 # at most 0.32 % more than BOF4; at 64, with $o = 0.93305$, 0.007998 against 0.007992. NF4 with its fixed offset costs up
 # to 17.5 % more (at 16).
 
-# %%
+# %% tags=["hide-input"]
 worst = 0
 for I in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
     offset = NormalDist().cdf(I * top(1, I) / 3**0.5)
@@ -396,7 +399,7 @@ assert f"{worst:.2%}" == "0.32%" and round(100 * excess(16, 2), 1) == 17.5
 # which was solved for normal weights, 0.01183, and BOF4-S (signed maximum) 0.01089. NF4's distance from the best code
 # for *these* weights is 6.6 % in absolute error, not 0.025 %.
 
-# %%
+# %% tags=["hide-input"]
 t5 = laws.StudentT(5)
 for name, q, signed in (
     ("NF4", NF4, False),
@@ -428,7 +431,7 @@ assert f"{t5_excess:.1%}" == "6.6%"
 # - **What holds** of "optimal": absolute error, at NF4's own block size, to 0.0250 % among codes with −1, 0 and 1
 #   (section 4).
 
-# %%
+# %% tags=["hide-input"]
 unscaled = np.diff(Phi(np.concatenate([[-np.inf], s0 * (NF4[1:] + NF4[:-1]) / 2, [np.inf]])))
 print(f"unscaled: {unscaled.min():.4f} to {unscaled.max():.4f}, H = {-(unscaled @ np.log2(unscaled)):.4f} bits")
 assert (round(unscaled.min(), 4), round(unscaled.max(), 4)) == (0.0557, 0.0710)

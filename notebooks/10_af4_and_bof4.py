@@ -20,6 +20,8 @@
 # Accompanies Yoshida 2023, "NF4 Isn't Information Theoretically Optimal (and that's Good)" (arXiv 2306.06965, AF4),
 # and Blumenberg, Graave, Fingscheidt 2025 (arXiv 2505.06653, BOF4: eq. 2, 3, 5 and 7, tables 1 and 5 to 8). Of the
 # AF4 note, its abstract, the released tables and the released generator were compared, not its prose.
+#
+# Code that only measures, checks or draws is folded where the editor can fold it; its output is not.
 
 # %% tags=["setup"]
 import numpy as np
@@ -137,7 +139,7 @@ assert np.round(outside, 4).tolist() == [0.1919, 0.1827, 0.1732]
 # criterion. The power $p$ matters far more: measured by squared error, `bof4(64, "mae")` costs 5.0 % more than
 # `bof4(64, "mse")`. Keep this for section 3.
 
-# %%
+# %% tags=["hide-input"]
 best_of_x, best_of_w = optimal_code(64, 1, of="normalized"), optimal_code(64, 1)
 for name, q in (("best for X", best_of_x), ("best for W", best_of_w)):
     print(f"{name}: MAE of X {mae_of_x(q, 64):.6f}   MAE of W {expected_error(q, 64, 1):.6f}")
@@ -179,7 +181,7 @@ assert np.abs((G_at_q - G[:-1]) - (G[1:] - G_at_q))[free].max() < 1e-7  # left h
 # 3.3e-4 away, depending on the row. That is noise without consequence: at an optimum the error is flat, and every row
 # costs less than one part in a million more than the exact solution.
 
-# %%
+# %% tags=["hide-input"]
 rows = [("table 8", q, 64, "mse", False) for q in BOF4_TABLE_8.values()]
 rows += [("table 6", q, 64, name.split("_")[-1], "s_" in name) for name, q in BOF4_TABLE_6.items()]
 rows += [("table 7", q, int(I), "mse", True) for I, q in BOF4_TABLE_7.items()]
@@ -232,7 +234,7 @@ assert np.abs(with_zero - codebooks.af4(64, np.float64)).max() < 1e-9 and np.abs
 # here, $2F(q) - F(\xi) = F(0)$ for the value $q$ next to 0, where half-way would be $F(½q)$. It holds for all eight
 # block sizes. Beside it stands what this costs, in AF4's own criterion.
 
-# %%
+# %% tags=["hide-input"]
 print("   I   table   to best | MAE of X: NF4   AF4        half-way")
 for name, released in AF4.items():
     I, proper = int(name), optimal_code(int(name), 1, of="normalized")
@@ -252,7 +254,7 @@ assert ahead == [False, True]
 # improvement for larger blocks and similar performance for smaller ones. With all boundaries half-way the code is
 # ahead of NF4 at all eight sizes (0.028345 at 64), and the released one lies 3.4 % above it at each of them.
 
-# %%
+# %% tags=["hide-input"]
 af4_against_blocksize()
 
 # %% [markdown]
@@ -260,7 +262,7 @@ af4_against_blocksize()
 # Of that difference, 99 % disappears when the boundaries beside 0 are put half-way, and the remaining 1 % is due to
 # the choice of $X$ instead of $W$.
 
-# %%
+# %% tags=["hide-input"]
 af4, proper, bof4 = (expected_error(q, 64, 1) for q in (AF4["64"], best_of_x, best_of_w))
 print(f"MAE of W: AF4 {af4:.6f}, half-way {proper:.6f}, BOF4 {bof4:.6f}")
 assert f"{af4 / bof4 - 1:.2%}" == "3.26%" and f"{(af4 - proper) / (af4 - bof4):.0%}" == "99%"
@@ -274,7 +276,7 @@ assert f"{af4 / bof4 - 1:.2%}" == "3.26%" and f"{(af4 - proper) / (af4 - bof4):.
 # 0.008460, BOF4 0.007992, BOF4-S 0.007352. A seeded draw of a million weights through `quantize` confirms it, to five
 # standard errors of the mean over its blocks.
 
-# %%
+# %% tags=["hide-input"]
 w = np.random.default_rng(0).standard_normal((1 << 14, 64)).astype(np.float32)
 cost = {}
 for name, code, signed in (
@@ -299,7 +301,7 @@ assert round(usage(codebooks.bof4(), 64)[0], 3) == 0.016
 # 0.05 %; notebook 11 explains why. BOF4-S stays ahead.
 
 
-# %%
+# %% tags=["hide-input"]
 def double_quantized(code, signed):
     exact, nested = (quantize(w, code, 64, dq, signed=signed).dequantize() - w for dq in (False, True))
     return np.square(nested).mean(dtype=np.float64) / np.square(exact).mean(dtype=np.float64) - 1
@@ -317,7 +319,7 @@ assert cost["BOF4-S"] * (1 + for_bof4_s) < cost["BOF4"]
 # The code below prints the squared error of the best code with fewer pins over that with all three, beside the ratios that
 # BOF4's table 5 reports for real weights.
 
-# %%
+# %% tags=["hide-input"]
 all_pins = expected_error(optimal_code(64), 64)
 PUBLISHED = {None: 0.962, (0,): 0.968, (-1, 1): 0.993}  # BOF4, table 5
 for (pins, published), expected in zip(PUBLISHED.items(), (0.954, 0.966, 0.987), strict=True):
@@ -346,7 +348,7 @@ assert round(lloyd_max.max(), 4) == 2.7326 and round(naive, 6) == 0.007896 < all
 # code below measures the same ratios, MAE and MSE, on it. The column `t_30` is the theory once more, for weights from
 # Student's law with 30 degrees of freedom instead of the normal law.
 
-# %%
+# %% tags=["hide-input"]
 HEAVY = StudentT(30)
 EXPECTED = {"AF4": [1.032, 1.082, 1.030, 1.080], "BOF4-S": [0.973, 0.869, 0.981, 0.889]}
 model = tl.Llama.from_pretrained("base")
@@ -375,7 +377,7 @@ for name, code, signed in (("AF4", codebooks.af4(), False), ("BOF4-S", codebooks
 # To close, the codes beside each other, at 64. Black are −1, 0 and 1: pinned in the solutions, and in NF4 by its
 # recipe.
 
-# %%
+# %% tags=["hide-input"]
 code_values(64)
 
 # %% [markdown]

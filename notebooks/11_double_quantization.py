@@ -17,6 +17,8 @@
 # 09 for the expected error and 10 for BOF4-S, of which only the results are used here; means and variances.
 #
 # Accompanies QLoRA (arXiv 2305.14314) §3, "Double Quantization" and "QLoRA", eq. 5 and 6.
+#
+# Code that only measures, checks or draws is folded where the editor can fold it; its output is not.
 
 # %% tags=["setup"]
 import numpy as np
@@ -51,7 +53,7 @@ assert (after, before - after) == (0.126953125, 0.373046875) and round(saved / 1
 # The same on a tensor, by the bytes that it holds: packed weights, 8-bit constants, their constants, and one more number that the formula
 # leaves out, the mean.
 
-# %%
+# %% tags=["hide-input"]
 W = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
 q = quantize(W, double_quant=True)
 held = {"weights": q.packed, "constants": q.absmax_codes, "their constants": q.nested_absmax, "mean": q.offset}
@@ -93,7 +95,7 @@ print(f"mean {mu:.6f}; largest error of a constant {np.abs(restored - m).max():.
 # search for the nearest value. The restored constant is rounded twice, after the product and after the sum. Rounding once, from float64,
 # gives another float32 for 6 % of the constants: whoever wants bitsandbytes' bits must round as it does.
 
-# %%
+# %% tags=["hide-input"]
 gpu = quantize(w, double_quant=True, rule="bitsandbytes-cuda")
 assert (gpu.offset, gpu.nested_absmax.tobytes()) == (mu, n.tobytes())
 assert (gpu.absmax_codes == k).all() and gpu.absmax.tobytes() == restored.tobytes()
@@ -107,7 +109,7 @@ assert 0.05 < (once != restored).mean() < 0.08 and np.abs(once - restored).max()
 # $$\mathrm{doubleDequant}(c_1, c_2, W) = \mathrm{dequant}(\mathrm{dequant}(c_1, c_2),\, W^{4bit}) = \hat W,
 # \qquad Y = X \hat W + X L_1 L_2 .$$
 
-# %%
+# %% tags=["hide-input"]
 W_hat = NF4[gpu.indices()] * np.repeat(restored, 64).reshape(w.shape)
 assert W_hat.tobytes() == gpu.dequantize().tobytes()
 
@@ -116,7 +118,7 @@ assert W_hat.tobytes() == gpu.dequantize().tobytes()
 # its own nearest value. No number of the table is 0: the quotient 0 comes out as index 131, the value 2.1e-5. On normal weights
 # about 0.2 % of the indices differ between the two rules. In the error of the weights this cannot be seen.
 
-# %%
+# %% tags=["hide-input"]
 zero = np.array([0, 1], np.float32)
 print("the quotient 0 becomes", [f"index {rule.quantize_8bit(zero, d)[0][0]}" for rule in (CPU, CUDA)])
 cpu, gpu = (quantize(W, double_quant=True, rule=f"bitsandbytes-{rule}") for rule in ("cpu", "cuda"))
@@ -133,7 +135,7 @@ assert 0.0015 < share < 0.0025
 # two*: E4M3 has 8, E5M2 has 4. The cell counts the positive values in the three highest decades, and prints the step between
 # neighbours at 0.63 and at 0.22. The quotients are 0.63 on average without the mean subtracted; with it 0.22, their mean magnitude.
 
-# %%
+# %% tags=["hide-input"]
 eights = {name: codebooks.get_nested(name) for name in ("dynamic8", "fp8_e4m3", "fp8_e5m2", "int8")}
 counts, steps = {}, {}
 for name, code in eights.items():
@@ -149,7 +151,7 @@ assert steps["fp8_e4m3"] == [0.0714, 0.0179] and steps["fp8_e5m2"] == [0.1429, 0
 # with the mean subtracted, and without (`offset=0.0`). The numbers beside it are the mean and standard deviation of the same
 # quantity over 30 other draws.
 
-# %%
+# %% tags=["hide-input"]
 w = W[:1024]
 COST = {  # mean, deviation with the mean subtracted; mean, deviation without
     "dynamic8": (0.00051, 0.00004, 0.00516, 0.00014),
@@ -183,7 +185,7 @@ for name, (a, da, b, db) in COST.items():
 # Int8's step is the same everywhere, $n/127$. Its cost is set by $n$ alone, which the mean lowers from 4.14 to 1.54, so it should
 # fall to $(1.54/4.14)^2 = 1/7.2$, and does: 0.00022 against 0.00162.
 
-# %%
+# %% tags=["hide-input"]
 left = 1 - optimality.expected_max(64) ** 2 / optimality.expected_max(64, 2)
 with_mean, without = (quantize_constants(exact.absmax, o, eights["fp8_e4m3"]) for o in (None, 0.0))
 off = np.abs(without.restore() / exact.absmax - 1).max()
@@ -205,7 +207,7 @@ assert abs(COST["int8"][2] / COST["int8"][0] / (4.14 / 1.54) ** 2 - 1) < 0.05
 # BOF4-S (notebook 10) divides a block by its largest element *with its sign*. Half of its scales are negative, so their mean is nearly
 # 0 and nothing is gained by subtracting it: the dynamic map costs 0.6 % and E4M3 10.6 %. Exercise 2 repairs this for 1/64 bit a weight.
 
-# %%
+# %% tags=["hide-input"]
 signed = {"code": codebooks.bof4(64, "mse", signed=True), "signed": True}
 for name, expected, deviation in (("dynamic8", 0.0058, 0.00015), ("fp8_e4m3", 0.106, 0.001)):
     q = quantize(w, double_quant=True, nested_code=name, **signed)
@@ -225,7 +227,7 @@ for name, expected, deviation in (("dynamic8", 0.0058, 0.00015), ("fp8_e4m3", 0.
 # p)$ of the predictions from those of the unquantized model; and the loss, minus the loss with exact constants on the same windows (±
 # standard error over windows). (Notebook 07's KL 0.0300 is the same quantity on its first 16 windows.)
 
-# %%
+# %% tags=["hide-input"]
 text = np.frombuffer(tl.data.jargon("heldout")[: 32 * 256 + 1], np.uint8).astype(int)
 inputs, targets = text[:-1].reshape(32, 256), text[1:].reshape(32, 256, 1)
 
@@ -242,7 +244,7 @@ def log2_p(**how):
 
 p = log2_p()
 
-# %%
+# %% tags=["hide-input"]
 settings = {
     "exact constants": {"double_quant": False},
     "dynamic8 with mean": {"double_quant": True},
@@ -265,7 +267,7 @@ for name, how in settings.items():
 # coarsest constants it happens to be *lower*, by 1.3 standard errors. A perturbation can move the loss on one text either way, so a
 # loss on a small text shows neither that 8-bit constants do no harm nor that they do.
 
-# %%
+# %% tags=["hide-input"]
 base, fine, coarse = kl.values()
 print(f"divergence: {fine / base - 1:+.2%} and {coarse / base - 1:+.2%}")
 assert abs(fine / base - 1) < 0.005 and 0.1 < coarse / base - 1 < 0.2
@@ -322,7 +324,7 @@ assert round(equal_block, 1) == 82.0 and round(equal_bits, 2) == 23.46
 # bits. At 4.127 bits, affine int4 with double-quantized constants has blocks of 128 and an error 17.5 % higher; with 16-bit
 # constants blocks of 252, and 39.6 % higher.
 
-# %%
+# %% tags=["hide-input"]
 for s, expected in ((32, 5.36), (16, 4.68), (8.125, 4.35)):
     print(f"{s:6} bits a constant: equal at {4 + s / equal_bits:.3f} bits a weight")
     assert round(4 + s / equal_bits, 2) == expected
@@ -344,7 +346,7 @@ for B, expected in ((128, 0.175), (252, 0.396)):
 # bits (BOF4-S in blocks of 8) and no longer at 5.33 (12).
 
 
-# %%
+# %% tags=["hide-input"]
 def whole_zero_error(blocksize):
     x = W[:1024].reshape(-1)[: 2**22 // blocksize * blocksize].reshape(-1, blocksize)
     low, high = np.minimum(x.min(axis=1, keepdims=True), 0), np.maximum(x.max(axis=1, keepdims=True), 0)
@@ -371,7 +373,7 @@ assert bof4_s_error(8) > whole_zero_error(10) and bof4_s_error(12) < whole_zero_
 # and 32. So it allows the comparison at equal bits as well, counting 16 bits for each constant: at 4.25 bits NF4 in blocks of 64
 # stands against affine int4 in blocks of 128, at 4.5 bits 32 against 64.
 
-# %%
+# %% tags=["hide-input"]
 PUBLISHED = {"NF4": {128: 0.00169, 64: 0.00160, 32: 0.00150}, "affine": {128: 0.00181, 64: 0.00161, 32: 0.00141}}
 for B in (128, 64, 32):
     normal = np.sqrt(optimality.affine_error(B) / nf4_error(B))
@@ -395,7 +397,7 @@ for B, expected in ((64, (1.131, 1.084, 1.131)), (32, (1.073, 1.026, 1.066))):
 # are summed and divided by the sum of squared weights.
 
 
-# %%
+# %% tags=["hide-input"]
 def plain_nf4(w, blocksize):
     x = w.reshape(-1, blocksize)
     m = np.abs(x).max(axis=1, keepdims=True)
@@ -411,7 +413,7 @@ def plain_affine(w, blocksize):
     return (low.astype(np.float16) + i * step.astype(np.float16)).reshape(w.shape)
 
 
-# %%
+# %% tags=["hide-input"]
 model = tl.Llama.from_pretrained("base")
 weights = [v.data for name, v in model.named_parameters() if name.endswith("proj.weight")]
 energy = sum(np.square(v).sum(dtype=np.float64) for v in weights)
@@ -433,7 +435,7 @@ assert all(abs(measured["nf4"][B] / nf4_error(B) - 1) < 0.03 for B in measured["
 # The figure shows both counts side by side. On the right every curve of the left is shifted by what its constants cost. Rings are the
 # base model's weights.
 
-# %%
+# %% tags=["hide-input"]
 bits_against_error(measured)
 
 # %% [markdown]
@@ -454,7 +456,7 @@ bits_against_error(measured)
 #   layers alone, 80 · (4 · 8192² + 3 · 8192 · 22016) = 64.76e9 weights, save 3.02 GB.
 # - Nearest is not always nearest: on a CPU bitsandbytes' table picks another index for 0.2 % of the constants (section 2).
 
-# %%
+# %% tags=["hide-input"]
 k_proj = quantize(model.model.layers[0].self_attn.k_proj.weight.data, double_quant=True)
 without_mean = (NF4[gpu.indices()] * np.repeat(gpu.absmax - gpu.offset, 64).reshape(W.shape))[:1024]
 garbage = np.square(without_mean - w).mean(dtype=np.float64)

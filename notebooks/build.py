@@ -48,7 +48,8 @@ def make(source, solutions=False):
     notebook = read(source)
     for i, cell in enumerate(notebook.cells):
         cell.id = f"cell-{i:03d}"
-        cell.metadata = nbformat.from_dict({"tags": tags(cell)} if tags(cell) else {})
+        folded = {"jupyter": {"source_hidden": True}} if "hide-input" in tags(cell) else {}
+        cell.metadata = nbformat.from_dict({"tags": tags(cell), **folded} if tags(cell) else {})
         if "exercise" in tags(cell):
             try:
                 cell.source = split(cell.source, solutions)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(NOTEBOOKS))
 import build  # noqa: E402
 import grading  # noqa: E402
 
+FOLDED = {"setup", "exercise", "hide-input"}
 REGISTRIES = r"https?://[^\s)]*(pypi|pythonhosted|npmjs|crates\.io|golang|anaconda|debian|docker|huggingface|hf\.co)"
 ABSOLUTE = r"(?<![\w.~:/])/(home|root|tmp|usr|opt|var|work|mnt|etc|Users|private)/|\b[A-Z]:\\(Users|Windows|Program)"
 
@@ -53,6 +54,17 @@ def complaints(source):
     want(holds(r"^\s*assert\b", "code"), "A code cell asserts something.")
     exercises = [cell for cell in cells if "exercise" in grading.tags(cell)]
     want(len(exercises) >= 2, "There are at least two exercises.")
+    shown = [
+        c.source
+        for c in cells
+        if c.cell_type == "code" and not FOLDED & set(grading.tags(c)) and "grade(" not in c.source
+    ]
+    lines = [line.strip() for source in shown for line in source.splitlines()]
+    derivation = [line for line in lines if line and not line.startswith(("#", '"""', "assert", "print"))]
+    want(
+        len(derivation) <= 25,
+        "The visible derivation has about twenty lines, 25 at most; tag what measures or checks hide-input.",
+    )
     for i, cell in enumerate(cells, 1):
         want(not re.search(REGISTRIES, cell.source), f"Cell {i} names no package registry.")
         want(not re.search(ABSOLUTE, cell.source), f"Cell {i} holds no absolute path.")
