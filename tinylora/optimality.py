@@ -348,7 +348,7 @@ def optimal_levels(levels, power=2, law=Normal()):  # noqa: B008
 
 def _default_start(levels, pins, density, end, power):
     """Quantiles of density^(1/(1+p)) on [−end, end] at (i + ½)/levels; then each pin takes the place of the value nearest to it."""
-    u = np.linspace(-np.arcsinh(1e3), np.arcsinh(1e3), 8001)
+    u = np.linspace(-np.arcsinh(1e3), np.arcsinh(1e3), 1001)
     x = end * np.sinh(u) / 1e3  # fine near 0
     point_density = density(x) ** (1 / (1 + power))
     share = np.concatenate([[0], np.cumsum((point_density[1:] + point_density[:-1]) / 2 * np.diff(x))])
