@@ -118,6 +118,10 @@ def verdict(exercise, function, rng, limit=None):
         where = f", in line {lines[-1]} of its cell" if lines else ""
         graded = getattr(function, "__globals__", {}).get("__name__") == SPACE  # in a notebook all its cells have run
         return f"not right: it raised {type(error).__name__}: {error}{where}{hint(error) if graded else ''}"
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"not right: it raises {type(error).__name__}, which ends the run"
     return "right"
 
 
@@ -203,7 +207,7 @@ def answer(notebook, k, limit=None):
     """
     name, space = f"exercise_{k}", {"__name__": SPACE}
     setup, exercise = to_run(notebook)
-    defines = rf"^\s*(def {name}\b|{name}\s*=[^=])"
+    defines = rf"^(def {name}\b|{name}\s*(:[^=\n]+)?=[^=])"
     mine = max((i for i in exercise if re.search(defines, notebook.cells[i - 1].source, re.M)), default=0)
     for i in (i for i in sorted(setup | exercise) if i <= mine):
         code, file = notebook.cells[i - 1].source, f"cell {i}"

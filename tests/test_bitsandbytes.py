@@ -132,6 +132,9 @@ def test_damaged_weights_are_refused_by_name(rng):
         ({"a.weight.quant_map": tensors["a.weight.quant_map"].astype(np.float16)}, "quant_map: expected 16 float32"),
         ({"a.weight.absmax": tensors["a.weight.absmax"].astype(np.uint8)}, "absmax: expected 8 float32"),
         (changed(tensors, blocksize=0), "damaged"),
+        (changed(tensors, blocksize=float("inf")), "a whole number, 1 or more"),
+        (changed(tensors, shape=[10**30, 1]), "a whole number"),
+        (changed(tensors, shape=[-8, -64]), "a whole number, 0 or more"),
         (changed(tensors, dtype="float8"), "dtype 'float8'"),
         (changed(tensors, quant_type="int4"), "quant_type 'int4'"),
         (changed(tensors, quant_type="fp4"), "says fp4 inside"),
@@ -165,7 +168,9 @@ def folder(path, rng):
     )
     files.write_json(path / "config.json", {"model_type": "something", "dtype": "bfloat16"})
     files.write_text(path / "tokenizer_config.json", "{}")
-    files.write_text(path / "templates" / "chat_template.jinja", "{{ messages }}")
+    files.write_text(path / "chat_template.jinja", "{{ messages }}")
+    files.write_text(path / "consolidated.00.pth", "dense weights")
+    files.write_text(path / ".git" / "config", "not part of the model")
     return tensors
 
 
@@ -188,8 +193,13 @@ def test_any_folder_can_be_quantized(tmp_path, rng):
     kept = set(config["quantization_config"]["llm_int8_skip_modules"])
     assert {"embeddings.word_embeddings", "layer.1.router", "lm_head"} <= kept and "layer.0.dense" not in kept
     assert (tmp_path / "out" / "tokenizer_config.json").is_file()
-    assert (tmp_path / "out" / "templates" / "chat_template.jinja").is_file()
-    assert not list((tmp_path / "out").glob("*.index.json"))
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     tiny.model().save_pretrained(tmp_path / "precious")
     before = (tmp_path / "precious" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="holds another, dense model"):

@@ -352,3 +352,6 @@ def test_merging_into_4_bits_keeps_every_setting(rng):
         if q.double_quant:
             assert (again.constants.code == q.constants.code).all() and (again.offset == 0) == (q.offset == 0)
         assert layer.merge().merge_error < 0.004
+    zeros = LoRALinear(Linear4bit(quantize(np.zeros((64, 256), np.float32), double_quant=True)), r=2, alpha=4)
+    zeros.lora_B.weight.data = rng.standard_normal((64, 2)).astype(np.float32)
+    assert zeros.merge().weight.offset != 0  # a weight of zeros has the mean 0, and is not one without a mean

@@ -235,6 +235,11 @@ def test_any_pins_and_any_number_of_levels():
         free = ~np.isin(q, pins)
         assert set(pins) <= set(q.tolist()) and np.abs(gradient(q, 64, 2, False)[free]).max() < 1e-8
     assert optimal_code(64, levels=3).tolist() == [-1, 0, 1]
+    assert optimal_code(2, 1, pins=(0,), levels=3).tolist() == [
+        -1,
+        0,
+        1,
+    ]  # the medians are the atoms, nothing is left to move
     assert len(optimal_code(64, pins=None, levels=2)) == 2 and len(optimal_code(64, levels=32)) == 32
 
 

@@ -370,7 +370,9 @@ def _quantize(args):
         about = {"path": args.path, "blocksize": blocksize, "double_quant": double}
         files.write_json(out / "report.json", survey.as_json(lines, normal, **about))
         bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
-        print(f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all else as it was")
+        print(
+            f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
+        )
         if _can_draw():
             figures.survey(lines, normal, out / "errors.svg")
             print(f"figure: {out / 'errors.svg'}")

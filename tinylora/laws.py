@@ -95,7 +95,7 @@ class ScaleMixture:
             s.ndim != 1
             or s.shape != p.shape
             or len(s) == 0
-            or not ((s > 0) & (p >= 0)).all()
+            or not ((s > 0) & (s < np.inf) & (p >= 0)).all()
             or not 0 < p.sum() < np.inf
         ):
             raise ValueError(

@@ -368,11 +368,11 @@ def _default_start(levels, pins, density, end, power):
 def _minimize(q, free, block, power, signed, k, zero_cell):
     """Newton's method on the free values, damped where a whole step would leave the order or raise the error, else Lloyd's step."""
     q, before = q.copy(), np.inf
-    if not free.any():
-        return q
     for _ in range(200):
         gradient, hessian, lloyd, error = _derivatives(q, block, power, signed, k, zero_cell)
         move = free & ~((np.abs(q) == block.edge) & (q * gradient <= 0))  # the median may be the atom at ±1 itself
+        if not move.any():
+            return q
         newton, step, whole = np.zeros_like(q), np.where(move, lloyd - q, 0.0), False
         newton[move] = np.linalg.solve(_positive(hessian[np.ix_(move, move)]), -gradient[move])
         for damping in (1.0, 0.5, 0.25, 0.125):

@@ -232,7 +232,10 @@ def quantize_like(w, q, name="weight"):
     """
     q = q.to(lambda a: move(a, "cpu"))
     nested = q.constants.code if q.double_quant else None
-    offset = 0.0 if q.double_quant and q.offset == 0 else None
+    uncentred = (
+        q.double_quant and q.offset == 0 and bool((q.nested_absmax != 0).any())
+    )  # and not just a weight of zeros
+    offset = 0.0 if uncentred else None
     return _quantize(w, _Settings(q.code_name, q.code, q.blocksize, nested, offset, q.rule, q.signed), True, name)
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import codebooks, files
 from ..backend import move
-from ..dtypes import BFloat16Array
+from ..dtypes import BFloat16Array, as_float32
 from ..llama import Llama, LlamaConfig
 from ..nn import Linear, Linear4bit
 from ..quant import DoubleQuantized, QuantizedTensor, quantize
@@ -78,7 +78,7 @@ def from_tensors(name, tensors, where="the file"):
         state = json.loads(tensors.pop(keys[0]).tobytes())
         parts = {part: tensors.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in tensors}
         q = _read(state, parts, _bytes(tensors.pop(name)))
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{where}: the 4-bit weight {name} is incomplete or damaged ({error})") from None
     if keys[0] != f"{name}{_STATE}{q.code_name}":
         raise ValueError(f"{where}: {keys[0]} says {q.code_name} inside")
@@ -87,10 +87,14 @@ def from_tensors(name, tensors, where="the file"):
 
 def _read(state, parts, packed):
     """A QuantizedTensor from the JSON and the arrays of one weight; everything is checked before it is believed."""
-    kind, blocksize, shape = state["quant_type"], int(state["blocksize"]), tuple(map(int, state["shape"]))
+    kind, blocksize, shape = (
+        state["quant_type"],
+        _whole(state["blocksize"], 1),
+        tuple(_whole(n, 0) for n in state["shape"]),
+    )
     size = int(np.prod(shape, dtype=np.int64))
     blocks = -(-size // blocksize)
-    if kind not in ("nf4", "fp4") or blocksize < 1 or state["dtype"] not in ("float32", "float16", "bfloat16"):
+    if kind not in ("nf4", "fp4") or state["dtype"] not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"it says quant_type {kind!r}, blocksize {blocksize}, dtype {state['dtype']!r}")
     nested = "nested_absmax" in parts
     _expect(packed, "the weight", (size + 1) // 2, np.uint8)
@@ -99,12 +103,20 @@ def _read(state, parts, packed):
     absmax, code = parts["absmax"], _same_or(codebooks.get(kind)[1], parts["quant_map"])
     if not nested:
         return QuantizedTensor(packed, absmax, code, kind, blocksize, shape, state["dtype"])
-    second = int(state["nested_blocksize"])
+    second, offset = _whole(state["nested_blocksize"], 1), np.float32(float(state["nested_offset"]))
+    if not np.isfinite(offset):
+        raise ValueError(f"nested_offset is {offset}")
     _expect(parts["nested_quant_map"], "nested_quant_map", 256, np.float32)
     _expect(parts["nested_absmax"], "nested_absmax", -(-blocks // second), np.float32)
     nested_code = _same_or(codebooks.get_nested("dynamic8"), parts["nested_quant_map"])
-    constants = DoubleQuantized(absmax, parts["nested_absmax"], np.float32(state["nested_offset"]), nested_code, second)
+    constants = DoubleQuantized(absmax, parts["nested_absmax"], offset, nested_code, second)
     return QuantizedTensor(packed, constants, code, kind, blocksize, shape, state["dtype"])
+
+
+def _whole(n, least):
+    if type(n) is not int or not least <= n < 1 << 48:
+        raise ValueError(f"expected a whole number, {least} or more, found {n!r}")
+    return n
 
 
 def _expect(array, what, length, dtype):
@@ -232,8 +244,8 @@ def quantize_folder(
     rule="bitsandbytes-cpu",
     force=False,
 ):
-    """A 4-bit copy of a folder with config.json and safetensors files: its linear weights in 4 bits, all else as it was.
-    Returns {name: QuantizedTensor}.
+    """A 4-bit copy of a folder with config.json and safetensors files: its linear weights in 4 bits, all other tensors as they were, and
+    the small files that lie beside them (tokenizer, chat template, licence). Returns {name: QuantizedTensor}.
 
     Linear weights are the matrices named *.weight apart from embeddings and heads, and apart from names that contain a word of `skip`.
     Architectures outside OPENED are refused unless `force` is true. So is a target that holds another, dense model. ValueError says
@@ -247,23 +259,19 @@ def quantize_folder(
     linear = [name for name, w in tensors.items() if is_linear_weight(name, w, skip)]
     if not linear:
         raise ValueError(f"{source} holds no linear weights that are to be quantized")
+    for name in linear:
+        if not np.isfinite(as_float32(tensors[name])[0]).all():
+            raise ValueError(f"{name} holds NaN or Inf; leave it out (skip, or --skip {name})")
     for name in tqdm(linear, desc=f"quantizing to {code}", disable=None if progress else True):
         done[name] = quantize(tensors.pop(name), code, blocksize, double_quant, rule, name=name)
         tensors |= to_tensors(name, done[name])
     dense = {n.removesuffix(".weight") for n, w in tensors.items() if n.endswith(".weight") and len(w.shape) == 2}
     kept = sorted({*_HEADS, *dense} - {n.removesuffix(".weight") for n in done})
     config["quantization_config"] = quantization_config(done[linear[0]], skip=kept)
-    for path in sorted(source.rglob("*")):  # tokenizer, chat template, licence
-        weights = path.suffix in (".safetensors", ".bin") or path.name.endswith(
-            (".safetensors.index.json", ".bin.index.json")
-        )
-        if (
-            path.is_file()
-            and not weights
-            and path != source / "config.json"
-            and target.resolve() not in path.resolve().parents
-        ):
-            _copy(path, target / path.relative_to(source))
+    for path in sorted(source.iterdir()):  # tokenizer, chat template, licence
+        if path.is_file() and _goes_along(path.name):
+            with files.atomic(target / path.name) as temporary:
+                shutil.copyfile(path, temporary)
     files.save_safetensors(target / "model.safetensors", tensors)
     files.write_json(target / "config.json", config)
     return done
@@ -288,9 +296,27 @@ def _check_folders(source, target, force):
     return config
 
 
-def _copy(path, target):
-    with files.atomic(target) as temporary:
-        shutil.copyfile(path, temporary)
+_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".gguf",
+    ".tflite",
+    ".index.json",
+)
+
+
+def _goes_along(name):
+    """Whether a file of the source belongs beside the 4-bit weights: no other weights, no adapter, nothing hidden."""
+    return (
+        not name.endswith(_WEIGHTS) and not name.startswith(".") and name not in ("config.json", "adapter_config.json")
+    )
 
 
 __all__ = [
