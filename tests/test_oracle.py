@@ -882,6 +882,7 @@ def other_architecture(kind):
         "bert": (transformers.BertModel, transformers.BertConfig(**SIZES)),
         "bert, masked": (transformers.BertForMaskedLM, transformers.BertConfig(**SIZES)),
         "gpt_neox": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(**SIZES)),
+        "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig(**grouped)),
         "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig(**grouped)),
         "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**grouped)),
         "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**grouped, head_dim=16)),
@@ -889,7 +890,7 @@ def other_architecture(kind):
     return cls(config), lambda m, ids: m(ids)[0]
 
 
-@pytest.mark.parametrize("kind", ["bert", "bert, masked", "gpt_neox", "mistral", "qwen2", "qwen3", "whisper"])
+@pytest.mark.parametrize("kind", ["bert", "bert, masked", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "whisper"])
 def test_a_4_bit_copy_of_another_architecture_runs_in_transformers(kind, tmp_path):
     """The same modules are in 4 bits as in transformers' own quantization, with the same bits, and the model runs."""
     model, run = other_architecture(kind)
