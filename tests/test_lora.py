@@ -1,15 +1,12 @@
-"""LoRA: what it computes, what it leaves alone, merging, switching, counting, and PEFT's files."""
-
-import json
+"""One adapted layer: what it computes, what it leaves alone, and what merging makes of it."""
 
 import numpy as np
 import pytest
-import tiny
 
-import tinylora as tl
-from tinylora import LoRALinear, Tensor, backend, codebooks, lora, ops, quantize
-from tinylora.interop import peft
-from tinylora.nn import Linear, Linear4bit, Linear16bit
+from tinylora import LoRALinear, Tensor, backend, codebooks, ops, quantize
+from tinylora.conv import Conv1d, Conv2d, Conv3d
+from tinylora.lora import LinearBypass, LoRAConv, LoRAEmbedding, lora_layer
+from tinylora.nn import Embedding, Linear, Linear4bit, Linear16bit
 
 BASES = {"dense": lambda w: w, "4 bits": Linear4bit.of, "16 bits": Linear16bit.of}
 
@@ -36,7 +33,7 @@ def test_at_step_0_the_gradient_of_A_is_exactly_zero_and_that_of_B_is_not(kind, 
     (h(x) * h(x)).sum().backward()
     assert bool((h.lora_A.weight.grad == 0).all())
     assert bool((h.lora_B.weight.grad != 0).all())
-    assert [name for name, _ in h.trainable()] == ["lora_A.weight", "lora_B.weight"]
+    assert [name for name, _ in h.trainable()] == ["bypasses.default.lora_A.weight", "bypasses.default.lora_B.weight"]
 
 
 def test_the_bypass_is_equation_3(rng):
@@ -120,222 +117,6 @@ def test_merging_into_4_bits_reports_its_error(xp, rng):
     assert merged.merge_error == pytest.approx(error, rel=1e-5) and 0.01 < error < 0.2
 
 
-def test_merge_of_a_model(xp, rng):
-    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4), rng).to(xp)
-    x = tiny.ids(rng, 2, 10)
-    before = tiny.logits(m, x)
-    tl.merge(m)
-    assert not lora.adapters(m)
-    np.testing.assert_allclose(tiny.logits(m, x), before, rtol=1e-3, atol=1e-4)
-
-
-def test_detach_restores_the_base_bit_for_bit_and_attach_puts_another_on(xp, rng):
-    m, x = tiny.model().to(xp), tiny.ids(rng, 2, 10)
-    base = tiny.logits(m, x)
-    first = lora.detach(tiny.randomize_lora(tl.add_lora(m, r=4), rng))
-    assert tiny.logits(m, x).tobytes() == base.tobytes()
-    second = lora.detach(tiny.randomize_lora(tl.add_lora(m, r=2, target_modules=["q_proj"]), rng))
-    outputs = []
-    for adapter in (first, second, first):
-        lora.attach(m, adapter)
-        outputs.append(tiny.logits(m, x))
-        lora.detach(m)
-    assert outputs[0].tobytes() == outputs[2].tobytes() != outputs[1].tobytes()
-    assert first.nbytes > second.nbytes > 0
-
-
-# ---------------------------------------------------------------------------------------------------------- targets and counts
-@pytest.mark.parametrize(
-    "targets, count",
-    [
-        ("all-linear", 14),
-        (["q_proj", "v_proj"], 4),
-        (["self_attn.q_proj"], 2),
-        (["model.layers.1.mlp.up_proj"], 1),
-        (r".*layers\.0\.mlp\..*", 3),
-    ],
-)
-def test_targets(targets, count):
-    assert len(lora.adapters(tl.add_lora(tiny.model(), r=2, target_modules=targets))) == count
-
-
-def test_all_linear_leaves_the_head_out():
-    m = tl.add_lora(tiny.model(tie_word_embeddings=False), r=2)
-    assert "lm_head" not in [path for path, _ in lora.adapters(m)]
-    assert len(lora.adapters(tl.add_lora(tiny.model(tie_word_embeddings=False), r=2, target_modules=["lm_head"]))) == 1
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (
-            {"target_modules": ["q_proj", "query"]},
-            "'query' does not exist; the linear layers are down_proj, gate_proj, k_proj, o_proj",
-        ),
-        ({"target_modules": []}, "target_modules is empty"),
-        ({"target_modules": "(q"}, "is no regular expression"),
-        ({"target_modules": "query.*"}, "matches no layer; the layers are named down_proj"),
-        ({"r": 0}, "r = 0, expected a whole number, 1 or more"),
-        ({"r": 2.5}, "r = 2.5"),
-        ({"dropout": 1.0}, "dropout = 1.0"),
-    ],
-)
-def test_bad_choices_get_a_sentence_and_change_nothing(options, words):
-    m = tiny.model()
-    with pytest.raises(ValueError, match=words):
-        tl.add_lora(m, **options)
-    assert not lora.adapters(m) and all(p.requires_grad for p in m.parameters()) and len(m.parameters()) == 20
-
-
-def test_a_second_adapter_is_refused():
-    m = tl.add_lora(tiny.model(), r=2)
-    with pytest.raises(ValueError, match="carries an adapter already"):
-        tl.add_lora(m, r=2)
-    lora.detach(m)
-    with pytest.raises(ValueError, match="carries no adapter"):
-        lora.detach(m)
-
-
-def test_counts_are_of_weights_and_not_of_bytes():
-    plain, m = tiny.model(), tiny.model()
-    total = sum(p.size for p in plain.parameters())
-    tl.add_lora(tl.quantize_linears(m), r=2)
-    added = sum(2 * (layer.in_features + layer.out_features) for _, layer in lora.adapters(m))
-    assert lora.count_parameters(m) == (added, total + added)
-    assert tl.trainable_parameters(m) == (
-        f"trainable params: {added:,d} || all params: {total + added:,d} || "
-        f"trainable%: {100 * added / (total + added):.4f}"
-    )
-
-
-def test_quantizing_leaves_embeddings_norms_and_head_alone():
-    m = tl.quantize_linears(tiny.model(tie_word_embeddings=False))
-    kinds = {path: type(layer).__name__ for path, layer in m.named_modules()}
-    assert kinds["lm_head"] == "Linear" and kinds["model.embed_tokens"] == "Embedding"
-    assert sum(kind == "Linear4bit" for kind in kinds.values()) == 14
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight holds 1 NaN"):
-        bad = tiny.model()
-        bad.model.layers[0].self_attn.q_proj.weight.data[3, 4] = np.nan
-        tl.quantize_linears(bad)
-
-
-def test_quantizing_is_all_or_nothing_and_comes_before_the_adapter():
-    m = tiny.model()
-    m.model.layers[1].mlp.down_proj.weight.data[0, 0] = np.inf
-    with pytest.raises(ValueError, match="down_proj"):
-        tl.quantize_linears(m)
-    assert not any(isinstance(layer, Linear4bit) for _, layer in m.named_modules()) and len(m.trainable()) == 20
-    with pytest.raises(ValueError, match="quantize first, then add_lora"):
-        tl.quantize_linears(tl.add_lora(tiny.model(), r=2))
-
-
-def test_a_quantized_models_state_can_be_loaded_into_another(rng):
-    x, (a, b) = tiny.ids(rng, 1, 9), (tl.add_lora(tl.quantize_linears(tiny.model(seed)), r=2) for seed in (0, 1))
-    assert tiny.logits(a, x).tobytes() != tiny.logits(b, x).tobytes()
-    b.load_state_dict(a.state_dict())
-    assert tiny.logits(a, x).tobytes() == tiny.logits(b, x).tobytes()
-    with pytest.raises(ValueError, match="dense on one side and quantized on the other"):
-        tiny.model().load_state_dict(tl.quantize_linears(tiny.model()).state_dict())
-
-
-def test_only_the_adapter_is_on_the_tape_beside_activations(rng):
-    """LoRA's saving, seen in the engine: full fine-tuning keeps the input of every layer for ∂L/∂W, LoRA not that of frozen layers."""
-    x, t = tiny.ids(rng, 4, 32), tiny.ids(rng, 4, 32)
-
-    def held(m):
-        return tl.tape_bytes(ops.softmax_cross_entropy(m(x), t), exclude=m.parameters())
-
-    full, frozen = held(tiny.model()), held(tl.add_lora(tiny.model(), r=2, target_modules=["q_proj", "v_proj"]))
-    tokens, c = x.size, tiny.CONFIG
-    inputs_of_frozen_layers = (
-        4 * tokens * c.num_hidden_layers * (c.hidden_size + c.hidden_size + c.intermediate_size)
-    )  # o, gate and up, down
-    assert full - frozen > inputs_of_frozen_layers
-
-
-# ---------------------------------------------------------------------------------------------------------------- PEFT's files
-def test_an_adapter_survives_the_disk(tmp_path, rng):
-    m, x = (
-        tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, alpha=6, target_modules=["q_proj", "down_proj"]), rng),
-        tiny.ids(rng, 1, 9),
-    )
-    peft.save_adapter(m, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]) == (
-        "LORA",
-        4,
-        6,
-        ["down_proj", "q_proj"],
-    )
-    again = peft.load_adapter(tiny.model(), tmp_path)
-    assert tiny.logits(again, x).tobytes() == tiny.logits(m, x).tobytes()
-    assert again.lora_config == m.lora_config
-
-
-def test_names_that_would_mean_more_layers_are_saved_as_paths(tmp_path):
-    """As after loading an adapter whose PEFT config restricted it to some layers."""
-    m = tl.add_lora(tiny.model(), r=4, target_modules=["q_proj"])
-    adapter = lora.detach(m)
-    del adapter.weights["model.layers.0.self_attn.q_proj"]
-    peft.save_adapter(lora.attach(m, adapter), tmp_path)
-    assert peft.read_adapter(tmp_path).config.target_modules == ("model.layers.1.self_attn.q_proj",)
-
-
-def test_saving_twice_gives_the_same_bytes(tmp_path, rng):
-    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4), rng)
-    for name in ("a", "b"):
-        peft.save_adapter(m, tmp_path / name)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
-
-
-def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, rng):
-    peft.save_adapter(tl.add_lora(tiny.model(), r=4), tmp_path)
-    for changes, words in (
-        ({"intermediate_size": 64}, r"needs \(4, 64\) and \(32, 4\)"),
-        ({"num_hidden_layers": 1}, "which the model lacks"),
-    ):
-        other = tiny.model(**changes)
-        with pytest.raises(ValueError, match=words):
-            peft.load_adapter(other, tmp_path)
-        assert not lora.adapters(other)
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
-        ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"use_dora": True}, "use_dora = True is not supported"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
-        ({"bias": "all"}, "bias = 'all'"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    ],
-)
-def test_what_is_not_read_is_refused(change, words, tmp_path):
-    peft.save_adapter(tl.add_lora(tiny.model(), r=4), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=words):
-        peft.load_adapter(tiny.model(), tmp_path)
-
-
-def test_a_config_without_r_and_alpha_means_8(tmp_path):
-    peft.save_adapter(tl.add_lora(tiny.model(), r=8, alpha=8), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    config = json.loads(path.read_text())
-    del config["r"], config["lora_alpha"]
-    path.write_text(json.dumps(config))
-    assert peft.read_adapter(tmp_path).config.alpha == peft.read_adapter(tmp_path).config.r == 8
-
-
-def test_missing_files_get_a_sentence(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
-        peft.load_adapter(tiny.model(), tmp_path)
-    with pytest.raises(ValueError, match="carries no adapter"):
-        peft.save_adapter(tiny.model(), tmp_path)
-
-
 def test_merging_into_4_bits_keeps_every_setting(rng):
     """A merge quantizes again as the base was quantized, so a zero adapter changes (almost) nothing."""
     w = rng.standard_normal((64, 256)).astype(np.float32)
@@ -355,3 +136,156 @@ def test_merging_into_4_bits_keeps_every_setting(rng):
     zeros = LoRALinear(Linear4bit(quantize(np.zeros((64, 256), np.float32), double_quant=True)), r=2, alpha=4)
     zeros.lora_B.weight.data = rng.standard_normal((64, 2)).astype(np.float32)
     assert zeros.merge().weight.offset != 0  # a weight of zeros has the mean 0, and is not one without a mean
+
+
+# ------------------------------------------------------------------------------------------------- the other kinds of bypass
+def trained(bypass_owner, rng):
+    """Random values for every trained array of a layer, so that nothing is zero."""
+    for _, p in bypass_owner.trainable():
+        p.data = backend.move((0.3 * rng.standard_normal(p.shape)).astype(np.float32), backend.array_module(p.data))
+    return bypass_owner
+
+
+def embedding():
+    return LoRAEmbedding(Embedding(11, 6), r=3, alpha=5)
+
+
+def conv(axes, **options):
+    kind = (Conv1d, Conv2d, Conv3d)[axes - 1]
+    return LoRAConv(kind(4, 6, 3, stride=2, padding=1, dilation=2, **options), r=2, alpha=5)
+
+
+SAMPLES = {
+    "embedding": (embedding, lambda rng: rng.integers(0, 11, (2, 5))),
+    "conv1d": (lambda: conv(1), lambda rng: rng.standard_normal((2, 4, 9)).astype(np.float32)),
+    "conv2d": (lambda: conv(2), lambda rng: rng.standard_normal((2, 4, 9, 8)).astype(np.float32)),
+    "conv3d": (lambda: conv(3, bias=False), lambda rng: rng.standard_normal((2, 4, 5, 6, 7)).astype(np.float32)),
+    "linear": (lambda: layer("dense", r=3, alpha=5), lambda rng: rng.standard_normal((4, 64)).astype(np.float32)),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_every_kind_starts_as_its_base_bit_for_bit_and_merges_to_what_it_computes(kind, xp, rng):
+    make, draw = SAMPLES[kind]
+    h, x = make().to(xp), xp.asarray(draw(rng))
+    assert h(x).numpy().tobytes() == h.base_layer(x).numpy().tobytes()
+    h = trained(h, rng)
+    y = h(x).numpy()
+    assert np.abs(y - h.base_layer(x).numpy()).max() > 0.01
+    np.testing.assert_allclose(h.merge()(x).numpy(), y, rtol=1e-4, atol=1e-4)
+    b, a = h.bypasses["default"].factors()
+    assert (
+        np.linalg.matrix_rank(host(h.delta()).reshape(len(h.delta()), -1))
+        == h.r
+        == host(a).shape[0]
+        == host(b).shape[1]
+    )
+
+
+def test_an_embeddings_bypass_is_the_other_way_round():
+    """loralib's and PEFT's embedding: A zero, B random. At the first step A has a gradient and B has none."""
+    h = LoRAEmbedding(Embedding(11, 600), r=100)
+    assert (h.lora_A.weight.data == 0).all() and abs(h.lora_B.weight.data.std() - 1) < 0.02
+    h(np.array([[3, 4]])).sum().backward()
+    assert (h.lora_B.weight.grad == 0).all()
+    assert {j for j in range(11) if (h.lora_A.weight.grad[:, j] != 0).any()} == {3, 4}
+
+
+def test_a_grouped_convolution_runs_but_cannot_be_merged(rng):
+    h = trained(LoRAConv(Conv2d(4, 6, 3, groups=2), r=2), rng)
+    x = rng.standard_normal((2, 4, 5, 5)).astype(np.float32)
+    assert h(x).shape == (2, 6, 3, 3)
+    with pytest.raises(ValueError, match="2 groups, so B A has no place in its weight"):
+        h.merge()
+    with pytest.raises(ValueError, match="r = 3 must be a multiple of the convolution's groups = 2"):
+        LoRAConv(Conv2d(4, 6, 3, groups=2), r=3)
+
+
+def test_rslora_scales_by_alpha_over_the_root_of_r():
+    assert layer("dense", r=16, alpha=8).scaling == 0.5
+    assert layer("dense", r=16, alpha=8, use_rslora=True).scaling == 2.0
+
+
+def test_doubling_r_at_fixed_alpha_halves_the_scale():
+    assert layer("dense", r=8, alpha=10).scaling == 2 * layer("dense", r=16, alpha=10).scaling
+
+
+def test_the_bias_of_B_is_scaled_in_the_forward_and_in_the_merge(rng):
+    for kind in BASES:
+        h = trained(layer(kind, r=4, alpha=12, lora_bias=True), rng)
+        x = Tensor(rng.standard_normal((5, 64)).astype(np.float32))
+        bias = h.lora_B.bias.data
+        np.testing.assert_allclose(h(Tensor(np.zeros((1, 64), np.float32))).data[0], 3 * bias, rtol=1e-6)
+        np.testing.assert_allclose(h.merge().bias.data, 3 * bias, rtol=1e-6)
+        if kind == "dense":
+            np.testing.assert_allclose(h.merge()(x).data, h(x).data, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="use_dora and lora_bias do not go together"):
+        layer("dense", use_dora=True, lora_bias=True)
+    with pytest.raises(ValueError, match="lora_bias is for linear layers"):
+        LoRAEmbedding(Embedding(4, 4), lora_bias=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ DoRA
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_dora_starts_as_its_base_and_is_equation_5(kind, xp, rng):
+    """DoRA eq. 5: W' = m (W₀ + s B A)/‖W₀ + s B A‖, one norm for each output."""
+    make, draw = SAMPLES[kind]
+    plain = make()
+    h = lora_layer(plain.base_layer, r=2, alpha=6, use_dora=True).to(xp)
+    x = xp.asarray(draw(rng))
+    np.testing.assert_allclose(h(x).numpy(), h.base_layer(x).numpy(), rtol=2e-6, atol=2e-6)
+    h = trained(h, rng)
+    w = host(h.base_layer.dense()) + host(h.delta())
+    axes = 0 if kind == "embedding" else tuple(range(1, w.ndim))
+    direction = w / np.sqrt((w * w).sum(axes, keepdims=True))
+    m = host(h.magnitude.data)
+    expected = direction * (m if kind == "embedding" else m.reshape(-1, *[1] * (w.ndim - 1)))
+    np.testing.assert_allclose(host(h.merged()), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(h.merge()(x).numpy(), h(x).numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_doras_norm_gets_no_gradient_and_its_parts_the_ones_of_the_paper(rng):
+    """DoRA §4.3, with n held constant: ∂L/∂m = Σ ḡ ⊙ (V x)/n, and B's gradient is LoRA's times m/n."""
+    h = trained(layer("dense", r=4, alpha=4, use_dora=True), rng)
+    x, g = rng.standard_normal((7, 64)).astype(np.float32), rng.standard_normal((7, 12)).astype(np.float32)
+    h(Tensor(x)).backward(g)
+    v = h.base_layer.dense() + h.delta()
+    n, m = np.linalg.norm(v, axis=1), h.magnitude.data
+    np.testing.assert_allclose(h.magnitude.grad, (g * (x @ v.T) / n).sum(0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(
+        h.lora_B.weight.grad, ((g * (m / n)).T @ x) @ h.lora_A.weight.data.T, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_dora_with_dropout_scales_the_base_of_the_dropped_input(rng):
+    h = trained(layer("dense", r=4, dropout=0.5, use_dora=True), rng)
+    x = Tensor(rng.standard_normal((5, 64)).astype(np.float32))
+    with backend.using_generator(np.random.default_rng(3)):
+        y = h(x).data
+    with backend.using_generator(np.random.default_rng(3)):
+        dropped = ops.dropout(x, 0.5).data
+    w, factor = h.base_layer.dense(), h.magnitude.data / h.bypasses["default"].norm(h.base_layer)
+    low = dropped @ h.lora_A.weight.data.T @ h.lora_B.weight.data.T * h.scaling
+    np.testing.assert_allclose(y, x.data @ w.T + (factor - 1) * (dropped @ w.T) + factor * low, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- several bypasses on one base
+def test_active_bypasses_add_up(rng):
+    h = layer("dense", r=2, alpha=4)
+    h.bypasses["b"] = LinearBypass(h.base_layer, r=3, alpha=6)
+    h.bypasses["c"] = LinearBypass(h.base_layer, r=3, alpha=6, use_dora=True)
+    for bypass in h.bypasses.values():
+        trained(bypass, rng)
+    x = Tensor(rng.standard_normal((5, 64)).astype(np.float32))
+    base = h.base_layer(x).data
+    alone = {}
+    for name in h.bypasses:
+        h.active = (name,)
+        alone[name] = h(x).data - base
+    for names in (("default", "b"), ("b", "default"), ("default", "c"), ("default", "b", "c"), ()):
+        h.active = names
+        total = base + sum(alone[n] for n in names)
+        np.testing.assert_allclose(h(x).data, total, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(h.merge()(x).data, total, rtol=1e-4, atol=1e-4)
+    with pytest.raises(AttributeError, match="0 adapters are active here"):
+        h.lora_A  # noqa: B018

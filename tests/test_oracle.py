@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import tinylora as tl
-from tinylora import Tensor, codebooks, lora, nn, ops
+from tinylora import Tensor, adapters, codebooks, nn, ops
 from tinylora.corpus import Pairs
 from tinylora.data import base_folder, jargon
 from tinylora.dtypes import bfloat16_bits
@@ -609,7 +609,7 @@ def in_peft(name):
 
 def randomize(model, rng):
     """B, which starts at zero, becomes random."""
-    for _, layer in lora.adapters(model):
+    for _, layer in adapters.adapters(model):
         layer.lora_B.weight.data = (rng.standard_normal(layer.lora_B.weight.shape) * 0.1).astype(np.float32)
     return model
 

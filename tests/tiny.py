@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tinylora import Llama, LlamaConfig, backend
+from tinylora import Llama, LlamaConfig, backend, ops
+from tinylora.nn import Embedding, Linear, Module, RMSNorm, normal
 
 CONFIG = LlamaConfig(
     vocab_size=256,
@@ -33,10 +34,40 @@ def logits(m, x):
 
 def randomize_lora(m, rng):
     """Give every B random values, so that the bypass does something."""
-    from tinylora.lora import adapters
+    from tinylora.adapters import adapters
 
     for _, layer in adapters(m):
         b = layer.lora_B.weight
         random = (0.1 * rng.standard_normal(b.shape)).astype(np.float32)
         b.data = backend.move(random, backend.array_module(b.data))
+    return m
+
+
+class Zoo(Module):
+    """An embedding, two linear layers with biases, a norm and a head: enough to hold every feature of an adapter."""
+
+    def __init__(self):
+        self.embed = Embedding(20, 8)
+        self.embed.weight.data *= 50
+        self.fc1, self.fc2 = Linear(8, 12, bias=True), Linear(12, 8, bias=True)
+        self.norm, self.head = RMSNorm(8), Linear(8, 5, bias=True)
+        for layer in (self.fc1, self.fc2, self.head):
+            layer.bias.data = normal(layer.bias.shape, 0.5)
+
+    def forward(self, ids):
+        x = self.embed(backend.move(ids, backend.array_module(self.norm.weight.data)))
+        x = x + self.fc2(ops.relu(self.fc1(x)))
+        return self.head(self.norm(x))
+
+
+def zoo(seed=0):
+    backend.seed(seed)
+    return Zoo()
+
+
+def randomize_trainable(m, rng):
+    """Give everything that is trained other values."""
+    for _, p in m.trainable():
+        new = (0.4 * rng.standard_normal(p.shape)).astype(np.float32)
+        p.data = backend.move(new, backend.array_module(p.data))
     return m

@@ -10,10 +10,21 @@
 Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported where they are used.
 """
 
-from . import backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant
+from . import adapters, backend, codebooks, conv, dtypes, lora, nn, ops, optim, paging, quant
+from .adapters import (
+    adapter_rows,
+    add_lora,
+    add_weighted_adapter,
+    disable_adapter,
+    merge,
+    print_trainable_parameters,
+    set_adapter,
+    trainable_parameters,
+    unmerge,
+)
 from .backend import seed
 from .llama import KVCache, Llama, LlamaConfig
-from .lora import LoRALinear, add_lora, merge, print_trainable_parameters, trainable_parameters
+from .lora import LoRALinear
 from .nn import quantize_linears
 from .optim import AdamW
 from .paging import Pager

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import backend, data, files, lora
+from . import adapters, backend, data, files
 from .corpus import Text, read_corpus, read_text
 from .interop import bitsandbytes, peft
 from .nn import STORED, quantize_linears
@@ -101,7 +101,7 @@ def prepare(job, seed=0):
         quantize_linears(model, code, job.blocksize, double_quant=True, compute_dtype=job.compute_dtype)
     if adapt:
         backend.seed([seed, 1])  # the adapters' start
-        lora.add_lora(model, job.r, job.alpha, job.dropout, job.target_modules)
+        adapters.add_lora(model, job.r, job.alpha, job.dropout, job.target_modules)
     model.gradient_checkpointing = job.checkpointing
     return model.to(job.device)
 
@@ -142,7 +142,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     model = prepare(job, recipe.seed)
     train, heldout = corpus(job, model.tokenizer)
     report = Report(asdict(job), asdict(recipe), inputs(job))
-    report.trainable, report.parameters = lora.count_parameters(model)
+    report.trainable, report.parameters = adapters.count_parameters(model)
     stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
     if stored:
         report.bits_per_param = 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored)
@@ -192,7 +192,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     }
     if out:
         folder = Path(out)
-        if lora.adapters(model):
+        if adapters.adapters(model):
             report.adapter = str(folder / "adapter")
             peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)))
         else:

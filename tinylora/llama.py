@@ -12,7 +12,7 @@ architectures.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +194,20 @@ class Llama(Module):
                     std = 1 / math.sqrt(child.in_features) / depth
                     child.weight.data = normal(child.weight.shape, std)
         self._rope = {}
+
+    @property
+    def tied_parameters(self):
+        """Paths of parameters that are used twice: the embedding, if it is the head as well."""
+        return ("model.embed_tokens.weight",) if self.lm_head is None else ()
+
+    def untie(self):
+        """Give the model a head of its own, with the embedding's values; returns the model."""
+        if self.lm_head is None:
+            weight = self.model.embed_tokens.weight
+            self.lm_head = Linear(1, 1)
+            self.lm_head.weight = Tensor(weight.data.copy(), weight.requires_grad)
+            self.config = replace(self.config, tie_word_embeddings=False)
+        return self
 
     def _rope_table(self, start, end, like):
         """cos and sin for positions start … end − 1, on `like`'s device, made once and sliced."""

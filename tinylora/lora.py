@@ -2,260 +2,352 @@
 
     h = W₀ x + s B A x,     s = α/r,     A (r × in) random,  B (out × r) = 0                      (LoRA eq. 3 and §4.1)
 
-B starts at zero, so an adapted model computes what its base computes, bit for bit, until the first step; at that step B
+B starts at zero, so an adapted layer computes what its base computes, bit for bit, until the first step; at that step B
 has a gradient and A has none (∂L/∂A = s Bᵀ G). QLoRA is the same bypass around a 4-bit layer (QLoRA eq. 5; the s that
 eq. 3 has and eq. 5 lacks is applied, as in the authors' code).
 
-    add_lora(model, r=8, alpha=16)      freeze the model and put a bypass on its linear layers
-    merge(model)                        W₀ + s B A as plain layers again
-    detach(model) / attach(model, a)    take the adapter off; put it, or another one, on
+Two later changes are one line each and live here because they change the bypass itself:
 
-Compared with PEFT: one adapter at a time, the factors are called the same and stored the same (see interop.peft), the
-scale is applied last, merging makes a new layer and leaves W₀ alone (float32 subtraction would not restore it).
-Compared with loralib: eval() changes no weight.
+    rsLoRA    s = α/√r                                                                          (Kalajdzievski 2023)
+    DoRA      h = m ⊙ (W₀ + s B A) x / ‖W₀ + s B A‖,  the norm of each output's row held constant (Liu et al. 2024, eq. 5, §4.3)
+
+A layer holds any number of named bypasses around one base; those that are active add up. LoRALinear wraps dense, 16-bit
+and 4-bit linear layers, LoRAEmbedding embeddings (where A is zero and B random: an embedding's gradient reaches A only
+through B), LoRAConv convolutions. What is done to a whole model (adding, switching, combining, merging) is in `adapters`.
+
+Compared with PEFT: the factors have the same names and shapes, and the scale is applied last; merging makes a new layer
+and leaves W₀ alone, since float32 subtraction would not restore it; the norm of DoRA always belongs to the base, also
+where another adapter is active beside it. Compared with loralib: eval() changes no weight (see interop.loralib).
 """
 
 import math
-import re
-from dataclasses import dataclass
 
 import numpy as np
 
 from . import backend, ops
+from .backend import array_module
+from .conv import Conv1d, Conv2d, Conv3d
 from .dtypes import BFloat16Array
-from .nn import Linear, Linear4bit, Linear16bit, Module, normal, stored_array, uniform
+from .nn import Embedding, Linear, Linear4bit, Linear16bit, Module, normal, stored_array, uniform
 from .quant import QuantizedTensor, quantize_like
 from .tensor import Tensor
 
-ADAPTABLE = (Linear, Linear4bit, Linear16bit)
+INITS = ("kaiming", "gaussian")
 
 
-@dataclass(frozen=True)
-class LoRAConfig:
-    """r, alpha, dropout and the modules that carry a bypass (as given to `add_lora`)."""
+class Bypass(Module):
+    """s B(A(x)) beside one base layer: two factors, a scale, and a magnitude if it is DoRA's.
 
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    target_modules: str | tuple = "all-linear"
-
-    def __post_init__(self):
-        if not isinstance(self.r, (int, np.integer)) or self.r < 1:
-            raise ValueError(f"lora: r = {self.r!r}, expected a whole number, 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"lora: dropout = {self.dropout}, expected 0 <= dropout < 1")
-
-
-class LoRALinear(Module):
-    """h = base(x) + s B(A(dropout(x))), s = α/r.   LoRA eq. 3; scale last, as PEFT computes it.
-
-    base     a Linear (frozen here), Linear4bit or Linear16bit; kept as `base_layer`
-    init     A "kaiming": U(−1/√in, 1/√in), which loralib and PEFT use;  "gaussian": N(0, 1/r²), the paper's wording with PEFT's variance
+    lora_A, lora_B    hold `weight`; their shapes depend on the base (see the subclasses)
+    scaling           s = α/r, with use_rslora α/√r
+    magnitude         None, or m (out,): DoRA's, which starts as ‖W₀ + s B A‖
+    lora_bias         True: B has a bias (out,), which the scale multiplies too, as PEFT's forward does
     """
 
-    def __init__(self, base, r=8, alpha=16, dropout=0.0, init="kaiming"):
-        config = LoRAConfig(r, alpha, dropout)
-        if init not in ("kaiming", "gaussian"):
+    def __init__(
+        self, base, r=8, alpha=16, dropout=0.0, init="kaiming", use_rslora=False, use_dora=False, lora_bias=False
+    ):
+        if not isinstance(r, (int, np.integer)) or r < 1:
+            raise ValueError(f"lora: r = {r!r}, expected a whole number, 1 or more")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"lora: dropout = {dropout}, expected 0 <= dropout < 1")
+        if init not in INITS:
             raise ValueError(f"lora: init {init!r} is unknown: expected 'kaiming' or 'gaussian'")
-        base.requires_grad_(False)
-        self.base_layer, self.r, self.alpha, self.dropout = base, config.r, alpha, dropout
-        self.lora_A, self.lora_B = Linear(base.in_features, r), Linear(r, base.out_features)
-        a = (
-            uniform((r, base.in_features), 1 / math.sqrt(base.in_features))
-            if init == "kaiming"
-            else normal((r, base.in_features), 1 / r)
-        )
-        like = backend.array_module(stored_array(base.weight))
-        self.lora_A.weight = Tensor(backend.move(a, like), requires_grad=True)
-        self.lora_B.weight = Tensor(like.zeros((base.out_features, r), np.float32), requires_grad=True)
+        if use_dora and lora_bias:
+            raise ValueError("lora: use_dora and lora_bias do not go together (nor do they in PEFT)")
+        self.r, self.alpha, self.dropout = int(r), alpha, dropout
+        self.scaling = alpha / math.sqrt(r) if use_rslora else alpha / r
+        self.build(base, init, lora_bias)
+        for factor in (self.lora_A, self.lora_B):
+            xp = array_module(stored_array(base.weight))
+            factor.weight = Tensor(backend.move(factor.weight.data, xp), requires_grad=True)
+            if factor.bias is not None:
+                factor.bias = Tensor(backend.move(factor.bias.data, xp), requires_grad=True)
+        self.magnitude = Tensor(self.norm(base), requires_grad=True) if use_dora else None
 
-    in_features = property(lambda self: self.base_layer.in_features)
-    out_features = property(lambda self: self.base_layer.out_features)
-    scaling = property(lambda self: self.alpha / self.r)
+    # The next four say what a bypass is for one kind of base.
+    def build(self, base, init, lora_bias):
+        """Set lora_A and lora_B (a module with `weight` and `bias` each), drawn from the current generator."""
+        raise NotImplementedError
+
+    def through(self, x, base):
+        """B(A(x)), not yet scaled."""
+        raise NotImplementedError
+
+    def factors(self):
+        """(B, A) as matrices (outputs × r) and (r × inputs), views of the arrays."""
+        return self.lora_B.weight.data, self.lora_A.weight.data
+
+    def like_weight(self, matrix, base):
+        """A matrix (outputs × inputs) in the shape of the base's weight."""
+        return matrix
+
+    def row(self, vector, y):
+        """A vector over the outputs, shaped to multiply y."""
+        return vector
+
+    # The rest holds for every kind.
+    def delta(self, base):
+        """ΔW = s B A as an array of the base weight's shape. LoRA §4.1."""
+        b, a = self.factors()
+        return self.like_weight(b @ a, base) * self.scaling
+
+    def norm(self, base):
+        """‖W₀ + s B A‖ (out,): for each output over all its weights."""
+        w = base.dense() + self.delta(base)
+        w = w.T if isinstance(base, Embedding) else w.reshape(len(w), -1)
+        return array_module(w).sqrt((w * w).sum(axis=1))
+
+    def weight(self, base):
+        """W₀ + ΔW, for DoRA m (W₀ + ΔW)/‖W₀ + ΔW‖: the weight that this bypass makes of its base's."""
+        w = base.dense() + self.delta(base)
+        if self.magnitude is None:
+            return w
+        factor = self.magnitude.data / self.norm(base)
+        return w * (factor if isinstance(base, Embedding) else factor.reshape(-1, *[1] * (w.ndim - 1)))
+
+    def forward(self, x, base, base_output):
+        """What is added to the base's output: s B A x, or for DoRA (m/‖·‖ − 1) W₀x + (m/‖·‖) s B A x."""
+        dropped = ops.dropout(x, self.dropout) if self.training and not isinstance(base, Embedding) else x
+        low = self.through(dropped, base) * self.scaling
+        if self.magnitude is None:
+            return low
+        plain = base_output if dropped is x else base(dropped)
+        if getattr(base, "bias", None) is not None:
+            plain = plain - self.row(base.bias, plain)
+        factor = self.row(self.magnitude / self.norm(base), plain)  # the norm is an array: no gradient, DoRA §4.3
+        return (factor - 1.0) * plain + factor * low
+
+
+class LinearBypass(Bypass):
+    """A (r, in), B (out, r). init "kaiming": A ~ U(−1/√in, 1/√in), which loralib and PEFT use; "gaussian": N(0, 1/r²)."""
+
+    def build(self, base, init, lora_bias):
+        r, n = self.r, base.in_features
+        self.lora_A, self.lora_B = Linear(n, r), Linear(r, base.out_features, bias=lora_bias)
+        self.lora_A.weight.data = uniform((r, n), 1 / math.sqrt(n)) if init == "kaiming" else normal((r, n), 1 / r)
+        self.lora_B.weight.data = np.zeros((base.out_features, r), np.float32)
+
+    def through(self, x, base):
+        return self.lora_B(self.lora_A(x))
+
+
+class _Factor(Module):
+    """One factor of an embedding's or a convolution's bypass: a weight that the bypass itself applies."""
+
+    def __init__(self, weight, bias=None):
+        self.weight = Tensor(weight, requires_grad=True)
+        self.bias = None if bias is None else Tensor(bias, requires_grad=True)
+
+
+class EmbeddingBypass(Bypass):
+    """W[ids] + s A[:, ids]ᵀ Bᵀ: A (r, vocabulary) of zeros, B (d, r) ~ N(0, 1). The other way round than for a linear layer."""
+
+    def build(self, base, init, lora_bias):
+        if lora_bias:
+            raise ValueError("lora: lora_bias is for linear layers and convolutions, not for an embedding")
+        n, d = base.weight.shape
+        self.lora_A, self.lora_B = _Factor(np.zeros((self.r, n), np.float32)), _Factor(normal((d, self.r), 1.0))
+
+    def through(self, ids, base):
+        return ops.linear(ops.embedding(ids, self.lora_A.weight.T), self.lora_B.weight)
+
+    def like_weight(self, matrix, base):
+        return matrix.T
+
+
+class ConvBypass(Bypass):
+    """A (r, in, *kernel): the base's own kernel, stride and padding with r outputs; B (out, r/groups, 1, …) mixes them.
+
+    As PEFT has it, except that A has the base's dilation too (PEFT leaves it out, and then fails on the shapes). A reads
+    all input channels even where the base is grouped, so a grouped base cannot be merged into.
+    """
+
+    def build(self, base, init, lora_bias):
+        out, kernel, g = base.weight.shape[0], base.weight.shape[2:], base.groups
+        if self.r % g:
+            raise ValueError(f"lora: r = {self.r} must be a multiple of the convolution's groups = {g}")
+        shape, ones = (self.r, base.in_channels, *kernel), (1,) * len(kernel)
+        n = math.prod(shape[1:])
+        self.lora_A = _Factor(uniform(shape, 1 / math.sqrt(n)) if init == "kaiming" else normal(shape, 1 / self.r))
+        self.lora_B = _Factor(
+            np.zeros((out, self.r // g, *ones), np.float32), np.zeros(out, np.float32) if lora_bias else None
+        )
+
+    def through(self, x, base):
+        h = ops.conv(x, self.lora_A.weight, stride=base.stride, padding=base.padding, dilation=base.dilation)
+        h = ops.conv(h, self.lora_B.weight, groups=base.groups)
+        return h if self.lora_B.bias is None else h + self.row(self.lora_B.bias, h)
+
+    def factors(self):
+        a, b = self.lora_A.weight.data, self.lora_B.weight.data
+        return b.reshape(len(b), -1), a.reshape(len(a), -1)
+
+    def like_weight(self, matrix, base):
+        return matrix.reshape(base.weight.shape)
+
+    def delta(self, base):
+        if base.groups > 1:
+            raise ValueError(
+                f"lora: this bypass reads all channels and its convolution has {base.groups} groups, "
+                "so B A has no place in its weight: it can be run but not merged (nor can PEFT's)"
+            )
+        return super().delta(base)
+
+    def row(self, vector, y):
+        return vector.reshape(-1, *[1] * (y.ndim - 2))
+
+
+class LoRALayer(Module):
+    """h = base(x) + Σ over active bypasses of s B(A(dropout(x))).   LoRA eq. 3; scale last, as PEFT computes it.
+
+    base_layer   the wrapped layer, frozen here
+    bypasses     {name: Bypass}; the constructor makes one, called "default"
+    active       the names that take part, in order
+    rows         None, or one adapter's name (or "__base__") for each row of a batch: see `adapters.adapter_rows`
+
+    `lora_A`, `lora_B`, `r`, `alpha`, `scaling`, `dropout` are those of the active bypass, if it is one.
+    """
+
+    rows = None
+
+    def __init__(self, base, *args, name="default", bypass=None, **kwargs):
+        """The arguments after `base` are Bypass's (r, alpha, dropout, init, …); or give one that is made already."""
+        made = bypass_for(base)(base, *args, **kwargs) if bypass is None else bypass
+        self.base_layer, self.bypasses, self.active = base.requires_grad_(False), {name: made}, (name,)
+
+    def _only(self, what):
+        if len(self.active) != 1:
+            raise AttributeError(f"{what}: {len(self.active)} adapters are active here; take it from .bypasses[name]")
+        return getattr(self.bypasses[self.active[0]], what)
+
+    lora_A = property(lambda self: self._only("lora_A"))
+    lora_B = property(lambda self: self._only("lora_B"))
+    r = property(lambda self: self._only("r"))
+    alpha = property(lambda self: self._only("alpha"))
+    scaling = property(lambda self: self._only("scaling"))
+    dropout = property(lambda self: self._only("dropout"))
+    magnitude = property(lambda self: self._only("magnitude"))
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: getattr(self.base_layer, "bias", None))
 
     def forward(self, x):
-        h = ops.dropout(x, self.dropout) if self.training else x
-        return self.base_layer(x) + self.lora_B(self.lora_A(h)) * self.scaling
+        base = self.base_layer
+        y = plain = base(x)
+        if self.rows is not None:
+            return self._by_rows(x, plain)
+        for name in self.active:
+            y = y + self.bypasses[name](x, base, plain)
+        return y
+
+    def _by_rows(self, x, y):
+        """Row i of the batch through the adapter rows[i]: one product with the base, one small one an adapter."""
+        if len(self.rows) != len(x):
+            raise ValueError(f"lora: {len(self.rows)} adapter names for a batch of {len(x)} rows")
+        parts, order = [], []
+        for name in dict.fromkeys(self.rows):
+            mine = [i for i, n in enumerate(self.rows) if n == name]
+            order += mine
+            mine = array_module(y.data).asarray(mine)
+            part = y[mine]
+            if name in self.bypasses:
+                part = part + self.bypasses[name](x[mine], self.base_layer, part)
+            parts.append(part)
+        return ops.concatenate(parts)[array_module(y.data).asarray(np.argsort(order))]
 
     def delta(self):
-        """ΔW = s B A as an array (out, in). LoRA §4.1."""
-        return (self.lora_B.weight.data @ self.lora_A.weight.data) * self.scaling
+        """Σ s B A over the active bypasses, as an array of the base weight's shape. (DoRA's rescaling is not in it: see `merged`.)"""
+        return sum(self.bypasses[name].delta(self.base_layer) for name in self.active)
 
-    def merge(self):
+    def merged(self, names=None):
+        """W: the base's weight with the named (else the active) bypasses in it. LoRA §4.1; for DoRA eq. 5."""
+        names = self.active if names is None else names
+        bypasses, base = [self.bypasses[n] for n in names if n in self.bypasses], self.base_layer
+        if len(bypasses) == 1:
+            return bypasses[0].weight(base)
+        w0 = base.dense()
+        return w0 + sum(b.weight(base) - w0 if b.magnitude is not None else b.delta(base) for b in bypasses)
+
+    def merge(self, names=None):
         """A new layer of the base's kind with W = W₀ + s B A; the base and the factors stay as they are.
 
+        names   which bypasses (the active ones)
         A 4-bit base is dequantized, added to and quantized again with the same settings. What that costs is on the new
-        layer: `merge_error` = ‖Ŵ − (W₀ + ΔW)‖ / ‖W₀ + ΔW‖ (Frobenius).
+        layer: `merge_error` = ‖Ŵ − (W₀ + ΔW)‖ / ‖W₀ + ΔW‖ (Frobenius). The bias of B goes into the layer's bias times s,
+        which is what the forward computes (PEFT's merge into 4 and 8 bits forgets the s).
         """
-        base, wanted = self.base_layer, self.base_layer.dense() + self.delta()
-        if isinstance(base, Linear):
-            layer = Linear(1, 1)
-            layer.weight, layer.bias = Tensor(wanted), base.bias
-            layer.merge_error = 0.0
-            return layer
+        names = self.active if names is None else names
+        if not any(n in self.bypasses for n in names):
+            return self.base_layer
+        base, wanted, bias = self.base_layer, self.merged(names), self._merged_bias(names)
         old = base.weight
         if isinstance(old, QuantizedTensor):
-            layer = Linear4bit(quantize_like(wanted, old), base.bias, base.compute_dtype)
+            layer = Linear4bit(quantize_like(wanted, old), bias, base.compute_dtype)
+        elif isinstance(old, BFloat16Array):
+            layer = Linear16bit(BFloat16Array.of(wanted), bias, base.compute_dtype)
         else:
-            layer = Linear16bit(BFloat16Array.of(wanted), base.bias, base.compute_dtype)
+            layer = object.__new__(type(base))
+            vars(layer).update(vars(base))
+            layer.weight = Tensor(wanted)
+            if hasattr(base, "bias"):
+                layer.bias = bias
+            layer.merge_error = 0.0
+            return layer
         difference = layer.dense() - wanted
         layer.merge_error = math.sqrt(
             float((difference * difference).sum()) / max(float((wanted * wanted).sum()), 1e-30)
         )
         return layer
 
-
-# ------------------------------------------------------------------------------------------------------------ choosing layers
-def find_targets(model, target_modules="all-linear"):
-    """Paths of the linear layers that `target_modules` names.
-
-    "all-linear"       every linear layer except lm_head (as PEFT)
-    another string     a regular expression that must match the whole path
-    a list             names: a whole path, or the end of one ("q_proj" means every …q_proj)
-    Anything that matches nothing raises ValueError and lists the names that exist.
-    """
-    paths = [path for path, layer in model.named_modules() if isinstance(layer, ADAPTABLE) and not _inside_lora(path)]
-    names = sorted({path.rpartition(".")[2] for path in paths})
-    if not paths:
-        raise ValueError("lora: the model has no linear layer to adapt (are adapters on it already?)")
-    if target_modules == "all-linear":
-        return [p for p in paths if p.rpartition(".")[2] != "lm_head"]
-    if isinstance(target_modules, str):
-        try:
-            found = [p for p in paths if re.fullmatch(target_modules, p)]
-        except re.error as error:
-            raise ValueError(f"lora: target_modules {target_modules!r} is no regular expression: {error}") from None
-        if not found:
-            raise ValueError(
-                f"lora: target_modules {target_modules!r} matches no layer; the layers are named {', '.join(names)} "
-                f"(paths such as {paths[0]})"
-            )
-        return found
-    wanted = list(target_modules)
-    if not wanted:
-        raise ValueError(f"lora: target_modules is empty; the linear layers are {', '.join(names)}")
-    for name in wanted:
-        if not any(_named(p, name) for p in paths):
-            raise ValueError(f"lora: target module {name!r} does not exist; the linear layers are {', '.join(names)}")
-    return [p for p in paths if any(_named(p, name) for name in wanted)]
+    def _merged_bias(self, names):
+        bias = self.bias
+        for bypass in (self.bypasses[n] for n in names if n in self.bypasses):
+            if bypass.lora_B.bias is not None:
+                extra = bypass.lora_B.bias.data * bypass.scaling
+                bias = Tensor(extra if bias is None else bias.data + extra)
+        return bias
 
 
-def _named(path, name):
-    return path == name or path.endswith("." + name)
+class LoRALinear(LoRALayer):
+    """h = base(x) + s B(A(dropout(x))), s = α/r, around a Linear, Linear4bit or Linear16bit. See LoRALayer and LinearBypass."""
+
+    in_features = property(lambda self: self.base_layer.in_features)
+    out_features = property(lambda self: self.base_layer.out_features)
 
 
-def named(model, names):
-    """{paths of linear layers, adapted or not, that the names mean}."""
-    layers = (path for path, layer in model.named_modules() if isinstance(layer, (*ADAPTABLE, LoRALinear)))
-    return {path for path in layers if not _inside_lora(path) and any(_named(path, name) for name in names)}
+class LoRAEmbedding(LoRALayer):
+    """h = W[ids] + s (A[:, ids])ᵀ Bᵀ around an Embedding. See LoRALayer and EmbeddingBypass."""
 
 
-def _inside_lora(path):
-    return any(part in ("base_layer", "lora_A", "lora_B") for part in path.split("."))
+class LoRAConv(LoRALayer):
+    """h = conv(x, W₀) + s conv₁(conv(x, A), B) around a Conv1d, Conv2d or Conv3d. See LoRALayer and ConvBypass."""
 
 
-def adapters(model):
-    """[(path, LoRALinear)] in the model's order."""
-    return [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+#: Which layers can be adapted, by what, and how: (base classes, LoRALayer, Bypass).
+KINDS = (
+    ((Linear, Linear4bit, Linear16bit), LoRALinear, LinearBypass),
+    ((Embedding,), LoRAEmbedding, EmbeddingBypass),
+    ((Conv1d, Conv2d, Conv3d), LoRAConv, ConvBypass),
+)
+LINEAR, ADAPTABLE = KINDS[0][0], tuple(base for kind in KINDS for base in kind[0])
 
 
-# ------------------------------------------------------------------------------------------------------ on, off, and for good
-def add_lora(model, r=8, alpha=16, dropout=0.0, target_modules="all-linear", init="kaiming"):
-    """Freeze the model and put a LoRALinear around each target, in place; returns the model. See `find_targets`, LoRALinear."""
-    if not isinstance(target_modules, str):
-        target_modules = tuple(sorted(set(target_modules)))  # a set to PEFT; sorted, so that files are reproducible
-    config = LoRAConfig(r, alpha, dropout, target_modules)
-    if adapters(model):
-        raise ValueError("lora: the model carries an adapter already; detach or merge it first")
-    targets = find_targets(model, target_modules)
-    model.requires_grad_(False)
-    for path in targets:
-        model.replace(path, LoRALinear(model.get(path), r, alpha, dropout, init))
-    model.lora_config = config
-    return model
+def bypass_for(base):
+    """The class of bypass that fits a base layer."""
+    for bases, _, bypass in KINDS:
+        if isinstance(base, bases):
+            return bypass
+    raise TypeError(
+        f"lora: a {type(base).__name__} cannot be adapted; expected a linear layer, an embedding or a convolution"
+    )
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter off its model: the config, and {path: (A, B)} arrays."""
-
-    config: LoRAConfig
-    weights: dict
-
-    @property
-    def nbytes(self):
-        return sum(a.nbytes + b.nbytes for a, b in self.weights.values())
-
-
-def detach(model):
-    """Take the adapter off: the model computes what its base computes again. Returns an Adapter."""
-    found = adapters(model)
-    if not found:
-        raise ValueError("lora: the model carries no adapter")
-    weights = {path: (layer.lora_A.weight.data, layer.lora_B.weight.data) for path, layer in found}
-    for path, layer in found:
-        model.replace(path, layer.base_layer)
-    config, model.lora_config = model.lora_config, None
-    return Adapter(config, weights)
-
-
-def attach(model, adapter):
-    """Put an Adapter on a model that carries none. Every path and shape is checked before anything changes."""
-    if adapters(model):
-        raise ValueError("lora: the model carries an adapter already; detach or merge it first")
-    c = adapter.config
-    if not adapter.weights:
-        raise ValueError("lora: the adapter holds no weights")
-    existing = {path: layer for path, layer in model.named_modules() if isinstance(layer, ADAPTABLE)}
-    for path, (a, b) in adapter.weights.items():
-        if path not in existing:
-            names = sorted({p.rpartition(".")[2] for p in existing})
-            raise ValueError(
-                f"lora: the adapter has weights for {path}, which the model lacks; its layers are {', '.join(names)}"
-            )
-        expected = (c.r, existing[path].in_features), (existing[path].out_features, c.r)
-        if (a.shape, b.shape) != expected:
-            raise ValueError(
-                f"lora: the adapter's A and B for {path} are {a.shape} and {b.shape}; "
-                f"this model with r = {c.r} needs {expected[0]} and {expected[1]}"
-            )
-    model.requires_grad_(False)
-    for path, (a, b) in adapter.weights.items():
-        layer = LoRALinear(existing[path], c.r, c.alpha, c.dropout)
-        like = backend.array_module(layer.lora_A.weight.data)
-        layer.lora_A.weight.data, layer.lora_B.weight.data = (backend.move(x.astype(np.float32), like) for x in (a, b))
-        model.replace(path, layer)
-    model.lora_config = c
-    return model
-
-
-def merge(model):
-    """Replace every LoRALinear by its merged layer, in place; returns the model. See LoRALinear.merge for a 4-bit base."""
-    for path, layer in [(path, layer.merge()) for path, layer in adapters(model)]:
-        model.replace(path, layer)
-    model.lora_config = None
-    return model
-
-
-# -------------------------------------------------------------------------------------------------------------------- counting
-def count_parameters(model):
-    """(trainable, all): packed 4-bit weights count as the weights they stand for."""
-    weights = [w for _, w in model.named_weights()]
-    return sum(w.size for w in weights if isinstance(w, Tensor) and w.requires_grad), sum(w.size for w in weights)
-
-
-def trainable_parameters(model):
-    """The line that PEFT prints: trainable params: … || all params: … || trainable%: …"""
-    trainable, total = count_parameters(model)
-    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
-
-
-def print_trainable_parameters(model):
-    """Print `trainable_parameters(model)`."""
-    print(trainable_parameters(model))
+def lora_layer(base, *args, **kwargs):
+    """The LoRALinear, LoRAEmbedding or LoRAConv around a base layer, with LoRALayer's arguments."""
+    wrapper = next((wrapper for bases, wrapper, _ in KINDS if isinstance(base, bases)), LoRALayer)
+    return wrapper(base, *args, **kwargs)
 
 
 # fmt: off
-__all__ = ["LoRAConfig", "LoRALinear", "Adapter", "add_lora", "attach", "detach", "merge", "adapters", "find_targets",
-           "count_parameters", "trainable_parameters", "print_trainable_parameters"]
+__all__ = ["Bypass", "LoRALayer", "LoRALinear", "LoRAEmbedding", "LoRAConv", "ADAPTABLE", "LINEAR", "INITS", "bypass_for", "lora_layer"]
 # fmt: on

@@ -44,12 +44,13 @@ class Module:
         return self.forward(*args, **kwargs)
 
     def named_children(self):
-        """(name, module) of the direct sub-modules; a list of modules contributes name.0, name.1, ..."""
+        """(name, module) of the direct sub-modules; a list of modules contributes name.0, name.1, ..., a dict name.key, ..."""
         for name, value in vars(self).items():
             if isinstance(value, Module):
                 yield name, value
-            elif isinstance(value, list):
-                yield from ((f"{name}.{i}", m) for i, m in enumerate(value) if isinstance(m, Module))
+            elif isinstance(value, (list, dict)):
+                items = value.items() if isinstance(value, dict) else enumerate(value)
+                yield from ((f"{name}.{key}", m) for key, m in items if isinstance(m, Module))
 
     def named_modules(self, prefix=""):
         """(path, module) of this module and all below it, depth first."""
@@ -113,8 +114,8 @@ class Module:
         """Put `module` where `path` (such as model.layers.0.mlp.up_proj) points."""
         parent_path, _, name = path.rpartition(".")
         parent = self.get(parent_path)
-        if isinstance(parent, list):
-            parent[int(name)] = module
+        if isinstance(parent, (list, dict)):
+            parent[int(name) if isinstance(parent, list) else name] = module
         else:
             setattr(parent, name, module)
 
@@ -122,7 +123,7 @@ class Module:
         """The sub-module (or attribute) at a dotted path; "" is this module."""
         here = self
         for name in path.split(".") if path else []:
-            here = here[int(name)] if isinstance(here, list) else getattr(here, name)
+            here = here[int(name)] if isinstance(here, list) else here[name] if isinstance(here, dict) else getattr(here, name)
         return here
 
     def train(self, mode=True):
@@ -156,6 +157,8 @@ class Module:
                 elif isinstance(value, STORED):
                     moved.setdefault(id(value), value.to(lambda a: move(a, xp)))
                     setattr(module, name, moved[id(value)])
+        for spare in vars(self).get("lora_spares", {}).values():  # trained copies that another adapter's stand in for
+            spare.data = move(spare.data, xp)
         return self
 
 
@@ -244,6 +247,10 @@ class Embedding(Module):
 
     def forward(self, ids):
         return ops.embedding(ids, self.weight)
+
+    def dense(self):
+        """W as an array (n, d)."""
+        return self.weight.data
 
 
 class RMSNorm(Module):

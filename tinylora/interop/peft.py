@@ -1,115 +1,181 @@
 """Adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    base_model.model.<path>.lora_A.weight   (r, in)
-    base_model.model.<path>.lora_B.weight   (out, r)
+    base_model.model.<path>.lora_A.weight               (r, in), for a convolution (r, in, *kernel)
+    base_model.model.<path>.lora_B.weight               (out, r), for a convolution (out, r/groups, 1, …)
+    base_model.model.<path>.lora_B.bias                 (out,)             with lora_bias
+    base_model.model.<path>.lora_magnitude_vector       (out,), for a convolution (1, out, 1, …)    with DoRA
+    base_model.model.<path>.lora_embedding_A, _B        (r, vocabulary), (d, r)
+    base_model.model.<path>.base_layer.bias             (out,)             bias "lora_only" or "all", of an adapted layer
+    base_model.model.<path>.bias / .weight              bias "all" of any other layer; modules_to_save
 
-An adapter saved here opens with `PeftModel.from_pretrained`, and one that PEFT trained opens here. What this file does
-not read (DoRA, rsLoRA, per-layer ranks, biases, modules_to_save) is refused with a sentence, since ignoring it would
-change the model silently. A config without `r` or `lora_alpha` means 8 to PEFT, and so it does here.
+An adapter saved here opens with `PeftModel.from_pretrained`, and one that PEFT trained opens here: LoRA with rsLoRA,
+DoRA, rank_pattern, alpha_pattern, lora_bias, bias and modules_to_save, on linear layers, embeddings and convolutions.
+What this file does not read is refused with a sentence, since ignoring it would change the model silently.
+
+Where PEFT misleads, and what is done here
+  * A config without `r` or `lora_alpha` means 8 to PEFT, and so it does here: an adapter that was trained with another
+    alpha then has the wrong scale, silently. Files written here always name both.
+  * `rank_pattern` and `alpha_pattern` are regular expressions for the end of a path, and the first that matches wins.
+  * `fan_in_fan_out` says how a GPT-2 base stores its weights; A and B are the same either way, and bases here are (out, in).
+  * In an adapter of several, PEFT writes "default" into the folder itself and every other into a folder of its name;
+    `save_adapters` does so too.
 """
 
 from pathlib import Path
 
 import numpy as np
 
-from .. import files, lora
+from .. import adapters, files
 from ..backend import move
 from ..dtypes import BFloat16Array
+from ..llama import Llama
+from ..lora import LoRAConv, LoRAEmbedding
 
 _PREFIX = "base_model.model."
 
 #: Settings that change what the adapter computes, or the base under it (the inits that PEFT subtracts from the base weight).
 _REFUSED = (
-    "use_dora", "use_rslora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
-    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "layer_replication", "alora_invocation_tokens",
-    "trainable_token_indices", "target_parameters",
+    "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config", "layer_replication",
+    "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "exclude_modules", "layers_to_transform",
 )  # fmt: skip
-_ONLY = {"bias": ("none",), "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva")}
+_ONLY = {
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+    "bias": adapters.BIASES,
+}
 
 
-def save_adapter(model, folder, base_model=None):
-    """Write the model's adapter as PEFT does. base_model: what PEFT should record as the base (a name or a folder)."""
-    found = lora.adapters(model)
-    if not found:
-        raise ValueError("save_adapter: the model carries no adapter; add_lora puts one on")
-    c = model.lora_config
-    tensors = {}
-    for path, layer in found:
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = move(layer.lora_A.weight.data, "cpu")
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = move(layer.lora_B.weight.data, "cpu")
-    targets = c.target_modules
-    if not isinstance(targets, str) or targets == "all-linear":
-        # Names, as long as they mean these layers and no others; else whole paths. ("all-linear" would be resolved anew.)
-        paths = {path for path, _ in found}
-        targets = sorted({path.rpartition(".")[2] for path in paths}) if targets == "all-linear" else list(targets)
-        if lora.named(model, targets) != paths:
-            targets = sorted(paths)
+def save_adapter(model, folder, base_model=None, name=None):
+    """Write one adapter as PEFT does (without a name, the active one).
+
+    base_model   what PEFT should record as the base (a name or a folder)
+    """
+    off = adapters.adapter_of(model, name)
+    c, tensors = off.config, {}
+    for path, arrays in off.weights.items():
+        layer = model.get(path)
+        for factor, array in arrays.items():
+            array = move(array, "cpu")
+            if isinstance(layer, LoRAConv) and factor == "lora_magnitude_vector":
+                array = array.reshape(1, -1, *[1] * (len(layer.base_layer.weight.shape) - 2))
+            tensors[_PREFIX + _key(path, factor, isinstance(layer, LoRAEmbedding))] = array
+    adapted = {path for path, _ in adapters.adapters(model)}
+    for path, array in off.saved.items():
+        parent, _, leaf = path.rpartition(".")
+        tensors[f"{_PREFIX}{parent}.base_layer.{leaf}" if parent in adapted else _PREFIX + path] = move(array, "cpu")
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if isinstance(model, Llama) else None,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": int(c.r),
         "lora_alpha": c.alpha,
         "lora_dropout": c.dropout,
-        "target_modules": targets,
-        "bias": "none",
+        "target_modules": _target_names(model, c.target_modules, set(off.weights)),
+        "bias": c.bias,
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "modules_to_save": None,
+        "init_lora_weights": "gaussian" if c.init == "gaussian" else True,
+        "use_rslora": c.use_rslora,
+        "use_dora": c.use_dora,
+        "lora_bias": c.lora_bias,
+        "rank_pattern": c.rank_pattern,
+        "alpha_pattern": c.alpha_pattern,
+        "modules_to_save": list(c.modules_to_save) or None,
     }
     folder = Path(folder)
     files.save_safetensors(folder / "adapter_model.safetensors", tensors)
     files.write_json(folder / "adapter_config.json", config)
 
 
+def save_adapters(model, folder, base_model=None):
+    """Write every adapter of the model: "default" into the folder, the others into folders of their names, as PEFT does."""
+    for name in adapters.configs(model):
+        save_adapter(model, folder if name == "default" else Path(folder) / name, base_model, name)
+
+
+def _key(path, factor, embedding):
+    if embedding and factor in ("lora_A", "lora_B"):
+        return f"{path}.{factor.replace('lora_', 'lora_embedding_')}"
+    return f"{path}.{factor}.weight" if factor in ("lora_A", "lora_B") else f"{path}.{factor}"
+
+
+def _target_names(model, targets, paths):
+    """Names for PEFT, as long as they mean these layers and no others; else whole paths. ("all-linear" would be resolved anew.)"""
+    if isinstance(targets, str) and targets != "all-linear":
+        return targets
+    names = sorted({path.rpartition(".")[2] for path in paths}) if targets == "all-linear" else list(targets)
+    return names if set(adapters.find_targets(model, names)) == paths else sorted(paths)
+
+
 def read_adapter(folder):
-    """An Adapter (see lora.attach) from a folder that PEFT or tinylora wrote."""
+    """An Adapter (see adapters.attach) from a folder that PEFT or tinylora wrote."""
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
-    config = files.read_json(folder / "adapter_config.json")
+    where, config = folder / "adapter_config.json", files.read_json(folder / "adapter_config.json")
     if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{folder / 'adapter_config.json'}: peft_type is {config.get('peft_type')!r}, tinylora reads 'LORA'"
-        )
+        raise ValueError(f"{where}: peft_type is {config.get('peft_type')!r}, tinylora reads 'LORA'")
     for name in _REFUSED:
         if config.get(name):
-            raise ValueError(f"{folder / 'adapter_config.json'}: {name} = {config[name]!r} is not supported here")
+            raise ValueError(f"{where}: {name} = {config[name]!r} is not supported here")
     for name, fine in _ONLY.items():
         if config.get(name, fine[0]) not in fine:
             raise ValueError(
-                f"{folder / 'adapter_config.json'}: {name} = {config[name]!r} is not supported here, only {fine[0]!r}"
+                f"{where}: {name} = {config[name]!r} is not supported here, only {', '.join(map(repr, fine))}"
             )
-    tensors, _ = files.load_safetensors(folder / "adapter_model.safetensors")
-    weights = {}
-    for key, value in tensors.items():
-        path, _, factor = key.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if not key.startswith(_PREFIX) or factor not in ("lora_A", "lora_B"):
-            raise ValueError(f"{folder / 'adapter_model.safetensors'}: did not expect the tensor {key}")
-        value = value.dequantize("float32") if isinstance(value, BFloat16Array) else value.astype(np.float32)
-        weights.setdefault(path, {})[factor] = value
-    for path, pair in weights.items():
-        if len(pair) != 2:
-            raise ValueError(
-                f"{folder / 'adapter_model.safetensors'}: {path} has {next(iter(pair))} but not its partner"
-            )
-    targets = config.get("target_modules", "all-linear")
-    c = lora.LoRAConfig(
+    targets, whole = config.get("target_modules", "all-linear"), config.get("modules_to_save") or ()
+    c = adapters.LoRAConfig(
         config.get("r", 8),
         config.get("lora_alpha", 8),
         config.get("lora_dropout", 0.0),
         targets if isinstance(targets, str) else tuple(sorted(targets)),
+        "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
+        dict(config.get("rank_pattern") or {}),
+        dict(config.get("alpha_pattern") or {}),
+        bool(config.get("use_rslora")),
+        bool(config.get("use_dora")),
+        bool(config.get("lora_bias")),
+        config.get("bias") or "none",
+        tuple(whole),
     )
-    return lora.Adapter(c, {path: (pair["lora_A"], pair["lora_B"]) for path, pair in weights.items()})
+    where = folder / "adapter_model.safetensors"
+    weights, saved = {}, {}
+    for key, value in files.load_safetensors(where)[0].items():
+        if not key.startswith(_PREFIX):
+            raise ValueError(f"{where}: did not expect the tensor {key}")
+        value = value.dequantize("float32") if isinstance(value, BFloat16Array) else value.astype(np.float32)
+        path, factor = _parse(key.removeprefix(_PREFIX))
+        if factor is not None:
+            weights.setdefault(path, {})[factor] = value.reshape(-1) if factor == "lora_magnitude_vector" else value
+        elif c.bias == "none" and not any(_within(path, name) for name in c.modules_to_save):
+            raise ValueError(f"{where}: did not expect the tensor {key}")
+        else:
+            saved[path] = value
+    for path, factors in weights.items():
+        if not {"lora_A", "lora_B"} <= factors.keys():
+            raise ValueError(f"{where}: {path} has {', '.join(sorted(factors))} but not its partner")
+    return adapters.Adapter(c, weights, saved)
 
 
-def load_adapter(model, folder):
-    """Put the adapter of a folder on the model, in place; returns the model."""
-    return lora.attach(model, read_adapter(folder))
+def _parse(key):
+    """(path, factor) of a bypass's tensor, or (path of a parameter, None)."""
+    for ending, factor in (
+        (".lora_A.weight", "lora_A"),
+        (".lora_B.weight", "lora_B"),
+        (".lora_B.bias", "lora_B.bias"),
+        (".lora_magnitude_vector", "lora_magnitude_vector"),
+        (".lora_embedding_A", "lora_A"),
+        (".lora_embedding_B", "lora_B"),
+    ):
+        if key.endswith(ending):
+            return key.removesuffix(ending), factor
+    return key.replace(".base_layer.", "."), None
+
+
+def _within(path, name):
+    return f".{name}." in f".{path}"
+
+
+def load_adapter(model, folder, name="default"):
+    """Put the adapter of a folder on the model, in place, and let it compute; returns the model."""
+    return adapters.attach(model, read_adapter(folder), name)

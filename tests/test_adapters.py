@@ -1,0 +1,570 @@
+"""Adapters on a whole model: targets, counts, several at once, switching, combining, merging, and PEFT's files."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+import tinylora as tl
+from tinylora import Tensor, adapters, backend, ops
+from tinylora.interop import peft
+from tinylora.nn import Linear4bit
+
+
+# ---------------------------------------------------------------------------------------------------------- targets and counts
+@pytest.mark.parametrize(
+    "targets, count",
+    [
+        ("all-linear", 14),
+        (["q_proj", "v_proj"], 4),
+        (["self_attn.q_proj"], 2),
+        (["model.layers.1.mlp.up_proj"], 1),
+        (r".*layers\.0\.mlp\..*", 3),
+    ],
+)
+def test_targets(targets, count):
+    assert len(adapters.adapters(tl.add_lora(tiny.model(), r=2, target_modules=targets))) == count
+
+
+def test_all_linear_leaves_the_head_out():
+    m = tl.add_lora(tiny.model(tie_word_embeddings=False), r=2)
+    assert "lm_head" not in [path for path, _ in adapters.adapters(m)]
+    assert (
+        len(adapters.adapters(tl.add_lora(tiny.model(tie_word_embeddings=False), r=2, target_modules=["lm_head"]))) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"target_modules": ["q_proj", "query"]},
+            "'query' does not exist; the layers are down_proj, embed_tokens, gate_proj, k_proj, o_proj",
+        ),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": "(q"}, "is no regular expression"),
+        ({"target_modules": "query.*"}, "matches no layer; the layers are named down_proj"),
+        ({"r": 0}, "r = 0, expected a whole number, 1 or more"),
+        ({"r": 2.5}, "r = 2.5"),
+        ({"dropout": 1.0}, "dropout = 1.0"),
+    ],
+)
+def test_bad_choices_get_a_sentence_and_change_nothing(options, words):
+    m = tiny.model()
+    with pytest.raises(ValueError, match=words):
+        tl.add_lora(m, **options)
+    assert not adapters.adapters(m) and all(p.requires_grad for p in m.parameters()) and len(m.parameters()) == 20
+
+
+def test_a_second_adapter_is_refused():
+    m = tl.add_lora(tiny.model(), r=2)
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        tl.add_lora(m, r=2)
+    adapters.detach(m)
+    with pytest.raises(ValueError, match="carries no adapter"):
+        adapters.detach(m)
+
+
+def test_counts_are_of_weights_and_not_of_bytes():
+    plain, m = tiny.model(), tiny.model()
+    total = sum(p.size for p in plain.parameters())
+    tl.add_lora(tl.quantize_linears(m), r=2)
+    added = sum(2 * (layer.in_features + layer.out_features) for _, layer in adapters.adapters(m))
+    assert adapters.count_parameters(m) == (added, total + added)
+    assert tl.trainable_parameters(m) == (
+        f"trainable params: {added:,d} || all params: {total + added:,d} || "
+        f"trainable%: {100 * added / (total + added):.4f}"
+    )
+
+
+def test_quantizing_leaves_embeddings_norms_and_head_alone():
+    m = tl.quantize_linears(tiny.model(tie_word_embeddings=False))
+    kinds = {path: type(layer).__name__ for path, layer in m.named_modules()}
+    assert kinds["lm_head"] == "Linear" and kinds["model.embed_tokens"] == "Embedding"
+    assert sum(kind == "Linear4bit" for kind in kinds.values()) == 14
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj\.weight holds 1 NaN"):
+        bad = tiny.model()
+        bad.model.layers[0].self_attn.q_proj.weight.data[3, 4] = np.nan
+        tl.quantize_linears(bad)
+
+
+def test_quantizing_is_all_or_nothing_and_comes_before_the_adapter():
+    m = tiny.model()
+    m.model.layers[1].mlp.down_proj.weight.data[0, 0] = np.inf
+    with pytest.raises(ValueError, match="down_proj"):
+        tl.quantize_linears(m)
+    assert not any(isinstance(layer, Linear4bit) for _, layer in m.named_modules()) and len(m.trainable()) == 20
+    with pytest.raises(ValueError, match="quantize first, then add_lora"):
+        tl.quantize_linears(tl.add_lora(tiny.model(), r=2))
+
+
+def test_a_quantized_models_state_can_be_loaded_into_another(rng):
+    x, (a, b) = tiny.ids(rng, 1, 9), (tl.add_lora(tl.quantize_linears(tiny.model(seed)), r=2) for seed in (0, 1))
+    assert tiny.logits(a, x).tobytes() != tiny.logits(b, x).tobytes()
+    b.load_state_dict(a.state_dict())
+    assert tiny.logits(a, x).tobytes() == tiny.logits(b, x).tobytes()
+    with pytest.raises(ValueError, match="dense on one side and quantized on the other"):
+        tiny.model().load_state_dict(tl.quantize_linears(tiny.model()).state_dict())
+
+
+def test_only_the_adapter_is_on_the_tape_beside_activations(rng):
+    """LoRA's saving, seen in the engine: full fine-tuning keeps the input of every layer for ∂L/∂W, LoRA not that of frozen layers."""
+    x, t = tiny.ids(rng, 4, 32), tiny.ids(rng, 4, 32)
+
+    def held(m):
+        return tl.tape_bytes(ops.softmax_cross_entropy(m(x), t), exclude=m.parameters())
+
+    full, frozen = held(tiny.model()), held(tl.add_lora(tiny.model(), r=2, target_modules=["q_proj", "v_proj"]))
+    tokens, c = x.size, tiny.CONFIG
+    inputs_of_frozen_layers = (
+        4 * tokens * c.num_hidden_layers * (c.hidden_size + c.hidden_size + c.intermediate_size)
+    )  # o, gate and up, down
+    assert full - frozen > inputs_of_frozen_layers
+
+
+# ---------------------------------------------------------------------------------------------------------------- PEFT's files
+def test_an_adapter_survives_the_disk(tmp_path, rng):
+    m, x = (
+        tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, alpha=6, target_modules=["q_proj", "down_proj"]), rng),
+        tiny.ids(rng, 1, 9),
+    )
+    peft.save_adapter(m, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"], config["lora_alpha"], config["target_modules"]) == (
+        "LORA",
+        4,
+        6,
+        ["down_proj", "q_proj"],
+    )
+    again = peft.load_adapter(tiny.model(), tmp_path)
+    assert tiny.logits(again, x).tobytes() == tiny.logits(m, x).tobytes()
+    assert adapters.configs(again) == adapters.configs(m)
+
+
+def test_names_that_would_mean_more_layers_are_saved_as_paths(tmp_path):
+    """As after loading an adapter whose PEFT config restricted it to some layers."""
+    m = tl.add_lora(tiny.model(), r=4, target_modules=["q_proj"])
+    adapter = adapters.detach(m)
+    del adapter.weights["model.layers.0.self_attn.q_proj"]
+    peft.save_adapter(adapters.attach(m, adapter), tmp_path)
+    assert peft.read_adapter(tmp_path).config.target_modules == ("model.layers.1.self_attn.q_proj",)
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path, rng):
+    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4), rng)
+    for name in ("a", "b"):
+        peft.save_adapter(m, tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, rng):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=4), tmp_path)
+    for changes, words in (
+        ({"intermediate_size": 64}, r"with r = 4 needs lora_A \(4, 64\), lora_B \(32, 4\)"),
+        ({"num_hidden_layers": 1}, "which the model lacks"),
+    ):
+        other = tiny.model(**changes)
+        with pytest.raises(ValueError, match=words):
+            peft.load_adapter(other, tmp_path)
+        assert not adapters.adapters(other)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"layer_replication": [[0, 1]]}, "layer_replication"),
+        ({"use_dora": True}, r"needs lora_A .*, lora_magnitude_vector \(32,\)"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"bias": "some"}, "bias = 'some' is not supported here, only 'none', 'all', 'lora_only'"),
+        ({"rank_pattern": {"q_proj": 2}}, r"this model with r = 2 needs lora_A \(2, 32\)"),
+        (
+            {"modules_to_save": ["norm"]},
+            r"parameters trained whole: none; on this model .* mean model.norm.weight \(32,\)",
+        ),
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
+    ],
+)
+def test_what_is_not_read_is_refused(change, words, tmp_path):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=4), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=words):
+        peft.load_adapter(tiny.model(), tmp_path)
+
+
+def test_a_config_without_r_and_alpha_means_8(tmp_path):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=8, alpha=8), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    del config["r"], config["lora_alpha"]
+    path.write_text(json.dumps(config))
+    assert peft.read_adapter(tmp_path).config.alpha == peft.read_adapter(tmp_path).config.r == 8
+
+
+def test_missing_files_get_a_sentence(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
+        peft.load_adapter(tiny.model(), tmp_path)
+    with pytest.raises(ValueError, match="carries no adapter"):
+        peft.save_adapter(tiny.model(), tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------------- merging
+def test_merge_of_a_model(xp, rng):
+    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4), rng).to(xp)
+    x = tiny.ids(rng, 2, 10)
+    before = tiny.logits(m, x)
+    tl.merge(m)
+    assert not adapters.adapters(m)
+    np.testing.assert_allclose(tiny.logits(m, x), before, rtol=1e-3, atol=1e-4)
+
+
+def test_detach_restores_the_base_bit_for_bit_and_attach_puts_another_on(xp, rng):
+    m, x = tiny.model().to(xp), tiny.ids(rng, 2, 10)
+    base = tiny.logits(m, x)
+    first = adapters.detach(tiny.randomize_lora(tl.add_lora(m, r=4), rng))
+    assert tiny.logits(m, x).tobytes() == base.tobytes()
+    second = adapters.detach(tiny.randomize_lora(tl.add_lora(m, r=2, target_modules=["q_proj"]), rng))
+    outputs = []
+    for adapter in (first, second, first):
+        adapters.attach(m, adapter)
+        outputs.append(tiny.logits(m, x))
+        adapters.detach(m)
+    assert outputs[0].tobytes() == outputs[2].tobytes() != outputs[1].tobytes()
+    assert first.nbytes > second.nbytes > 0
+
+
+def test_unmerging_puts_the_base_back_bit_for_bit(xp, rng):
+    """Float32 subtraction would not: W₀ is kept instead."""
+    m = tiny.zoo()
+    tl.add_lora(m, r=2, target_modules=["fc1", "fc2"], bias="lora_only", modules_to_save=["head"])
+    m, x = tiny.randomize_trainable(m, rng).to(xp), tiny.ids(rng, 3, 4) % 20
+    before, base = host(m, x), _base_output(m, x)
+    adapters.merge(m, keep=True)
+    assert not adapters.adapters(m) and not m.trainable()
+    np.testing.assert_allclose(host(m, x), before, rtol=1e-3, atol=1e-4)
+    adapters.unmerge(m)
+    assert host(m, x).tobytes() == before.tobytes() and _base_output(m, x).tobytes() == base.tobytes()
+    assert len(m.trainable()) == 2 * 2 + 2 + 2  # two pairs, two biases, the head
+    adapters.merge(m)
+    with pytest.raises(ValueError, match="only merge"):
+        adapters.unmerge(m)
+
+
+def test_merging_one_of_several_drops_the_others(rng):
+    m, x = tiny.zoo(), tiny.ids(rng, 3, 4) % 20
+    for name in ("a", "b"):
+        tl.add_lora(m, r=2, target_modules=["fc1"] if name == "a" else ["fc1", "fc2"], name=name)
+        tl.set_adapter(m, name)
+        tiny.randomize_trainable(m, rng)
+    tl.set_adapter(m, "a")
+    wanted, fc2 = host(m, x), m.fc2.base_layer
+    tl.set_adapter(m, ["b"])
+    adapters.merge(m, "a")
+    np.testing.assert_allclose(host(m, x), wanted, rtol=1e-3, atol=1e-4)
+    assert m.fc2 is fc2 and not adapters.configs(m)
+    with pytest.raises(ValueError, match="merge: the model carries no adapter"):
+        adapters.merge(m)
+
+
+def test_the_price_of_merging_into_4_bits_is_listed_by_layer(rng):
+    m = tiny.randomize_lora(tl.add_lora(tl.quantize_linears(tiny.model()), r=4), rng)
+    errors = adapters.merge_errors(tl.merge(m))
+    assert len(errors) == 14 and all(0.01 < e < 0.2 for e in errors.values())
+    assert set(adapters.merge_errors(tl.merge(tl.add_lora(tiny.model(), r=4))).values()) == {0.0}
+
+
+def test_an_adapted_embedding_is_not_merged_under_a_tied_head(rng):
+    """PEFT warns that merging moves the head along; here it is refused until the head has its own weights."""
+    m, x = tiny.model(), tiny.ids(rng, 1, 9)
+    tl.add_lora(m, r=2, target_modules=["embed_tokens", "q_proj"])
+    tiny.randomize_trainable(m, rng)
+    before = tiny.logits(m, x)
+    with pytest.raises(ValueError, match=r"the head reads the weight of model\.embed_tokens too.*untie"):
+        tl.merge(m)
+    assert tiny.logits(m, x).tobytes() == before.tobytes()
+    np.testing.assert_allclose(tiny.logits(tl.merge(m.untie()), x), before, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="is tied to the model's head"):
+        tl.add_lora(tiny.model(), r=2, modules_to_save=["embed_tokens"])
+
+
+# ------------------------------------------------------------------------------------------------------- several on one base
+def host(m, x):
+    return backend.move(m(x).data, "cpu")
+
+
+def _base_output(m, x):
+    with tl.disable_adapter(m):
+        return host(m, x)
+
+
+def several(rng, xp=np, **options):
+    """A zoo with the adapters a (trained), b and c, all random; a is active."""
+    m = tiny.zoo()
+    for name, r in (("a", 2), ("b", 2), ("c", 3)):
+        tl.add_lora(
+            m,
+            r=r,
+            alpha=2 * r + 1,
+            target_modules=["embed", "fc1"] if name == "b" else ["fc1", "fc2"],
+            name=name,
+            **options,
+        )
+        tl.set_adapter(m, name)
+        tiny.randomize_trainable(m, rng)
+    tl.set_adapter(m, "a")
+    return m.to(xp)
+
+
+def test_a_further_adapter_waits_frozen_until_it_is_set():
+    m = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"], name="a")
+    first = [name for name, _ in m.trainable()]
+    tl.add_lora(m, r=2, target_modules=["fc1", "fc2"], name="b")
+    assert [name for name, _ in m.trainable()] == first and adapters.active_adapters(m) == ("a",)
+    tl.set_adapter(m, "b")
+    assert all(".b." in name for name, _ in m.trainable()) and len(m.trainable()) == 4
+    tl.set_adapter(m, ["a", "b"])
+    assert len(m.trainable()) == 6
+    tl.set_adapter(m, "b", inference_mode=True)
+    assert not m.trainable()
+    for bad, words in (("d", "no adapter called 'd'; it carries a, b"), (["a", "d"], "'d'")):
+        with pytest.raises(ValueError, match=words):
+            tl.set_adapter(m, bad)
+    for name in ("a.b", "", "__base__", "a:b"):
+        with pytest.raises(ValueError, match="an adapter cannot be called"):
+            tl.add_lora(m, r=2, target_modules=["fc1"], name=name)
+
+
+def test_disabled_adapters_leave_the_base_bit_for_bit(xp, rng):
+    x = tiny.ids(rng, 3, 4) % 20
+    base = host(tiny.zoo().to(xp), x)
+    m = several(rng, xp)
+    a = host(m, x)
+    assert a.tobytes() != base.tobytes() == _base_output(m, x).tobytes()
+    assert host(m, x).tobytes() == a.tobytes() and adapters.active_adapters(m) == ("a",)
+    assert all(".a." in name for name, _ in m.trainable())
+    with pytest.raises(KeyError), tl.disable_adapter(m):
+        raise KeyError
+    assert host(m, x).tobytes() == a.tobytes()
+
+
+def test_active_adapters_add_up_in_a_layer(rng):
+    m, h = several(rng), Tensor(rng.standard_normal((5, 8)).astype(np.float32))
+    outputs = {}
+    for names in ((), ("a",), ("b",), ("c",), ("a", "b", "c")):
+        tl.set_adapter(m, names)
+        outputs[names] = m.fc1(h).data
+    total = sum(outputs[(n,)] - outputs[()] for n in "abc") + outputs[()]
+    np.testing.assert_allclose(outputs["a", "b", "c"], total, rtol=1e-4, atol=1e-4)
+
+
+def test_deleting_the_active_adapter_falls_back_to_the_first_that_remains(rng):
+    m, x = several(rng), tiny.ids(rng, 3, 4) % 20
+    tl.set_adapter(m, "c")
+    c = host(m, x)
+    tl.set_adapter(m, "b")
+    adapters.delete_adapter(m, "b")
+    assert adapters.active_adapters(m) == ("a",) and not isinstance(m.embed, adapters.LoRALayer)
+    adapters.delete_adapter(m, "a")
+    assert adapters.active_adapters(m) == ("c",) and host(m, x).tobytes() == c.tobytes()
+    adapters.delete_adapter(m, "c")
+    assert not adapters.adapters(m) and host(m, x).tobytes() == host(tiny.zoo(), x).tobytes()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_each_row_of_a_batch_through_its_own_adapter_equals_a_loop(xp, rng, options):
+    """LoRA §4.2 names this as the price of merging; unmerged it is one product with W₀ and one small one for each adapter."""
+    m, x = several(rng, xp, **options), tiny.ids(rng, 7, 4) % 20
+    names = ["a", "__base__", "c", "a", "b", "c", "__base__"]
+    with tl.adapter_rows(m, names):
+        together = host(m, x)
+    for i, name in enumerate(names):
+        tl.set_adapter(m, () if name == "__base__" else name)
+        np.testing.assert_allclose(together[i], host(m, x[i : i + 1])[0], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="2 adapter names for a batch of 7 rows"), tl.adapter_rows(m, ["a", "b"]):
+        m(x)
+    with pytest.raises(ValueError, match="no adapter called 'd'"), tl.adapter_rows(m, ["d"]):
+        pass
+    assert adapters.active_adapters(m) == ()  # as before: the loop ended with the base
+
+
+def test_gradients_reach_each_rows_adapter(rng):
+    m = several(rng)
+    with tl.adapter_rows(m, ["a", "c"]):
+        for bypass in m.fc1.bypasses.values():
+            bypass.requires_grad_(True)
+        m(tiny.ids(rng, 2, 4) % 20).sum().backward()
+    reached = {name for name, b in m.fc1.bypasses.items() if b.lora_B.weight.grad is not None}
+    assert reached == {"a", "c"}
+
+
+# ------------------------------------------------------------------------------------------------------------------- combining
+def test_cat_is_exact_and_svd_the_best_of_its_rank(rng):
+    m = several(rng)
+    parts = {n: {p: layer.bypasses[n].delta(layer.base_layer) for p, layer in adapters.adapters(m, n)} for n in "abc"}
+    weights = {"a": 0.7, "b": -0.4, "c": 1.5}
+    wanted = {}
+    for n, w in weights.items():
+        for p, d in parts[n].items():
+            wanted[p] = wanted.get(p, 0) + w * d
+    tl.add_weighted_adapter(m, "abc", weights.values(), "cat", "cat")
+    tl.add_weighted_adapter(m, "abc", weights.values(), "full", "svd", svd_rank=7)
+    tl.add_weighted_adapter(m, "abc", weights.values(), "best", "svd")
+    assert adapters.active_adapters(m) == ("a",)
+    for path, layer in adapters.adapters(m):
+        delta = {n: layer.bypasses[n].delta(layer.base_layer) for n in ("cat", "full", "best")}
+        np.testing.assert_allclose(delta["cat"], wanted[path], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(delta["full"], wanted[path], rtol=1e-4, atol=1e-5)
+        s = np.linalg.svd(wanted[path], compute_uv=False)
+        assert np.linalg.norm(delta["best"] - wanted[path]) == pytest.approx(np.linalg.norm(s[3:]), rel=1e-3, abs=1e-4)
+        assert all(layer.bypasses[n].scaling == 1 for n in delta)
+    assert [adapters.configs(m)[n].r for n in ("cat", "full", "best")] == [7, 7, 3]
+
+
+def test_linear_combination_has_cross_terms_as_large_as_what_was_asked_for(rng):
+    """B A = Σ wᵢ sᵢ Bᵢ Aᵢ + Σ_{i≠j} √(wᵢsᵢwⱼsⱼ) Bᵢ Aⱼ: right for one adapter, about 100 % wrong for two unrelated ones."""
+    m = tl.add_lora(tiny.model(), r=4, name="a")
+    tl.add_lora(m, r=4, name="b")
+    errors, single = [], []
+    for n in "ab":
+        tl.set_adapter(m, n)
+        tiny.randomize_trainable(m, rng)
+    tl.add_weighted_adapter(m, ["a", "b"], [0.5, 0.5], "both", "linear")
+    tl.add_weighted_adapter(m, ["a"], [-0.5], "one", "cat")  # one adapter: always linear, as in PEFT
+    for _, layer in adapters.adapters(m):
+        a, b, both, one = (layer.bypasses[n].delta(layer.base_layer) for n in ("a", "b", "both", "one"))
+        wanted = 0.5 * a + 0.5 * b
+        errors.append(np.linalg.norm(both - wanted) / np.linalg.norm(wanted))
+        single.append(np.linalg.norm(one + 0.5 * a) / np.linalg.norm(a))
+    assert 0.7 < np.mean(errors) < 1.3 and max(single) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((["a", "c"], [1, 1], "n", "linear"), r"'linear' needs equal ranks, got \[2, 3\]"),
+        ((["a", "b"], [1], "n"), "2 adapters and 1 weights"),
+        ((["a", "b"], [1, 1], "n", "ties"), "combination_type 'ties', expected one of cat, svd, linear"),
+        ((["a", "x"], [1, 1], "n"), "no adapter called 'x'"),
+        ((["a", "b"], [1, 1], "c"), "already that is called 'c'"),
+    ],
+)
+def test_combinations_that_make_no_sense_get_a_sentence(arguments, words, rng):
+    m = several(rng)
+    with pytest.raises(ValueError, match=words):
+        tl.add_weighted_adapter(m, *arguments)
+    assert list(adapters.configs(m)) == ["a", "b", "c"]
+
+
+def test_a_combination_with_dora_or_biases_is_refused(rng):
+    for options in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["head"]}):
+        m = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"], name="a", **options)
+        with pytest.raises(ValueError, match="'a' does more than add s B A"):
+            tl.add_weighted_adapter(m, ["a"], [1], "n")
+
+
+# ----------------------------------------------------------------------------------------------- patterns, biases, saved modules
+def test_patterns_override_rank_and_alpha_by_the_end_of_a_path():
+    m = tl.add_lora(
+        tiny.model(), r=4, alpha=8, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\..*": 3}, alpha_pattern={"down_proj": 1}
+    )
+    ranks = {path: layer.r for path, layer in adapters.adapters(m)}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 2 and ranks["model.layers.0.mlp.up_proj"] == 4
+    assert ranks["model.layers.1.mlp.up_proj"] == 3
+    assert m.model.layers[0].mlp.down_proj.scaling == 1 / 4 and m.model.layers[1].mlp.down_proj.scaling == 1 / 3
+
+
+@pytest.mark.parametrize(
+    "options, whole",
+    [
+        ({"bias": "none"}, set()),
+        ({"bias": "lora_only"}, {"fc1.base_layer.bias"}),
+        ({"bias": "all"}, {"fc1.base_layer.bias", "fc2.bias", "head.bias"}),
+        ({"modules_to_save": ["head", "norm"]}, {"head.weight", "head.bias", "norm.weight"}),
+        ({"bias": "lora_only", "modules_to_save": ["head"]}, {"fc1.base_layer.bias", "head.weight", "head.bias"}),
+    ],
+)
+def test_what_is_trained_whole_belongs_to_the_adapter_and_the_base_keeps_its_own(options, whole, xp, rng):
+    x = tiny.ids(rng, 3, 4) % 20
+    base = host(tiny.zoo().to(xp), x)
+    m = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"], **options)
+    assert {name for name, _ in m.trainable() if "bypasses" not in name} == whole
+    tiny.randomize_trainable(m, rng)
+    m.to(xp)
+    y = host(m, x)
+    assert _base_output(m, x).tobytes() == base.tobytes() and host(m, x).tobytes() == y.tobytes()
+    off = adapters.detach(m)
+    assert host(m, x).tobytes() == base.tobytes() and set(off.saved) == {p.replace(".base_layer", "") for p in whole}
+    assert host(adapters.attach(m, off), x).tobytes() == y.tobytes()
+    assert {name for name, _ in m.trainable() if "bypasses" not in name} == whole
+
+
+def test_two_adapters_that_train_the_same_parameters_take_turns(rng):
+    m, x = tiny.zoo(), tiny.ids(rng, 3, 4) % 20
+    outputs = {}
+    for name in "ab":
+        tl.add_lora(
+            m, r=2, target_modules=["fc1", "fc2"][: 1 + (name == "b")], modules_to_save=["head"], bias="all", name=name
+        )
+        tl.set_adapter(m, name)
+        tiny.randomize_trainable(m, rng)
+        outputs[name] = host(m, x)
+    for name in "abba":
+        tl.set_adapter(m, name)
+        assert host(m, x).tobytes() == outputs[name].tobytes()
+    with pytest.raises(ValueError, match="more than one trains the same parameters whole"):
+        tl.set_adapter(m, ["a", "b"])
+    assert host(m, x).tobytes() == outputs["a"].tobytes()
+    with pytest.raises(ValueError, match="'a' trains parameters whole"), tl.adapter_rows(m, ["a", "b", "a"]):
+        pass
+    assert _base_output(m, x).tobytes() == host(tiny.zoo(), x).tobytes()
+    assert host(tl.merge(m), x) == pytest.approx(outputs["a"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"bias": "some"}, "bias = 'some', expected"),
+        ({"modules_to_save": ["tail"]}, "'tail', which is no module"),
+        ({"modules_to_save": "head"}, "is a list of names"),
+        ({"modules_to_save": ["fc1"]}, "fc1 is a target and among modules_to_save"),
+    ],
+)
+def test_bad_choices_of_what_is_trained_whole(options, words):
+    m = tiny.zoo()
+    with pytest.raises(ValueError, match=words):
+        tl.add_lora(m, r=2, target_modules=["fc1"], **options)
+    assert not adapters.adapters(m) and all(p.requires_grad for p in m.parameters())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"rank_pattern": {"fc2": 3}, "alpha_pattern": {"fc1": 5}},
+        {"bias": "all", "modules_to_save": ["head"]},
+        {"target_modules": ["embed", "fc1"], "use_dora": True},
+        {"init": "gaussian"},
+    ],
+)
+def test_every_kind_of_adapter_survives_the_disk(options, tmp_path, rng):
+    m, x = tl.add_lora(tiny.zoo(), **{"r": 2, "target_modules": ["fc1", "fc2"], **options}), tiny.ids(rng, 3, 4) % 20
+    tiny.randomize_trainable(m, rng)
+    peft.save_adapter(m, tmp_path)
+    again = peft.load_adapter(tiny.zoo(), tmp_path)
+    assert host(again, x).tobytes() == host(m, x).tobytes() and adapters.configs(again) == adapters.configs(m)
+
+
+def test_several_adapters_are_saved_as_peft_saves_them(tmp_path, rng):
+    m, x = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"]), tiny.ids(rng, 3, 4) % 20
+    tl.add_lora(m, r=3, target_modules=["fc2"], name="b")
+    peft.save_adapters(m, tmp_path)
+    assert (tmp_path / "adapter_config.json").is_file() and (tmp_path / "b" / "adapter_config.json").is_file()
+    both = peft.load_adapter(peft.load_adapter(tiny.zoo(), tmp_path), tmp_path / "b", "b")
+    assert list(adapters.configs(both)) == ["default", "b"] and adapters.active_adapters(both) == ("b",)
+    tl.set_adapter(both, "default")
+    assert host(both, x).tobytes() == host(m, x).tobytes()
