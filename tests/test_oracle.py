@@ -604,7 +604,7 @@ TARGETS = {"all-linear": "all-linear", "names": NAMES, "expression": r".*layers\
 
 def in_peft(name):
     """PEFT's name of one of our parameters: it wraps the model twice and puts the adapter's name before `weight`."""
-    return "base_model.model." + name.removesuffix(".weight") + ".default.weight"
+    return "base_model.model." + name.replace(".bypasses.default", "").removesuffix(".weight") + ".default.weight"
 
 
 def randomize(model, rng):

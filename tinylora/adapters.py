@@ -85,7 +85,11 @@ class LoRAConfig:
 
 def _pattern(patterns, path, default):
     """The value of the first pattern that the end of the path matches, as PEFT looks it up."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in patterns.items() if _matches(key, path)), default)
+
+
+def _matches(key, path):
+    return re.match(rf"(.*\.)?({key})$", path) is not None
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,13 @@ def add_lora(
     if not isinstance(target_modules, str):
         target_modules = tuple(sorted(set(target_modules)))  # a set to PEFT; sorted, so that files are reproducible
     config = LoRAConfig(r, alpha, dropout, target_modules, init, **options)
-    return _put_on(model, name, config, find_targets(model, target_modules))
+    targets = find_targets(model, target_modules)
+    for key in [*config.rank_pattern, *config.alpha_pattern]:
+        if not any(_matches(key, path) for path in targets):
+            raise ValueError(
+                f"lora: the pattern {key!r} matches none of the adapted layers ({', '.join(targets[:3])}, …)"
+            )
+    return _put_on(model, name, config, targets)
 
 
 def _put_on(model, name, config, targets):
@@ -356,7 +366,7 @@ def adapter_rows(model, names):
 
 
 def delete_adapter(model, name):
-    """Take an adapter off for good. If it was active alone, the first of those that remain becomes active (as in PEFT)."""
+    """Take an adapter off for good. If it was active alone, the first in the alphabet of those that remain becomes active (as in PEFT)."""
     detach(model, name)
     return model
 
@@ -381,7 +391,7 @@ def detach(model, name=None):
         if not layer.bypasses:
             model.replace(path, layer.base_layer)
     del configs(model)[name]
-    set_adapter(model, active or left[:1])
+    set_adapter(model, active or sorted(left)[:1])
     return off
 
 

@@ -36,7 +36,7 @@ _PREFIX = "base_model.model."
 #: Settings that change what the adapter computes, or the base under it (the inits that PEFT subtracts from the base weight).
 _REFUSED = (
     "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config", "layer_replication",
-    "alora_invocation_tokens", "trainable_token_indices", "target_parameters", "exclude_modules", "layers_to_transform",
+    "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
 _ONLY = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),

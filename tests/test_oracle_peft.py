@@ -1,0 +1,368 @@
+"""PEFT as a witness: the same adapters, opened by either side, compute the same; and the places where PEFT misleads, shown.
+
+The model is tests/tiny.py's zoo (an embedding, linear layers with biases, a norm, a head), and a small convolutional
+one, each with a twin in torch that has the same parameter names. Tolerances are for products added in another order.
+"""
+
+import math
+import os
+import warnings
+
+import numpy as np
+import pytest
+import tiny
+
+import tinylora as tl
+from tinylora import adapters, backend, nn
+from tinylora.conv import Conv1d, Conv2d, Conv3d
+from tinylora.interop import peft as adapter_files
+
+pytestmark = pytest.mark.oracle
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+bnb = pytest.importorskip("bitsandbytes")
+pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore::UserWarning")]
+
+
+class TorchZoo(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(20, 8)
+        self.fc1, self.fc2 = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+        self.norm, self.head = torch.nn.RMSNorm(8, eps=1e-5), torch.nn.Linear(8, 5)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        x = x + self.fc2(torch.relu(self.fc1(x)))
+        return self.head(self.norm(x))
+
+
+class TorchConvs(torch.nn.Module):
+    def __init__(self, axes):
+        super().__init__()
+        self.conv = getattr(torch.nn, f"Conv{axes}d")(4, 6, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Convs(nn.Module):
+    def __init__(self, axes):
+        self.conv = (Conv1d, Conv2d, Conv3d)[axes - 1](4, 6, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def twin(ours, theirs):
+    """theirs with ours' weights."""
+    state = {name: torch.from_numpy(w.data.copy()) for name, w in ours.named_parameters()}
+    assert state.keys() == theirs.state_dict().keys()
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def pair(kind):
+    """(ours, theirs, an input) of one architecture."""
+    if kind == "zoo":
+        ours = tiny.zoo()
+        return ours, twin(ours, TorchZoo()), np.random.default_rng(1).integers(0, 20, (6, 4))
+    axes = int(kind[4])
+    backend.seed(0)
+    ours = Convs(axes)
+    x = np.random.default_rng(1).standard_normal((2, 4, *(9, 8, 5)[:axes])).astype(np.float32)
+    return ours, twin(ours, TorchConvs(axes)), x
+
+
+def run(model, x, **kwargs):
+    if isinstance(model, torch.nn.Module):
+        model.eval()
+        with torch.no_grad():
+            return model(torch.from_numpy(x), **kwargs).numpy()
+    return model.eval()(x).numpy()
+
+
+def agree(a, b, bound=1e-5, what="outputs"):
+    error = np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)
+    print(f"{what}: {error:.1e}")
+    assert error < bound, what
+
+
+def randomize(theirs, rng):
+    """Other values for all that PEFT trains."""
+    for _, p in theirs.named_parameters():
+        if p.requires_grad:
+            p.data = torch.from_numpy((0.4 * rng.standard_normal(p.shape)).astype(np.float32))
+    return theirs
+
+
+KINDS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "patterns": {"rank_pattern": {"fc2": 3}, "alpha_pattern": {"f.*1": 5}},
+    "bias all": {"bias": "all"},
+    "bias lora_only": {"bias": "lora_only"},
+    "saved": {"modules_to_save": ["head", "norm"]},
+    "saved and bias": {"modules_to_save": ["head"], "bias": "lora_only"},
+    "embedding": {"target_modules": ["embed", "fc1"]},
+    "dora on an embedding": {"target_modules": ["embed"], "use_dora": True},
+    "dora, rslora, saved": {"use_dora": True, "use_rslora": True, "modules_to_save": ["head"]},
+}
+CONVS = {f"{kind}, {axes}-d": (f"conv{axes}", options)
+         for axes in (1, 2, 3)
+         for kind, options in {"plain": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}}.items()}  # fmt: skip
+CASES = {name: ("zoo", options) for name, options in KINDS.items()} | CONVS
+
+
+def options_of(kind, options):
+    targets = options.get("target_modules", ["fc1", "fc2"] if kind == "zoo" else ["conv"])
+    return {"r": 2, "target_modules": targets, **{k: v for k, v in options.items() if k != "target_modules"}}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_of_peft_computes_the_same_here_and_survives_the_way_back(case, rng, tmp_path):
+    kind, options = CASES[case]
+    ours, base, x = pair(kind)
+    torch.manual_seed(0)
+    theirs = randomize(peft.get_peft_model(base, peft.LoraConfig(lora_alpha=7, **options_of(kind, options))), rng)
+    wanted = run(theirs, x)
+    theirs.save_pretrained(tmp_path / "theirs")
+    plain = run(ours, x)
+    adapter_files.load_adapter(ours, tmp_path / "theirs")
+    agree(run(ours, x), wanted, what=f"{case}, opened here")
+    assert np.abs(wanted - plain).max() > 1e-2
+    assert adapters.count_parameters(ours)[0] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    adapter_files.save_adapter(ours, tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(pair(kind)[1], tmp_path / "ours")
+    assert run(again, x).tobytes() == run(theirs, x).tobytes()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_adapter_made_here_computes_the_same_in_peft_and_merges_alike(case, rng, tmp_path):
+    kind, options = CASES[case]
+    ours, base, x = pair(kind)
+    tiny.randomize_trainable(tl.add_lora(ours, alpha=7, **options_of(kind, options)), rng)
+    adapter_files.save_adapter(ours, tmp_path)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert not [str(w.message) for w in heard if "missing" in str(w.message) or "nexpected" in str(w.message)]
+    agree(run(theirs, x), run(ours, x), what=f"{case}, opened in PEFT")
+    merged = theirs.merge_and_unload()
+    agree(run(tl.merge(ours), x), run(merged, x), what=f"{case}, merged by each")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True, "lora_dropout": 0.0}])
+def test_gradients_are_pefts(options, rng, tmp_path):
+    ours, base, x = pair("zoo")
+    theirs = randomize(
+        peft.get_peft_model(
+            base, peft.LoraConfig(r=3, lora_alpha=7, target_modules=["embed", "fc1", "fc2"], **options)
+        ),
+        rng,
+    )
+    theirs.save_pretrained(tmp_path)
+    adapter_files.load_adapter(ours, tmp_path)
+    g = rng.standard_normal((6, 4, 5)).astype(np.float32)
+    theirs(torch.from_numpy(x)).backward(torch.from_numpy(g))
+    ours(x).backward(g)
+    named = dict(theirs.named_parameters())
+    compared = 0
+    for path, layer in adapters.adapters(ours):
+        embedding = path == "embed"
+        bypass = layer.bypasses["default"]
+        for factor in ("lora_A", "lora_B"):
+            key = f"base_model.model.{path}." + (
+                f"lora_embedding_{factor[-1]}.default" if embedding else f"{factor}.default.weight"
+            )
+            agree(getattr(bypass, factor).weight.grad, named[key].grad.numpy(), 1e-4, f"{path} {factor}")
+            compared += 1
+        if options.get("use_dora"):
+            key = f"base_model.model.{path}.lora_magnitude_vector.default.weight"
+            agree(bypass.magnitude.grad, named[key].grad.numpy(), 1e-4, f"{path} magnitude")
+    assert compared == 6
+
+
+# ---------------------------------------------------------------------------------------------------------- several adapters
+def several(rng, tmp_path, b=("embed", "fc1"), **options):
+    """(ours, theirs, x) with the adapters default, b, c; random; default active."""
+    ours, base, x = pair("zoo")
+    config = {"default": (2, ["fc1", "fc2"]), "b": (2, list(b)), "c": (3, ["fc1", "fc2"])}
+    theirs = None
+    for name, (r, targets) in config.items():
+        c = peft.LoraConfig(r=r, lora_alpha=2 * r + 1, target_modules=targets, **options)
+        if theirs is None:
+            theirs = peft.get_peft_model(base, c)
+        else:
+            theirs.add_adapter(name, c)
+    for name in config:
+        theirs.set_adapter(name)
+        randomize(theirs, rng)
+    theirs.set_adapter("default")
+    theirs.save_pretrained(tmp_path)
+    for name in config:
+        adapter_files.load_adapter(ours, tmp_path if name == "default" else tmp_path / name, name)
+    tl.set_adapter(ours, "default")
+    return ours, theirs, x
+
+
+def test_add_set_sum_disable_and_delete_do_what_pefts_do(rng, tmp_path):
+    ours, theirs, x = several(rng, tmp_path)
+    for names in (["default"], ["b"], ["c"], ["default", "c"], ["default", "b", "c"]):
+        tl.set_adapter(ours, names)
+        theirs.base_model.set_adapter(names)
+        agree(run(ours, x), run(theirs, x), what=f"active: {names}")
+        trained = {n for n, p in theirs.named_parameters() if p.requires_grad}
+        assert len(trained) == len(ours.trainable())
+    with tl.disable_adapter(ours), theirs.disable_adapter():
+        agree(run(ours, x), run(theirs, x), what="disabled")
+
+
+def test_deleting_the_active_adapter_falls_back_as_pefts_does(rng, tmp_path):
+    ours, theirs, x = several(rng, tmp_path, b=("fc1", "fc2"))
+    theirs.set_adapter("c")
+    tl.set_adapter(ours, "c")
+    theirs.delete_adapter("c")
+    adapters.delete_adapter(ours, "c")
+    assert theirs.active_adapters == list(adapters.active_adapters(ours)) == ["b"]  # the first in the alphabet
+    agree(run(ours, x), run(theirs, x), what="after deleting the active adapter")
+
+
+def test_a_batch_with_an_adapter_for_each_row_is_pefts(rng, tmp_path):
+    ours, theirs, x = several(rng, tmp_path)
+    names = ["c", "__base__", "default", "b", "c", "default"]
+    with tl.adapter_rows(ours, names):
+        agree(run(ours, x), run(theirs, x, adapter_names=names), what="rows")
+
+
+@pytest.mark.parametrize(
+    "kind, names", [("cat", "abc"), ("svd", "abc"), ("svd 7", "abc"), ("linear", "ab"), ("cat", "a")]
+)
+def test_weighted_adapters_are_pefts(kind, names, rng, tmp_path):
+    ours, theirs, x = several(rng, tmp_path)
+    names, weights = [{"a": "default"}.get(n, n) for n in names], [0.7, -0.4, 1.5][: len(names)]
+    how, _, rank = kind.partition(" ")
+    rank = {"svd_rank": int(rank)} if rank else {}
+    tl.add_weighted_adapter(ours, names, weights, "n", how, **rank)
+    theirs.add_weighted_adapter(names, weights, "n", how, **rank)
+    tl.set_adapter(ours, "n")
+    theirs.set_adapter("n")
+    assert adapters.configs(ours)["n"].r == theirs.peft_config["n"].r
+    agree(run(ours, x), run(theirs, x), 1e-4, f"{kind} of {names}")
+    theirs.save_pretrained(tmp_path / "all")
+    alone = adapter_files.load_adapter(tiny.zoo(), tmp_path / "all" / "n")
+    agree(run(alone, x), run(theirs, x), 1e-4, "the combination, from PEFT's file")
+
+
+# ------------------------------------------------------------------------------------------------------- where PEFT misleads
+def test_peft_drops_alpha_silently_when_a_config_lacks_it(rng, tmp_path):
+    """Its default is 8, whatever the adapter was trained with: the bypass comes out 8/alpha times as large, without a word."""
+    import json
+
+    ours, base, _ = pair("zoo")
+    tiny.randomize_trainable(tl.add_lora(ours, r=2, alpha=32, target_modules=["fc1"]), rng)
+    adapter_files.save_adapter(ours, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert theirs.base_model.model.fc1.scaling["default"] == 8 / 2 == ours.fc1.scaling * 8 / 32
+    assert adapter_files.read_adapter(tmp_path).config.alpha == 8  # the same file means the same here
+
+
+def test_peft_cannot_open_its_own_file_if_two_patterns_match_a_layer(tmp_path):
+    """The first pattern wins, and its file sorts them: another one is first when it is read."""
+    config = peft.LoraConfig(r=2, target_modules=["fc1", "fc2"], rank_pattern={"fc2": 3, "f.*": 4})
+    theirs = peft.get_peft_model(pair("zoo")[1], config)
+    assert theirs.base_model.model.fc2.r["default"] == 3
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.PeftModel.from_pretrained(pair("zoo")[1], tmp_path)
+    with pytest.raises(ValueError, match=r"fc2 are lora_A \(3, 12\).* with r = 4 needs"):
+        adapter_files.load_adapter(tiny.zoo(), tmp_path)
+
+
+def test_peft_lets_each_layer_choose_after_a_deletion_and_here_the_model_does(rng, tmp_path):
+    """With adapters on different layers, PEFT's layers fall back to different ones; the model reports the first layer's choice."""
+    ours, theirs, _ = several(rng, tmp_path)
+    theirs.set_adapter("c")
+    tl.set_adapter(ours, "c")
+    theirs.delete_adapter("c")
+    adapters.delete_adapter(ours, "c")
+    layers = theirs.base_model.model
+    assert (layers.fc1.active_adapters, layers.fc2.active_adapters) == (["b"], ["default"])
+    assert adapters.active_adapters(ours) == ("b",) and (ours.fc1.active, ours.fc2.active) == (("b",), ())
+
+
+def test_peft_multiplies_a_combination_of_rslora_adapters_by_the_root_of_its_rank(rng, tmp_path):
+    """The new adapter keeps use_rslora, with alpha = r: its scaling is √r instead of 1."""
+    ours, theirs, _ = several(rng, tmp_path, use_rslora=True)
+    tl.add_weighted_adapter(ours, ["default", "c"], [1.0, 1.0], "n", "cat")
+    theirs.add_weighted_adapter(["default", "c"], [1.0, 1.0], "n", "cat")
+    wanted = sum(ours.fc1.bypasses[n].delta(ours.fc1.base_layer) for n in ("default", "c"))
+    agree(ours.fc1.bypasses["n"].delta(ours.fc1.base_layer), wanted, 1e-5, "here")
+    agree(
+        theirs.base_model.model.fc1.get_delta_weight("n").detach().numpy(), wanted * math.sqrt(5), 1e-5, "PEFT, over √5"
+    )
+
+
+def test_peft_forgets_the_scale_of_lora_bias_when_it_merges_into_4_bits(rng):
+    """Its forward and its dense merge add s b, its 4-bit merge adds b."""
+    layer = nn.Linear(64, 32, bias=True)
+    theirs = torch.nn.Sequential(bnb.nn.Linear4bit(64, 32, bias=True, quant_type="nf4", compute_dtype=torch.float32))
+    theirs[0].weight = bnb.nn.Params4bit(torch.from_numpy(layer.dense().copy()), requires_grad=False, quant_type="nf4")
+    theirs = theirs.to("cpu")
+    theirs.is_loaded_in_4bit = True
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=32, target_modules=["0"], lora_bias=True))
+    b = rng.standard_normal(32).astype(np.float32)
+    wrapped = theirs.base_model.model[0]
+    wrapped.lora_B["default"].bias.data = torch.from_numpy(b.copy())
+    before = wrapped.base_layer.bias.detach().numpy().copy()
+    zero = torch.zeros(1, 64)
+    agree(theirs(zero).detach().numpy()[0], before + 8 * b, 1e-5, "PEFT's forward adds s b")
+    merged = theirs.merge_and_unload()[0].bias.detach().numpy()
+    agree(merged, before + b, 1e-6, "PEFT's merge adds b")
+    ours = tl.LoRALinear(nn.Linear4bit.of(layer, "nf4", 64, False), r=4, alpha=32, lora_bias=True)
+    ours.lora_B.bias.data = b
+    agree(ours.merge().bias.data, layer.bias.data + 8 * b, 1e-6, "here s b is merged")
+
+
+def test_peft_lets_dora_rescale_whatever_was_added_before_it(rng, tmp_path):
+    """In PEFT's forward DoRA's base is the sum so far, other adapters included, unless dropout is on; merged in turn it is so too.
+    Here each adapter's change belongs to the base alone, so the order does not matter."""
+    ours, base, x = pair("zoo")
+    theirs = peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=7, target_modules=["fc1"]))
+    theirs.add_adapter("dora", peft.LoraConfig(r=2, lora_alpha=7, target_modules=["fc1"], use_dora=True))
+    for name in ("default", "dora"):
+        theirs.set_adapter(name)
+        randomize(theirs, rng)
+    theirs.save_pretrained(tmp_path)
+    adapter_files.load_adapter(ours, tmp_path)
+    adapter_files.load_adapter(ours, tmp_path / "dora", "dora")
+    outputs = {}
+    for names in (["default"], ["dora"], ["default", "dora"], ["dora", "default"]):
+        tl.set_adapter(ours, names)
+        theirs.base_model.set_adapter(names)
+        outputs[tuple(names)] = run(ours, x), run(theirs, x)
+    for names in (("default",), ("dora",), ("dora", "default")):
+        agree(*outputs[names], 1e-5, str(names))
+    mine, peftes = outputs["default", "dora"]
+    agree(mine, outputs["dora", "default"][0], 1e-5, "here, in either order")
+    assert np.abs(peftes - mine).max() > 1e-2
+
+
+def test_a_dilated_convolution_fails_in_peft_and_works_here(rng):
+    theirs = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, dilation=2))
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["0"]))
+    x = rng.standard_normal((1, 4, 9, 9)).astype(np.float32)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        theirs(torch.from_numpy(x))
+    h = tl.lora.LoRAConv(Conv2d(4, 6, 3, dilation=2), r=2)
+    assert h(x).shape == (1, 6, 5, 5)
