@@ -305,7 +305,7 @@ def test_pretrain_writes_a_folder_with_a_card(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--target-modules", "query"], "target module 'query' does not exist; the linear layers are down_proj"),
+        (["--target-modules", "query"], "target module 'query' does not exist; the layers are down_proj"),
         (["-r", "0"], "r = 0"),
         (["--page-budget", "1k", "--page-bytes", "2k"], "budget of 1024 bytes is smaller than one page of 2048"),
         (["--model", "nowhere"], "nowhere: expected 'base' or a folder"),

@@ -34,9 +34,10 @@ from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
 __version__ = "0.1.0"
 
 # fmt: off
-__all__ = ["AdamW", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "add_lora", "backend",
-           "checkpoint", "codebooks", "dtypes", "interop", "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive",
-           "print_trainable_parameters", "quant", "quantize", "quantize_linears", "seed", "tape_bytes", "trainable_parameters"]
+__all__ = ["AdamW", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "adapter_rows", "adapters",
+           "add_lora", "add_weighted_adapter", "backend", "checkpoint", "codebooks", "conv", "disable_adapter", "dtypes", "interop",
+           "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive", "print_trainable_parameters", "quant", "quantize",
+           "quantize_linears", "seed", "set_adapter", "tape_bytes", "trainable_parameters", "unmerge"]
 # fmt: on
 
 
@@ -44,6 +45,14 @@ def __getattr__(name):
     """Heavier rooms are opened when they are asked for: tinylora.interop, tinylora.train, …"""
     if name in (
         "interop",
+        "subspaces",
+        "intrinsic",
+        "counting",
+        "flops",
+        "variants",
+        "experiments",
+        "ranks",
+        "switching",
         "train",
         "corpus",
         "finetune",

@@ -58,6 +58,8 @@ class Job:
     page_bytes: int = 1 << 16
     checkpointing: bool = False
     device: str = "cpu"
+    use_rslora: bool = False
+    use_dora: bool = False
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -101,7 +103,8 @@ def prepare(job, seed=0):
         quantize_linears(model, code, job.blocksize, double_quant=True, compute_dtype=job.compute_dtype)
     if adapt:
         backend.seed([seed, 1])  # the adapters' start
-        adapters.add_lora(model, job.r, job.alpha, job.dropout, job.target_modules)
+        kind = {"use_rslora": job.use_rslora, "use_dora": job.use_dora}
+        adapters.add_lora(model, job.r, job.alpha, job.dropout, job.target_modules, **kind)
     model.gradient_checkpointing = job.checkpointing
     return model.to(job.device)
 

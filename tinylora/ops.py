@@ -21,7 +21,7 @@ from .tensor import Tensor, primitive
 # fmt: off
 __all__ = ["add", "sub", "mul", "div", "neg", "power", "exp", "log", "tanh", "sqrt", "sum", "mean", "max", "reshape", "transpose",
            "swapaxes", "index", "concatenate", "matmul", "linear", "linear_frozen", "embedding", "softmax", "softmax_cross_entropy",
-           "relu", "gelu", "sigmoid", "silu", "rms_norm", "layer_norm", "rope", "causal_attention", "dropout"]
+           "relu", "gelu", "sigmoid", "silu", "rms_norm", "layer_norm", "rope", "causal_attention", "conv", "dropout"]
 # fmt: on
 
 

@@ -7,14 +7,20 @@
     bits        4-bit formats at equal block size, and at equal bits
     weights     every code on the weights of a checkpoint
     training    full fine-tuning, LoRA and QLoRA
+    rank        which rank is enough, on planted updates and on the embedded model
+    directions  shared subspaces, amplification, intrinsic dimension
+    dynamics    the first step, invariances, learning rates, merging
 
 The functions return a figure, which shows itself in a notebook; `save(figure, path)` writes it as SVG, whole or not at all.
 """
 
 from .bits import bits_against_error
 from .blocks import block_maximum, price_and_gain
+from .directions import amplification, intrinsic_dimension, similarity_maps, two_seeds
+from .dynamics import alpha_and_rate, first_step, invariance, learning_rates, merge_ulps
 from .nf4 import nf4_on_the_normal
 from .optimum import nf4_optimal_for
+from .rank import low_data, rank_one_to_d, rank_sweep, rank_table
 from .style import canvas, require_matplotlib, save
 from .successors import af4_against_blocksize, code_values
 from .training import comparison
@@ -22,15 +28,28 @@ from .weights import survey
 
 __all__ = [
     "af4_against_blocksize",
+    "alpha_and_rate",
+    "amplification",
     "bits_against_error",
     "block_maximum",
     "canvas",
     "code_values",
     "comparison",
+    "first_step",
+    "intrinsic_dimension",
+    "invariance",
+    "learning_rates",
+    "low_data",
+    "merge_ulps",
     "nf4_on_the_normal",
     "nf4_optimal_for",
     "price_and_gain",
+    "rank_one_to_d",
+    "rank_sweep",
+    "rank_table",
     "require_matplotlib",
     "save",
+    "similarity_maps",
     "survey",
+    "two_seeds",
 ]

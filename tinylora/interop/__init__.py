@@ -1,5 +1,8 @@
-"""Other people's formats. peft: adapters as PEFT saves them. bitsandbytes: 4-bit folders that transformers opens."""
+"""Other people's formats and layers.
 
-from . import bitsandbytes, peft
+peft: adapters as PEFT saves them. bitsandbytes: 4-bit folders that transformers opens. loralib: its layers, as they are.
+"""
 
-__all__ = ["bitsandbytes", "peft"]
+from . import bitsandbytes, loralib, peft
+
+__all__ = ["bitsandbytes", "loralib", "peft"]

@@ -1,0 +1,59 @@
+"""The command line: `tinylora COMMAND --help` says what each command does to a model.
+
+    training   finetune, ranks, switch, pretrain
+    models     generate, merge, quantize
+    papers     nf4, count, experiments
+
+Expected errors (a missing file, a value out of range, no GPU) are one sentence on stderr and exit status 2.
+"""
+
+import argparse
+import os
+import sys
+
+from . import models, papers, training
+from .options import FORMAT
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # a model may write any byte; a terminal may not know the character
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        print("\ninterrupted; the last checkpoint is kept, and the same command goes on from it", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `tinylora … | head`: whoever read has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the flush at exit)
+        return 0
+    except (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, TypeError, MemoryError) as error:
+        if args.traceback:
+            raise
+        print(f"tinylora: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="tinylora",
+        formatter_class=FORMAT,
+        description="LoRA and QLoRA, small enough to read. Every default is embedded: `tinylora finetune` needs no file and no network.",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (
+        training.finetune_parser,
+        models.generate_parser,
+        models.merge_parser,
+        models.quantize_parser,
+        training.switch_parser,
+        training.ranks_parser,
+        papers.count_parser,
+        papers.experiments_parser,
+        papers.nf4_parser,
+        training.pretrain_parser,
+    ):
+        add(commands)
+    return parser

@@ -1,0 +1,199 @@
+"""generate, merge, quantize: the commands that open a model and make something of it."""
+
+from pathlib import Path
+
+from .options import FORMAT, can_draw, command, positive
+
+
+# ------------------------------------------------------------------------------------------------------------- generate
+def generate_parser(commands):
+    p = command(
+        commands,
+        "generate",
+        _generate,
+        "continue a prompt, with or without an adapter",
+        "Write on from a prompt, token by token, with a cache of keys and values.\n\n"
+        "  temperature 0 always takes the likeliest token; 1 draws from the model's own distribution\n"
+        "  top-k keeps the k likeliest tokens, top-p the likeliest that together reach probability p",
+        "examples:\n"
+        "  tinylora generate --prompt 'KING HENRY.'\n"
+        "  tinylora generate --quantize nf4 --adapter tinylora-run/adapter --prompt 'hacker'    on the base it was trained on\n",
+    )
+    p.add_argument("--model", default="base", help="'base' (embedded) or a model folder")
+    p.add_argument("--adapter", default=None, help="an adapter folder, written by finetune or by PEFT")
+    p.add_argument(
+        "--quantize",
+        choices=("none", "nf4", "fp4", "int4"),
+        default="none",
+        help="hold the linear layers in 4 bits (none)",
+    )
+    p.add_argument("--prompt", default="\n", help="the text to continue")
+    p.add_argument("--max-new-tokens", type=positive, default=400, help="(400)")
+    p.add_argument("--temperature", type=float, default=0.7, help="(0.7)")
+    p.add_argument("--top-k", type=int, default=None, help="(off)")
+    p.add_argument("--top-p", type=float, default=None, help="(off)")
+    p.add_argument("--out", default=None, help="write the text to this file instead of the terminal")
+
+
+def _generate(args):
+    import codecs
+
+    from .. import files
+
+    model = _open(args.model, args.quantize, args.adapter)
+    model.to(args.device).eval()
+    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    stream = model.stream(args.prompt, args.max_new_tokens, **options)
+    if args.out:
+        files.write_text(args.out, args.prompt + model.tokenizer.decode(list(stream)) + "\n")
+        return
+    print(args.prompt, end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in stream:
+        print(decoder.decode(model.tokenizer.token_bytes(token)), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+# ------------------------------------------------------------------------------------------------------------- quantize
+def quantize_parser(commands):
+    from ..survey import CODES
+
+    p = commands.add_parser(
+        "quantize",
+        help="what 4 bits do to a checkpoint's weights, and a 4-bit copy that transformers opens",
+        description="Measure every 4-bit code on the weights of a model folder (config.json and safetensors, any architecture),\n"
+        "tensor by tensor and at equal bits: the relative squared error, how evenly the code's values are used, how normal the\n"
+        "weights are (Shapiro-Wilk, row by row) and how many blocks hold an outlier. Beside them: normal weights, drawn and in theory.\n\n"
+        "With --out, also write the folder in 4 bits in bitsandbytes' format, which transformers opens (tried with llama, mistral,\n"
+        "qwen2, qwen3, bert, gpt_neox and whisper; others are refused without --force). A Llama opens here as well: generate and\n"
+        "finetune take the folder as --model. report.json and errors.svg lie beside it. Needs about twice the folder's size in memory.",
+        epilog="examples:\n"
+        "  tinylora quantize base                                        the embedded model\n"
+        "  tinylora quantize my-model --out my-model-nf4                 measure, and write NF4 with double quantization\n"
+        "  tinylora quantize my-model --codes nf4 bof4 --blocksize 128   only two codes, in larger blocks\n",
+        formatter_class=FORMAT,
+    )
+    p.set_defaults(run=_quantize)
+    p.add_argument(
+        "path", help="'base' (embedded) or a folder with config.json and model.safetensors (one file or several)"
+    )
+    p.add_argument(
+        "--codes",
+        nargs="+",
+        choices=tuple(CODES),
+        default=tuple(CODES),
+        metavar="CODE",
+        help=f"codes to measure ({' '.join(CODES)})",
+    )
+    p.add_argument("--blocksize", type=positive, default=64, help="weights a block (64)")
+    p.add_argument(
+        "--no-double-quant", action="store_true", help="constants in float32 instead of 8 bits around their mean"
+    )
+    p.add_argument(
+        "--skip",
+        nargs="+",
+        default=(),
+        metavar="WORD",
+        help="leave weights whose name contains one of these as they are",
+    )
+    p.add_argument("--out", default=None, help="write the 4-bit folder here")
+    p.add_argument("--force", action="store_true", help="also write architectures that were not tried in transformers")
+    p.add_argument("--code", choices=("nf4", "fp4"), default="nf4", help="the code to write with (nf4)")
+    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
+
+
+def _quantize(args):
+    from tqdm import tqdm
+
+    from .. import data, figures, files, survey
+    from ..interop import bitsandbytes
+
+    folder = data.base_folder() if args.path == "base" else Path(args.path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{args.path}: expected 'base' or a folder with config.json and safetensors files")
+    double, blocksize = not args.no_double_quant, args.blocksize
+    if args.out:  # first what can be refused, then what takes long
+        done = bitsandbytes.quantize_folder(folder, args.out, args.code, blocksize, double, args.skip, force=args.force)
+    if (folder / "config.json").is_file() and files.read_json(folder / "config.json").get("quantization_config"):
+        raise ValueError(f"{args.path} is quantized already; measure the dense model")
+    weights = {n: w for n, w in files.load_folder(folder).items() if bitsandbytes.is_linear_weight(n, w, args.skip)}
+    if not weights:
+        raise ValueError(
+            f"{args.path} holds no linear weights (matrices named *.weight that are neither embeddings nor lm_head)"
+        )
+    lines = [
+        survey.measure(n, w, args.codes, blocksize, double)
+        for n, w in tqdm(weights.items(), desc="measuring", disable=None)
+    ]
+    normal = survey.control(max(weights.values(), key=lambda w: w.size).shape[1], args.codes, blocksize, double)
+    print(survey.describe(lines, blocksize, normal))
+    if args.out:
+        out = Path(args.out)
+        about = {"path": args.path, "blocksize": blocksize, "double_quant": double}
+        files.write_json(out / "report.json", survey.as_json(lines, normal, **about))
+        bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
+        print(
+            f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
+        )
+        if can_draw():
+            figures.survey(lines, normal, out / "errors.svg")
+            print(f"figure: {out / 'errors.svg'}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- merge
+def merge_parser(commands):
+    p = command(
+        commands,
+        "merge",
+        _merge,
+        "put an adapter into its model for good",
+        "Write a model folder with W = W0 + (alpha/r) B A in place of W0, so that nothing is added at inference (LoRA 4.1).\n\n"
+        "A base in 4 bits is dequantized, added to and quantized again with the same settings; what that costs is printed for\n"
+        "each layer, as |W' - W|/|W| (Frobenius). A dense base loses nothing beside the rounding of the file's dtype.",
+        "examples:\n"
+        "  tinylora merge --adapter tinylora-run/adapter --out merged                    into the dense base\n"
+        "  tinylora merge --adapter tinylora-run/adapter --quantize nf4 --out merged-4   into 4 bits, with its price\n",
+    )
+    p.add_argument("--model", default="base", help="'base' (embedded) or a model folder")
+    p.add_argument("--adapter", required=True, help="an adapter folder, written by finetune or by PEFT")
+    p.add_argument(
+        "--quantize", choices=("none", "nf4", "fp4"), default="none", help="hold the linear layers in 4 bits (none)"
+    )
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of a dense model's file (float32)"
+    )
+    p.add_argument("--out", required=True, help="the model folder to write")
+
+
+def _merge(args):
+    from .. import adapters
+    from ..interop import bitsandbytes
+    from ..nn import Linear4bit
+
+    model = _open(args.model, args.quantize, args.adapter)
+    adapters.merge(model)
+    errors = {path: e for path, e in adapters.merge_errors(model).items() if isinstance(model.get(path), Linear4bit)}
+    if errors:
+        width = max(map(len, errors))
+        print("error of merging into 4 bits, |W' - W|/|W|")
+        for path, error in errors.items():
+            print(f"  {path:<{width}}  {error:.4f}")
+        print(f"  {'mean':<{width}}  {sum(errors.values()) / len(errors):.4f}")
+        bitsandbytes.save(model, args.out)
+    else:
+        model.save_pretrained(args.out, dtype=args.dtype)
+    print(f"the merged model lies in {args.out}")
+
+
+def _open(path, quantize, adapter=None):
+    """The model of a folder, quantized and with an adapter on it if asked for."""
+    from ..interop.bitsandbytes import open_model
+    from ..interop.peft import load_adapter
+    from ..nn import Linear4bit, quantize_linears
+
+    model = open_model(path)
+    if quantize != "none":
+        if any(isinstance(layer, Linear4bit) for _, layer in model.named_modules()):
+            raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
+        quantize_linears(model, quantize)
+    return load_adapter(model, adapter) if adapter else model

@@ -1,0 +1,80 @@
+"""What several commands share: their frame, sizes and recipes on the command line."""
+
+import argparse
+from dataclasses import fields, replace
+
+FORMAT = argparse.RawDescriptionHelpFormatter
+
+
+def command(commands, name, run, summary, description, epilog):
+    p = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=FORMAT)
+    p.set_defaults(run=run)
+    p.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where arrays live: cpu (NumPy) or cuda (CuPy)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="decides batches, dropout, initial adapters and drawn text (0)")
+    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
+    return p
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def size(text):
+    """A number of bytes, or a number with k, M or G (powers of 1024)."""
+    units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+    try:
+        return int(float(text[:-1]) * units[text[-1].lower()]) if text[-1:].lower() in units else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size: expected a number such as 1048576, 64k, 1M"
+        ) from None
+
+
+def budget(text):
+    """A size, or "none"."""
+    return None if text.lower() == "none" else size(text)
+
+
+def recipe_options(p, defaults):
+    g = p.add_argument_group("recipe")
+    for name, kind, text in (
+        ("steps", positive, "optimizer steps"),
+        ("batch_size", positive, "sequences a micro-batch"),
+        ("accumulate", positive, "micro-batches added up before a step"),
+        ("seq_len", positive, "tokens a sequence"),
+        ("lr", float, "learning rate"),
+        ("warmup", int, "steps of linear warm-up"),
+        ("weight_decay", float, "weight decay, on matrices only"),
+        ("clip", float, "largest norm of the gradient, 0 for no limit"),
+        ("shards", positive, "parts of a micro-batch that run in threads; sums are ordered by it"),
+    ):
+        default = getattr(defaults, name)
+        g.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=f"{text} ({default:g})")
+    g.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        default=defaults.schedule,
+        help=f"of the learning rate ({defaults.schedule})",
+    )
+
+
+def recipe(args, defaults):
+    names = {f.name for f in fields(defaults)}
+    return replace(defaults, **{k: v for k, v in vars(args).items() if k in names})
+
+
+def can_draw():
+    """Whether matplotlib is there; says how to get it if not."""
+    from .. import figures
+
+    try:
+        figures.require_matplotlib()
+    except RuntimeError as error:
+        print(f"no figure: {error}")
+        return False
+    return True

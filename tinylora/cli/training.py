@@ -1,0 +1,273 @@
+"""finetune, ranks, switch, pretrain: the commands that train."""
+
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from .options import budget, can_draw, command, positive, recipe, recipe_options, size
+
+
+# ------------------------------------------------------------------------------------------------------------- finetune
+def finetune_parser(commands):
+    from ..finetune import LORA_RECIPE, METHODS, Job
+
+    p = command(
+        commands,
+        "finetune",
+        _finetune,
+        "QLoRA: quantize a model to 4 bits and train an adapter on a text",
+        "Fine-tune a pretrained Llama with QLoRA.\n\n"
+        "  1  load the model and quantize its linear layers to NF4, blocks of 64, constants in 8 bits (double quantization)\n"
+        "  2  freeze it and put a LoRA bypass of rank r on every linear layer: h = W x + (alpha/r) B A x\n"
+        "  3  train A and B with AdamW, whose state is paged through a budget of resident bytes\n"
+        "  4  print held-out bits per byte before and after, and where the bytes went\n\n"
+        "Without arguments it takes the embedded byte-level model and the embedded Jargon File.",
+        "examples:\n"
+        "  tinylora finetune                                     the main job, about two minutes on two cores\n"
+        "  tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out\n"
+        '  tinylora finetune --text pairs.jsonl --out pairs      {"prompt": ..., "answer": ...} lines; the loss is on the answer\n'
+        "  tinylora finetune --target-modules q_proj v_proj --out qv  the paper's choice of layers\n"
+        "  tinylora finetune --compare --out compare             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure\n\n"
+        "A run that was stopped goes on from its last checkpoint when the same command is given again.",
+    )
+    p.add_argument(
+        "--model", default=Job.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
+    )
+    p.add_argument(
+        "--text",
+        default=None,
+        help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the embedded Jargon File)",
+    )
+    p.add_argument(
+        "--out", default="tinylora-run", help="folder for the checkpoint, the adapter and report.json (tinylora-run)"
+    )
+    p.add_argument(
+        "--method", choices=tuple(METHODS), default=Job.method, help="what is frozen, and in how many bits (qlora)"
+    )
+    p.add_argument(
+        "--compare",
+        action="store_true",
+        help="run every method for each of --seeds (instead of --method and --seed), print one table, draw one figure",
+    )
+    p.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of --compare (0 1 2)")
+    p.add_argument("--full-lr", type=float, default=None, help="learning rate of full fine-tuning in --compare (0.001)")
+    g = p.add_argument_group("LoRA")
+    g.add_argument("-r", type=int, default=Job.r, help=f"rank of the bypass ({Job.r})")
+    g.add_argument("--alpha", type=float, default=Job.alpha, help=f"the bypass is scaled by alpha/r ({Job.alpha})")
+    g.add_argument("--dropout", type=float, default=Job.dropout, help="on the input of the bypass, while training (0)")
+    g.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="'all-linear', or names such as q_proj v_proj, or one regular expression for whole paths after 're:'",
+    )
+    g.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead (rsLoRA)")
+    g.add_argument("--dora", action="store_true", help="train direction and magnitude apart (DoRA)")
+    g = p.add_argument_group("quantization")
+    g.add_argument(
+        "--blocksize", type=positive, default=Job.blocksize, help=f"weights that share one absmax ({Job.blocksize})"
+    )
+    g.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default=Job.compute_dtype,
+        help="rounding of the products with the frozen weights (float32)",
+    )
+    g = p.add_argument_group("memory")
+    g.add_argument(
+        "--page-budget",
+        type=budget,
+        default=Job.page_budget,
+        metavar="BYTES",
+        help="optimizer state that may be resident at a time, or none for all of it (1M)",
+    )
+    g.add_argument("--page-bytes", type=size, default=Job.page_bytes, metavar="BYTES", help="bytes of a page (64k)")
+    g.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute each block in the backward pass instead of keeping its tape",
+    )
+    g.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints on disk (50)")
+    p.add_argument(
+        "--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only before and after)"
+    )
+    recipe_options(p, LORA_RECIPE)
+    p.set_defaults(lr=None)
+
+
+def _finetune(args):
+    from ..finetune import FULL_RECIPE, LORA_RECIPE, Job, compare, describe, describe_comparison, finetune, finished
+
+    targets = args.target_modules
+    if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
+        targets = targets[0].removeprefix("re:")
+    job = Job(
+        model=args.model,
+        text=args.text,
+        method=args.method,
+        r=args.r,
+        alpha=args.alpha,
+        dropout=args.dropout,
+        target_modules=targets if isinstance(targets, str) else tuple(targets),
+        blocksize=args.blocksize,
+        compute_dtype=args.compute_dtype,
+        page_budget=args.page_budget,
+        page_bytes=args.page_bytes,
+        checkpointing=args.checkpointing,
+        device=args.device,
+        use_rslora=args.rslora,
+        use_dora=args.dora,
+    )
+    if args.lr is None:  # full fine-tuning has a rate of its own; --compare takes it from --full-lr
+        args.lr = (FULL_RECIPE if args.method == "full" and not args.compare else LORA_RECIPE).lr
+    plan = recipe(args, LORA_RECIPE)
+    if not args.compare:
+        if finished(job, plan, args.out) is not None:
+            print(f"this run has ended before; its report from {args.out}:", file=sys.stderr)
+        report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every)
+        print(describe(report))
+        return
+    from .. import figures
+
+    figures.require_matplotlib()  # said before an hour of work, not after it
+    reports = compare(job, plan, args.seeds or (0, 1, 2), args.out, full_lr=args.full_lr or FULL_RECIPE.lr)
+    print(describe_comparison(reports))
+    path = Path(args.out) / "compare.svg"
+    figures.comparison(reports, path)
+    print(f"figure: {path}")
+
+
+# ------------------------------------------------------------------------------------------------------------- pretrain
+def pretrain_parser(commands):
+    from ..llama import LlamaConfig
+    from ..pretrain import RECIPE
+
+    p = command(
+        commands,
+        "pretrain",
+        _pretrain,
+        "train a byte-level Llama from scratch on text files",
+        "Pretrain a Llama on UTF-8 text files; every file is a source from which batches draw evenly, and its last 5 % is held out.\n"
+        "The finished folder (config.json, model.safetensors in bfloat16, README.md with the measured bits per byte)\n"
+        "opens in tinylora and in transformers. The embedded base model was made by this command with its defaults.",
+        "example: the embedded base model, a good hour on two cores\n"
+        "  python -m tinylora.data.texts texts\n"
+        "  tinylora pretrain texts/shakespeare.txt texts/bible.txt texts/factbook.txt --out base\n",
+    )
+    p.add_argument("texts", nargs="+", help="UTF-8 text files")
+    p.add_argument("--out", required=True, help="the model folder to write; also holds the checkpoint while training")
+    g = p.add_argument_group("architecture")
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        default = getattr(LlamaConfig, name)
+        g.add_argument("--" + name.replace("_", "-"), type=positive, default=default, help=f"({default})")
+    p.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints on disk (200)")
+    recipe_options(p, RECIPE)
+
+
+def _pretrain(args):
+    from ..llama import LlamaConfig
+    from ..pretrain import RECIPE, pretrain
+
+    config = LlamaConfig(**{f.name: getattr(args, f.name) for f in fields(LlamaConfig) if hasattr(args, f.name)})
+    scores = pretrain(args.texts, args.out, recipe(args, RECIPE), config, args.checkpoint_every, device=args.device)
+    for name, bits in scores.items():
+        print(f"{name:<24}{bits:.4f} bits per byte, held out")
+    print(f"{'mean':<24}{sum(scores.values()) / len(scores):.4f}\nthe model lies in {args.out}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- ranks
+def ranks_parser(commands):
+    from ..ranks import JOB, RANKS, RECIPE
+
+    p = command(
+        commands,
+        "ranks",
+        _ranks,
+        "which rank is enough: table 6 of the LoRA paper on this model",
+        "Fine-tune with several ranks, on W_q and W_v alone and on every linear layer, for several seeds, and print held-out\n"
+        "bits per byte. alpha, steps and learning rate stay the same for every rank. The base is held in bfloat16 (LoRA).",
+        "examples:\n"
+        "  tinylora ranks                            5 ranks x 2 sets of layers x 3 seeds, about half an hour on two cores\n"
+        "  tinylora ranks -r 1 8 --seeds 0 --steps 50 --out quick\n\n"
+        "A sweep that was stopped goes on where it was when the same command is given again.",
+    )
+    p.add_argument(
+        "--model", default=JOB.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
+    )
+    p.add_argument(
+        "--text", default=None, help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the Jargon File)"
+    )
+    p.add_argument("-r", type=positive, nargs="+", default=RANKS, help=f"the ranks ({' '.join(map(str, RANKS))})")
+    p.add_argument("--alpha", type=float, default=JOB.alpha, help=f"the same for every rank ({JOB.alpha})")
+    p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="(0 1 2)")
+    p.add_argument("--out", default="ranks", help="folder for the runs and ranks.svg (ranks)")
+    recipe_options(p, RECIPE)
+
+
+def _ranks(args):
+    from .. import figures
+    from ..ranks import JOB, RECIPE, describe, sweep
+
+    job = replace(JOB, model=args.model, text=args.text, alpha=args.alpha, device=args.device)
+    reports = sweep(job, recipe(args, RECIPE), args.r, seeds=args.seeds, out=args.out)
+    print(describe(reports))
+    if can_draw():
+        path = Path(args.out) / "ranks.svg"
+        figures.save(figures.rank_table({key: [r.after for r in rs] for key, rs in reports.items()}), path)
+        print(f"figure: {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------- switch
+def switch_parser(commands):
+    from ..switching import JOB, RECIPE
+
+    p = command(
+        commands,
+        "switch",
+        _switch,
+        "two adapters on one base, swapped while generating",
+        "Train one adapter on each of two texts, put both on one quantized base, and write a text whose pieces come from one and the\n"
+        "other in turn. Printed beside it: which adapter predicts which text, the bytes and the time that each way of switching\n"
+        "takes, and a batch whose rows go through different adapters. The base's bits are checked in the end.",
+        "examples:\n"
+        "  tinylora switch                              the Jargon File and tinylora's own source, about two minutes on two cores\n"
+        "  tinylora switch --texts mine.txt yours.txt   your own\n\n"
+        "The adapters stay in the folder: the same command again only switches.",
+    )
+    p.add_argument(
+        "--model", default=JOB.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
+    )
+    p.add_argument(
+        "--texts",
+        nargs=2,
+        default=None,
+        metavar="FILE",
+        help="two UTF-8 text files (the Jargon File and this package's source)",
+    )
+    p.add_argument(
+        "--method", choices=("qlora", "lora"), default=JOB.method, help="the base in NF4, or in bfloat16 (qlora)"
+    )
+    p.add_argument("-r", type=positive, default=JOB.r, help=f"rank of both adapters ({JOB.r})")
+    p.add_argument("--alpha", type=float, default=JOB.alpha, help=f"({JOB.alpha})")
+    p.add_argument("--prompt", default=None, help="where the text begins")
+    p.add_argument("--pieces", type=positive, default=4, help="pieces of text, each under the next adapter (4)")
+    p.add_argument("--max-new-tokens", type=positive, default=160, help="tokens a piece (160)")
+    p.add_argument("--out", default="tinylora-switch", help="folder for the adapters (tinylora-switch)")
+    recipe_options(p, RECIPE)
+
+
+def _switch(args):
+    from ..switching import JOB, RECIPE, demonstrate, describe, own_source, train
+
+    if args.texts:
+        texts = {Path(t).stem: Path(t) for t in args.texts}
+        if len(texts) < 2:
+            raise ValueError("switch: the two texts have the same name; the adapters are called after them")
+    else:
+        texts = {"jargon": None, "source": own_source(args.out)}
+    job = replace(JOB, model=args.model, method=args.method, r=args.r, alpha=args.alpha, device=args.device)
+    plan = recipe(args, RECIPE)
+    folders = train(texts, args.out, job, plan)
+    shown = demonstrate(texts, folders, job, plan, args.prompt, args.max_new_tokens, args.pieces, seed=args.seed)
+    print(describe(shown, list(texts)))

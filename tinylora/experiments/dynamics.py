@@ -1,0 +1,338 @@
+"""How LoRA moves: its first step against r, the exact exchanges among α, rates and initialization, and what merging loses.
+
+    LoRA's update      ΔW = s B A,     s = α/r, or α/√r                                  (LoRA §4.1; rsLoRA, Kalajdzievski 2023)
+    the exchange       α → α/(pq),  A₀ → p A₀,  η_A → p η_A,  η_B → q η_B               (Schulman et al. 2025, "LoRA Without Regret")
+
+Under the exchange A becomes p A and B becomes q B at every step, because Adam with ε = 0 moves by η times a ratio of gradients, and
+ΔW stays what it was. With powers of two nothing is rounded differently, so the loss curves are equal to the bit.
+"""
+
+import math
+
+import numpy as np
+
+from .. import backend, nn, optim
+from ..dtypes import BFloat16Array, round_to
+from ..lora import LoRALinear
+from ..tensor import Tensor, no_grad
+from .directions import MLP
+from .registry import Experiment, judge, values
+from .toys import Planted, adapt, fit, linear, squared_error
+
+RANKS = (1, 4, 16, 64, 256)
+RATES = tuple(2.0**k for k in range(-11, -2))
+ULPS = (
+    -math.inf,
+    -7.5,
+    -3.5,
+    -1.5,
+    -0.5,
+    0.5,
+    1.5,
+    3.5,
+    7.5,
+    math.inf,
+)  # edges: 0, ±1, ±2 … 3, ±4 … 7, 8 and more units
+
+
+# ------------------------------------------------------------------------------------------------------------- the first step
+def first_step(seed=0, ranks=RANKS, d=256, n=512):
+    """How far the first step goes down: ⟨−ΔW₁, G⟩ against r, G = ∂L/∂W (rsLoRA's claim that α/r slows large ranks).
+
+    A linear layer of width 256 and n = 512 examples with a Gaussian ΔW; one step of each optimizer at a fixed rate and
+    α, divided by the value at r = 1. At the first step only B moves: ΔW₁ = s B₁ A. SGD has B₁ = −η s G Aᵀ, so ⟨−ΔW₁, G⟩ =
+    η s² ‖G Aᵀ‖² ∝ s² r: 1/r with α/r, constant with α/√r. Adam has B₁ = −η sign(G Aᵀ), so ⟨−ΔW₁, G⟩ = η s Σ|G Aᵀ| ∝ s r:
+    constant with α/r, √r with α/√r. So for the first step rsLoRA's scale is the right one under SGD, and the paper's α/r
+    under Adam. The gain at r = 1 varies with A's single row, hence the mean over 8 draws of A.
+    """
+    task = Planted("full", d=d, n=n, seed=seed)
+    trainable = linear(task.w0, trainable=True)
+    squared_error(trainable(Tensor(task.x)), task.y).backward()
+    gradient = trainable.weight.grad.astype(np.float64)
+    out = {"ranks": list(ranks)}
+    for scale in (False, True):
+        for rule in ("sgd", "adam"):
+            found = []
+            for r in ranks:
+                gains = []
+                for draw in range(8):
+                    with backend.using_generator(np.random.default_rng([seed, r, draw])):
+                        layer = LoRALinear(linear(task.w0), r=r, alpha=16, use_rslora=scale)
+                    squared_error(layer(Tensor(task.x)), task.y).backward()
+                    b = layer.lora_B.weight
+                    if rule == "sgd":
+                        b.data -= 0.1 * b.grad
+                    else:
+                        optim.AdamW([b], lr=1e-3).step()
+                    gains.append(-float((layer.delta() * gradient).sum()))
+                found.append(float(np.mean(gains)))
+            out[f"{rule}_{'rs' if scale else 'r'}"] = [g / found[0] for g in found]
+    return out
+
+
+def _first_step_verdict(results):
+    last = {k: values(results, k)[:, -1] for k in ("sgd_r", "sgd_rs", "adam_r", "adam_rs")}
+    r = results[0]["ranks"][-1]
+    return judge(
+        f"the step at r = {r} over that at 1 is, under SGD, {last['sgd_r'].mean():.2g} with α/r and "
+        f"{last['sgd_rs'].mean():.2f} with α/√r, but under Adam "
+        f"{last['adam_r'].mean():.2f} with α/r and {last['adam_rs'].mean():.1f} with α/√r",
+        last["sgd_r"].max() < 0.1 and (np.abs(last["sgd_rs"] - 1) < 0.2).all(),
+        last["adam_r"].max() < 0.1 and (np.abs(last["adam_rs"] - 1) < 0.2).all(),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- exact exchanges
+def curve(task, alpha=8.0, scale_a=1.0, lr_a=0.01, lr_b=0.01, r=4, steps=50, dtype=np.float32, seed=0):
+    """The losses of a LoRALinear under Adam with ε = 0, all in one dtype, A₀ scaled by `scale_a`. -> float array (steps + 1,)
+
+    B = 0 makes A's first gradient 0, and ε = 0 makes that 0/0: the step of a parameter without any gradient is taken to be 0.
+    """
+    layer = task.adapted(r, alpha=alpha, seed=seed)
+    layer.base_layer.weight = Tensor(task.w0.astype(dtype))
+    a, b = layer.lora_A.weight, layer.lora_B.weight
+    a.data, b.data = a.data.astype(dtype) * dtype(scale_a), b.data.astype(dtype)
+    x, y = Tensor(task.x.astype(dtype)), task.y.astype(dtype)
+    moments = {w: np.zeros((2, w.size), dtype) for w in (a, b)}
+    losses = []
+    for t in range(1, steps + 2):
+        loss = squared_error(layer(x), y)
+        losses.append(loss.item())
+        loss.backward()
+        for w, lr in ((a, lr_a), (b, lr_b)):
+            if w.grad.any():
+                optim.adamw_step(w.data.reshape(-1), w.grad.reshape(-1), *moments[w], t, lr, eps=0.0)
+            w.grad = None
+    return np.array(losses)
+
+
+def _exchange(task, p, q, **options):
+    """The curve after α → α/(pq), A₀ → p A₀, η_A → p η_A, η_B → q η_B."""
+    return curve(task, alpha=8.0 / (p * q), scale_a=p, lr_a=0.01 * p, lr_b=0.01 * q, **options)
+
+
+def invariance(seed=0):
+    """α → α/(pq), A₀ → p A₀, η_A → p η_A, η_B → q η_B changes nothing (LoRA Without Regret; Adam with ε = 0).
+
+    Measured: over 50 steps, how many losses differ at all and the largest relative difference, for p = 4, q = 8 in
+    float32 and in float64 and for p = 3, q = 1 in float64. Expected: none for powers of two, since multiplying by one
+    rounds nothing; for p = 3 a few units in the last place, which training may amplify. The control with α → α/32 alone
+    shows that the loss does depend on what is exchanged.
+    """
+    task = Planted(d=32, n=128, seed=seed)
+    plain, double = curve(task, seed=seed), curve(task, dtype=np.float64, seed=seed)
+    powers, alone = _exchange(task, 4, 8, seed=seed), curve(task, alpha=8.0 / 32, seed=seed)
+    powers64, three = (_exchange(task, p, q, dtype=np.float64, seed=seed) for p, q in ((4, 8), (3, 1)))
+    return {
+        "curve": plain.tolist(),
+        "curve_powers": powers.tolist(),
+        "curve_alone": alone.tolist(),
+        "difference_three": (np.abs(three - double) / double).tolist(),
+        "different_powers": float((plain != powers).sum() + (double != powers64).sum()),
+        "relative_three": float((np.abs(three - double) / double).max()),
+        "relative_alone": float((np.abs(alone - plain) / plain).max()),
+    }
+
+
+def _invariance_verdict(results):
+    different, three = values(results, "different_powers"), values(results, "relative_three")
+    return judge(
+        f"p = 4, q = 8: {different.max():.0f} losses differ in any bit; p = 3: at most {three.max():.1g} relative "
+        "in float64",
+        different.max() == 0,
+        three.max() < 1e-12,
+    )
+
+
+def alpha_is_like_lr(seed=0):
+    """Tuning α is roughly the same as tuning the learning rate, if the initialization is scaled (LoRA §4.1).
+
+    With Adam it is exact, by the exchange with p = q = 1/2: (4 α, A₀/2, η) has the very losses of (α, A₀, 2 η), so α
+    acts as the *square* of the rate. Measured: how many of the 51 losses differ, and, without scaling A₀, the relative
+    difference of (4 α, A₀, η) from (α, A₀, 2 η) over the curve, largest and last; beside it the difference that 2 η
+    itself makes.
+    """
+    task = Planted(d=32, n=128, seed=seed)
+    one, two = curve(task, seed=seed), curve(task, lr_a=0.02, lr_b=0.02, seed=seed)
+    scaled, unscaled = curve(task, alpha=32.0, scale_a=0.5, seed=seed), curve(task, alpha=32.0, seed=seed)
+    return {
+        "curve": one.tolist(),
+        "curve_double_rate": two.tolist(),
+        "curve_unscaled": unscaled.tolist(),
+        "different_scaled": float((scaled != two).sum()),
+        "largest_unscaled": float((np.abs(unscaled - two) / two).max()),
+        "last_unscaled": float(abs(unscaled[-1] / two[-1] - 1)),
+        "largest_rate": float((np.abs(one - two) / two).max()),
+    }
+
+
+def _alpha_verdict(results):
+    different, loose, rate = (values(results, k) for k in ("different_scaled", "largest_unscaled", "largest_rate"))
+    return judge(
+        f"exactly, with A₀ halved: {different.max():.0f} of the losses of 4 α differ from those of 2 η; with A₀ as "
+        "it was the curves differ by up to "
+        f"{100 * loose.max():.0f} % (doubling the rate: {100 * rate.max():.0f} %)",
+        different.max() == 0,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- learning rates
+def learning_rate_ratio(seed=0, rates=RATES, width=64):
+    """LoRA wants a larger rate than full fine-tuning: 40 times in LoRA (2e-4 against 5e-6, Tables 11, 12), about 10
+        times in LoRA Without Regret.
+
+    A ReLU network of three 64 × 64 layers is to follow one whose weights were moved by half their size; 80 steps of
+    batches of 64 at a constant rate 2^k. Measured: the rate with the least error on unseen inputs, for full fine-tuning
+    and for LoRA on all layers with r = 4 and 16 at α = 32 (LoRA Without Regret's), and r = 4 at α = 1. Resolution: a
+    factor of 2. Expected by the claim: a ratio near 10 at both ranks. What comes out is 1/2 to 1 at α = 32 and 2 at α =
+    1. That both ranks want nearly the same rate does hold. The ratio is no constant: by the exchange of `invariance`,
+    α/32 wants √32 = 5.7 times the rate, up to the scale of A₀ (4 on this grid).
+    """
+    rng = np.random.default_rng([seed, width])
+    start = [rng.standard_normal((width, width)) * math.sqrt(2 / width) for _ in range(3)]
+    goal = MLP([w + 0.5 * rng.standard_normal(w.shape) * math.sqrt(2 / width) for w in start])
+    x, unseen = (rng.standard_normal((n, width)).astype(np.float32) for n in (2048, 512))
+    with no_grad():
+        y, wanted = goal(x).data, goal(unseen).data
+    out = {"rates": list(rates)}
+    for name, r, alpha in (("full", None, None), ("r4", 4, 32), ("r16", 16, 32), ("r4_alpha1", 4, 1)):
+        found = []
+        for lr in rates:
+            model = MLP(start)
+            if r is not None:
+                adapt(model, [f"layers.{i}" for i in range(3)], r, alpha=alpha, seed=seed)
+            with np.errstate(all="ignore"):  # a rate that is too large may overflow: its error is then inf or nan
+                fit(model, x, y, steps=80, lr=lr, batch=64, seed=seed, kind="constant")
+                with no_grad():
+                    error = float(((model(unseen).data - wanted) ** 2).mean() / (wanted**2).mean())
+            found.append(error if math.isfinite(error) else math.inf)
+        out[name], out[f"best_{name}"] = found, float(rates[int(np.argmin(found))])
+        out[f"ratio_{name}"] = out[f"best_{name}"] / out["best_full"]
+    return out
+
+
+def _ratio_verdict(results):
+    four, sixteen, one = (values(results, f"ratio_{k}") for k in ("r4", "r16", "r4_alpha1"))
+    return judge(
+        f"LoRA's best rate is {four.min():g} to {four.max():g} times full fine-tuning's at r = 4, "
+        f"{sixteen.min():g} to {sixteen.max():g} at r = 16 (α = 32), "
+        f"and {one.min():g} to {one.max():g} at α = 1: the ratio depends on α",
+        four.min() >= 5 and sixteen.min() >= 5,
+        one.min() >= 5,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------- merging
+def merge_restores(seed=0, d=256, r=8, sizes=(0.01, 0.1, 1.0, 4.0)):
+    """W₀ can be recovered by subtracting BA after merging (LoRA §4.1): not to the bit in float32.
+
+    W₀ ~ N(0, 1), 256 × 256, ΔW = s B A with r = 8 and ‖ΔW‖/‖W₀‖ as given by `sizes`. Measured: the part of the entries
+    for which (W₀ + ΔW) − ΔW = W₀ exactly in float32, the largest |difference|, and a histogram of differences in units of
+    W₀'s last place; for bfloat16 weights the same, and the part of entries that merging leaves as they were (their ΔW is
+    lost). Expected: all but a few while ΔW is small, since the sum then has W₀'s own spacing; fewer the larger ΔW is. So
+    a single number stands for one size of ΔW only. An adapter is best taken off by keeping W₀.
+    """
+    rng = np.random.default_rng([seed, d, r])
+    w0 = rng.standard_normal((d, d)).astype(np.float32)
+    with backend.using_generator(np.random.default_rng([seed, r])):
+        layer = LoRALinear(linear(w0), r=r, alpha=16)
+        half = LoRALinear(nn.Linear16bit(BFloat16Array.of(w0)), r=r, alpha=16)
+    b = rng.standard_normal((d, r)).astype(np.float32)
+    out = {key: [] for key in ("restored", "largest", "ulps", "restored_bfloat16", "lost_bfloat16")}
+    for size in sizes:
+        for one in (layer, half):
+            one.lora_B.weight.data = b
+            now = np.linalg.norm(one.delta())
+            one.lora_B.weight.data = b * np.float32(size * np.linalg.norm(w0) / now)
+        difference = (layer.merge().dense() - layer.delta()) - w0
+        out["restored"].append(float((difference == 0).mean()))
+        out["largest"].append(float(np.abs(difference).max()))
+        ulps = difference / np.spacing(np.abs(w0))
+        out["ulps"].append((np.histogram(ulps, ULPS)[0] / ulps.size).tolist())
+        before, merged = half.base_layer.dense(), half.merge().dense()
+        out["restored_bfloat16"].append(float((round_to(merged - half.delta(), "bfloat16") == before).mean()))
+        out["lost_bfloat16"].append(float((merged == before).mean()))
+    return out | {"sizes": list(sizes)}
+
+
+def _merge_verdict(results):
+    restored, largest = values(results, "restored"), values(results, "largest")
+    sizes = results[0]["sizes"]
+    parts = ", ".join(f"{100 * v:.0f} % at {s:g}" for v, s in zip(restored.mean(axis=0), sizes, strict=True))
+    return judge(
+        f"entries restored exactly, by ‖ΔW‖/‖W₀‖: {parts}; the largest error is {largest.max():.1e}",
+        restored.min() == 1,
+        largest.max() < 1e-5,
+    )
+
+
+EXPERIMENTS = {
+    "first_step": Experiment(
+        "The first step against r",
+        "α/r makes the step of a large rank too small, α/√r does not",
+        "rsLoRA, arXiv 2312.03732",
+        "",
+        first_step,
+        (
+            ("step at r = 1 4 16 64 256 over that at 1; SGD, α/r:", "sgd_r"),
+            ("SGD, α/√r:", "sgd_rs"),
+            ("Adam, α/r:", "adam_r"),
+            ("Adam, α/√r:", "adam_rs"),
+        ),
+        _first_step_verdict,
+    ),
+    "invariance": Experiment(
+        "The exchange",
+        "α → α/(pq), A₀ → p A₀, η_A → p η_A, η_B → q η_B leaves training unchanged",
+        "LoRA Without Regret",
+        "exact",
+        invariance,
+        (
+            ("losses that differ, p = 4, q = 8:", "different_powers"),
+            ("largest relative difference, p = 3:", "relative_three"),
+            ("with α/32 alone:", "relative_alone"),
+        ),
+        _invariance_verdict,
+    ),
+    "alpha_is_like_lr": Experiment(
+        "α and the rate",
+        "With Adam, tuning α is roughly tuning the learning rate if the initialization is scaled",
+        "LoRA §4.1",
+        "",
+        alpha_is_like_lr,
+        (
+            ("losses of (4 α, A₀/2) that differ from those of 2 η:", "different_scaled"),
+            ("largest relative difference with A₀ unscaled:", "largest_unscaled"),
+            ("at the end:", "last_unscaled"),
+        ),
+        _alpha_verdict,
+    ),
+    "learning_rate_ratio": Experiment(
+        "Learning rates",
+        "LoRA's best learning rate is ten or more times that of full fine-tuning",
+        "LoRA Tables 11, 12; LoRA Without Regret",
+        "40 times; 9.8 times fitted",
+        learning_rate_ratio,
+        (
+            ("ratio at r = 4:", "ratio_r4"),
+            ("r = 16:", "ratio_r16"),
+            ("r = 4, α = 1:", "ratio_r4_alpha1"),
+            ("best rate of full fine-tuning:", "best_full"),
+        ),
+        _ratio_verdict,
+    ),
+    "merge_restores": Experiment(
+        "Merging and unmerging",
+        "W₀ is recovered by subtracting BA",
+        "LoRA §4.1",
+        "",
+        merge_restores,
+        (
+            ("entries restored at ‖ΔW‖/‖W₀‖ = 0.01 0.1 1 4, float32:", "restored"),
+            ("largest error:", "largest"),
+            ("bfloat16:", "restored_bfloat16"),
+            ("entries that merging leaves as they were, bfloat16:", "lost_bfloat16"),
+        ),
+        _merge_verdict,
+    ),
+}
