@@ -1,0 +1,144 @@
+"""switch, ranks, merge, count, experiments: what they print, write, resume and refuse."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import tiny
+
+from tinylora import adapters, ranks, switching
+from tinylora.cli import main
+from tinylora.interop import bitsandbytes, peft
+from tinylora.llama import Llama
+
+QUICK = ["--batch-size", "2", "--seq-len", "32", "--warmup", "2", "--steps", "3"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "model", dtype="float32")
+    for name, word in (("one", "spam "), ("two", "eggs ")):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{word * 20}{i}" for i in range(60)))
+    return tmp_path
+
+
+def switch(folder, *more):
+    texts = [str(folder / "one.txt"), str(folder / "two.txt")]
+    command = ["switch", "--model", str(folder / "model"), "--texts", *texts, "--out", str(folder / "out")]
+    return main([*command, *QUICK, "-r", "2", "--max-new-tokens", "5", "--prompt", "spam", *more])
+
+
+def test_switch_prints_scores_pieces_and_the_price_of_each_way(folder, capsys, monkeypatch):
+    assert switch(folder, "--pieces", "3") == 0
+    printed = capsys.readouterr().out
+    assert re.findall(r"^--- (\w+)", printed, re.M) == ["one", "two", "one"]
+    for row in ("base", "one", "two"):
+        assert re.search(rf"^{row} +\d+\.\d{{4}} +\d+\.\d{{4}}$", printed, re.M)
+    adapter = peft.read_adapter(folder / "out" / "two" / "adapter")
+    moved = {way: int(n.replace(",", "")) for way, n in re.findall(r"^(\S.*?)  +([\d,]+)(?: |$)", printed, re.M)}
+    assert moved["set_adapter, both on the base"] == 0 and moved["A and B read from disk"] == adapter.nbytes
+    assert moved["merged anew, W₀ + s B A"] < moved["a whole fine-tuned model"]
+    assert "the base's bits are unchanged" in printed
+    error = float(re.search(r"largest difference (\S+)$", printed, re.M)[1])
+    assert error < 1e-4
+    monkeypatch.setattr("tinylora.finetune.fit", None)  # the adapters are there: only the switching is done again
+    assert switch(folder) == 0
+    pieces = re.findall(r"^--- (\w+)", capsys.readouterr().out, re.M)
+    assert pieces == ["one", "two", "one", "two"]
+
+
+def test_two_adapters_predict_their_own_texts_best(folder):
+    texts = {name: folder / f"{name}.txt" for name in ("one", "two")}
+    job = switching.replace(switching.JOB, model=str(folder / "model"), r=2)
+    recipe = switching.replace(switching.RECIPE, batch_size=4, seq_len=32, steps=40, lr=1e-2)
+    folders = switching.train(texts, folder / "out", job, recipe, progress=False)
+    shown = switching.demonstrate(texts, folders, job, recipe, tokens=2, pieces=1)
+    for mine, other in (("one", "two"), ("two", "one")):
+        assert shown.scores[mine, mine] < min(shown.scores[other, mine], shown.scores["base", mine])
+
+
+def test_a_base_that_changed_while_switching_is_said(folder, monkeypatch):
+    monkeypatch.setattr(switching, "_restored", lambda model: model.model.norm.weight.data.__imul__(2) is None)
+    assert switch(folder) == 2
+
+
+def test_switch_wants_two_names(folder, capsys):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "one.txt").write_text("x" * 2000)
+    texts = [str(folder / "one.txt"), str(folder / "sub" / "one.txt")]
+    assert main(["switch", "--model", str(folder / "model"), "--texts", *texts, "--out", str(folder / "out")]) == 2
+    assert "the two texts have the same name" in capsys.readouterr().err
+
+
+def test_own_source_is_all_of_it(tmp_path):
+    text = switching.own_source(tmp_path).read_text(encoding="utf-8")
+    assert "def own_source(folder):" in text and "class LoRALinear(LoRALayer):" in text and len(text) > 300_000
+
+
+def test_ranks_prints_one_line_a_rank_and_reads_finished_runs(folder, capsys, monkeypatch):
+    command = ["ranks", "--model", str(folder / "model"), "--text", str(folder / "one.txt"), *QUICK]
+    command += ["-r", "1", "2", "--seeds", "0", "1", "--out", str(folder / "ranks")]
+    assert main(command) == 0
+    first = capsys.readouterr().out
+    for label in ranks.TARGETS:
+        assert f"\n{label}\n" in first
+    assert len(re.findall(r"r = [12] +\d\.\d{4} ± \d\.\d{4}   \([\d,]+\)", first)) == 4
+    c = tiny.CONFIG
+    qv = c.num_hidden_layers * (c.hidden_size * 2 + c.hidden_size + c.num_key_value_heads * c.head_dim)
+    assert f"({qv:,})" in first and f"({2 * qv:,})" in first
+    assert (folder / "ranks" / "ranks.svg").is_file()
+    monkeypatch.setattr("tinylora.finetune.fit", None)
+    assert main(command) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_merge_into_a_dense_base(folder, capsys, rng):
+    m = tiny.randomize_lora(adapters.add_lora(Llama.from_pretrained(folder / "model"), r=2), rng)
+    peft.save_adapter(m, folder / "adapter")
+    command = ["merge", "--model", str(folder / "model"), "--adapter", str(folder / "adapter"), "--out"]
+    assert main([*command, str(folder / "merged")]) == 0
+    assert "error of merging" not in capsys.readouterr().out
+    x = tiny.ids(rng, 1, 9)
+    np.testing.assert_allclose(
+        tiny.logits(Llama.from_pretrained(folder / "merged"), x), tiny.logits(m, x), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_merge_into_4_bits_prints_what_it_costs(folder, capsys, rng):
+    m = tiny.randomize_lora(adapters.add_lora(Llama.from_pretrained(folder / "model"), r=2), rng)
+    peft.save_adapter(m, folder / "adapter")
+    command = ["merge", "--model", str(folder / "model"), "--adapter", str(folder / "adapter")]
+    assert main([*command, "--quantize", "nf4", "--out", str(folder / "merged")]) == 0
+    printed = capsys.readouterr().out
+    errors = re.findall(r"^  (model\.layers\S+) +(0\.\d{4})$", printed, re.M)
+    assert len(errors) == 14 and re.search(r"^  mean +0\.\d{4}$", printed, re.M)
+    assert all(0.02 < float(e) < 0.3 for _, e in errors)
+    again = bitsandbytes.open_model(folder / "merged")
+    assert len(adapters.merge_errors(again)) == 0 and again.model.layers[0].mlp.up_proj.weight.code_name == "nf4"
+
+
+def test_count_prints_the_audit(capsys):
+    from tinylora import counting
+
+    assert main(["count"]) == 0
+    assert capsys.readouterr().out.strip() == counting.describe().strip()
+
+
+def test_experiments_by_name(capsys):
+    assert main(["experiments", "--list"]) == 0
+    assert "rank_sweep" in capsys.readouterr().out
+    assert main(["experiments", "invariance", "--seeds", "0"]) == 0
+    assert "holds" in capsys.readouterr().out
+    assert main(["experiments", "nothing"]) == 2
+    assert "there is no 'nothing'" in capsys.readouterr().err
+
+
+def test_finetune_takes_rslora_and_dora(folder, capsys):
+    command = ["finetune", "--model", str(folder / "model"), "--text", str(folder / "one.txt"), *QUICK, "-r", "4"]
+    assert main([*command, "--rslora", "--dora", "--out", str(folder / "run")]) == 0
+    config = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["use_rslora"] and config["use_dora"]
+    m = peft.load_adapter(Llama.from_pretrained(folder / "model"), folder / "run" / "adapter")
+    layer = m.model.layers[0].mlp.up_proj
+    assert layer.scaling == 16.0 and layer.magnitude.shape == (tiny.CONFIG.intermediate_size,)
