@@ -279,25 +279,7 @@ class LoRALayer(Module):
         names = self.active if names is None else names
         if not any(n in self.bypasses for n in names):
             return self.base_layer
-        base, wanted, bias = self.base_layer, self.merged(names), self._merged_bias(names)
-        old = base.weight
-        if isinstance(old, QuantizedTensor):
-            layer = Linear4bit(quantize_like(wanted, old), bias, base.compute_dtype)
-        elif isinstance(old, BFloat16Array):
-            layer = Linear16bit(BFloat16Array.of(wanted), bias, base.compute_dtype)
-        else:
-            layer = object.__new__(type(base))
-            vars(layer).update(vars(base))
-            layer.weight = Tensor(wanted)
-            if hasattr(base, "bias"):
-                layer.bias = bias
-            layer.merge_error = 0.0
-            return layer
-        difference = layer.dense() - wanted
-        layer.merge_error = math.sqrt(
-            float((difference * difference).sum()) / max(float((wanted * wanted).sum()), 1e-30)
-        )
-        return layer
+        return with_weight(self.base_layer, self.merged(names), self._merged_bias(names))
 
     def _merged_bias(self, names):
         bias = self.bias
@@ -306,6 +288,25 @@ class LoRALayer(Module):
                 extra = bypass.lora_B.bias.data * bypass.scaling
                 bias = Tensor(extra if bias is None else bias.data + extra)
         return bias
+
+
+def with_weight(base, wanted, bias):
+    """A frozen layer of the base's kind, rounded as the base was, with another weight and bias; it knows its `merge_error`."""
+    old = base.weight
+    if isinstance(old, QuantizedTensor):
+        layer = Linear4bit(quantize_like(wanted, old), bias, base.compute_dtype)
+    elif isinstance(old, BFloat16Array):
+        layer = Linear16bit(BFloat16Array.of(wanted), bias, base.compute_dtype)
+    else:
+        layer = object.__new__(type(base))
+        vars(layer).update(vars(base))
+        layer.weight = Tensor(wanted)
+        if hasattr(base, "bias"):
+            layer.bias = bias
+    difference = layer.dense() - wanted
+    size = max(float((wanted * wanted).sum()), 1e-30)
+    layer.merge_error = math.sqrt(float((difference * difference).sum()) / size)
+    return layer
 
 
 class LoRALinear(LoRALayer):
@@ -349,5 +350,6 @@ def lora_layer(base, *args, **kwargs):
 
 
 # fmt: off
-__all__ = ["Bypass", "LoRALayer", "LoRALinear", "LoRAEmbedding", "LoRAConv", "ADAPTABLE", "LINEAR", "INITS", "bypass_for", "lora_layer"]
+__all__ = ["Bypass", "LoRALayer", "LoRALinear", "LoRAEmbedding", "LoRAConv", "ADAPTABLE", "LINEAR", "INITS", "bypass_for", "lora_layer",
+           "with_weight"]
 # fmt: on

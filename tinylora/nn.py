@@ -123,7 +123,13 @@ class Module:
         """The sub-module (or attribute) at a dotted path; "" is this module."""
         here = self
         for name in path.split(".") if path else []:
-            here = here[int(name)] if isinstance(here, list) else here[name] if isinstance(here, dict) else getattr(here, name)
+            here = (
+                here[int(name)]
+                if isinstance(here, list)
+                else here[name]
+                if isinstance(here, dict)
+                else getattr(here, name)
+            )
         return here
 
     def train(self, mode=True):

@@ -1,6 +1,7 @@
 """nf4, count, experiments: the commands that recompute what the papers say."""
 
 import sys
+from pathlib import Path
 
 from .options import FORMAT, can_draw, positive
 
@@ -83,6 +84,9 @@ def experiments_parser(commands):
     p.add_argument("names", nargs="*", metavar="NAME", help="which (all)")
     p.add_argument("--list", action="store_true", help="only list the names")
     p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run each (0 1 2)")
+    p.add_argument(
+        "--out", default=None, metavar="FOLDER", help="also write the table as README.md, with a figure for each claim"
+    )
     p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
@@ -103,4 +107,10 @@ def _experiments(args):
             bar.set_postfix_str(f"{name}, seed {seed}")
             bar.update()
 
-        print(experiments.describe(experiments.run(names, args.seeds, tell)))
+        results = experiments.run(names, args.seeds, tell)
+    print(experiments.describe(results))
+    if args.out and can_draw():
+        from .. import figures
+
+        figures.claims(results, args.out)
+        print(f"the page: {Path(args.out) / 'README.md'}")

@@ -52,4 +52,9 @@ def describe(results, widths=(38, 24, 44, 40)):
     return registry.table(EXPERIMENTS, results, widths)
 
 
-__all__ = ["EXPERIMENTS", "Experiment", "describe", "run"]
+def row(name, found):
+    """(claim, the paper's number, what was measured, verdict) of one experiment's results, as text."""
+    return registry.row(EXPERIMENTS[name], found)
+
+
+__all__ = ["EXPERIMENTS", "Experiment", "describe", "row", "run"]

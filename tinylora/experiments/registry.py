@@ -67,18 +67,21 @@ def table(registry, results, widths=(38, 24, 44, 40)):
     if unknown:
         raise ValueError(f"experiments: there is no {unknown[0]!r}; they are {', '.join(registry)}")
     rows = [("claim", "paper", "measured: mean [range over seeds]", "verdict")]
-    for name, found in results.items():
-        e = registry[name]
-        measured = "; ".join(f"{label} {spread(values(found, key))}" for label, key in e.measured)
-        rows.append((f"{e.claim} ({e.source})", e.paper or "no number", measured, e.verdict(found)))
+    rows += [row(registry[name], found) for name, found in results.items()]
     lines = []
-    for i, row in enumerate(rows):
-        cells = [textwrap.wrap(cell, width) for cell, width in zip(row, widths, strict=True)]
+    for i, texts in enumerate(rows):
+        cells = [textwrap.wrap(cell, width) for cell, width in zip(texts, widths, strict=True)]
         for k in range(max(map(len, cells))):
             parts = (cell[k] if k < len(cell) else "" for cell in cells)
             lines.append("  ".join(p.ljust(w) for p, w in zip(parts, widths, strict=True)).rstrip())
         lines.append("  ".join(("=" if i == 0 else "-") * w for w in widths))
     return "\n".join(lines)
+
+
+def row(e, found):
+    """(claim with its source, the paper's number, what was measured, verdict) of one experiment's results, as text."""
+    measured = "; ".join(f"{label} {spread(values(found, key))}" for label, key in e.measured)
+    return f"{e.claim} ({e.source})", e.paper or "no number", measured, e.verdict(found)
 
 
 def spread(x):

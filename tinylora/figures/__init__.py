@@ -9,6 +9,7 @@
     training    full fine-tuning, LoRA and QLoRA
     rank        which rank is enough, on planted updates and on the embedded model
     directions  shared subspaces, amplification, intrinsic dimension
+    claims      the page of all experiments
     dynamics    the first step, invariances, learning rates, merging
 
 The functions return a figure, which shows itself in a notebook; `save(figure, path)` writes it as SVG, whole or not at all.
@@ -16,11 +17,12 @@ The functions return a figure, which shows itself in a notebook; `save(figure, p
 
 from .bits import bits_against_error
 from .blocks import block_maximum, price_and_gain
-from .directions import amplification, intrinsic_dimension, similarity_maps, two_seeds
+from .claims import claims
+from .directions import amplification, intrinsic_dimension, similarity_maps, top_of_delta_in_w, two_seeds
 from .dynamics import alpha_and_rate, first_step, invariance, learning_rates, merge_ulps
 from .nf4 import nf4_on_the_normal
 from .optimum import nf4_optimal_for
-from .rank import low_data, rank_one_to_d, rank_sweep, rank_table
+from .rank import low_data, rank_one_to_d, rank_sweep, rank_table, weight_types
 from .style import canvas, require_matplotlib, save
 from .successors import af4_against_blocksize, code_values
 from .training import comparison
@@ -33,6 +35,7 @@ __all__ = [
     "bits_against_error",
     "block_maximum",
     "canvas",
+    "claims",
     "code_values",
     "comparison",
     "first_step",
@@ -51,5 +54,7 @@ __all__ = [
     "save",
     "similarity_maps",
     "survey",
+    "top_of_delta_in_w",
     "two_seeds",
+    "weight_types",
 ]

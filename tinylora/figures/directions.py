@@ -77,6 +77,27 @@ def two_seeds(results=None):
     return figure
 
 
+def top_of_delta_in_w(results=None):
+    """φ(ΔW's top 4, W₀'s top 10 %) by where ΔW was planted, beside chance and the paper's 0.2 (LoRA's Figure 8, H.3)."""
+    results = results or [directions.top_of_delta_in_w(seed=seed) for seed in SEEDS]
+    figure, ax = canvas(6.4, 2.8)
+    places = {"weak": "weak directions of W₀", "random": "random directions", "top": "W₀'s top two directions"}
+    y, chance = np.arange(len(places))[::-1], results[0]["chance"]
+    for at, place in zip(y, places, strict=True):
+        found = registry.values(results, place)
+        ax.barh(at, found.mean(), height=0.55, color="#b8c4d6")
+        ax.plot(found, [at] * len(found), "o", color="0.25", ms=3.5)
+        ax.annotate(f"{found.mean():.3f}", (found.max(), at), (7, -3), color="0.3", **SMALL)
+    ax.axvline(chance, color=COLOURS[2], lw=1.2)
+    ax.annotate(f"chance {chance:.3f}", (chance, 2.7), (4, 0), color=COLOURS[2], **SMALL)
+    ax.axvline(0.2, color="0.45", lw=1.2, ls="--")
+    ax.annotate("the paper's 0.2", (0.2, 2.42), (4, 0), color="0.35", **SMALL)
+    ax.set_yticks(y, [f"ΔW planted in\n{label}" for label in places.values()])
+    ax.set(xlabel="φ(ΔW, W₀, 4, 10 of 96)", xlim=(0, 0.75), ylim=(-0.5, 2.95))
+    ax.set_title(f"0.2 is {0.2 / chance:.1f} times what no relation at all gives", fontsize=10)
+    return figure
+
+
 def amplification(results=None):
     """‖UᵀW₀V‖ by r with U, V of W₀, of two learned ΔW and of random matrices: Table 7 with its random column predicted (lines)."""
     results = [directions.amplification(seed) for seed in SEEDS] if results is None else results

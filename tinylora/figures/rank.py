@@ -125,6 +125,31 @@ def low_data(results=None):
     return figure
 
 
+def weight_types(results=None):
+    """The error left for each placement of 8 ranks (Table 5's columns), by where the change was (experiment `weight_types`)."""
+    results = _results(results, planted.weight_types)
+    titles = {
+        "spread": "changed: q, v, o (rank 2 each)",
+        "one": "changed: v (rank 8)",
+        "everywhere": "changed: all four, fully",
+    }
+    figure, axes = canvas(9, 3.3, ncols=3, sharey=True)
+    choices = results[0]["choices"]
+    y = np.arange(len(choices))[::-1]
+    for ax, (plant, title) in zip(axes, titles.items(), strict=True):
+        found = registry.values(results, plant)
+        mean, best = found.mean(axis=0), int(found.mean(axis=0).argmin())
+        ax.barh(y, mean, height=0.6, color=[COLOURS[2] if i == best else "#b8c4d6" for i in range(len(y))])
+        for row in found:
+            ax.plot(row, y, "o", color="0.25", ms=3)
+        for at, value in zip(y, mean, strict=True):
+            ax.annotate(f"{value:.3f}", (max(found.max(), 0.9), at), (6, -3), color="0.3", **SMALL)
+        ax.set(xlim=(0, 1.2), xlabel="error left, part of the untrained")
+        ax.set_title(f"{title}\nbest: {choices[best]}", fontsize=9.5)
+    axes[0].set_yticks(y, choices)
+    return figure
+
+
 def rank_table(results):
     """Held-out bits per byte against r for each set of target layers, seeds as dots and their means as lines.
 

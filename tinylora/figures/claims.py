@@ -1,0 +1,52 @@
+"""The page of claims: every experiment's table row and figure, as files beside each other."""
+
+from pathlib import Path
+
+from .. import experiments, files
+from . import directions, dynamics, rank
+from .style import save
+
+#: figure file: (what it shows, which experiments' results it takes, how it is drawn from them)
+FIGURES = {
+    "rank_sweep": (("rank_sweep", "full_rank_target"), rank.rank_sweep),
+    "rank_one_to_d": (("table18_shape",), rank.rank_one_to_d),
+    "low_data": (("low_data",), rank.low_data),
+    "weight_types": (("weight_types",), rank.weight_types),
+    "similarity_maps": (("subspace_overlap",), lambda results: directions.similarity_maps()),
+    "two_seeds": (("two_seeds",), directions.two_seeds),
+    "top_of_delta_in_w": (("top_of_delta_in_w",), directions.top_of_delta_in_w),
+    "amplification": (("amplification",), directions.amplification),
+    "intrinsic_dimension": (("intrinsic_dimension",), directions.intrinsic_dimension),
+    "first_step": (("first_step",), dynamics.first_step),
+    "invariance": (("invariance",), lambda results: dynamics.invariance(results[0])),
+    "alpha_and_rate": (("alpha_is_like_lr",), lambda results: dynamics.alpha_and_rate(results[0])),
+    "learning_rates": (("learning_rate_ratio",), dynamics.learning_rates),
+    "merge_ulps": (("merge_restores",), dynamics.merge_ulps),
+}
+
+INTRODUCTION = """# The papers' qualitative claims, on toys
+
+Written by `tinylora experiments --out FOLDER`, seeds {seeds}: the mean over the seeds, and their range in brackets. A toy can refute a
+claim's generality; it cannot confirm what a claim says of language models. What was tuned stands in each experiment's docstring
+(`tinylora/experiments`).
+
+"""
+
+
+def claims(results, folder):
+    """Write README.md (one section an experiment: claim, paper, measured, verdict, figure) and the figures to a folder."""
+    folder, seeds = Path(folder), len(next(iter(results.values())))
+    pictures = {}
+    for name, (needed, draw) in FIGURES.items():
+        if all(n in results for n in needed):
+            save(draw(*(results[n] for n in needed)), folder / f"{name}.svg")
+            pictures |= dict.fromkeys(needed, name)
+    text = INTRODUCTION.format(seeds=", ".join(map(str, range(seeds))))
+    for name, found in results.items():
+        e = experiments.EXPERIMENTS[name]
+        claim, paper, measured, verdict = experiments.row(name, found)
+        word, _, why = verdict.partition(":")
+        text += f"## {e.title}\n\n{claim}\n\n* paper: {paper}\n* measured: {measured}\n* verdict: **{word}**:{why}\n\n"
+        if name in pictures:
+            text += f"![{e.title}]({pictures[name]}.svg)\n\n"
+    files.write_text(folder / "README.md", text.rstrip() + "\n")

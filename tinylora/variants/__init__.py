@@ -1,0 +1,40 @@
+"""Descendants of LoRA, each a few lines on the layer of `lora`.
+
+They change one thing each: how the factors are trained, where they start, or what stands between x and h.
+
+    a rule of training     LoRA+      η_B = λ η_A                                            lora_plus_groups
+                           LoRA-FA    A frozen; B̄ ← B̄ (A Aᵀ)⁻¹/s²                           freeze_A, correct_gradients
+    a start                PiSSA      s B A = the best rank r of W, the base keeps the rest  pissa
+                           LoftQ      Q + s B A ≈ W with Q in 4 bits                         loftq
+                           LoRA-GA    A, B = singular vectors of the gradient                lora_ga
+    another bypass         VeRA       Λ_b B Λ_d A x, with A and B random, frozen, shared     VeRALinear, add_vera
+                           AdaLoRA    s P Λ Q x, with a budget of singular values            AdaLoRALinear, RankAllocator
+                           QA-LoRA    s B A (sums of x over groups), merges into integers    QALoRALinear
+                           IR-QLoRA   entropy-maximizing offsets; a bypass with short cuts   information_calibration, IECLinear
+
+(rsLoRA and DoRA are options of LoRALinear.) `starts` holds the first two kinds, which leave the layer as it is, `bypasses`
+VeRA, AdaLoRA and IR-QLoRA's bypass, `integers` the two that choose the quantization along with the adapter.
+
+Each docstring says in which text its equation was read: the paper, the authors' released code, or PEFT 0.21.2, and where
+these disagree. Left out: everything around the equation (which layers, which data, learning rates), fast randomized
+SVDs (these are exact, on the host, in float64), and PEFT's files for these methods.
+"""
+
+from .bypasses import AdaLoRALinear, Beside, IECLinear, RankAllocator, VeRALinear, add_adalora, add_vera, orthogonality
+from .integers import Calibrated, IntegerLinear, QALoRALinear, block_entropy, information_calibration
+from .starts import correct_gradients, freeze_A, loftq, lora_ga, lora_plus_groups, pissa
+
+
+def merge(model):
+    """Replace every VeRALinear, AdaLoRALinear, IECLinear and QALoRALinear by its merged layer, in place; returns the model."""
+    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, (Beside, QALoRALinear))]
+    for path, layer in found:
+        model.replace(path, layer.merge())
+    return model
+
+
+# fmt: off
+__all__ = ["lora_plus_groups", "freeze_A", "correct_gradients", "pissa", "loftq", "lora_ga", "merge", "Beside", "VeRALinear", "add_vera",
+           "AdaLoRALinear", "add_adalora", "orthogonality", "RankAllocator", "IECLinear", "IntegerLinear", "QALoRALinear",
+           "block_entropy", "Calibrated", "information_calibration"]
+# fmt: on
