@@ -26,7 +26,7 @@ def folder(tmp_path):
 def switch(folder, *more):
     texts = [str(folder / "one.txt"), str(folder / "two.txt")]
     command = ["switch", "--model", str(folder / "model"), "--texts", *texts, "--out", str(folder / "out")]
-    return main([*command, *QUICK, "-r", "2", "--max-new-tokens", "5", "--prompt", "spam", *more])
+    return main([*command, *QUICK, "-r", "2", "--max-new-tokens", "5", *more])
 
 
 def test_switch_prints_scores_pieces_and_the_price_of_each_way(folder, capsys, monkeypatch):
@@ -43,7 +43,7 @@ def test_switch_prints_scores_pieces_and_the_price_of_each_way(folder, capsys, m
     error = float(re.search(r"largest difference (\S+)$", printed, re.M)[1])
     assert error < 1e-4
     monkeypatch.setattr("tinylora.finetune.fit", None)  # the adapters are there: only the switching is done again
-    assert switch(folder) == 0
+    assert switch(folder, "--prompts", "x", "y") == 0
     pieces = re.findall(r"^--- (\w+)", capsys.readouterr().out, re.M)
     assert pieces == ["one", "two", "one", "two"]
 

@@ -22,8 +22,8 @@ from .nn import stored_array
 from .train import bits_per_byte
 
 JOB = Job(r=8, alpha=16)
-RECIPE = replace(LORA_RECIPE, steps=100)
-PROMPTS = {"jargon": "hacker\n  n. ", "source": "    def forward(self, x):\n"}
+RECIPE = replace(LORA_RECIPE, steps=150)
+PROMPTS = {"jargon": "\nhacker\n  n. ", "source": "\ndef forward(x):\n    "}
 
 
 @dataclass
@@ -57,8 +57,11 @@ def train(texts, out, job=JOB, recipe=RECIPE, progress=True):
     }
 
 
-def demonstrate(texts, folders, job=JOB, recipe=RECIPE, prompt=None, tokens=120, pieces=4, temperature=0.6, seed=0):
-    """Switching: generate `pieces` pieces of text, each under the next adapter, and measure."""
+def demonstrate(texts, folders, job=JOB, recipe=RECIPE, prompts=PROMPTS, tokens=120, pieces=4, temperature=0.6, seed=0):
+    """Switching: generate `pieces` pieces of one text, each under the next adapter and begun with its prompt, and measure.
+
+    prompts   {name: what a piece of that adapter begins with}; without one, the first words of the adapter's held-out text
+    """
     names = list(texts)
     model = prepare(job, recipe.seed)
     adapters.detach(model)  # the fresh one: what is left is the base as the adapters knew it
@@ -74,13 +77,14 @@ def demonstrate(texts, folders, job=JOB, recipe=RECIPE, prompt=None, tokens=120,
         for text in names:
             scores[who, text] = bits_per_byte(model, heldout[text], recipe.seq_len, shards=recipe.shards)
 
-    ids, written = list(model.tokenizer.encode(prompt or PROMPTS.get(names[0], "\n"))), []
+    ids, written = [], []
     for i in range(pieces):
         name = names[i % len(names)]
+        begin = list(model.tokenizer.encode(prompts[name]) if name in prompts else heldout[name].windows(24)[0][0])
         adapters.set_adapter(
             model, name
         )  # keys and values of the context are computed anew: they were another adapter's
-        new = list(model.stream(ids, tokens, temperature, seed=[seed, i]))
+        new = begin + list(model.stream(ids + begin, tokens, temperature, seed=[seed, i]))
         written.append((name, model.tokenizer.decode(new)))
         ids += new
 
@@ -179,7 +183,7 @@ def describe(s, names):
         lines.append(f"{who:<12}" + "".join(f"{s.scores[who, n]:>{max(width, 10)}.4f}" for n in names))
     lines += ["", "one base, the adapter swapped after each piece"]
     for name, text in s.pieces:
-        lines += [f"--- {name}", *("    " + line for line in text.splitlines())]
+        lines += [f"--- {name}", *("    " + line for line in text.strip("\n").splitlines())]
     lines += ["", f"{'a switch':<32}{'bytes moved':>14}{'milliseconds':>14}"]
     for way, (n, seconds) in s.moved.items():
         lines.append(f"{way:<32}{n:>14,}{'' if seconds is None else f'{1000 * seconds:.2f}':>14}")

@@ -231,7 +231,7 @@ def switch_parser(commands):
         "other in turn. Printed beside it: which adapter predicts which text, the bytes and the time that each way of switching\n"
         "takes, and a batch whose rows go through different adapters. The base's bits are checked in the end.",
         "examples:\n"
-        "  tinylora switch                              the Jargon File and tinylora's own source, about two minutes on two cores\n"
+        "  tinylora switch                              the Jargon File and tinylora's own source, about three minutes on two cores\n"
         "  tinylora switch --texts mine.txt yours.txt   your own\n\n"
         "The adapters stay in the folder: the same command again only switches.",
     )
@@ -250,7 +250,9 @@ def switch_parser(commands):
     )
     p.add_argument("-r", type=positive, default=JOB.r, help=f"rank of both adapters ({JOB.r})")
     p.add_argument("--alpha", type=float, default=JOB.alpha, help=f"({JOB.alpha})")
-    p.add_argument("--prompt", default=None, help="where the text begins")
+    p.add_argument(
+        "--prompts", nargs=2, default=None, metavar="TEXT", help="what the pieces of each adapter begin with"
+    )
     p.add_argument("--pieces", type=positive, default=4, help="pieces of text, each under the next adapter (4)")
     p.add_argument("--max-new-tokens", type=positive, default=160, help="tokens a piece (160)")
     p.add_argument("--out", default="tinylora-switch", help="folder for the adapters (tinylora-switch)")
@@ -258,7 +260,7 @@ def switch_parser(commands):
 
 
 def _switch(args):
-    from ..switching import JOB, RECIPE, demonstrate, describe, own_source, train
+    from ..switching import JOB, PROMPTS, RECIPE, demonstrate, describe, own_source, train
 
     if args.texts:
         texts = {Path(t).stem: Path(t) for t in args.texts}
@@ -268,6 +270,7 @@ def _switch(args):
         texts = {"jargon": None, "source": own_source(args.out)}
     job = replace(JOB, model=args.model, method=args.method, r=args.r, alpha=args.alpha, device=args.device)
     plan = recipe(args, RECIPE)
+    prompts = dict(zip(texts, args.prompts, strict=True)) if args.prompts else {} if args.texts else PROMPTS
     folders = train(texts, args.out, job, plan)
-    shown = demonstrate(texts, folders, job, plan, args.prompt, args.max_new_tokens, args.pieces, seed=args.seed)
+    shown = demonstrate(texts, folders, job, plan, prompts, args.max_new_tokens, args.pieces, seed=args.seed)
     print(describe(shown, list(texts)))
