@@ -55,6 +55,7 @@ def test_the_rank_sweep_to_d_is_a_u_with_few_examples_and_falls_with_many():
     scarce, ample = get(results, "scarce"), get(results, "ample")
     assert set(scarce.argmin(axis=1)) <= {1, 2}  # r = 8 or 16
     assert (get(results, "rise_scarce") > 1.4).all() and (get(results, "rise_scarce") < 1.8).all()
+    assert (np.abs(get(results, "whole_scarce") - 1.03) < 0.01).all()
     assert (ample.argmin(axis=1) == 4).all()
     assert word(planted.table18_shape, results) == "holds"
 
@@ -157,6 +158,8 @@ def test_the_first_step_follows_the_predicted_power_of_r():
     r = np.array(dynamics.RANKS, float)
     for key, power in (("sgd_r", -1), ("sgd_rs", 0), ("adam_r", 0), ("adam_rs", 0.5)):
         assert np.allclose(get(results, key), r**power, rtol=0.15), key
+    for key, power in (("sgd_r", -1.5), ("sgd_rs", -0.5), ("adam_r", -0.5), ("adam_rs", 0)):  # while r is much less than d
+        assert np.allclose(get(results, f"{key}_size")[:, :3], r[:3] ** power, rtol=0.15), key
     assert word(dynamics.first_step, results) == "holds in part"
 
 

@@ -37,13 +37,14 @@ ULPS = (
 
 # ------------------------------------------------------------------------------------------------------------- the first step
 def first_step(seed=0, ranks=RANKS, d=256, n=512):
-    """How far the first step goes down: ⟨−ΔW₁, G⟩ against r, G = ∂L/∂W (rsLoRA's claim that α/r slows large ranks).
+    """The first step against r: its gain ⟨−ΔW₁, G⟩, G = ∂L/∂W, and its size ‖ΔW₁‖_F (rsLoRA's claim that α/r slows large ranks).
 
     A linear layer of width 256 and n = 512 examples with a Gaussian ΔW; one step of each optimizer at a fixed rate and
     α, divided by the value at r = 1. At the first step only B moves: ΔW₁ = s B₁ A. SGD has B₁ = −η s G Aᵀ, so ⟨−ΔW₁, G⟩ =
     η s² ‖G Aᵀ‖² ∝ s² r: 1/r with α/r, constant with α/√r. Adam has B₁ = −η sign(G Aᵀ), so ⟨−ΔW₁, G⟩ = η s Σ|G Aᵀ| ∝ s r:
-    constant with α/r, √r with α/√r. So for the first step rsLoRA's scale is the right one under SGD, and the paper's α/r
-    under Adam. The gain at r = 1 varies with A's single row, hence the mean over 8 draws of A.
+    constant with α/r, √r with α/√r. The size goes another way, for r ≪ d: ‖ΔW₁‖ ∝ s² √r under SGD and s √r under Adam, which
+    α/√r keeps constant. So which scale is "right" for Adam depends on what is to stay the same: the gain (α/r) or the size of
+    the change (α/√r). The value at r = 1 varies with A's single row, hence the mean over 8 draws of A.
     """
     task = Planted("full", d=d, n=n, seed=seed)
     trainable = linear(task.w0, trainable=True)
@@ -64,19 +65,24 @@ def first_step(seed=0, ranks=RANKS, d=256, n=512):
                         b.data -= 0.1 * b.grad
                     else:
                         optim.AdamW([b], lr=1e-3).step()
-                    gains.append(-float((layer.delta() * gradient).sum()))
-                found.append(float(np.mean(gains)))
-            out[f"{rule}_{'rs' if scale else 'r'}"] = [g / found[0] for g in found]
+                    delta = layer.delta()
+                    gains.append((-float((delta * gradient).sum()), float(np.linalg.norm(delta))))
+                found.append(np.mean(gains, axis=0))
+            name = f"{rule}_{'rs' if scale else 'r'}"
+            out[name], out[f"{name}_size"] = ([float(x) for x in column / column[0]] for column in np.transpose(found))
     return out
 
 
 def _first_step_verdict(results):
-    last = {k: values(results, k)[:, -1] for k in ("sgd_r", "sgd_rs", "adam_r", "adam_rs")}
+    last = {
+        k: values(results, k)[:, -1] for k in ("sgd_r", "sgd_rs", "adam_r", "adam_rs", "adam_rs_size", "adam_r_size")
+    }
     r = results[0]["ranks"][-1]
     return judge(
-        f"the step at r = {r} over that at 1 is, under SGD, {last['sgd_r'].mean():.2g} with α/r and "
+        f"the gain at r = {r} over that at 1 is, under SGD, {last['sgd_r'].mean():.2g} with α/r and "
         f"{last['sgd_rs'].mean():.2f} with α/√r, but under Adam "
-        f"{last['adam_r'].mean():.2f} with α/r and {last['adam_rs'].mean():.1f} with α/√r",
+        f"{last['adam_r'].mean():.2f} with α/r and {last['adam_rs'].mean():.1f} with α/√r, while Adam's change of W is "
+        f"{last['adam_r_size'].mean():.2f} and {last['adam_rs_size'].mean():.2f} times as large",
         last["sgd_r"].max() < 0.1 and (np.abs(last["sgd_rs"] - 1) < 0.2).all(),
         last["adam_r"].max() < 0.1 and (np.abs(last["adam_rs"] - 1) < 0.2).all(),
     )
@@ -178,8 +184,7 @@ def _alpha_verdict(results):
 
 # --------------------------------------------------------------------------------------------------------------- learning rates
 def learning_rate_ratio(seed=0, rates=RATES, width=64):
-    """LoRA wants a larger rate than full fine-tuning: 40 times in LoRA (2e-4 against 5e-6, Tables 11, 12), about 10
-        times in LoRA Without Regret.
+    """LoRA wants a larger rate than full fine-tuning: 40 times in LoRA (2e-4 against 5e-6, Tables 11, 12), about 10 in LoRA Without Regret.
 
     A ReLU network of three 64 × 64 layers is to follow one whose weights were moved by half their size; 80 steps of
     batches of 64 at a constant rate 2^k. Measured: the rate with the least error on unseen inputs, for full fine-tuning
@@ -274,10 +279,14 @@ EXPERIMENTS = {
         "",
         first_step,
         (
-            ("step at r = 1 4 16 64 256 over that at 1; SGD, α/r:", "sgd_r"),
+            ("gain at r = 1 4 16 64 256 over that at 1; SGD, α/r:", "sgd_r"),
             ("SGD, α/√r:", "sgd_rs"),
             ("Adam, α/r:", "adam_r"),
             ("Adam, α/√r:", "adam_rs"),
+            ("size ‖ΔW₁‖; SGD, α/r:", "sgd_r_size"),
+            ("SGD, α/√r:", "sgd_rs_size"),
+            ("Adam, α/r:", "adam_r_size"),
+            ("Adam, α/√r:", "adam_rs_size"),
         ),
         _first_step_verdict,
     ),

@@ -82,7 +82,8 @@ def table18_shape(seed=0, ranks=SHAPE):
     ΔW has the singular values 3/i, i = 1 … 96; noise 0.5; α = 32, batches of 64, and the rate that was best at r = 4
     among 0.001, 0.003, 0.01 and 0.03. Measured: the error above the noise floor, with n = 1,024 examples and with 16,384.
     Expected: a U where data are scarce, because the extra directions fit noise, and a fall where they are not. Both come
-    out; the U is deeper than the paper's, whose loss is 1 % above its least at r = d.
+    out. The paper's 1 % is of the whole loss, whose irreducible part is not known there; here the part above the noise rises
+    1.6 times, which is 3 % of the whole.
     """
     out = {"ranks": list(ranks)}
     for label, n in (("scarce", 1024), ("ample", 16384)):
@@ -98,6 +99,7 @@ def table18_shape(seed=0, ranks=SHAPE):
         out[label] = found
         out[f"best_{label}"] = float(ranks[int(np.argmin(found))])
         out[f"rise_{label}"] = found[-1] / min(found)
+        out[f"whole_{label}"] = (found[-1] + task.noise**2) / (min(found) + task.noise**2)
     return out
 
 

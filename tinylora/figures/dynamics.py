@@ -41,7 +41,7 @@ def first_step(results=None):
     ax.set_xticks(ranks, [f"{r:g}" for r in ranks])
     ax.set_yticks([0.004, 0.02, 0.1, 1, 4, 16], ["0.004", "0.02", "0.1", "1", "4", "16"])
     ax.minorticks_off()
-    ax.set_title("Flat in r: α/√r under SGD, α/r under Adam (lines: theory; marks: 3 seeds)", fontsize=10)
+    ax.set_title("The gain is flat in r with α/√r under SGD, with α/r under Adam (lines: theory)", fontsize=10)
     return figure
 
 
