@@ -390,7 +390,7 @@ def findings():
         f"603.8M (q, k, v, o, r = 64) is {four:.2f}M: twice the 301.9M above it, which is itself truncated.",
         f"18.8M is {_qv(GPT3, 4) / 1e6:.3f}M truncated, as are 301.9M, PrefixEmbed's 0.4M "
         f"({prefix_embedding(d, 32, 8) / 1e6:.3f}M), LoRA+PE's 37.8M ({(_qv(GPT3, 8) + prefix_embedding(d, 8, 4)) / 1e6:.3f}M) "
-        "and table 5's 18M; other rows round.",
+        "and table 5's 18M; the other rows agree with rounding.",
         f"D.4 says that r_q = r_k = r_v = r_o = 2 is 37.7M; it is {_qv(GPT3, 2, 4) / 1e6:.2f}M, and table 15 has r = 4 for it.",
         f"BitFit, GPT-3: the biases of such a block are 11 d, {bitfit(L, d) / 1e6:.2f}M in all; 14.2M is 12 d "
         f"({12 * L * d / 1e6:.2f}M).",

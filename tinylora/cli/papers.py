@@ -109,8 +109,8 @@ def _experiments(args):
 
         results = experiments.run(names, args.seeds, tell)
     print(experiments.describe(results))
-    if args.out and can_draw():
+    if args.out:
         from .. import figures
 
-        figures.claims(results, args.out)
+        figures.claims(results, args.out, pictures=can_draw())
         print(f"the page: {Path(args.out) / 'README.md'}")

@@ -11,6 +11,8 @@
     directions  shared subspaces, amplification, intrinsic dimension
     claims      the page of all experiments
     dynamics    the first step, invariances, learning rates, merging
+    descendants starts for a quantized base, allocation, and what else LoRA's descendants claim
+    counting    the paper's printed counts over the recomputed ones
 
 The functions return a figure, which shows itself in a notebook; `save(figure, path)` writes it as SVG, whole or not at all.
 """

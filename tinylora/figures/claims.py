@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .. import experiments, files
-from . import directions, dynamics, rank
+from . import descendants, directions, dynamics, rank
 from .style import save
 
 #: figure file: (what it shows, which experiments' results it takes, how it is drawn from them)
@@ -13,7 +13,7 @@ FIGURES = {
     "low_data": (("low_data",), rank.low_data),
     "weight_types": (("weight_types",), rank.weight_types),
     "similarity_maps": (("subspace_overlap",), lambda results: directions.similarity_maps()),
-    "two_seeds": (("two_seeds",), directions.two_seeds),
+    "two_seeds": (("two_seeds",), lambda results: directions.two_seeds()),
     "top_of_delta_in_w": (("top_of_delta_in_w",), directions.top_of_delta_in_w),
     "amplification": (("amplification",), directions.amplification),
     "intrinsic_dimension": (("intrinsic_dimension",), directions.intrinsic_dimension),
@@ -22,6 +22,13 @@ FIGURES = {
     "alpha_and_rate": (("alpha_is_like_lr",), lambda results: dynamics.alpha_and_rate(results[0])),
     "learning_rates": (("learning_rate_ratio",), dynamics.learning_rates),
     "merge_ulps": (("merge_restores",), dynamics.merge_ulps),
+    "quantization_starts": (("quantized_starts",), descendants.quantization_starts),
+    "aligned_first_step": (("aligned_first_step",), descendants.aligned_first_step),
+    "rate_ratio": (("lora_plus_ratio",), descendants.rate_ratio),
+    "rank_allocation": (("adalora_allocation",), descendants.rank_allocation),
+    "magnitude_and_direction": (("magnitude_and_direction",), descendants.magnitude_and_direction),
+    "entropy_and_error": (("calibrated_entropy",), descendants.entropy_and_error),
+    "learning_and_forgetting": (("learns_less_forgets_less",), descendants.learning_and_forgetting),
 }
 
 INTRODUCTION = """# The papers' qualitative claims, on toys
@@ -33,20 +40,20 @@ claim's generality; it cannot confirm what a claim says of language models. What
 """
 
 
-def claims(results, folder):
+def claims(results, folder, pictures=True):
     """Write README.md (one section an experiment: claim, paper, measured, verdict, figure) and the figures to a folder."""
     folder, seeds = Path(folder), len(next(iter(results.values())))
-    pictures = {}
+    drawn = {}
     for name, (needed, draw) in FIGURES.items():
-        if all(n in results for n in needed):
+        if pictures and all(n in results for n in needed):
             save(draw(*(results[n] for n in needed)), folder / f"{name}.svg")
-            pictures |= dict.fromkeys(needed, name)
+            drawn |= dict.fromkeys(needed, name)
     text = INTRODUCTION.format(seeds=", ".join(map(str, range(seeds))))
     for name, found in results.items():
         e = experiments.EXPERIMENTS[name]
         claim, paper, measured, verdict = experiments.row(name, found)
         word, _, why = verdict.partition(":")
         text += f"## {e.title}\n\n{claim}\n\n* paper: {paper}\n* measured: {measured}\n* verdict: **{word}**:{why}\n\n"
-        if name in pictures:
-            text += f"![{e.title}]({pictures[name]}.svg)\n\n"
+        if name in drawn:
+            text += f"![{e.title}]({drawn[name]}.svg)\n\n"
     files.write_text(folder / "README.md", text.rstrip() + "\n")
