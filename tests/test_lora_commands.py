@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -132,6 +133,27 @@ def test_experiments_by_name(capsys):
     assert "holds" in capsys.readouterr().out
     assert main(["experiments", "nothing"]) == 2
     assert "there is no 'nothing'" in capsys.readouterr().err
+
+
+def test_the_page_of_claims_has_a_section_and_a_figure_for_each(tmp_path, capsys):
+    assert main(["experiments", "invariance", "two_seeds", "vera_counts", "--seeds", "0", "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert page.count("\n## ") == 3 and page.count("* verdict: **") == 3
+    assert re.findall(r"!\[.*\]\((.*)\)", page) == ["invariance.svg", "two_seeds.svg"]
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("invariance.svg", "two_seeds.svg"))
+
+
+def test_every_claim_of_the_paper_has_a_figure_and_the_committed_page_has_them_all():
+    from tinylora import experiments
+    from tinylora.figures.claims import FIGURES
+
+    drawn = {name for needed, _ in FIGURES.values() for name in needed}
+    assert set(experiments.EXPERIMENTS) - drawn == {"vera_counts", "lora_plus_start"}  # a count, and an equality
+    folder = Path(__file__).parent.parent / "figures" / "claims"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert {f"{name}.svg" for name in FIGURES} == {p.name for p in folder.glob("*.svg")}
+    for name, e in experiments.EXPERIMENTS.items():
+        assert f"## {e.title}\n" in page, name
 
 
 def test_finetune_takes_rslora_and_dora(folder, capsys):

@@ -13,6 +13,7 @@
     dynamics    the first step, invariances, learning rates, merging
     descendants starts for a quantized base, allocation, and what else LoRA's descendants claim
     counting    the paper's printed counts over the recomputed ones
+    tape        bytes and multiply-adds of a step, with LoRA and without
 
 The functions return a figure, which shows itself in a notebook; `save(figure, path)` writes it as SVG, whole or not at all.
 """
