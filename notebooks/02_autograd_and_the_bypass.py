@@ -427,7 +427,7 @@ assert [f"{trained[n] / trained['full']:.1%}" for n in ways] == ["100.0%", "6.7%
 # %% [markdown]
 # With a bypass everywhere the tape is 99.5 % of full fine-tuning's, and the gradients and moments 6.7 %. Leaving layers without
 # a bypass brings the tape down to 77 %. So LoRA saves what goes with the *weights*; against what goes with the *tokens*,
-# checkpointing helps (`tl.checkpoint`, notebook 12).
+# checkpointing helps (`tl.checkpoint`).
 #
 # ## 8. Why isn't LoRA faster?
 #
