@@ -158,7 +158,12 @@ def test_the_first_step_follows_the_predicted_power_of_r():
     r = np.array(dynamics.RANKS, float)
     for key, power in (("sgd_r", -1), ("sgd_rs", 0), ("adam_r", 0), ("adam_rs", 0.5)):
         assert np.allclose(get(results, key), r**power, rtol=0.15), key
-    for key, power in (("sgd_r", -1.5), ("sgd_rs", -0.5), ("adam_r", -0.5), ("adam_rs", 0)):  # while r is much less than d
+    for key, power in (
+        ("sgd_r", -1.5),
+        ("sgd_rs", -0.5),
+        ("adam_r", -0.5),
+        ("adam_rs", 0),
+    ):  # while r is much less than d
         assert np.allclose(get(results, f"{key}_size")[:, :3], r[:3] ** power, rtol=0.15), key
     assert word(dynamics.first_step, results) == "holds in part"
 

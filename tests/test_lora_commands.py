@@ -54,7 +54,7 @@ def test_two_adapters_predict_their_own_texts_best(folder):
     job = switching.replace(switching.JOB, model=str(folder / "model"), r=2)
     recipe = switching.replace(switching.RECIPE, batch_size=4, seq_len=32, steps=40, lr=1e-2)
     folders = switching.train(texts, folder / "out", job, recipe, progress=False)
-    shown = switching.demonstrate(texts, folders, job, recipe, tokens=2, pieces=1)
+    shown = switching.demonstrate(texts, folders, job, recipe, tokens=2, pieces=1, progress=False)
     for mine, other in (("one", "two"), ("two", "one")):
         assert shown.scores[mine, mine] < min(shown.scores[other, mine], shown.scores["base", mine])
 
@@ -62,6 +62,18 @@ def test_two_adapters_predict_their_own_texts_best(folder):
 def test_a_base_that_changed_while_switching_is_said(folder, monkeypatch):
     monkeypatch.setattr(switching, "_restored", lambda model: model.model.norm.weight.data.__imul__(2) is None)
     assert switch(folder) == 2
+
+
+def test_the_fingerprint_sees_every_part_of_a_4_bit_weight():
+    import tinylora as tl
+
+    m = tl.quantize_linears(tiny.model())
+    seen = {switching.fingerprint(m)}
+    q = m.model.layers[0].mlp.up_proj.weight
+    for array in (q.packed, q.absmax_codes, m.model.norm.weight.data):
+        array.reshape(-1)[0] += 1
+        seen.add(switching.fingerprint(m))
+    assert len(seen) == 4
 
 
 def test_switch_wants_two_names(folder, capsys):

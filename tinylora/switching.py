@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from . import adapters, files
+from .backend import move
 from .finetune import LORA_RECIPE, Job, corpus, finetune, prepare
 from .interop import peft
-from .nn import stored_array
+from .tensor import Tensor
 from .train import bits_per_byte
 
 JOB = Job(r=8, alpha=16)
@@ -57,7 +58,18 @@ def train(texts, out, job=JOB, recipe=RECIPE, progress=True):
     }
 
 
-def demonstrate(texts, folders, job=JOB, recipe=RECIPE, prompts=PROMPTS, tokens=120, pieces=4, temperature=0.6, seed=0):
+def demonstrate(
+    texts,
+    folders,
+    job=JOB,
+    recipe=RECIPE,
+    prompts=PROMPTS,
+    tokens=120,
+    pieces=4,
+    temperature=0.6,
+    seed=0,
+    progress=True,
+):
     """Switching: generate `pieces` pieces of one text, each under the next adapter and begun with its prompt, and measure.
 
     prompts   {name: what a piece of that adapter begins with}; without one, the first words of the adapter's held-out text
@@ -75,15 +87,15 @@ def demonstrate(texts, folders, job=JOB, recipe=RECIPE, prompts=PROMPTS, tokens=
     for who in ("base", *names):
         adapters.set_adapter(model, () if who == "base" else who)
         for text in names:
-            scores[who, text] = bits_per_byte(model, heldout[text], recipe.seq_len, shards=recipe.shards)
+            scores[who, text] = bits_per_byte(
+                model, heldout[text], recipe.seq_len, shards=recipe.shards, progress=progress
+            )
 
     ids, written = [], []
     for i in range(pieces):
         name = names[i % len(names)]
         begin = list(model.tokenizer.encode(prompts[name]) if name in prompts else heldout[name].windows(24)[0][0])
-        adapters.set_adapter(
-            model, name
-        )  # keys and values of the context are computed anew: they were another adapter's
+        adapters.set_adapter(model, name)  # the context is read again: its keys and values were another adapter's
         new = begin + list(model.stream(ids + begin, tokens, temperature, seed=[seed, i]))
         written.append((name, model.tokenizer.decode(new)))
         ids += new
@@ -100,10 +112,16 @@ def demonstrate(texts, folders, job=JOB, recipe=RECIPE, prompts=PROMPTS, tokens=
 
 
 def fingerprint(model):
-    """A hash of every weight's bits."""
+    """A hash of every weight's bits, block constants included."""
     digest = hashlib.sha256()
+
+    def take(array):
+        digest.update(np.ascontiguousarray(move(array, "cpu")).tobytes())
+        return array
+
     for name, w in model.named_weights():
-        digest.update(name.encode() + np.ascontiguousarray(adapters.move(stored_array(w), "cpu")).tobytes())
+        digest.update(name.encode())
+        take(w.data) if isinstance(w, Tensor) else w.to(take)
     return digest.hexdigest()
 
 
@@ -152,13 +170,13 @@ def _batch(model, names, heldout):
 
     def together():
         with adapters.adapter_rows(model, owners):
-            return adapters.move(model(rows).data, "cpu")
+            return move(model(rows).data, "cpu")
 
     def apart():
         parts = []
         for n in names:
             adapters.set_adapter(model, n)
-            parts.append(adapters.move(model(rows[[o == n for o in owners]]).data, "cpu"))
+            parts.append(move(model(rows[[o == n for o in owners]]).data, "cpu"))
         return np.concatenate(parts)
 
     error = float(np.abs(together() - apart()).max())
