@@ -57,7 +57,7 @@ def test_bad_choices_get_a_sentence_and_change_nothing(options, words):
     assert not adapters.adapters(m) and all(p.requires_grad for p in m.parameters()) and len(m.parameters()) == 20
 
 
-def test_a_second_adapter_is_refused():
+def test_a_second_adapter_of_the_same_name_is_refused():
     m = tl.add_lora(tiny.model(), r=2)
     with pytest.raises(ValueError, match="carries an adapter already"):
         tl.add_lora(m, r=2)
@@ -331,7 +331,7 @@ def test_a_further_adapter_waits_frozen_until_it_is_set():
     for bad, words in (("d", "no adapter called 'd'; it carries a, b"), (["a", "d"], "'d'")):
         with pytest.raises(ValueError, match=words):
             tl.set_adapter(m, bad)
-    for name in ("a.b", "", "__base__", "a:b"):
+    for name in ("a.b", "", "__base__", "a:b", "a/b", 1):
         with pytest.raises(ValueError, match="an adapter cannot be called"):
             tl.add_lora(m, r=2, target_modules=["fc1"], name=name)
 
@@ -569,3 +569,260 @@ def test_several_adapters_are_saved_as_peft_saves_them(tmp_path, rng):
     assert list(adapters.configs(both)) == ["default", "b"] and adapters.active_adapters(both) == ("b",)
     tl.set_adapter(both, "default")
     assert host(both, x).tobytes() == host(m, x).tobytes()
+
+
+# ------------------------------------------------------------------------------------------------------ what belongs to what
+def shaken(m, rng, name):
+    """Adapter `name` active, trained, and random."""
+    tl.set_adapter(m, name)
+    return tiny.randomize_trainable(m, rng)
+
+
+def two(rng, a=None, b=None):
+    """A zoo with the adapters a and b, both random; a is active."""
+    m = tl.add_lora(tiny.zoo(), **{"r": 2, "target_modules": ["fc1"], **(a or {})}, name="a")
+    tl.add_lora(m, **{"r": 2, "target_modules": ["fc1"], **(b or {})}, name="b")
+    shaken(shaken(m, rng, "b"), rng, "a")
+    return m, tiny.ids(rng, 3, 4) % 20
+
+
+@pytest.mark.parametrize("way", ["add", "attach", "unmerge"])
+def test_an_adapter_put_on_a_model_in_eval_mode_does_not_drop(way, rng):
+    m, x = tiny.zoo().eval(), tiny.ids(rng, 3, 4) % 20
+    tl.add_lora(m, r=2, target_modules=["fc1"], dropout=0.5)
+    tiny.randomize_trainable(m, rng)
+    if way == "attach":
+        adapters.attach(m, adapters.detach(m))
+    elif way == "unmerge":
+        adapters.unmerge(adapters.merge(m.train(), keep=True).eval())
+    assert not any(module.training for _, module in m.named_modules())
+    assert host(m, x).tobytes() == host(m, x).tobytes()
+
+
+def test_merging_an_adapter_that_is_not_active_takes_its_own_bias(rng):
+    m, x = two(rng, a={"bias": "lora_only"})
+    wanted = host(m, x)
+    tl.set_adapter(m, "b")
+    np.testing.assert_allclose(host(tl.merge(m, "a"), x), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_merge_that_fails_changes_nothing(rng, monkeypatch):
+    m, x = two(rng, a={"bias": "lora_only"}, b={"target_modules": ["fc2"]})
+    tl.set_adapter(m, "b")
+    before = host(m, x)
+
+    def broken(self, names=None):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(type(m.fc2), "merge", broken)
+    with pytest.raises(MemoryError):
+        tl.merge(m, "a")
+    assert host(m, x).tobytes() == before.tobytes() and adapters.active_adapters(m) == ("b",)
+
+
+def test_contexts_nest(rng):
+    m, x = two(rng)
+    base, a = _base_output(m, x), host(m, x)
+    with tl.adapter_rows(m, ["b"] * 3):
+        b = host(m, x)
+        with tl.disable_adapter(m):
+            assert host(m, x).tobytes() == base.tobytes()
+        with tl.adapter_rows(m, ["a"] * 3):
+            np.testing.assert_allclose(host(m, x), a, rtol=1e-5, atol=1e-6)
+        assert host(m, x).tobytes() == b.tobytes()
+        tl.set_adapter(m, "a")
+        assert host(m, x).tobytes() == a.tobytes()
+    assert host(m, x).tobytes() == a.tobytes()
+
+
+def test_an_adapter_may_be_taken_off_inside_a_context_and_an_error_there_is_the_one_that_is_seen(rng):
+    m, x = two(rng)
+    base = _base_output(m, x)
+    with tl.disable_adapter(m):
+        adapters.delete_adapter(m, "a")
+        assert host(m, x).tobytes() == base.tobytes()
+    assert adapters.active_adapters(m) == ()
+    m, x = two(rng)
+    with pytest.raises(KeyError, match="mine"), tl.disable_adapter(m):
+        adapters.detach(m, "a")
+        raise KeyError("mine")
+
+
+def test_deleting_an_inactive_adapter_activates_nothing(rng):
+    m, _ = two(rng)
+    tl.set_adapter(m, ())
+    adapters.delete_adapter(m, "b")
+    assert adapters.active_adapters(m) == ()
+
+
+def test_adding_deleting_and_unmerging_leave_alone_what_is_trained(rng):
+    m, _ = two(rng)
+    m.fc1.bypasses["a"].lora_A.weight.requires_grad = False  # as LoRA-FA
+    trained = [name for name, _ in m.trainable()]
+    tl.add_lora(m, r=2, target_modules=["fc2"], name="c")
+    assert [name for name, _ in m.trainable()] == trained
+    adapters.delete_adapter(m, "c")
+    assert [name for name, _ in m.trainable()] == trained
+    adapters.unmerge(adapters.merge(m, keep=True))
+    assert [name for name, _ in m.trainable()] == trained
+    tl.set_adapter(m, "a", inference_mode=True)
+    tl.add_lora(m, r=2, target_modules=["fc2"], name="c")
+    assert not m.trainable()
+
+
+def test_a_fresh_dora_starts_from_the_bases_norms_whatever_is_active(rng):
+    m, x = two(rng, a={"modules_to_save": ["fc2"]})
+    tl.add_lora(m, r=2, target_modules=["fc2"], use_dora=True, name="d")
+    base = _base_output(m, x)
+    tl.set_adapter(m, "d")
+    np.testing.assert_allclose(host(m, x), base, rtol=1e-5, atol=1e-5)
+
+
+def test_what_unmerge_needs_is_kept_safe(rng):
+    import fake_cupy
+
+    m, x = two(rng, a={"bias": "all"})
+    before, base = host(m, x), _base_output(m, x)
+    adapters.merge(m, keep=True)
+    tl.add_lora(m, r=2, target_modules=["fc2"], name="x")
+    with pytest.raises(ValueError, match="the merged model carries x; detach or merge that first"):
+        adapters.unmerge(m)
+    with pytest.raises(ValueError, match="of an earlier merge are kept"):
+        adapters.merge(m, keep=True)
+    adapters.detach(m)
+    m.to(fake_cupy)
+    adapters.unmerge(m)
+    np.testing.assert_allclose(host(m, x), before, rtol=1e-5, atol=1e-5)
+    assert _base_output(m.to("cpu"), x).tobytes() == base.tobytes()
+
+
+def test_a_waiting_copy_moves_with_its_gradient(rng):
+    import fake_cupy
+
+    m, x = two(rng, a={"bias": "all"})
+    m(x).sum().backward()
+    tl.set_adapter(m, "b")
+    m.to(fake_cupy)
+    tl.set_adapter(m, "a")
+    m(x).sum().backward()
+    assert all(p.grad is not None for _, p in m.trainable())
+
+
+def test_an_adapter_named_twice_counts_once(rng):
+    m, x = two(rng)
+    a = host(m, x)
+    tl.set_adapter(m, ["a", "a"])
+    assert host(m, x).tobytes() == a.tobytes()
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"init": "pissa"}, "init 'pissa' is unknown"),
+        ({"alpha": "16"}, "alpha = '16', expected a number"),
+        ({"alpha_pattern": {"fc1": None}}, "alpha_pattern = None, expected a number"),
+        ({"rank_pattern": {"(": 3}}, r"the pattern '\(' is no regular expression"),
+        ({"target_modules": "all-linear", "modules_to_save": ["fc1"]}, "is a target and among modules_to_save"),
+    ],
+)
+def test_bad_options_get_a_sentence_before_anything_changes(options, words):
+    m = tiny.zoo()
+    with pytest.raises(ValueError, match=words):
+        tl.add_lora(m, **{"r": 2, "target_modules": ["fc1"], **options})
+    assert not adapters.adapters(m) and len(m.trainable()) == 8
+
+
+def test_a_module_in_few_bits_cannot_be_saved_whole():
+    m = tiny.zoo()
+    m.fc2 = Linear4bit.of(m.fc2, blocksize=32)
+    with pytest.raises(ValueError, match=r"modules_to_save names 'fc2', but fc2\.weight is stored in few bits"):
+        tl.add_lora(m, r=2, target_modules=["fc1"], modules_to_save=["fc2"])
+
+
+def test_all_linear_needs_a_layer_beside_the_head():
+    class Head(tl.nn.Module):
+        def __init__(self):
+            self.lm_head = tl.nn.Linear(4, 4)
+
+    with pytest.raises(ValueError, match="'all-linear' leaves lm_head out"):
+        tl.add_lora(Head(), r=2)
+
+
+def test_combinations_are_checked_layer_by_layer_and_change_nothing(rng):
+    from tinylora.conv import Conv2d
+
+    class Grouped(tl.nn.Module):
+        def __init__(self):
+            self.conv = Conv2d(4, 4, 3, groups=2)
+
+    m = tl.add_lora(Grouped(), r=2, target_modules=["conv"], name="a")
+    with pytest.raises(ValueError, match="conv is a grouped convolution"):
+        tl.add_weighted_adapter(m, ["a", "a"], [1, 1], "n", "cat")
+    assert list(adapters.configs(m)) == ["a"]
+    m, _ = two(
+        rng, a={"target_modules": ["fc1", "fc2"], "rank_pattern": {"fc1": 1}}, b={"target_modules": ["fc1", "fc2"]}
+    )
+    for arguments, words in (
+        ((["a", "b"], [1, 1], "n", "linear"), "'linear' needs equal ranks"),
+        ((["a", "b"], [1, 1], "n", "svd", 0), "svd_rank = 0"),
+        ((["a", "b"], [1, 1], "n", "svd", 2.5), "svd_rank = 2.5"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            tl.add_weighted_adapter(m, *arguments)
+    assert list(adapters.configs(m)) == ["a", "b"]
+
+
+def test_a_layer_whose_start_moved_a_part_of_the_base_is_merged_and_not_taken_off(tmp_path, rng):
+    """The factors of PiSSA mean nothing on W₀: PEFT's own files for it are refused for the same reason."""
+    from tinylora import variants
+
+    m, x = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"]), tiny.ids(rng, 3, 4) % 20
+    variants.pissa(m.fc1)
+    before = host(m, x)
+    for f in (lambda: peft.save_adapter(m, tmp_path), lambda: adapters.detach(m)):
+        with pytest.raises(ValueError, match="fc1 was started by pissa"):
+            f()
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_allclose(host(tl.merge(m), x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_one_of_several_is_saved_as_if_it_were_alone(tmp_path, rng):
+    from tinylora import files
+
+    m, _ = two(rng, b={"target_modules": ["fc2"], "bias": "all"})
+    peft.save_adapter(m, tmp_path, name="b")
+    keys = files.load_safetensors(tmp_path / "adapter_model.safetensors")[0].keys()
+    assert {k for k in keys if "bias" in k} == {f"base_model.model.{p}.bias" for p in ("fc1", "fc2.base_layer", "head")}
+
+
+def test_a_file_without_a_layer_that_its_config_names_is_refused(tmp_path, rng):
+    from tinylora import files
+
+    peft.save_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1", "fc2"]), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {k: v.copy() for k, v in files.load_safetensors(path)[0].items()}
+    files.save_safetensors(path, {k: v for k, v in tensors.items() if "fc2" not in k})
+    with pytest.raises(ValueError, match="the config adapts fc2, and the file has no factors for it"):
+        peft.load_adapter(tiny.zoo(), tmp_path)
+
+
+def test_a_base_weight_that_came_along_must_be_the_models(tmp_path, rng):
+    """PEFT adds the embedding, or the head, where it is adapted."""
+    from tinylora import files
+
+    m = tl.add_lora(tiny.zoo(), r=2, target_modules=["embed", "fc1"])
+    peft.save_adapter(m, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {k: v.copy() for k, v in files.load_safetensors(path)[0].items()}
+    for change, words in ((0, None), (1, "the base weight of embed that came along is not this model's")):
+        files.save_safetensors(
+            path, tensors | {"base_model.model.embed.base_layer.weight": tiny.zoo().embed.weight.data + change}
+        )
+        if words:
+            with pytest.raises(ValueError, match=words):
+                peft.load_adapter(tiny.zoo(), tmp_path)
+        else:
+            peft.load_adapter(tiny.zoo(), tmp_path)
+    files.save_safetensors(path, tensors | {"base_model.model.head.base_layer.weight": tiny.zoo().head.weight.data})
+    with pytest.raises(ValueError, match="a base weight for head, which is not adapted"):
+        peft.load_adapter(tiny.zoo(), tmp_path)

@@ -141,3 +141,16 @@ def test_a_pretrained_start_needs_fewer_dimensions_than_a_random_one():
         print(name, "D = 336, full", full_score, scores, "d90 =", found[name])
     assert full_score > 0.95
     assert found["pretrained"] < found["random"] <= 256
+
+
+def test_threads_that_share_a_model_take_turns(rng):
+    """Data-parallel shards call the subspace from several threads at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    subspace = intrinsic.RandomSubspace(tiny.model(), 5, seed=1)
+    subspace.theta.data = rng.standard_normal((1, 5)).astype(np.float32)
+    rows = [tiny.ids(rng, 1, 9) for _ in range(12)]
+    alone = [subspace(x).data for x in rows]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda x: subspace(x).data, rows))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(alone, together, strict=True))

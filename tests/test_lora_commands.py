@@ -81,7 +81,7 @@ def test_switch_wants_two_names(folder, capsys):
     (folder / "sub" / "one.txt").write_text("x" * 2000)
     texts = [str(folder / "one.txt"), str(folder / "sub" / "one.txt")]
     assert main(["switch", "--model", str(folder / "model"), "--texts", *texts, "--out", str(folder / "out")]) == 2
-    assert "the two texts have the same name" in capsys.readouterr().err
+    assert "which need two names, neither of them 'base'" in capsys.readouterr().err
 
 
 def test_own_source_is_all_of_it(tmp_path):

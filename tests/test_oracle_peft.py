@@ -259,6 +259,43 @@ def test_weighted_adapters_are_pefts(kind, names, rng, tmp_path):
     agree(run(alone, x), run(theirs, x), 1e-4, "the combination, from PEFT's file")
 
 
+@pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["fc1"]}])
+def test_one_of_several_opens_alone_in_peft(options, rng, tmp_path):
+    ours, base, x = pair("zoo")
+    tl.add_lora(ours, r=2, target_modules=["fc1"], name="a")
+    tl.add_lora(ours, r=2, target_modules=["fc2"], name="b", **options)
+    tl.set_adapter(ours, "b")
+    tiny.randomize_trainable(ours, rng)
+    adapter_files.save_adapter(ours, tmp_path, name="b")
+    agree(run(peft.PeftModel.from_pretrained(base, tmp_path), x), run(ours, x), what="b alone, in PEFT")
+
+
+def test_a_gaussian_start_with_lora_bias_opens_in_peft(rng, tmp_path):
+    ours, base, x = pair("zoo")
+    tiny.randomize_trainable(tl.add_lora(ours, r=2, target_modules=["fc1"], init="gaussian", lora_bias=True), rng)
+    adapter_files.save_adapter(ours, tmp_path)
+    agree(run(peft.PeftModel.from_pretrained(base, tmp_path), x), run(ours, x))
+
+
+@pytest.mark.parametrize("target, tied", [("embed_tokens", True), ("embed_tokens", False), ("lm_head", False)])
+def test_an_adapted_embedding_or_head_of_a_transformers_model_opens_here(target, tied, rng, tmp_path):
+    """PEFT then adds the base's own embedding or head to the file; here it is compared with the model's."""
+    transformers = pytest.importorskip("transformers")
+    ours, x = tiny.model(tie_word_embeddings=tied), rng.integers(0, 256, (2, 9))
+    ours.save_pretrained(tmp_path / "base", dtype="float32")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = randomize(
+        peft.get_peft_model(base, peft.LoraConfig(r=2, lora_alpha=7, target_modules=["q_proj", target])), rng
+    )
+    theirs.save_pretrained(tmp_path / "adapter")
+    theirs.eval()
+    with torch.no_grad():
+        wanted = theirs(torch.from_numpy(x)).logits.numpy()
+    agree(run(adapter_files.load_adapter(ours, tmp_path / "adapter"), x), wanted, 1e-4, f"{target}, tied: {tied}")
+    with pytest.raises(ValueError, match="is not this model's"):
+        adapter_files.load_adapter(tiny.model(seed=1, tie_word_embeddings=tied), tmp_path / "adapter")
+
+
 # ------------------------------------------------------------------------------------------------------- where PEFT misleads
 def test_peft_drops_alpha_silently_when_a_config_lacks_it(rng, tmp_path):
     """Its default is 8, whatever the adapter was trained with: the bypass comes out 8/alpha times as large, without a word."""

@@ -178,7 +178,7 @@ def test_the_corrected_gradient_makes_the_update_the_projection_of_G(xp, rng):
 
 def test_freezing_A_needs_a_LoRALinear():
     for f in (variants.freeze_A, variants.correct_gradients):
-        with pytest.raises(ValueError, match="no LoRALinear"):
+        with pytest.raises(ValueError, match="no active LoRALinear"):
             f(tiny.model())
 
 
@@ -542,6 +542,18 @@ def test_a_ratio_of_16_halves_the_error_and_equal_rates_do_not(rng):
     found = outcome("lora_plus_ratio", int(rng.integers(3)))
     assert all(1.3 < found[f"width_{n}_ratio_1"] / found[f"width_{n}_ratio_16"] < 4 for n in (32, 128))
     assert outcome("lora_plus_start", 1)["sign"] > 0.1
+
+
+def test_a_ratio_of_16_leaves_what_16_times_the_alpha_leaves_with_equal_rates():
+    results = [outcome("lora_plus_ratio", seed) for seed in range(3)]
+    mean = {key: np.mean([found[key] for found in results]) for key in results[0]}
+    assert [f"{mean[f'width_{n}_ratio_1']:.3f}" for n in (32, 128)] == ["0.078", "0.061"]
+    for key in ("ratio_16", "alpha_64"):
+        assert [f"{mean[f'width_{n}_{key}']:.3f}" for n in (32, 128)] == ["0.033", "0.034"]
+    for found in results:
+        assert all(abs(found[f"width_{n}_alpha_64"] / found[f"width_{n}_ratio_16"] - 1) < 0.02 for n in (32, 128))
+    sentence = descendants.EXPERIMENTS["lora_plus_ratio"].verdict(results)
+    assert sentence.startswith("holds in part: ") and "16 times the α leaves what λ = 16 does, to" in sentence
 
 
 def test_lora_and_dora_scatter_as_published(rng):

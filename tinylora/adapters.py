@@ -27,6 +27,7 @@ import numpy as np
 from . import backend
 from .backend import array_module, move
 from .lora import ADAPTABLE, INITS, LINEAR, LoRALayer, bypass_for, lora_layer
+from .nn import STORED
 from .tensor import Tensor
 
 BIASES = ("none", "all", "lora_only")
@@ -59,6 +60,21 @@ class LoRAConfig:
     modules_to_save: tuple = ()
 
     def __post_init__(self):
+        for name, value in (("alpha", self.alpha), *(("alpha_pattern", v) for v in self.alpha_pattern.values())):
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+                raise ValueError(f"lora: {name} = {value!r}, expected a number")
+        object.__setattr__(self, "alpha", self.alpha.item() if isinstance(self.alpha, np.generic) else self.alpha)
+        if self.init not in INITS:
+            raise ValueError(f"lora: init {self.init!r} is unknown: expected 'kaiming' or 'gaussian'")
+        if self.target_modules is None:
+            raise ValueError(
+                "lora: target_modules is None; expected 'all-linear', a regular expression, or a list of names"
+            )
+        for key in (*self.rank_pattern, *self.alpha_pattern):
+            try:
+                re.compile(key)
+            except re.error as error:
+                raise ValueError(f"lora: the pattern {key!r} is no regular expression: {error}") from None
         if self.bias not in BIASES:
             raise ValueError(f"lora: bias = {self.bias!r}, expected 'none', 'all' or 'lora_only'")
         if isinstance(self.modules_to_save, str):
@@ -71,7 +87,7 @@ class LoRAConfig:
             "r": _pattern(self.rank_pattern, path, self.r),
             "alpha": _pattern(self.alpha_pattern, path, self.alpha),
             "dropout": self.dropout,
-            "init": self.init if self.init in INITS else "kaiming",
+            "init": self.init,
             "use_rslora": self.use_rslora,
             "use_dora": self.use_dora,
             "lora_bias": self.lora_bias,
@@ -130,7 +146,10 @@ def find_targets(model, target_modules="all-linear"):
     if target_modules == "all-linear":
         if not linear:
             raise ValueError(f"lora: the model has no linear layer; it has {', '.join(names)}")
-        return [p for p in linear if p.rpartition(".")[2] != "lm_head"]
+        found = [p for p in linear if p.rpartition(".")[2] != "lm_head"]
+        if not found:
+            raise ValueError("lora: 'all-linear' leaves lm_head out, and the model has no other linear layer; name it")
+        return found
     if isinstance(target_modules, str):
         try:
             found = [p for p in layers if re.fullmatch(target_modules, p)]
@@ -161,11 +180,11 @@ def _base(layer):
 
 def _layers(model):
     """{path: layer} of all that can be adapted, adapted or not."""
-    found = {}
-    for path, layer in model.named_modules():
-        inside = any(path.startswith(p + ".") for p, wrapper in found.items() if isinstance(wrapper, LoRALayer))
-        if path and not inside and isinstance(layer, (*ADAPTABLE, LoRALayer)):
+    found, inside = {}, None
+    for path, layer in model.named_modules():  # depth first: what is inside a wrapper follows it
+        if path and not (inside and path.startswith(inside)) and isinstance(layer, (*ADAPTABLE, LoRALayer)):
             found[path] = layer
+            inside = path + "." if isinstance(layer, LoRALayer) else None
     return found
 
 
@@ -212,8 +231,8 @@ def _put_on(model, name, config, targets):
         raise ValueError(
             f"lora: the model carries an adapter already that is called {name!r}; give another name, or detach or merge it first"
         )
-    if not name or "." in name or ":" in name or name == BASE:
-        raise ValueError(f"lora: an adapter cannot be called {name!r} (no dots or colons, and not {BASE!r})")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name == BASE:
+        raise ValueError(f"lora: an adapter cannot be called {name!r} (letters, digits, - and _, and not {BASE!r})")
     layers, first = _layers(model), not configs(model)
     whole = _trained_whole(model, config, targets)
     both = [t for t in targets if f"{t}.weight" in whole]
@@ -221,19 +240,21 @@ def _put_on(model, name, config, targets):
         raise ValueError(
             f"lora: {both[0]} is a target and among modules_to_save; it can have a bypass or be trained whole"
         )
-    made = {path: bypass_for(_base(layers[path]))(_base(layers[path]), **config.options(path)) for path in targets}
+    with _active(model, ()):  # the base's own parameters are in place: DoRA starts from its norms
+        made = {path: bypass_for(_base(layers[path]))(_base(layers[path]), **config.options(path)) for path in targets}
     if first:
         model.requires_grad_(False)
     for path, bypass in made.items():
-        if isinstance(layers[path], LoRALayer):
-            layers[path].bypasses[name] = bypass
-        else:
-            model.replace(path, lora_layer(layers[path], name=name, bypass=bypass))
+        wrapper = layers[path]
+        if not isinstance(wrapper, LoRALayer):
+            wrapper = lora_layer(layers[path], name=name, bypass=bypass)
+            wrapper.training, wrapper.active = layers[path].training, ()
+            model.replace(path, wrapper)
+        wrapper.bypasses[name] = bypass.requires_grad_(False).train(wrapper.training)
     if whole:
         _spares(model).update({(name, path): Tensor(w.data.copy()) for path, w in whole.items()})
     configs(model)[name] = config
-    set_adapter(model, name if first else active_adapters(model))
-    return model
+    return set_adapter(model, name) if first else model
 
 
 def _trained_whole(model, config, targets):
@@ -246,6 +267,15 @@ def _trained_whole(model, config, targets):
         found |= {p: w for p, w in biases.items() if config.bias == "all" or p.removesuffix(".bias") in targets}
     for wanted in config.modules_to_save:
         here = {p: w for p, w in own.items() if any(_named(m, wanted) for m in _parents(p))}
+        stored = [
+            p
+            for p, w in model.named_weights()
+            if isinstance(w, STORED) and any(_named(m, wanted) for m in _parents(_plain(p)))
+        ]
+        if stored:
+            raise ValueError(
+                f"lora: modules_to_save names {wanted!r}, but {_plain(stored[0])} is stored in few bits and cannot be trained"
+            )
         if not here:
             raise ValueError(
                 f"lora: modules_to_save names {wanted!r}, which is no module with parameters of this model"
@@ -280,28 +310,36 @@ def set_adapter(model, names, inference_mode=False):
 
     Adapters that train parameters whole (`bias`, `modules_to_save`) cannot be active beside each other.
     """
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names = _activate(model, names)
+    for _, layer in adapters(model):
+        for name, bypass in layer.bypasses.items():
+            for p in bypass.parameters():
+                p.requires_grad = name in names and not inference_mode
+    for (owner, _), tensor in _spares(model).items():
+        if owner != BASE:
+            tensor.requires_grad = owner in names and not inference_mode
+    return model
+
+
+def _activate(model, names):
+    """Let these adapters compute, and leave alone what is trained; returns the names. Everything is checked first."""
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in names:
         _check_name(model, name)
-    wanted = [(name, path) for name, path in _spares(model) if name in names]
+    spares = _spares(model)
+    wanted = [key for key in spares if key[0] in names]
     if len({path for _, path in wanted}) < len(wanted):
         raise ValueError(
             f"lora: of {', '.join(names)} more than one trains the same parameters whole; activate one of them"
         )
     for _, layer in adapters(model):
-        layer.active = tuple(n for n in names if n in layer.bypasses)
-        for name, bypass in layer.bypasses.items():
-            for p in bypass.parameters():
-                p.requires_grad = name in names and not inference_mode
-    spares = _spares(model)
-    for owner, path in [key for key in spares if key[0] == BASE]:
-        _place(model, path, spares.pop((owner, path)))
-    for (owner, path), tensor in list(spares.items()):
-        tensor.requires_grad = owner in names and not inference_mode
-        if owner in names:
-            spares[BASE, path] = _place(model, path, tensor)
+        layer.active, layer.rows = tuple(n for n in names if n in layer.bypasses), None
+    for key in [key for key in spares if key[0] == BASE]:
+        _place(model, key[1], spares.pop(key))
+    for owner, path in wanted:
+        spares[BASE, path] = _place(model, path, spares[owner, path])
     model.lora_active = names
-    return model
+    return names
 
 
 def _place(model, path, tensor):
@@ -320,25 +358,26 @@ def _check_name(model, name):
 
 
 @contextlib.contextmanager
-def _active(model, names):
-    """Within the block these adapters compute; what is trained does not change."""
-    before = active_adapters(model)
-    wants = [(p, p.requires_grad) for p in (*model.parameters(), *_spares(model).values())]
-
-    def switch(to):
-        set_adapter(model, to)
-        for p, flag in wants:
-            p.requires_grad = flag
-
-    switch(names)
+def _active(model, names, rows=None):
+    """Within the block these adapters compute (and rows, if given, go their own ways); afterwards those of before that are still there."""
+    before, rows_before = active_adapters(model), {id(layer): layer.rows for _, layer in adapters(model)}
+    _activate(model, names)
+    for _, layer in adapters(model):
+        layer.rows = rows
     try:
         yield model
     finally:
-        switch(before)
+        _activate(model, [n for n in before if n in configs(model)])
+        for _, layer in adapters(model):
+            layer.rows = rows_before.get(id(layer))
 
 
 def disable_adapter(model):
-    """Within the block the model computes what its base computes, bit for bit; biases and saved modules included."""
+    """Within the block the model computes what its base computes, bit for bit; biases and saved modules included.
+
+    With gradient checkpointing run the backward pass inside the block too: it computes each block anew, with the adapters
+    that are active then. The same holds for `adapter_rows`.
+    """
     return _active(model, ())
 
 
@@ -355,14 +394,8 @@ def adapter_rows(model, names):
         _check_name(model, name)
         if any(owner == name for owner, _ in _spares(model)):
             raise ValueError(f"lora: {name!r} trains parameters whole, so it cannot be one of several in a batch")
-    with _active(model, ()):
-        for _, layer in adapters(model):
-            layer.rows = names
-        try:
-            yield model
-        finally:
-            for _, layer in adapters(model):
-                layer.rows = None
+    with _active(model, (), names):
+        yield model
 
 
 def delete_adapter(model, name):
@@ -381,9 +414,8 @@ def detach(model, name=None):
     name = next(iter(configs(model))) if name is None else name
     _check_name(model, name)
     off = adapter_of(model, name)
-    left = tuple(n for n in configs(model) if n != name)
-    active = tuple(n for n in active_adapters(model) if n != name)
-    set_adapter(model, ())
+    alone = active_adapters(model) == (name,)
+    _activate(model, [n for n in active_adapters(model) if n != name])
     for key in [key for key in _spares(model) if key[0] == name]:
         del _spares(model)[key]
     for path, layer in adapters(model, name):
@@ -391,7 +423,8 @@ def detach(model, name=None):
         if not layer.bypasses:
             model.replace(path, layer.base_layer)
     del configs(model)[name]
-    set_adapter(model, active or sorted(left)[:1])
+    if alone and configs(model):
+        set_adapter(model, min(configs(model)))
     return off
 
 
@@ -405,6 +438,11 @@ def adapter_of(model, name=None):
     _check_name(model, name)
     weights = {}
     for path, layer in adapters(model, name):
+        if layer.started_by:
+            raise ValueError(
+                f"lora: {path} was started by {layer.started_by}, which moved a part of W into the factors: "
+                "they mean nothing off this base; merge(model) instead"
+            )
         weights[path] = {factor: tensor.data for factor, tensor in _tensors(layer.bypasses[name]).items()}
     saved = {path: tensor.data for (owner, path), tensor in _spares(model).items() if owner == name}
     return Adapter(configs(model)[name], weights, saved)
@@ -499,9 +537,19 @@ def add_weighted_adapter(model, names, weights, new_name, combination_type="svd"
         c = configs(model)[name]
         if c.use_dora or c.lora_bias or any(owner == name for owner, _ in _spares(model)):
             raise ValueError(f"add_weighted_adapter: {name!r} does more than add s B A (DoRA, biases or saved modules)")
+        grouped = [path for path, layer in adapters(model, name) if getattr(layer.base_layer, "groups", 1) > 1]
+        if grouped:
+            raise ValueError(
+                f"add_weighted_adapter: {grouped[0]} is a grouped convolution, whose factors are no matrices"
+            )
+    if svd_rank is not None and (not isinstance(svd_rank, (int, np.integer)) or svd_rank < 1):
+        raise ValueError(f"add_weighted_adapter: svd_rank = {svd_rank!r}, expected a whole number, 1 or more")
     kind = "linear" if len(names) == 1 else combination_type
     ranks = [configs(model)[n].max_rank for n in names]
-    if kind == "linear" and len(set(ranks)) > 1:
+    unequal = [
+        p for p, layer in adapters(model) if len({layer.bypasses[n].r for n in names if n in layer.bypasses}) > 1
+    ]
+    if kind == "linear" and (len(set(ranks)) > 1 or unequal):
         raise ValueError(f"add_weighted_adapter: 'linear' needs equal ranks, got {ranks}; use 'svd' or 'cat'")
     r = {"linear": ranks[0], "cat": sum(ranks), "svd": svd_rank or max(ranks)}[kind]
     first = configs(model)[names[0]]
@@ -536,10 +584,8 @@ def _combine(kind, r, parts):
         u, s, vt = xp.linalg.svd(sum(c * (b @ a) for c, b, a in scaled), full_matrices=False)
         b, a = u[:, :r] * s[:r], vt[:r]
     full_b, full_a = xp.zeros((b.shape[0], r), np.float32), xp.zeros((r, a.shape[1]), np.float32)
-    full_b[:, : b.shape[1]], full_a[: len(a)] = (
-        b,
-        a,
-    )  # a layer where a part is missing, or smaller than r, is filled with zeros
+    full_b[:, : b.shape[1]] = b  # a layer where a part is missing, or smaller than r, is filled with zeros
+    full_a[: len(a)] = a
     return full_b, full_a
 
 
@@ -554,7 +600,11 @@ def merge(model, names=None, keep=False):
     """
     if not configs(model):
         raise ValueError("merge: the model carries no adapter")
-    names = active_adapters(model) if names is None else (names,) if isinstance(names, str) else tuple(names)
+    if keep and vars(model).get("lora_kept") is not None:
+        raise ValueError("merge: the base's weights of an earlier merge are kept; unmerge first, or merge without keep")
+    names = (
+        active_adapters(model) if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    )
     for name in names:
         _check_name(model, name)
     tied = [
@@ -566,16 +616,42 @@ def merge(model, names=None, keep=False):
         raise ValueError(
             f"merge: the head reads the weight of {tied[0]} too and would change along with it; call model.untie() first"
         )
-    merged = [(path, layer.merge(names)) for path, layer in adapters(model)]
-    before = active_adapters(model)
-    set_adapter(model, names)
-    kept = (before, names, adapters(model), dict(configs(model)), dict(_spares(model)))
+    before, flags = (
+        active_adapters(model),
+        [(p, p.requires_grad) for p in (*model.parameters(), *_spares(model).values())],
+    )
+    _activate(model, names)  # so that the biases that these adapters trained are the ones that are merged
+    try:
+        merged = [(path, layer.merge(names)) for path, layer in adapters(model)]
+    except Exception:
+        _activate(model, before)
+        raise
+    kept = Kept(before, names, adapters(model), dict(configs(model)), dict(_spares(model)), flags)
     for path, layer in merged:
+        layer.training = model.get(path).training
         model.replace(path, layer)
     configs(model).clear()
     _spares(model).clear()
-    model.lora_active, model.lora_kept = (), kept if keep else None
+    model.lora_active = ()
+    if keep:
+        model.lora_kept = kept
     return model.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What `unmerge` needs: the wrapped layers, and which adapters and parameters were what."""
+
+    active: tuple
+    merged: tuple
+    layers: list
+    configs: dict
+    spares: dict
+    flags: list
+
+    def aside(self):
+        """What has to move along with the model."""
+        return [*(layer for _, layer in self.layers), *self.spares.values()]
 
 
 def unmerge(model):
@@ -583,13 +659,18 @@ def unmerge(model):
     kept = vars(model).get("lora_kept")
     if kept is None:
         raise ValueError("unmerge: there is nothing to undo; only merge(model, keep=True) keeps the base's weights")
-    before, names, layers, known, spares = kept
-    for path, layer in layers:
+    if configs(model):
+        raise ValueError(f"unmerge: the merged model carries {', '.join(configs(model))}; detach or merge that first")
+    for path, layer in kept.layers:
+        layer.train(model.get(path).training)
         model.replace(path, layer)
-    configs(model).update(known)
-    _spares(model).update(spares)
-    model.lora_active, model.lora_kept = names, None
-    return set_adapter(model, before)
+    configs(model).update(kept.configs)
+    _spares(model).update(kept.spares)
+    model.lora_active, model.lora_kept = kept.merged, None
+    _activate(model, kept.active)
+    for p, flag in kept.flags:
+        p.requires_grad = flag
+    return model
 
 
 def merge_errors(model):
@@ -605,7 +686,10 @@ def count_parameters(model):
 
 
 def trainable_parameters(model):
-    """The line that PEFT prints: trainable params: … || all params: … || trainable%: …"""
+    """The line that PEFT prints: trainable params: … || all params: … || trainable%: …
+
+    With modules_to_save PEFT counts the original and the copy; here what stands in the model is counted, once.
+    """
     trainable, total = count_parameters(model)
     return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
 

@@ -276,6 +276,7 @@ def finished(job, recipe, out):
     if path is None or not path.exists():
         return None
     saved = files.read_json(path)
+    saved["job"] = {**asdict(Job()), **saved.get("job", {})}  # a report from before an option existed
     wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
     same = all(saved.get(name) == value for name, value in wanted.items())
     return Report(**saved) if same and Path(saved["adapter"]).is_dir() else None

@@ -16,9 +16,12 @@ training and touches every weight; LoRA's updates of rank r form no subspace, an
 P is dense, drawn once and kept: 4 D d bytes in float32 (D = 10⁵, d = 100: 40 MB). Drawing it again for each product
 would save that and cost D d normals each time; Aghajanyan et al. use Fastfood transforms instead, which are left out, as
 are sparse projections. Their SAID shares one λ among all weights of a layer; here each weight tensor has one.
-`tensor.checkpoint` inside the model is not supported: its second run would see the model's own weights. Move the model to
+`tensor.checkpoint` inside the model is not supported: its second run would see the model's own weights. Shards in threads
+work, one after the other. Move the model to
 its device first; P is put beside it.
 """
+
+import threading
 
 import numpy as np
 
@@ -26,6 +29,8 @@ from . import ops
 from .backend import array_module, move
 from .nn import Module
 from .tensor import Tensor
+
+_swapping = threading.RLock()
 
 
 class RandomSubspace(Module):
@@ -73,6 +78,10 @@ class RandomSubspace(Module):
         return out
 
     def forward(self, *args, **kwargs):
+        with _swapping:  # the weights of one model are exchanged: threads take turns
+            return self._at_theta(*args, **kwargs)
+
+    def _at_theta(self, *args, **kwargs):
         model, there = self.inner[0], dict(zip(map(id, self._weights[1]), self.moved(), strict=True))
         places = [
             (module, name, w)

@@ -204,8 +204,9 @@ class Llama(Module):
         """Give the model a head of its own, with the embedding's values; returns the model."""
         if self.lm_head is None:
             weight = self.model.embed_tokens.weight
-            self.lm_head = Linear(1, 1)
-            self.lm_head.weight = Tensor(weight.data.copy(), weight.requires_grad)
+            self.lm_head = Linear.__new__(Linear)  # without drawing weights, so that what is drawn next does not change
+            self.lm_head.weight, self.lm_head.bias = Tensor(weight.data.copy(), weight.requires_grad), None
+            self.lm_head.training = self.training
             self.config = replace(self.config, tie_word_embeddings=False)
         return self
 

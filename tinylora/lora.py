@@ -6,7 +6,7 @@ B starts at zero, so an adapted layer computes what its base computes, bit for b
 has a gradient and A has none (∂L/∂A = s Bᵀ G). QLoRA is the same bypass around a 4-bit layer (QLoRA eq. 5; the s that
 eq. 3 has and eq. 5 lacks is applied, as in the authors' code).
 
-Two later changes are one line each and live here because they change the bypass itself:
+Two later changes live here because they change the bypass itself:
 
     rsLoRA    s = α/√r                                                                          (Kalajdzievski 2023)
     DoRA      h = m ⊙ (W₀ + s B A) x / ‖W₀ + s B A‖,  the norm of each output's row held constant (Liu et al. 2024, eq. 5, §4.3)
@@ -65,7 +65,7 @@ class Bypass(Module):
                 factor.bias = Tensor(backend.move(factor.bias.data, xp), requires_grad=True)
         self.magnitude = Tensor(self.norm(base), requires_grad=True) if use_dora else None
 
-    # The next four say what a bypass is for one kind of base.
+    # These say what a bypass is for one kind of base.
     def build(self, base, init, lora_bias):
         """Set lora_A and lora_B (a module with `weight` and `bias` each), drawn from the current generator."""
         raise NotImplementedError
@@ -205,11 +205,13 @@ class LoRALayer(Module):
     bypasses     {name: Bypass}; the constructor makes one, called "default"
     active       the names that take part, in order
     rows         None, or one adapter's name (or "__base__") for each row of a batch: see `adapters.adapter_rows`
+    started_by   "", or the method of `variants` that moved a part of the base's weight into the factors
 
     `lora_A`, `lora_B`, `r`, `alpha`, `scaling`, `dropout` are those of the active bypass, if it is one.
     """
 
     rows = None
+    started_by = ""
 
     def __init__(self, base, *args, name="default", bypass=None, **kwargs):
         """The arguments after `base` are Bypass's (r, alpha, dropout, init, …); or give one that is made already."""

@@ -163,8 +163,13 @@ class Module:
                 elif isinstance(value, STORED):
                     moved.setdefault(id(value), value.to(lambda a: move(a, xp)))
                     setattr(module, name, moved[id(value)])
-        for spare in vars(self).get("lora_spares", {}).values():  # trained copies that another adapter's stand in for
-            spare.data = move(spare.data, xp)
+        kept = vars(self).get("lora_kept")
+        for thing in [*vars(self).get("lora_spares", {}).values(), *(kept.aside() if kept else ())]:  # see adapters
+            if isinstance(thing, Module):
+                thing.to(device)
+            else:
+                thing.data = move(thing.data, xp)
+                thing.grad = None if thing.grad is None else move(thing.grad, xp)
         return self
 
 

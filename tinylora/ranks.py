@@ -7,6 +7,7 @@ else: text, steps, batches, learning rate (Adam's first step is then the same si
 `finetune.finetune`'s, so a sweep that was stopped goes on where it was.
 """
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ def sweep(job=JOB, recipe=RECIPE, ranks=RANKS, targets=TARGETS, seeds=(0, 1, 2),
         for r in ranks:
             for seed in seeds:
                 this, plan = replace(job, r=r, target_modules=modules), replace(recipe, seed=seed)
-                folder = Path(out) / f"{'all' if label == 'all-linear' else 'qv'}-r{r}-seed{seed}" if out else None
+                folder = Path(out) / f"{re.sub(r'[^a-z_-]+', '-', label)}-r{r}-seed{seed}" if out else None
                 if progress and finished(this, plan, folder) is None:
                     print(f"{label}, r = {r}, seed {seed}", file=sys.stderr)
                 report = finetune(this, plan, folder, measure_before=False, checkpoint_every=0, progress=progress)

@@ -1,5 +1,6 @@
 """finetune, ranks, switch, pretrain: the commands that train."""
 
+import re
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -263,9 +264,11 @@ def _switch(args):
     from ..switching import JOB, PROMPTS, RECIPE, demonstrate, describe, own_source, train
 
     if args.texts:
-        texts = {Path(t).stem: Path(t) for t in args.texts}
-        if len(texts) < 2:
-            raise ValueError("switch: the two texts have the same name; the adapters are called after them")
+        texts = {re.sub(r"[^\w-]", "-", Path(t).stem): Path(t) for t in args.texts}
+        if len(texts) < 2 or "base" in texts:
+            raise ValueError(
+                "switch: the adapters are called after the texts, which need two names, neither of them 'base'"
+            )
     else:
         texts = {"jargon": None, "source": own_source(args.out)}
     job = replace(JOB, model=args.model, method=args.method, r=args.r, alpha=args.alpha, device=args.device)

@@ -7,6 +7,7 @@
     base_model.model.<path>.lora_embedding_A, _B        (r, vocabulary), (d, r)
     base_model.model.<path>.base_layer.bias             (out,)             bias "lora_only" or "all", of an adapted layer
     base_model.model.<path>.bias / .weight              bias "all" of any other layer; modules_to_save
+    base_model.model.<path>.base_layer.weight           the base's own embedding or head, which PEFT adds where these are adapted
 
 An adapter saved here opens with `PeftModel.from_pretrained`, and one that PEFT trained opens here: LoRA with rsLoRA,
 DoRA, rank_pattern, alpha_pattern, lora_bias, bias and modules_to_save, on linear layers, embeddings and convolutions.
@@ -21,6 +22,7 @@ Where PEFT misleads, and what is done here
     `save_adapters` does so too.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +35,12 @@ from ..lora import LoRAConv, LoRAEmbedding
 
 _PREFIX = "base_model.model."
 
-#: Settings that change what the adapter computes, or the base under it (the inits that PEFT subtracts from the base weight).
+#: Settings that change what the adapter computes, and that tinylora lacks.
 _REFUSED = (
     "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config", "layer_replication",
     "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
+#: What these settings may be; the other inits (pissa, olora, …) move a part of the base's weight into the factors.
 _ONLY = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "bias": adapters.BIASES,
@@ -58,10 +61,11 @@ def save_adapter(model, folder, base_model=None, name=None):
             if isinstance(layer, LoRAConv) and factor == "lora_magnitude_vector":
                 array = array.reshape(1, -1, *[1] * (len(layer.base_layer.weight.shape) - 2))
             tensors[_PREFIX + _key(path, factor, isinstance(layer, LoRAEmbedding))] = array
-    adapted = {path for path, _ in adapters.adapters(model)}
     for path, array in off.saved.items():
         parent, _, leaf = path.rpartition(".")
-        tensors[f"{_PREFIX}{parent}.base_layer.{leaf}" if parent in adapted else _PREFIX + path] = move(array, "cpu")
+        tensors[f"{_PREFIX}{parent}.base_layer.{leaf}" if parent in off.weights else _PREFIX + path] = move(
+            array, "cpu"
+        )
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if isinstance(model, Llama) else None,
@@ -73,7 +77,7 @@ def save_adapter(model, folder, base_model=None, name=None):
         "target_modules": _target_names(model, c.target_modules, set(off.weights)),
         "bias": c.bias,
         "fan_in_fan_out": False,
-        "init_lora_weights": "gaussian" if c.init == "gaussian" else True,
+        "init_lora_weights": "gaussian" if c.init == "gaussian" and not c.lora_bias else True,  # PEFT refuses the pair
         "use_rslora": c.use_rslora,
         "use_dora": c.use_dora,
         "lora_bias": c.lora_bias,
@@ -81,6 +85,7 @@ def save_adapter(model, folder, base_model=None, name=None):
         "alpha_pattern": c.alpha_pattern,
         "modules_to_save": list(c.modules_to_save) or None,
     }
+    json.dumps(config)  # what cannot be written is said before anything is
     folder = Path(folder)
     files.save_safetensors(folder / "adapter_model.safetensors", tensors)
     files.write_json(folder / "adapter_config.json", config)
@@ -108,7 +113,11 @@ def _target_names(model, targets, paths):
 
 def read_adapter(folder):
     """An Adapter (see adapters.attach) from a folder that PEFT or tinylora wrote."""
-    folder = Path(folder)
+    return _read(Path(folder))[0]
+
+
+def _read(folder):
+    """(Adapter, the config as it is in the file, {path: the base's own weight that came along})."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
@@ -124,6 +133,8 @@ def read_adapter(folder):
                 f"{where}: {name} = {config[name]!r} is not supported here, only {', '.join(map(repr, fine))}"
             )
     targets, whole = config.get("target_modules", "all-linear"), config.get("modules_to_save") or ()
+    if targets is None:
+        raise ValueError(f"{where}: target_modules is null; tinylora needs the names of the adapted layers")
     c = adapters.LoRAConfig(
         config.get("r", 8),
         config.get("lora_alpha", 8),
@@ -135,11 +146,11 @@ def read_adapter(folder):
         bool(config.get("use_rslora")),
         bool(config.get("use_dora")),
         bool(config.get("lora_bias")),
-        config.get("bias") or "none",
-        tuple(whole),
+        config.get("bias", "none"),
+        (whole,) if isinstance(whole, str) else tuple(whole),
     )
     where = folder / "adapter_model.safetensors"
-    weights, saved = {}, {}
+    weights, saved, bases = {}, {}, {}
     for key, value in files.load_safetensors(where)[0].items():
         if not key.startswith(_PREFIX):
             raise ValueError(f"{where}: did not expect the tensor {key}")
@@ -147,6 +158,8 @@ def read_adapter(folder):
         path, factor = _parse(key.removeprefix(_PREFIX))
         if factor is not None:
             weights.setdefault(path, {})[factor] = value.reshape(-1) if factor == "lora_magnitude_vector" else value
+        elif key.endswith(".base_layer.weight"):
+            bases[path.removesuffix(".weight")] = value
         elif c.bias == "none" and not any(_within(path, name) for name in c.modules_to_save):
             raise ValueError(f"{where}: did not expect the tensor {key}")
         else:
@@ -154,7 +167,10 @@ def read_adapter(folder):
     for path, factors in weights.items():
         if not {"lora_A", "lora_B"} <= factors.keys():
             raise ValueError(f"{where}: {path} has {', '.join(sorted(factors))} but not its partner")
-    return adapters.Adapter(c, weights, saved)
+    strange = sorted(bases.keys() - weights.keys())
+    if strange:
+        raise ValueError(f"{where}: did not expect a base weight for {strange[0]}, which is not adapted")
+    return adapters.Adapter(c, weights, saved), config, bases
 
 
 def _parse(key):
@@ -173,9 +189,29 @@ def _parse(key):
 
 
 def _within(path, name):
-    return f".{name}." in f".{path}"
+    return f".{name}." in f".{path}."
 
 
 def load_adapter(model, folder, name="default"):
-    """Put the adapter of a folder on the model, in place, and let it compute; returns the model."""
-    return adapters.attach(model, read_adapter(folder), name)
+    """Put the adapter of a folder on the model, in place, and let it compute; returns the model.
+
+    A layer that the config names and the file leaves out is an error, and so is a base weight in the file (PEFT adds the
+    embedding or the head where they are adapted) that is not this model's.
+    """
+    adapter, config, bases = _read(Path(folder))
+    if not config.get("exclude_modules") and config.get("layers_to_transform") is None:
+        whole, targets = adapter.config.modules_to_save, adapter.config.target_modules
+        if not isinstance(targets, str):  # PEFT lets a name be one that the model lacks, as long as another is there
+            targets = [t for t in targets if any(f".{p}".endswith(f".{t}") for p, _ in model.named_modules())]
+        named = adapters.find_targets(model, targets)
+        missing = [p for p in named if p not in adapter.weights and not any(_within(p, w) for w in whole)]
+        if missing:
+            raise ValueError(f"{folder}: the config adapts {missing[0]}, and the file has no factors for it")
+    layers = dict(model.named_modules())
+    for path, weight in bases.items():
+        mine = layers[path].dense() if path in layers and hasattr(layers[path], "dense") else None
+        if mine is not None and (mine.shape != weight.shape or not np.array_equal(move(mine, "cpu"), weight)):
+            raise ValueError(
+                f"{folder}: the base weight of {path} that came along is not this model's; is it another base?"
+            )
+    return adapters.attach(model, adapter, name)

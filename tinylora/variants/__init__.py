@@ -28,8 +28,9 @@ from .starts import correct_gradients, freeze_A, loftq, lora_ga, lora_plus_group
 def merge(model):
     """Replace every VeRALinear, AdaLoRALinear, IECLinear and QALoRALinear by its merged layer, in place; returns the model."""
     found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, (Beside, QALoRALinear))]
-    for path, layer in found:
-        model.replace(path, layer.merge())
+    merged = [(path, layer.merge()) for path, layer in found]
+    for path, layer in merged:
+        model.replace(path, layer)
     return model
 
 

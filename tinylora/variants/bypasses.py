@@ -7,7 +7,7 @@ import numpy as np
 from .. import backend, ops
 from ..adapters import find_targets
 from ..backend import array_module
-from ..lora import with_weight
+from ..lora import LINEAR, with_weight
 from ..nn import Linear, Linear4bit, Linear16bit, Module, normal, stored_array, uniform
 from ..tensor import Tensor
 
@@ -35,7 +35,7 @@ class Beside(Module):
 def linear_like(like, weight):
     """A frozen Linear with this weight and the bias of `like`, on its device."""
     layer = Linear.__new__(Linear)
-    layer.weight, layer.bias = tensor_like(like, weight), like.bias
+    layer.weight, layer.bias = tensor_like(like, weight), None if like.bias is None else Tensor(like.bias.data)
     return layer
 
 
@@ -50,7 +50,11 @@ def _wrap(model, target_modules, make):
     """Freeze the model and put make(layer) in the place of each target."""
     if any(isinstance(layer, Beside) for _, layer in model.named_modules()):
         raise ValueError("variants: the model carries such a bypass already; merge it first")
-    new = {path: make(model.get(path)) for path in find_targets(model, target_modules)}
+    targets = {path: model.get(path) for path in find_targets(model, target_modules)}
+    for path, layer in targets.items():
+        if not isinstance(layer, LINEAR):
+            raise ValueError(f"variants: {path} is a {type(layer).__name__}; expected a linear layer without a bypass")
+    new = {path: make(layer) for path, layer in targets.items()}
     model.requires_grad_(False)
     for path, layer in new.items():
         model.replace(path, layer)

@@ -19,6 +19,8 @@ def lora_plus_groups(model, lr, ratio=16, weight_decay=0.0):
     The ratio: theorem 1 (informal) says that equal rates cannot be efficient as the width n grows and η_A = Θ(1/n), η_B = Θ(1) are;
     the constant is empirical. 16 is reported for RoBERTa started from a random B and A = 0; from B = 0, as here, 4 to 8; Llama 2 to
     4. The authors' code and PEFT have no default. (The theorem and these numbers were read in notes on the paper, not in the paper.)
+    What it comes to: under Adam with ε = 0 and no weight decay, ratio · α with equal rates is the same run (notebook 06), so a ratio
+    helps at an α that is too small; under gradient descent it is a larger start of A (notebook 13).
     """
     if not ratio > 0:
         raise ValueError(f"lora_plus_groups: ratio = {ratio}, expected a number above 0")
@@ -38,8 +40,8 @@ def freeze_A(model):
     What changes against LoRA: half the parameters, and the tape holds A x (r numbers a row) instead of x (d) for the bypass: the
     gradient of B needs no more. The update stays in A's row space. (Read in the paper's abstract and in PEFT.)
     """
-    for layer in _lora_layers(model):
-        a = layer.lora_A.weight
+    for _, bypass in _active_bypasses(model):
+        a = bypass.lora_A.weight
         a.requires_grad, a.grad = False, None
     return model
 
@@ -51,18 +53,19 @@ def correct_gradients(model, delta=1e-8):
     between backward and the optimizer's step. As PEFT's LoraFAOptimizer has it (its comment writes AᵀA, its code A Aᵀ; it
     rounds the product to bfloat16 where it can); of the paper only the abstract was read.
     """
-    for layer in _lora_layers(model):
-        a, b = layer.lora_A.weight.data, layer.lora_B.weight
+    for _, bypass in _active_bypasses(model):
+        a, b = bypass.lora_A.weight.data, bypass.lora_B.weight
         if b.grad is not None:
             gram = backend.move(a @ a.T, "cpu").astype(np.float64) + delta * np.eye(len(a))
-            inverse = np.linalg.pinv(gram) / layer.scaling**2
+            inverse = np.linalg.pinv(gram) / bypass.scaling**2
             b.grad = b.grad @ backend.move(inverse.astype(b.dtype), array_module(a))
 
 
-def _lora_layers(model):
-    found = [layer for _, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+def _active_bypasses(model):
+    layers = [layer for _, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+    found = [(layer, layer.bypasses[name]) for layer in layers for name in layer.active]
     if not found:
-        raise ValueError("variants: the model carries no LoRALinear; add_lora first")
+        raise ValueError("variants: the model carries no active LoRALinear; add_lora first")
     return found
 
 
@@ -78,7 +81,7 @@ def pissa(layer, code=None, **options):
     """
     w, r, s = _dense_weight(layer, "pissa"), layer.r, layer.scaling
     b, a = _best(w, r, "pissa")
-    return _restart(layer, a / math.sqrt(s), b / math.sqrt(s), w - b @ a, code, **options)
+    return _restart("pissa", layer, a / math.sqrt(s), b / math.sqrt(s), w - b @ a, code, **options)
 
 
 def loftq(linear, r=16, alpha=None, steps=5, code="nf4", **options):
@@ -102,6 +105,7 @@ def loftq(linear, r=16, alpha=None, steps=5, code="nf4", **options):
         b, a = _best(w - _as_host(base.dense()), r, "loftq")
         low = b @ a
     layer = LoRALinear(base, r=r, alpha=r if alpha is None else alpha)
+    layer.started_by = "loftq" if steps > 1 else ""  # after one step the base is q(W), as anybody has it
     return _set_factors(layer, a / math.sqrt(layer.scaling), b / math.sqrt(layer.scaling))
 
 
@@ -122,7 +126,7 @@ def lora_ga(layer, gradient, gamma=16):
     u, _, vt = np.linalg.svd(_as_host(gradient), full_matrices=False)
     c = len(w) ** 0.25 / math.sqrt(gamma)
     a, b = c * vt[:r], c * u[:, r : 2 * r]
-    return _restart(layer, a, b, w - layer.scaling * (b @ a))
+    return _restart("lora_ga", layer, a, b, w - layer.scaling * (b @ a))
 
 
 def _as_host(x):
@@ -146,11 +150,11 @@ def _best(w, r, who):
     return u[:, :r] * root, root[:, None] * vt[:r]
 
 
-def _restart(layer, a, b, weight, code=None, **options):
+def _restart(who, layer, a, b, weight, code=None, **options):
     """Give the layer these factors and a base that holds `weight`, quantized if a code is given."""
     old = layer.base_layer
     base = linear_like(old, weight) if code is None else _quantized(old, weight, code, **options)
-    layer.base_layer = base
+    layer.base_layer, layer.started_by = base, who
     return _set_factors(layer, a, b)
 
 
