@@ -233,6 +233,18 @@ def test_deleting_the_active_adapter_falls_back_as_pefts_does(rng, tmp_path):
     agree(run(ours, x), run(theirs, x), what="after deleting the active adapter")
 
 
+def test_several_adapters_saved_here_open_in_peft(rng, tmp_path):
+    ours, _, x = several(rng, tmp_path / "theirs")
+    adapter_files.save_adapters(ours, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(pair("zoo")[1], tmp_path / "ours")
+    for name in ("b", "c"):
+        theirs.load_adapter(tmp_path / "ours" / name, name)
+    for names in (["default"], ["b"], ["c"], ["default", "b", "c"]):
+        tl.set_adapter(ours, names)
+        theirs.base_model.set_adapter(names)
+        agree(run(theirs, x), run(ours, x), what=f"active in PEFT: {names}")
+
+
 def test_a_batch_with_an_adapter_for_each_row_is_pefts(rng, tmp_path):
     ours, theirs, x = several(rng, tmp_path)
     names = ["c", "__base__", "default", "b", "c", "default"]

@@ -6,13 +6,18 @@ from dataclasses import fields, replace
 FORMAT = argparse.RawDescriptionHelpFormatter
 
 
-def command(commands, name, run, summary, description, epilog):
+def command(commands, name, run, summary, description, epilog, device=True, seed=True):
+    """A subcommand with what most have: --device, --seed and --traceback."""
     p = commands.add_parser(name, help=summary, description=description, epilog=epilog, formatter_class=FORMAT)
     p.set_defaults(run=run)
-    p.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where arrays live: cpu (NumPy) or cuda (CuPy)"
-    )
-    p.add_argument("--seed", type=int, default=0, help="decides batches, dropout, initial adapters and drawn text (0)")
+    if device:
+        p.add_argument(
+            "--device", choices=("cpu", "cuda"), default="cpu", help="where arrays live: cpu (NumPy) or cuda (CuPy)"
+        )
+    if seed:
+        p.add_argument(
+            "--seed", type=int, default=0, help="decides batches, dropout, initial adapters and drawn text (0)"
+        )
     p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
     return p
 

@@ -192,6 +192,7 @@ def ranks_parser(commands):
         "  tinylora ranks                            5 ranks x 2 sets of layers x 3 seeds, about half an hour on two cores\n"
         "  tinylora ranks -r 1 8 --seeds 0 --steps 50 --out quick\n\n"
         "A sweep that was stopped goes on where it was when the same command is given again.",
+        seed=False,
     )
     p.add_argument(
         "--model", default=JOB.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
