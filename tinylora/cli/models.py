@@ -149,7 +149,8 @@ def merge_parser(commands):
         "put an adapter into its model for good",
         "Write a model folder with W = W0 + (alpha/r) B A in place of W0, so that nothing is added at inference (LoRA 4.1).\n\n"
         "A base in 4 bits is dequantized, added to and quantized again with the same settings; what that costs is printed for\n"
-        "each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 03). A dense base loses nothing beside the rounding of the file's dtype.",
+        "each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 03). A dense base loses\n"
+        "nothing beside the rounding of the file's dtype.",
         "examples:\n"
         "  tinylora merge --adapter tinylora-run/adapter --out merged                    into the dense base\n"
         "  tinylora merge --adapter tinylora-run/adapter --quantize nf4 --out merged-4   into 4 bits, with its price\n",
