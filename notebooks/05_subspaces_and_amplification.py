@@ -10,10 +10,11 @@
 # # 05 · Subspaces and amplification
 #
 # **Which directions does an update take? LoRA answers with two numbers, a similarity $\varphi$ of subspaces and an amplification
-# factor.** Both need a baseline: what would unrelated matrices give? This notebook derives it for each, repairs an identity of
-# appendix G, and reads Figures 3 and 4 and Table 7 again with the baseline beside them.
+# factor.** Both need a baseline: what would unrelated matrices give? The paper draws some (Figure 4, right; Table 7's random
+# column; Figure 8's random baseline). This notebook derives them all, repairs an identity of appendix G, and reads the figures and
+# the table again with the baseline beside them.
 #
-# Hours: 4½ (2 to read and run, 2½ for the exercises). Prerequisites: singular value decomposition, orthogonal projections, trace;
+# Hours: 3 (2 to read and run, about 1 for the exercises). Prerequisites: singular value decomposition, orthogonal projections, trace;
 # expectation and standard deviation; notebook 04 for the planted task.
 #
 # Accompanies LoRA (arXiv 2106.09685) §7.2 (eq. 4, Figures 3 and 4), §7.3 (Table 7), and appendices G, H.3 and H.4.
@@ -35,9 +36,9 @@ rng = np.random.default_rng(0)
 # ## 1 · φ
 #
 # Take the top $i$ singular vectors of one matrix as the columns of $U_i$, the top $j$ of another as those of $U_j$, both in
-# $\mathbb R^d$. Eq. 4 of the paper (§7.2):
+# $\mathbb R^d$. Eq. 4 of the paper (§7.2), for any two matrices $X$ and $Y$:
 #
-# $$\varphi(A, B, i, j) = \frac{\|U_i^\top U_j\|_F^2}{\min(i, j)} \in [0, 1] .$$
+# $$\varphi(X, Y, i, j) = \frac{\|U_i^\top U_j\|_F^2}{\min(i, j)} \in [0, 1] .$$
 #
 # The entries of $U_i^\top U_j$ are cosines between the vectors. With the projections $P_i = U_i U_i^\top$ and $P_j$ it reads
 # $\|U_i^\top U_j\|_F^2 = \operatorname{tr}(P_i P_j)$: it depends on the two *spaces* only, not on the vectors chosen in them. It is
@@ -45,19 +46,19 @@ rng = np.random.default_rng(0)
 
 
 # %%
-def phi(A, B, i, j):
-    Ui, Uj = (np.linalg.svd(M)[2][:n].T for M, n in ((A, i), (B, j)))  # right singular vectors, as columns
+def phi(X, Y, i, j):
+    Ui, Uj = (np.linalg.svd(M)[2][:n].T for M, n in ((X, i), (Y, j)))  # right singular vectors, as columns
     return np.linalg.norm(Ui.T @ Uj) ** 2 / min(i, j)
 
 
-A, B = rng.standard_normal((8, 96)), rng.standard_normal((64, 96))
-print("two Gaussian matrices:", {(i, j): round(float(phi(A, B, i, j)), 4) for i, j in ((1, 1), (8, 8), (8, 64))})
-assert all(abs(phi(A, B, i, j) - subspaces.similarity(A, B, i, j)) < 1e-12 for i, j in ((1, 1), (8, 8), (8, 64)))
+A, A64 = rng.standard_normal((8, 96)), rng.standard_normal((64, 96))
+print("two Gaussian matrices:", {(i, j): round(float(phi(A, A64, i, j)), 4) for i, j in ((1, 1), (8, 8), (8, 64))})
+assert all(abs(phi(A, A64, i, j) - subspaces.similarity(A, A64, i, j)) < 1e-12 for i, j in ((1, 1), (8, 8), (8, 64)))
 
 # %% tags=["hide-input"]
 mixed = orthonormal(rng, 8, 8) @ np.diag(np.arange(1.0, 9)) @ orthonormal(rng, 8, 8) @ A  # the same row space
 apart = np.linalg.svd(A)[2][8:16]  # orthogonal to it
-same, contained = phi(A, mixed, 8, 8), phi(A, np.vstack([mixed, B]), 8, 72)
+same, contained = phi(A, mixed, 8, 8), phi(A, np.vstack([mixed, A64]), 8, 72)
 print(f"the same span {same:.12f}; contained {contained:.12f}; orthogonal {phi(A, apart, 8, 8):.1e}")
 assert abs(same - 1) < 1e-12 and abs(contained - 1) < 1e-12 and phi(A, apart, 8, 8) < 1e-12
 
@@ -65,9 +66,9 @@ assert abs(same - 1) < 1e-12 and abs(contained - 1) < 1e-12 and phi(A, apart, 8,
 # ## 2 · Right, left, or columns?
 #
 # The paper says it in three ways: *right*-singular in §7.2, *left*-singular in appendix G, "column vectors" under its figures. $A$
-# is $r \times k$. Its right singular vectors live in $\mathbb R^k$ and span its row space, the inputs that the adapter reads. Its
-# left ones live in $\mathbb R^r$, and all $r$ of them span all of it: $\varphi(r, r) = 1$ for any two matrices. So the right ones
-# are meant, for $A$. For $B$ $(d \times r)$ it is the left ones, which span what the layer writes to.
+# is $r \times d_{in}$ (the paper's $k$). Its right singular vectors live in $\mathbb R^{d_{in}}$ and span its row space, the inputs
+# that the adapter reads. Its left ones live in $\mathbb R^r$, and all $r$ of them span all of it: $\varphi(r, r) = 1$ for any two
+# matrices. So the right ones are meant, for $A$. For $B$ $(d_{out} \times r)$ it is the left ones, which span what the layer writes to.
 
 # %% tags=["hide-input"]
 C = rng.standard_normal((8, 96))
@@ -112,9 +113,14 @@ assert np.isclose(subspaces.similarity_from_distance(distance, 8), whole, atol=1
 # $$\mathrm E \operatorname{tr}(P_i P_j) = \operatorname{tr}\big(\tfrac{i}{d} P_j\big) = \frac{i j}{d},
 # \qquad \mathrm E\,\varphi = \frac{i j}{d \min(i, j)} = \frac{\max(i, j)}{d} .$$
 #
-# The standard deviation of $\varphi$ is known as well:
-# $\displaystyle \frac{1}{\min(i,j)} \sqrt{\frac{2\, i j\, (d-i)(d-j)}{d^2 (d-1)(d+2)}} .$ Both are measured on 500 pairs of
-# Gaussian matrices.
+# The standard deviation follows in the same way. Let $M = P_i - \frac id I$ and $N = P_j - \frac jd I$; then
+# $\operatorname{tr}(P_i P_j) - ij/d = \operatorname{tr}(MN)$, and $\|M\|_F^2 = i(d-i)/d$. The traceless symmetric matrices have
+# $(d-1)(d+2)/2$ dimensions, and a random rotation favours none of them. So the mean square of the inner product is
+# $\mathrm E \operatorname{tr}(MN)^2 = \|M\|_F^2\, \|N\|_F^2 \big/ \tfrac{(d-1)(d+2)}{2}$, and
+#
+# $$\text{deviation of } \varphi = \frac{1}{\min(i,j)} \sqrt{\frac{2\, i j\, (d-i)(d-j)}{d^2 (d-1)(d+2)}} .$$
+#
+# Both are measured on 500 pairs of Gaussian matrices.
 
 
 # %%
@@ -139,8 +145,8 @@ assert round(chance(1, 1, 12288)[0], 5) == 0.00008 and round(chance(8, 64, 12288
 # %% [markdown]
 # At GPT-3's width chance is nearly nothing: a $\varphi(1, 1)$ above 0.5, as Figure 3 reports, stands against 0.00008. On a toy of
 # $d = 96$ chance nearly fills the picture: $\varphi(8, 64) = 0.67$ without any relation. Whoever repeats the figure on a small
-# model must subtract it. And $d$ is the dimension in which the spaces are free: if the inputs span only $m < d$ dimensions,
-# whatever training puts into $A$ lies there (under SGD), and chance is $\max(i, j)/m$.
+# model must subtract it. And $d$ is the dimension in which the spaces are free: if the inputs span only $m < d$ dimensions, what SGD
+# adds to $A$ lies there. If $A_0$ is negligible beside it (or subtracted), chance is $\max(i, j)/m$.
 #
 # ## 5 · Figures 3 and 4
 #
@@ -174,9 +180,10 @@ directions.similarity_maps()
 
 # %% [markdown]
 # The left map looks like the paper's Figure 3: a bright corner at the first directions. What the bright *bands* say becomes clear
-# beside chance. $\varphi(8, 8) = 0.31$ is well above chance (0.083), yet the six directions beyond the planted two share nothing:
-# two shared and six unrelated give 0.298. $\varphi(8, 64) = 0.73$ looks impressive and is chance (0.67) plus the same two. In this
-# toy, then, the paper's reading is right: the shared directions are the useful ones, and the rest is noise. But only the value
+# beside chance $c$: $(\varphi - c)/(1 - c)$ is 0 for unrelated spaces and 1 if the smaller lies in the larger.
+# $\varphi(8, 8) = 0.31$ is well above chance (0.083), yet the six directions beyond the planted two share nothing: two shared
+# and six unrelated give 0.298. $\varphi(8, 64) = 0.73$ looks impressive and is chance (0.67) plus the same two. In this toy,
+# then, the paper's reading is right: the shared directions are the useful ones, and the rest is noise. But only the value
 # above the baseline says so.
 #
 # Two traps. First, $\varphi(1, 1)$ asks whether the *order* of the directions agrees. Plant two equal singular values, and it is
@@ -194,8 +201,8 @@ for singular in ((3.0, 2.0), (2.5, 2.5)):
     assert min(twos) > 0.99 and (min(ones) > 0.85 if singular[0] == 3 else min(ones) < 0.1 and max(ones) > 0.9)
 
 # %% [markdown]
-# Second, Figure 4's control. Two seeds at $r = 64$ share directions, two Gaussian matrices are said to share none. They do share
-# $n/d$ of their directions. At $d = 96$ and $n = 16$ that is 0.17, beside 0.27 for the two seeds.
+# Second, Figure 4's control. It shows two seeds at $r = 64$ and, on the right, two Gaussian matrices, which are said to share no
+# directions. They share $n/d$ of them: nearly none at GPT-3's width, but 0.17 at $d = 96$ and $n = 16$, beside 0.27 for the seeds.
 
 # %% tags=["hide-input"]
 runs = experiments.run("two_seeds", seeds=(0, 1, 2))["two_seeds"]
@@ -230,8 +237,8 @@ assert np.isclose(projected, found.projected) and np.isclose(factor, found.facto
 # %% [markdown]
 # Table 7 (GPT-3, layer 48, $W_q$; published) lists $\|U^\top W V\|_F$ for $U, V$ from $\Delta W$, from $W$ itself, and from a
 # random matrix, and §7.3 concludes three things: (1) $\Delta W$ is more related to $W$ than a random matrix is; (2) it amplifies
-# directions that $W$ does not emphasize; (3) the factor is huge, $21.5 \approx 6.91/0.32$ at $r = 4$. The random column needs no
-# experiment. By the argument of section 4, once for each side,
+# directions that $W$ does not emphasize; (3) the factor is huge, $21.5 \approx 6.91/0.32$ at $r = 4$. The paper's random column, a
+# drawn baseline, can also be derived. By the argument of section 4, once for each side,
 #
 # $$\mathrm E\,\|U^\top W V\|_F^2 = \mathrm E \operatorname{tr}(P_U W P_V W^\top) = \frac{r}{d} \cdot \frac{r}{d}\, \|W\|_F^2,
 # \qquad\text{so}\quad \|U^\top W V\|_F \approx \|W\|_F\, \frac{r}{d} .$$
@@ -262,14 +269,17 @@ assert np.isclose(subspaces.expected_projection(W, 4), np.linalg.norm(W) * 4 / 9
 # times at $r = 4$ and 11 times at $r = 64$, instead of 21.6 and 1.9. What Table 7 does show is in its columns. In $\Delta W$'s
 # directions $W$ is 16 times (at $r = 64$: 6 times) as large as in random ones: (1) holds.
 #
-# And (2)? A third reference is needed: let $U$ and $V$ be $r$ singular pairs of $W$ itself, chosen blindly. Each pair contributes
-# its $\sigma_i^2$, whose mean is $\|W\|_F^2/d$, so
+# And (2)? That $\Delta W$ does not repeat $W$'s top directions, it shows: 0.32 and 1.90, against 21.67 and 37.71. But are they
+# directions that $W$ *has* and does not emphasize? As a third reference let $U$ and $V$ be $r$ singular pairs of $W$ itself, chosen
+# blindly. Each pair contributes its $\sigma_i^2$, whose mean is $\|W\|_F^2/d$, so
 #
 # $$\|U^\top W V\|_F \approx \|W\|_F \sqrt{r/d}
 # \quad\text{for singular pairs of } W \text{ chosen at random:}\quad 1.12 \text{ at } r = 4,\ 4.47 \text{ at } r = 64 .$$
 #
-# The measured 0.32 and 1.90 lie below these, and far below 21.67 and 37.71 of $W$'s top pairs. So (2) holds in this sense: $W$ has
-# these directions, but emphasizes them less than its average pair.
+# The measured values lie between random and blind, and that leaves two readings open: weak pairs of $W$, or directions unrelated to
+# $W$ but for a slight overlap with a strong pair. With cosine $t$ on each side a pair contributes $t^2 \sigma_i$. $W$'s top four have
+# $\sigma = 21.67/2 = 10.8$ (root mean square), so $t = 0.17$ with one of them gives 0.32. The norm cannot tell, so (2) does not
+# follow from Table 7. Section 7 looks at the overlap itself.
 
 # %% tags=["hide-input"]
 for r, (own, largest, _, _) in TABLE_7.items():
@@ -282,11 +292,15 @@ sigma = np.linalg.svd(W, compute_uv=False)
 pick = [np.sqrt((rng.permutation(sigma)[:4] ** 2).sum()) for _ in range(2000)]
 assert abs(np.sqrt(np.mean(np.square(pick))) / (np.linalg.norm(W) * np.sqrt(4 / 96)) - 1) < 0.03
 
+assert round(np.sqrt(0.32 / (21.67 / 2)), 2) == 0.17 and round(21.67 / 2, 1) == 10.8
+
 # %% [markdown]
 # The toy has a $W_0$ with singular values $10/i$, and rank-2 updates planted along its singular pairs 25 and 26 ("weak", $\sigma$ =
 # 0.40 and 0.38) or along random directions. For the weak ones $\|U^\top W V\| = \sqrt{0.40^2 + 0.38^2} = 0.555$ and the factor
-# $\sqrt{13}/0.555 = 6.5$ are known beforehand. For random ones the baseline predicts $\|U^\top W V\|$ near 0.27, so a *larger*
-# factor.
+# $\sqrt{13}/0.555 = 6.5$ are known beforehand. For random ones the root mean square of $\|U^\top W V\|$ is 0.27, so the factor is
+# *larger*. With so steep a $W$ and $r = 2$ the law is skewed: the median is 0.21, 80 % of draws lie between 0.1 and 0.4, and the
+# mean factor is about 20, where the root mean square gives 13.5. And directions with cosine 0.4 to $W$'s top pair ($r = 4$, the other
+# three random) have 1.7, less than four blind pairs (2.6), though $W$'s strongest pair is most of it.
 
 # %% tags=["hide-input"]
 runs = experiments.run("amplification", seeds=(0, 1, 2))["amplification"]
@@ -298,7 +312,28 @@ for place in ("weak", "random"):
 weak, random = (np.array([result[key] for result in runs]) for key in ("weak", "random"))
 expected, by_chance = np.hypot(10 / 25, 10 / 26), runs[0]["predicted"][0]
 print(f"weak pairs: ‖UᵀWV‖ at r = 2 {runs[0]['projected_weak'][0]:.4f}, predicted {expected:.4f}")
-print(f"random directions: predicted {by_chance:.4f}")
+steep = 10 / np.arange(1, 97)  # W in its own singular vectors is diag(steep)
+draws = np.random.default_rng(0)
+norms = [np.linalg.norm(orthonormal(draws, 96, 2).T * steep @ orthonormal(draws, 96, 2)) for _ in range(4000)]
+middle, low, high = np.median(norms), *np.quantile(norms, (0.1, 0.9))
+print(f"random directions: root mean square {by_chance:.4f}, median {middle:.3f}, 10 to 90 % {low:.3f} to {high:.3f}")
+print(f"    mean factor {np.mean(np.sqrt(13) / norms):.1f}, by the root mean square {np.sqrt(13) / by_chance:.1f}")
+assert round(middle, 2) == 0.21 and (round(low, 1), round(high, 1)) == (0.1, 0.4)
+assert 19 < np.mean(np.sqrt(13) / norms) < 22 and round(np.sqrt(13) / by_chance, 1) == 13.5
+
+
+def overlapping(t, n=4):
+    """n orthonormal directions: one with cosine t to the first axis, the others random and orthogonal to that axis and to it."""
+    q = orthonormal(draws, 95, n)
+    return np.vstack([t * np.eye(n)[:1], q * [np.sqrt(1 - t**2), *[1] * (n - 1)]])
+
+
+near = [np.linalg.norm(overlapping(0.4).T * steep @ overlapping(0.4)) for _ in range(1000)]
+blind = np.linalg.norm(steep) * np.sqrt(4 / 96)
+print(f"cosine 0.4 to W's top pair: ‖UᵀWV‖ {np.mean(near):.2f} ± {np.std(near):.2f}; four blind pairs {blind:.2f}")
+assert round(np.mean(near), 1) == 1.7 and max(near) < blind and 0.8 * np.mean(near) < 10 * 0.4**2
+frame = overlapping(0.4)
+assert np.allclose(frame.T @ frame, np.eye(4)) and np.allclose(frame[0], [0.4, 0, 0, 0])
 assert all(abs(result["projected_weak"][0] / expected - 1) < 0.001 for result in runs) and round(expected, 3) == 0.555
 assert np.abs(weak[:, 0] - 6.5).max() < 0.01 and round(by_chance, 2) == 0.27
 assert (
@@ -318,10 +353,10 @@ directions.amplification(runs)
 # ## 7 · H.3: the top of ΔW in the top of W
 #
 # Figure 8 compares the top 4 directions of $\Delta W$ with the top 10 % of those of $W$: $\varphi$ hardly exceeds 0.2, which is
-# read as: the top directions of $W$ are not those of $\Delta W$. One tenth of all directions holds one tenth of any random space:
-# $\mathrm E\,\varphi = 1229/12288 = 0.10$. So 0.2 is *twice* chance, not near 0. It is no accident either, for the standard
-# deviation of chance is 0.0019. As a size it is small: a fifth of the space of $\Delta W$'s top 4 lies in the top tenth of $W$, and
-# luck alone would put a tenth there. The toy sees all cases.
+# read as: the top directions of $W$ are not those of $\Delta W$. The figure has a random baseline, and it can be derived: one
+# tenth of all directions holds one tenth of any random space: $\mathrm E\,\varphi = 1229/12288 = 0.10$. So 0.2 is *twice* chance,
+# not near 0. It is no accident either, for the standard deviation of chance is 0.0019. As a size it is small: a fifth of the
+# space of $\Delta W$'s top 4 lies in the top tenth of $W$, and luck alone would put a tenth there. The toy sees all cases.
 
 # %% tags=["hide-input"]
 mean, deviation = chance(4, 1229, 12288)
@@ -351,9 +386,10 @@ assert np.round(list(tops.values()), 2).tolist() == [0.06, 0.1, 0.55] and round(
 #   inline formula also loses the $j$ of $U_j$.
 # - Appendix G: $\varphi = \frac1p(1 - d^2)$ is printed; $1 - d^2/p$ is right. For $p = 8$ the printed value is too small by 0.875
 #   (section 3).
-# - Figure 4: Gaussian matrices do share directions, $n/d$ of them: 0.17 at $n = 16$, $d = 96$; 0.0013 at $d = 12288$.
+# - Figure 4: Gaussian matrices do share directions, $n/d$ of them: 0.0013 at $n = 16$ and $d = 12288$, but 0.17 at $d = 96$.
 # - Table 7: the random column is $\|W\|\,r/d$, 0.0202 and 0.3227 (printed .02, .33). "21.5" is 6.91/0.32 = 21.59. A random
 #   $\Delta W$ of that norm has a larger factor, 343 (section 6).
+# - §7.3's (2) does not follow from Table 7: a cosine of 0.17 to a pair with $\sigma = 10.8$ gives its 0.32 (section 6).
 # - H.3: 0.2 is twice chance, and 52 standard deviations above it (section 7).
 
 # %% tags=["hide-input"]
@@ -417,23 +453,23 @@ _ = grade("05-2", exercise_2)
 
 
 # %% tags=["exercise"]
-def exercise_3(delta_norm, w_norm, projected, r, d, k):
-    """Return (factor, random_factor, word) for one layer, W and ΔW of d × k, r ≤ min(d, k).
+def exercise_3(delta_norm, w_norm, projected, r, d_out, d_in):
+    """Return (factor, random_factor, word) for one layer, W and ΔW of d_out × d_in, r ≤ min(d_out, d_in).
 
     delta_norm, w_norm    ‖ΔW‖_F and ‖W‖_F
-    projected             ‖UᵀWV‖_F > 0, U (d, r) and V (k, r) the top singular vectors of ΔW
+    projected             ‖UᵀWV‖_F > 0, U (d_out, r) and V (d_in, r) the top singular vectors of ΔW
     factor                the amplification
     random_factor         what it would be for a ΔW of the same norm with random U and V (with the root mean square of ‖UᵀWV‖_F)
     word                  "random"  if projected is at most twice what random U and V give;
-                          "weak"    otherwise, if it is below what r singular pairs of W, chosen blindly, give (root mean square);
+                          "between" otherwise, if it is below what r singular pairs of W, chosen blindly, give (root mean square);
                           "strong"  otherwise
 
-    How many singular pairs with a σ of its own has a d × k matrix? Checked on Table 7, and on planted updates.
+    How many singular pairs with a σ of its own has a d_out × d_in matrix? Checked on Table 7, and on planted updates.
     """
     # BEGIN SOLUTION
-    random = w_norm * r / np.sqrt(d * k)
-    blind = w_norm * np.sqrt(r / min(d, k))
-    word = "random" if projected <= 2 * random else "weak" if projected < blind else "strong"
+    random = w_norm * r / np.sqrt(d_out * d_in)
+    blind = w_norm * np.sqrt(r / min(d_out, d_in))
+    word = "random" if projected <= 2 * random else "between" if projected < blind else "strong"
     return delta_norm / projected, delta_norm / random, word
     # END SOLUTION
 
@@ -446,7 +482,7 @@ _ = grade("05-3", exercise_3)
 #
 # $\varphi$ of unrelated spaces is $\max(i, j)/d$, not 0, and $1 - d^2/p$ (not appendix G's $\frac1p(1 - d^2)$) ties it to the
 # projection metric. Adapters of rank 8 and 64 share the two planted directions ($\varphi(2, 2) > 0.99$) and, beyond them, chance:
-# 0.31 at (8, 8), predicted 0.298. Table 7's random column is $\|W\| r/d$; by it a random $\Delta W$ has a factor of 343, so 21.5 is
-# no evidence, while 0.32 against 0.02 is. Library: `subspaces.similarity`, `expected_similarity`, `amplification`,
-# `expected_projection`; tests: `tests/test_subspaces.py`, `tests/test_experiments.py`. Next: notebook 06, scales and learning
-# rates.
+# 0.31 at (8, 8), predicted 0.298. Table 7's random column is $\|W\| r/d$; by it a random $\Delta W$ has a factor of 343, so 21.5
+# is no evidence, while 0.32 against 0.02 is, of some relation to $W$ and not of which. Library: `subspaces.similarity`,
+# `expected_similarity`, `amplification`, `expected_projection`; tests: `tests/test_subspaces.py`, `tests/test_experiments.py`.
+# Next: notebook 06, scales and learning rates.

@@ -154,7 +154,7 @@ def effective_rank(w, kind="entropy", energy=0.9):
     "entropy"   exp(−Σ p log p), p = σ/Σσ                        Roy & Vetterli 2007
     "stable"    ‖W‖²_F / σ₁² = Σσ²/σ₁²                           Rudelson & Vershynin 2007; never more than the rank
     "energy"    the smallest n with Σ_{i ≤ n} σ_i² ≥ energy·Σσ²  an int: "the rank for 90 % of the variance"
-    All three are r for r equal singular values. A matrix of zeros has 0.
+    For r equal singular values the first two are r, and "energy" is ⌈energy·r⌉. A matrix of zeros has 0.
     """
     if kind not in ("entropy", "stable", "energy"):
         raise ValueError(f"effective_rank: kind {kind!r} is unknown: expected 'entropy', 'stable' or 'energy'")

@@ -136,6 +136,10 @@ PREFIXES = [
     ("l_p = 8, l_i = 8", "PrefixLayer", (8, 8), "20.2M"),
     ("l_p = 64, l_i = 0", "PrefixLayer", (64, 0), "76.1M"),
 ]
+JUST_MISSED = [  # 0.547 and 0.542 of a step from their counts: one rounds up, the other down
+    ("l_p = 29, l_i = 8", "PrefixEmbed", (29, 8), "0.4M"),
+    ("l_p = 12, l_i = 8", "PrefixEmbed", (12, 8), "0.3M"),
+]
 
 
 @check("01-2")
@@ -152,6 +156,14 @@ def _(answer, rng):
             "rounded",
             [row[0] for row in PREFIXES],
             "table 15's rows of Adapter^H with two of PrefixLayer",
+        ),
+        (
+            ADAPTERS + JUST_MISSED,
+            96,
+            12288,
+            "rounded",
+            [row[0] for row in JUST_MISSED],
+            "table 15's rows of Adapter^H with two that miss their count by little more than half a step",
         ),
     ]
     for rule in ("rounded", "truncated", *rng.permutation(["rounded", "truncated"]).tolist()):
@@ -197,6 +209,7 @@ def _(answer, rng):
         (square(48, 1024), "3.0M", "48 matrices of width 1024"),
         (square(48, 1024), "12M", "48 matrices of width 1024"),
         ([(4096, 4), (4, 4096)] * 1000, "49M", "matrices of 4096 × 4"),
+        ([(4096, 4), (4, 4096)] * 1000, "32.8M", "matrices of 4096 × 4, whose smallest side is a rank that counts"),
         ([(4096, 4), (64, 4096)] * 500, "24.8M", "matrices of 4096 × 4 and 64 × 4096"),
     ]
     while len(cases) < 18:

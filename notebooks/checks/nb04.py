@@ -55,7 +55,7 @@ def _(answer, rng):
         )
         left = ((sigma[8:] ** 2).sum() / d + noise**2) / noise**2
         assert np.isclose(left, factor, rtol=1e-6), (
-            f"{call}: rank 8 should be left with {factor:.4f} times the noise; with this ΔW it is {left:.4f} times."
+            f"{call}: rank 8 should be left with {factor:.4f} times noise²; with this ΔW it is {left:.4f} times."
         )
         found = int((sigma > 1e-7 * sigma[0]).sum())
         assert found == n, (

@@ -94,7 +94,15 @@ def _rows(rng):
         delta = size * left @ right.T / np.sqrt(r)
         where = ("along W's top pairs", "along weak pairs of W", "in random directions")[place]
         yield f"ΔW {where}", np.linalg.norm(delta), np.linalg.norm(w), np.linalg.norm(left.T @ w @ right), r, d, k
-    yield "a wide W", 1.0, 10.0, 1.5, 4, 100, 400  # weak by min(d, k) = 100, strong by √(dk) or by 400
+    yield (
+        "a wide W",
+        1.0,
+        10.0,
+        1.5,
+        4,
+        100,
+        400,
+    )  # between by min(d_out, d_in) = 100, strong by √(d_out d_in) or by 400
     yield "a wide W", 1.0, 10.0, 0.41, 4, 100, 400  # random goes up to 0.4
     yield "a wide W", 1.0, 10.0, 0.39, 4, 100, 400
     yield "a tall W", 1.0, 10.0, 1.5, 4, 400, 100
@@ -113,10 +121,10 @@ def _(answer, rng):
         random = values[1] * r / np.sqrt(d * k)
         assert np.isclose(random_factor, values[0] / random), (
             f"{call} ({what}): with random U and V the factor is {values[0] / random:.4f}, and you return {float(random_factor):.4f}. "
-            "U averages over d dimensions, V over k."
+            "U averages over d_out dimensions, V over d_in."
         )
         blind = values[1] * np.sqrt(r / min(d, k))
-        expected = "random" if projected <= 2 * random else "weak" if projected < blind else "strong"
+        expected = "random" if projected <= 2 * random else "between" if projected < blind else "strong"
         assert word == expected, (
             f"{call} ({what}): the word is {expected!r}, and you return {word!r}. ‖W‖² is the sum of σ² over W's singular pairs; blindly "
             "chosen pairs have r times its mean."

@@ -67,8 +67,8 @@ def _(answer, rng):
         )
 
 
-def _losses(rng_seed, alpha, f, eta, eps=(0.0, 0.0), decay=(0.0, 0.0), d=12, r=3, n=48, steps=25):
-    """The losses of a regression with ΔW = s B A under AdamW in float64; f scales A₀."""
+def _losses(rng_seed, alpha, f, eta, d=12, r=3, n=48, steps=25):
+    """The losses of a regression with ΔW = s B A under Adam with ε = 0 in float64; f scales A₀."""
     rng = np.random.default_rng(rng_seed)
     w0, delta = rng.standard_normal((2, d, d)) / math.sqrt(d)
     x = rng.standard_normal((n, d))
@@ -83,8 +83,8 @@ def _losses(rng_seed, alpha, f, eta, eps=(0.0, 0.0), decay=(0.0, 0.0), d=12, r=3
         gradients = s * b.T @ g, s * g @ a.T
         for i, w in enumerate((a, b)):
             grad = np.ascontiguousarray(gradients[i]).reshape(-1)
-            if grad.any() or eps[i] or decay[i]:
-                optim.adamw_step(w.reshape(-1), grad, *moments[i], t, eta[i], eps=eps[i], weight_decay=decay[i])
+            if grad.any():
+                optim.adamw_step(w.reshape(-1), grad, *moments[i], t, eta[i], eps=0.0)
     return np.array(losses)
 
 
@@ -115,27 +115,56 @@ def _(answer, rng):
         )
 
 
+def _family(seed, alpha, sizes, options, k, d=12, r=3, n=48, steps=25):
+    """The losses of a regression with ΔW = s B A in float64, A₀ scaled by sizes[0], under exercise 3's four lines.
+
+    options: (η, ε, λ, μ, c) of A and of B. Returns the losses and the norms of both gradients from the loss, (steps, 2).
+    """
+    rng = np.random.default_rng(seed)
+    w0, delta = rng.standard_normal((2, d, d)) / math.sqrt(d)
+    x = rng.standard_normal((n, d))
+    y = x @ (w0 + delta).T
+    factors, s = [sizes[0] * rng.uniform(-1, 1, (r, d)) / math.sqrt(d), np.zeros((d, r))], alpha / r
+    m, v, losses, norms = [0.0, 0.0], [0.0, 0.0], [], []
+    for t in range(1, steps + 1):
+        a, b = factors
+        error = x @ (w0 + s * b @ a).T - y
+        losses.append(float((error * error).mean()))
+        g = 2 / error.size * error.T @ x
+        gradients = s * b.T @ g, s * g @ a.T
+        norms.append([float(np.linalg.norm(grad)) for grad in gradients])
+        for i, (grad, (eta, eps, decay, l2, clip)) in enumerate(zip(gradients, options, strict=True)):
+            w, norm = factors[i], norms[-1][i]
+            grad = grad * min(1.0, clip / norm) if norm > 0 else grad
+            grad = grad + l2 * w
+            m[i], v[i] = 0.9 * m[i] + 0.1 * grad, 0.999 * v[i] + 0.001 * grad * grad
+            root = np.sqrt(v[i] / (1 - 0.999**t)) + eps
+            factors[i] = w - eta * decay * w - eta * (m[i] / (1 - 0.9**t)) / root**k
+    return np.array(losses), np.array(norms)
+
+
 @check("06-3")
 def _(answer, rng):
-    cases = [(4.0, 8.0, 1e-3, 1.0), (0.5, 4.0, 1e-3, 1.0)]
-    cases += [
-        (
-            float(rng.uniform(0.3, 6)),
-            float(rng.uniform(0.3, 6)),
-            float(10 ** rng.uniform(-4, -2)),
-            float(rng.uniform(0.5, 4)),
-        )
-        for _ in range(5)
-    ]
-    for p, q, eps, decay in cases:
-        call = f"exercise_3({p:.4g}, {q:.4g}, {eps:.4g}, {decay:.4g})"
-        eps_a, eps_b, decay_a, decay_b = _numbers(answer(p, q, eps, decay), 4, call)
+    cases = [(4.0, 8.0, 1.0), (0.5, 4.0, 1.0), (3.0, 0.7, 0.0), (0.6, 2.0, 0.5)]
+    cases += [(*(float(x) for x in rng.uniform(0.3, 6, 2)), float(k)) for k in (1, 0, *rng.uniform(0.2, 1.5, 2))]
+    for p, q, k in cases:
+        eta, eps = 0.3 * 0.04 ** min(k, 1.0), float(10 ** rng.uniform(-4, -2))
+        decay, l2 = float(rng.uniform(0.5, 2)), float(rng.uniform(0.002, 0.02))
         seed = int(rng.integers(1 << 30))
-        one = _losses(seed, 8.0, 1.0, (0.01, 0.01), (eps, eps), (decay, decay))
-        other = _losses(seed, 8.0 / (p * q), p, (0.01 * p, 0.01 * q), (eps_a, eps_b), (decay_a, decay_b))
+        free = _family(seed, 8.0, (1.0,), [(eta, eps, decay, l2, math.inf)] * 2, k)[1]
+        clips = [float(np.median(norms)) for norms in free.T]  # so that about half of the steps are clipped
+        before = [(eta, eps, decay, l2, clip) for clip in clips]
+        after = [
+            _numbers(answer(f, k, *options), 5, f"exercise_3({f:.4g}, {k:.3g}, …)")
+            for f, options in zip((p, q), before, strict=True)
+        ]
+        with np.errstate(all="ignore"):
+            one, other = _family(seed, 8.0, (1.0,), before, k)[0], _family(seed, 8.0 / (p * q), (p,), after, k)[0]
+        assert np.isfinite(one).all()
         _compare(
             one,
             other,
-            call,
-            "√v̂ + ε must shrink as a whole where the gradients do, and the factor 1 − ηλ must stay what it was.",
+            f"exercise_3 at k = {k:.3g}, called with p = {p:.4g} for A and {q:.4g} for B",
+            "Go through the four lines: after the first two g must be 1/p of what it was, the decay must take the same share of w, "
+            "and the step must be p times as large. What power of 1/p does √v̂ + ε, raised to k, bring?",
         )

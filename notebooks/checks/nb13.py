@@ -26,9 +26,17 @@ def _(answer, rng):
         "a few large values over a flat rest": lambda i: np.where(i <= 3, 4.0, 1.0),
         "a straight line": lambda i: 1.2 - i / i.max(),
     }
-    for what, law in spectra.items():
-        shape = (int(rng.integers(96, 193)), int(64 * rng.integers(2, 4)))
-        r, n = int(rng.integers(8, 17)), min(shape)
+    short, long = (int(rng.integers(40, 49)), int(64 * rng.integers(7, 10))), (int(64 * rng.integers(7, 10)), 64)
+    cases = [
+        (what, (int(rng.integers(96, 193)), int(64 * rng.integers(2, 4))), int(rng.integers(8, 17))) for what in spectra
+    ]
+    cases += [
+        ("a flat spectrum", short, 16),
+        ("a straight line", short, int(rng.integers(12, 16))),
+        ("a flat spectrum", long, 12),
+    ]
+    for what, shape, r in cases:
+        law, n = spectra[what], min(shape)
         sigma = law(np.arange(1.0, n + 1))
         w = (orthonormal(rng, shape[0], n) * sigma) @ orthonormal(rng, shape[1], n).T
         nf4 = _off(Linear4bit.of(linear(w), double_quant=False).dense(), w)

@@ -105,25 +105,31 @@ def aligned_first_step(results=None):
 
 
 def rate_ratio(results=None):
-    """The error left after tuning η_A, against λ = η_B/η_A, at two widths (experiment `lora_plus_ratio`)."""
+    """The error left after tuning η_A for λ = 1, 4, 16 at α = 4, and for λ = 1 at α = 64, at two widths (experiment `lora_plus_ratio`)."""
     results = _results(results, descendants.lora_plus_ratio)
-    figure, ax = canvas(5.4, 3.2)
-    ratios = (1, 4, 16)
-    for width, colour, mark, shift in ((32, COLOURS[0], "o-", 0.97), (128, COLOURS[2], "s--", 1.03)):
-        rows = np.array([registry.values(results, f"width_{width}_ratio_{k}") for k in ratios])
-        ax.plot(ratios, rows.mean(axis=1), mark, color=colour, lw=1.5, ms=5)
-        ax.plot(np.array(ratios) * shift, rows, mark[0], color=colour, ms=3, alpha=0.55)
-        ax.annotate(f"width {width}", (1, rows[0].mean()), (9, 6 if width == 32 else -16), color=colour, **SMALL)
-    ax.set(xscale="log", xlabel="λ, B's learning rate over A's", ylabel="error left / error at the start")
-    ax.set(ylim=(0, 0.105), xlim=(0.85, 19))
-    ax.set_xticks(ratios, map(str, ratios))
-    ax.minorticks_off()
-    gain = [
-        registry.values(results, f"width_{n}_ratio_1").mean() / registry.values(results, f"width_{n}_ratio_16").mean()
-        for n in (32, 128)
-    ]
-    title = f"λ = 16 leaves 1/{gain[0]:.1f} of λ = 1's error at width 32, 1/{gain[1]:.1f} at 128"
-    ax.set_title(title, fontsize=10)
+    figure, ax = canvas(6.2, 3.4)
+    gain = []
+    for width, colour, mark, shift in ((32, COLOURS[0], "o", -0.05), (128, COLOURS[2], "s", 0.05)):
+        keys = [f"width_{width}_{key}" for key in ("ratio_1", "ratio_4", "ratio_16", "alpha_64")]
+        rows = np.array([registry.values(results, key) for key in keys])
+        mean = rows.mean(axis=1)
+        gain += [mean[0] / mean[2], mean[0] / mean[3]]
+        at = np.arange(4) + shift
+        ax.plot(at, rows, mark, color=colour, ms=3, alpha=0.55)
+        ax.plot(at[:3], mean[:3], mark + ("-" if width == 32 else "--"), color=colour, lw=1.5, ms=5)
+        ax.plot(at[3], mean[3], mark, color=colour, ms=7, mfc="none", mew=1.5)
+        ax.annotate(f"width {width}", (at[0], mean[0]), (12, 2 if width == 32 else -14), color=colour, **SMALL)
+        for x, y in zip(at[2:], mean[2:], strict=True):
+            side = {"ha": "right"} if width == 32 else {"ha": "left"}
+            ax.annotate(f"{y:.3f}", (x, y), (-6 if width == 32 else 6, -16), color=colour, **side, **SMALL)
+    ax.axvline(2.5, color="0.8", lw=0.9, zorder=0)
+    ax.set_xticks(range(4), ("λ = 1\nα = 4", "λ = 4\nα = 4", "λ = 16\nα = 4", "λ = 1\nα = 64"))
+    ax.set(xlabel="λ, B's learning rate over A's, and α", ylabel="error left / error at the start")
+    ax.set(ylim=(0, 0.105), xlim=(-0.4, 3.5))
+    ax.set_title(
+        f"λ = 16 leaves 1/{gain[0]:.1f} and 1/{gain[2]:.1f} of the error; 16 α at λ = 1 leaves 1/{gain[1]:.1f} and 1/{gain[3]:.1f}",
+        fontsize=10,
+    )
     return figure
 
 

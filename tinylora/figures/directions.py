@@ -11,17 +11,21 @@ SEEDS = (0, 1, 2)
 
 
 def similarity_maps(seed=0, grid=(8, 64)):
-    """φ(A_r8, A_r64, i, j) for every i and j as in LoRA's Figure 3, beside chance, max(i, j)/d, and their difference."""
+    """φ(A_r8, A_r64, i, j) for every i and j as in LoRA's Figure 3, beside chance c = max(i, j)/d, and (φ − c)/(1 − c).
+
+    The last is 0 on average for unrelated spaces, and 1 if the smaller space lies in the larger, where φ − c would shrink as c grows.
+    """
     found = directions.subspace_overlap(seed, grid=grid)
     phi, (rows, columns) = np.array(found["grid"]), grid
     chance = np.array([[subspaces.expected_similarity(i + 1, j + 1, 96) for j in range(columns)] for i in range(rows)])
+    beyond = (phi - chance) / (1 - chance)
     figure, axes = canvas(9, 2.9, ncols=3, sharey=True)
     titles = (
         f"φ(2,2) = {phi[1, 1]:.2f}, φ(8,8) = {phi[7, 7]:.2f}",
-        f"chance, max(i, j)/d: {chance[1, 1]:.2f}, {chance[7, 7]:.2f}",
-        f"above chance: {phi[1, 1] - chance[1, 1]:+.2f}, {phi[7, 7] - chance[7, 7]:+.2f}",
+        f"chance c = max(i, j)/d: {chance[1, 1]:.2f}, {chance[7, 7]:.2f}",
+        f"(φ − c)/(1 − c): {beyond[1, 1]:.2f}, {beyond[7, 7]:.2f}",
     )
-    for ax, values, title in zip(axes, (phi, chance, phi - chance), titles, strict=True):
+    for ax, values, title in zip(axes, (phi, chance, beyond), titles, strict=True):
         image = ax.pcolormesh(
             np.arange(columns + 1) + 0.5,
             np.arange(rows + 1) + 0.5,
@@ -40,8 +44,7 @@ def similarity_maps(seed=0, grid=(8, 64)):
     axes[0].set_ylabel("i, directions of A at r = 8")
     axes[0].set_yticks(range(1, rows + 1))
     axes[0].invert_yaxis()
-    bar = figure.colorbar(image, ax=axes, pad=0.01)
-    bar.ax.set_title("φ", fontsize=10)
+    figure.colorbar(image, ax=axes, pad=0.01)
     return figure
 
 

@@ -10,38 +10,40 @@ SEEDS = (0, 1, 2)
 
 
 def first_step(results=None):
-    """⟨−ΔW₁, G⟩ over its value at r = 1, for SGD and Adam and both scales, with the predicted powers of r as lines."""
+    """⟨−ΔW₁, G⟩ and ‖ΔW₁‖ over their values at r = 1, for SGD and Adam and both scales; lines: the powers of r for r ≪ d."""
     results = [dynamics.first_step(seed) for seed in SEEDS] if results is None else results
-    figure, ax = canvas(6.2, 3.7)
+    figure, axes = canvas(9.6, 3.8, ncols=2)
     ranks = np.array(results[0]["ranks"], float)
-    for key, label, power, colour, mark, shift in (
-        ("adam_rs", "Adam, α/√r", 0.5, COLOURS[2], "s", (-8, 8)),
-        ("sgd_rs", "SGD, α/√r", 0, COLOURS[0], "o", (0, 7)),
-        ("adam_r", "Adam, α/r", 0, COLOURS[2], "D", (0, -15)),
-        ("sgd_r", "SGD, α/r", -1, COLOURS[0], "v", (-14, -4)),
-    ):
-        hollow = (
-            {"mfc": "white", "mec": colour} if key.endswith("_r") else {"color": colour, "mec": "white", "mew": 0.4}
-        )
-        ax.plot(ranks, ranks**power, "-" if key.endswith("rs") else "--", color=colour, lw=1.2, zorder=1)
-        for result in results:
-            ax.plot(
-                ranks,
-                result[key],
-                mark,
-                ms=6 if key != "adam_r" else 8,
-                ls="",
-                zorder=2 if key == "adam_r" else 3,
-                **hollow,
+    runs = (  # key, label, powers of r of gain and size, colour, mark, where the labels go
+        ("adam_rs", "Adam, α/√r", (0.5, 0), COLOURS[2], "s", ((-8, 8), (0, 9))),
+        ("sgd_rs", "SGD, α/√r", (0, -0.5), COLOURS[0], "o", ((0, 7), (2, 18))),
+        ("adam_r", "Adam, α/r", (0, -0.5), COLOURS[2], "D", ((0, -15), (-16, -14))),
+        ("sgd_r", "SGD, α/r", (-1, -1.5), COLOURS[0], "v", ((-14, -4), (-14, -4))),
+    )
+    for ax, part, suffix in zip(axes, (0, 1), ("", "_size"), strict=True):
+        for key, label, powers, colour, mark, shifts in runs:
+            hollow = (
+                {"mfc": "white", "mec": colour} if key[-2:] == "_r" else {"color": colour, "mec": "white", "mew": 0.4}
             )
-        last = np.mean([result[key][-1] for result in results])
-        ax.annotate(f"{label}: {last:.3g}", (ranks[-1], last), shift, ha="right", color=colour, **SMALL)
-    ax.set(xscale="log", yscale="log", xlabel="rank r", ylabel="first step's gain ⟨−ΔW₁, G⟩\nover that at r = 1")
-    ax.set(ylim=(0.002, 50), xlim=(0.85, 300))
-    ax.set_xticks(ranks, [f"{r:g}" for r in ranks])
-    ax.set_yticks([0.004, 0.02, 0.1, 1, 4, 16], ["0.004", "0.02", "0.1", "1", "4", "16"])
-    ax.minorticks_off()
-    ax.set_title("The gain is flat in r with α/√r under SGD, with α/r under Adam (lines: theory)", fontsize=10)
+            front = key in ("sgd_r", "adam_rs") or key == ("sgd_rs", "adam_r")[part]
+            size = 6 if front else 8 + part
+            ax.plot(ranks, ranks ** powers[part], "-" if key[-2:] == "rs" else "--", color=colour, lw=1.2, zorder=1)
+            for result in results:
+                ax.plot(ranks, result[key + suffix], mark, ms=size, ls="", zorder=3 if front else 2, **hollow)
+            last = registry.values(results, key + suffix)[:, -1].mean()
+            text = f"{label}: {last:.1g}" if last < 0.01 else f"{label}: {last:.3g}"
+            ax.annotate(text, (ranks[-1], last), shifts[part], ha="right", color=colour, **SMALL)
+        ax.set(xscale="log", yscale="log", xlabel="rank r", xlim=(0.85, 300))
+        ax.set_xticks(ranks, [f"{r:g}" for r in ranks])
+        ax.minorticks_off()
+    left, right = axes
+    left.set(ylabel="first step's gain ⟨−ΔW₁, G⟩, over that at r = 1", ylim=(0.002, 50))
+    left.set_yticks([0.004, 0.02, 0.1, 1, 4, 16], ["0.004", "0.02", "0.1", "1", "4", "16"])
+    left.set_title("Gain: under Adam flat with α/r", fontsize=10)
+    right.set(ylabel="first step's size ‖ΔW₁‖, over that at r = 1", ylim=(1e-4, 5))
+    right.set_yticks([0.001, 0.01, 0.1, 1], ["0.001", "0.01", "0.1", "1"])
+    right.set_title("Size: under Adam flat with α/√r while r ≪ d", fontsize=10)
+    right.text(1, 2e-4, "lines: powers of r, for r ≪ d", color="0.35", fontsize=8.5)
     return figure
 
 

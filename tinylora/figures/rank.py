@@ -47,7 +47,7 @@ def rank_sweep(low=None, full=None):
         color="0.3",
         **SMALL,
     )
-    axes[0].set_title(f"ΔW of rank 2: {one:.4f} at r = 1, {two:.4f} from r = 2 on", fontsize=10)
+    axes[0].set_title(f"ΔW of rank 2: {one:.4f} at r = 1, then {two:.4f}", fontsize=10)
     eight = full[0]["ranks"].index(8)
     at8 = registry.values(full, "mse")[:, eight].mean()
     axes[1].annotate(f"r = 8: {at8:.3f}, {at8 / 0.0025:.0f} σ²", (8, at8), (6, 6), color=COLOURS[2], **SMALL)
