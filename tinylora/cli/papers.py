@@ -75,7 +75,7 @@ def experiments_parser(commands):
         "what came out over the seeds, and whether that holds. A toy can refute a claim's generality; it cannot confirm what a\n"
         "claim says of language models.",
         epilog="examples:\n"
-        "  tinylora experiments                         all of them, a few minutes\n"
+        "  tinylora experiments                         all of them, about a minute\n"
         "  tinylora experiments rank_sweep first_step   two of them\n"
         "  tinylora experiments --list                  their names and titles\n",
         formatter_class=FORMAT,
