@@ -331,7 +331,7 @@ def test_a_further_adapter_waits_frozen_until_it_is_set():
     for bad, words in (("d", "no adapter called 'd'; it carries a, b"), (["a", "d"], "'d'")):
         with pytest.raises(ValueError, match=words):
             tl.set_adapter(m, bad)
-    for name in ("a.b", "", "__base__", "a:b", "a/b", 1):
+    for name in ("a.b", "", "__base__", "a:b", "a/b", 1, []):
         with pytest.raises(ValueError, match="an adapter cannot be called"):
             tl.add_lora(m, r=2, target_modules=["fc1"], name=name)
 
@@ -691,7 +691,7 @@ def test_what_unmerge_needs_is_kept_safe(rng):
         adapters.merge(m, keep=True)
     adapters.detach(m)
     m.to(fake_cupy)
-    adapters.unmerge(m)
+    adapters.unmerge(m)  # (what another merge would do to it: the next test)
     np.testing.assert_allclose(host(m, x), before, rtol=1e-5, atol=1e-5)
     assert _base_output(m.to("cpu"), x).tobytes() == base.tobytes()
 
@@ -720,6 +720,11 @@ def test_an_adapter_named_twice_counts_once(rng):
     [
         ({"init": "pissa"}, "init 'pissa' is unknown"),
         ({"alpha": "16"}, "alpha = '16', expected a number"),
+        ({"alpha": float("nan")}, "alpha = nan, expected a number"),
+        ({"r": True}, "r = True, expected a whole number"),
+        ({"dropout": "a"}, "dropout = a, expected 0 <= dropout < 1"),
+        ({"target_modules": None}, "target_modules = None, expected 'all-linear'"),
+        ({"target_modules": [3]}, r"target_modules = \[3\]"),
         ({"alpha_pattern": {"fc1": None}}, "alpha_pattern = None, expected a number"),
         ({"rank_pattern": {"(": 3}}, r"the pattern '\(' is no regular expression"),
         ({"target_modules": "all-linear", "modules_to_save": ["fc1"]}, "is a target and among modules_to_save"),
@@ -766,6 +771,7 @@ def test_combinations_are_checked_layer_by_layer_and_change_nothing(rng):
         ((["a", "b"], [1, 1], "n", "linear"), "'linear' needs equal ranks"),
         ((["a", "b"], [1, 1], "n", "svd", 0), "svd_rank = 0"),
         ((["a", "b"], [1, 1], "n", "svd", 2.5), "svd_rank = 2.5"),
+        ((["a", "b"], [1, float("nan")], "n"), "expected finite numbers"),
     ):
         with pytest.raises(ValueError, match=words):
             tl.add_weighted_adapter(m, *arguments)
@@ -826,3 +832,63 @@ def test_a_base_weight_that_came_along_must_be_the_models(tmp_path, rng):
     files.save_safetensors(path, tensors | {"base_model.model.head.base_layer.weight": tiny.zoo().head.weight.data})
     with pytest.raises(ValueError, match="a base weight for head, which is not adapted"):
         peft.load_adapter(tiny.zoo(), tmp_path)
+
+
+def test_a_later_merge_gives_up_what_an_earlier_one_kept(rng):
+    m, x = two(rng)
+    adapters.merge(m, keep=True)
+    shaken(tl.add_lora(m, r=2, target_modules=["fc2"], name="c"), rng, "c")
+    wanted = host(m, x)
+    tl.merge(m)
+    with pytest.raises(ValueError, match="there is nothing to undo"):
+        adapters.unmerge(m)
+    np.testing.assert_allclose(host(m, x), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_numpy_numbers_in_a_config_can_be_written(tmp_path):
+    m = tl.add_lora(
+        tiny.zoo(),
+        r=np.int64(2),
+        alpha=np.float32(4),
+        target_modules=["fc1", "fc2"],
+        rank_pattern={"fc1": np.int64(3)},
+        alpha_pattern={"fc1": np.float32(3)},
+    )
+    peft.save_adapter(m, tmp_path)
+    assert adapters.configs(peft.load_adapter(tiny.zoo(), tmp_path)) == adapters.configs(m)
+
+
+def test_another_adapter_beside_one_that_moved_the_base_can_be_taken_off(rng):
+    from tinylora import variants
+
+    m = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"])
+    variants.pissa(m.fc1)
+    tl.add_lora(m, r=2, target_modules=["fc1"], name="b")
+    adapters.delete_adapter(m, "b")
+    tl.add_lora(m, r=2, target_modules=["fc1"], name="b")
+    adapters.detach(m, "b")
+    with pytest.raises(ValueError, match="was started by pissa"):
+        adapters.detach(m)
+    adapters.delete_adapter(m, "default")  # for good, and knowingly: the base keeps the residual
+    assert not adapters.adapters(m)
+
+
+def test_a_name_that_the_model_lacks_survives_the_round_trip(tmp_path):
+    peft.save_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"]), tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": ["fc1", "query"]}))
+    m = peft.load_adapter(tiny.zoo(), tmp_path / "a")
+    peft.save_adapter(m, tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "adapter_config.json").read_text())["target_modules"] == ["fc1"]
+
+
+def test_the_base_weight_in_a_file_is_compared_under_another_adapter_too(tmp_path):
+    from tinylora import files
+
+    peft.save_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["embed"]), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = {k: v.copy() for k, v in files.load_safetensors(path)[0].items()}
+    key = "base_model.model.embed.base_layer.weight"
+    files.save_safetensors(path, tensors | {key: tiny.zoo().embed.weight.data + 1})
+    with pytest.raises(ValueError, match="is not this model's"):
+        peft.load_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["embed"], name="other"), tmp_path)

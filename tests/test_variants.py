@@ -573,3 +573,14 @@ def test_every_experiment_has_a_verdict_in_words():
         sentence = e.verdict([outcome(name, 1)])
         assert sentence.split(":")[0] in ("holds", "holds in part", "fails")
         assert all(key in outcome(name, 1) for _, key in e.measured)
+
+
+def test_a_bypass_of_another_kind_inside_is_said_before_anything_is_merged():
+    import tiny
+
+    m = variants.add_vera(tiny.model(), r=4, target_modules=["q_proj"])
+    tl.add_lora(m, r=2, target_modules=["base_layer"])
+    with pytest.raises(ValueError, match="carries a LoRA adapter inside"):
+        variants.merge(m)
+    assert sum(isinstance(layer, variants.VeRALinear) for _, layer in m.named_modules()) == 2
+    variants.merge(tl.merge(m))

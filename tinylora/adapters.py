@@ -61,9 +61,16 @@ class LoRAConfig:
 
     def __post_init__(self):
         for name, value in (("alpha", self.alpha), *(("alpha_pattern", v) for v in self.alpha_pattern.values())):
-            if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float, np.integer, np.floating))
+                or not math.isfinite(value)
+            ):
                 raise ValueError(f"lora: {name} = {value!r}, expected a number")
-        object.__setattr__(self, "alpha", self.alpha.item() if isinstance(self.alpha, np.generic) else self.alpha)
+        for name in ("r", "alpha", "dropout"):
+            object.__setattr__(self, name, _python(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, {k: _python(v) for k, v in getattr(self, name).items()})
         if self.init not in INITS:
             raise ValueError(f"lora: init {self.init!r} is unknown: expected 'kaiming' or 'gaussian'")
         if self.target_modules is None:
@@ -97,6 +104,11 @@ class LoRAConfig:
     def max_rank(self):
         """The largest rank that a layer may have."""
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
+
+
+def _python(value):
+    """A NumPy scalar as Python's, which JSON knows."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _pattern(patterns, path, default):
@@ -139,7 +151,7 @@ def find_targets(model, target_modules="all-linear"):
     lists the names that exist.
     """
     layers = _layers(model)
-    linear = [path for path, layer in layers.items() if isinstance(_base(layer), LINEAR)]
+    linear = [path for path, layer in layers.items() if isinstance(base_of(layer), LINEAR)]
     names = sorted({path.rpartition(".")[2] for path in layers})
     if not layers:
         raise ValueError("lora: the model has no layer to adapt")
@@ -174,7 +186,8 @@ def _named(path, name):
     return path == name or path.endswith("." + name)
 
 
-def _base(layer):
+def base_of(layer):
+    """The layer itself, or what is inside its wrapper."""
     return layer.base_layer if isinstance(layer, LoRALayer) else layer
 
 
@@ -213,8 +226,12 @@ def add_lora(
     The first adapter freezes the base, computes and is trained. A further one waits, frozen, until `set_adapter` names it
     (as PEFT's add_adapter). Nothing changes if anything does not fit.
     """
-    if not isinstance(target_modules, str):
+    if isinstance(target_modules, (list, tuple, set, frozenset)) and all(isinstance(t, str) for t in target_modules):
         target_modules = tuple(sorted(set(target_modules)))  # a set to PEFT; sorted, so that files are reproducible
+    elif not isinstance(target_modules, str):
+        raise ValueError(
+            f"lora: target_modules = {target_modules!r}, expected 'all-linear', a regular expression, or a list of names"
+        )
     config = LoRAConfig(r, alpha, dropout, target_modules, init, **options)
     targets = find_targets(model, target_modules)
     for key in [*config.rank_pattern, *config.alpha_pattern]:
@@ -227,12 +244,12 @@ def add_lora(
 
 def _put_on(model, name, config, targets):
     """Wrap or extend the layers at the paths `targets`, copy what is to be trained whole, and activate a first adapter."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name == BASE:
+        raise ValueError(f"lora: an adapter cannot be called {name!r} (letters, digits, - and _, and not {BASE!r})")
     if name in configs(model):
         raise ValueError(
             f"lora: the model carries an adapter already that is called {name!r}; give another name, or detach or merge it first"
         )
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name == BASE:
-        raise ValueError(f"lora: an adapter cannot be called {name!r} (letters, digits, - and _, and not {BASE!r})")
     layers, first = _layers(model), not configs(model)
     whole = _trained_whole(model, config, targets)
     both = [t for t in targets if f"{t}.weight" in whole]
@@ -241,7 +258,9 @@ def _put_on(model, name, config, targets):
             f"lora: {both[0]} is a target and among modules_to_save; it can have a bypass or be trained whole"
         )
     with _active(model, ()):  # the base's own parameters are in place: DoRA starts from its norms
-        made = {path: bypass_for(_base(layers[path]))(_base(layers[path]), **config.options(path)) for path in targets}
+        made = {
+            path: bypass_for(base_of(layers[path]))(base_of(layers[path]), **config.options(path)) for path in targets
+        }
     if first:
         model.requires_grad_(False)
     for path, bypass in made.items():
@@ -345,7 +364,7 @@ def _activate(model, names):
 def _place(model, path, tensor):
     """Let this Tensor be the parameter at the path; returns the one that was."""
     parent, _, leaf = path.rpartition(".")
-    module = _base(model.get(parent))
+    module = base_of(model.get(parent))
     before = getattr(module, leaf)
     setattr(module, leaf, tensor)
     return before
@@ -400,7 +419,8 @@ def adapter_rows(model, names):
 
 def delete_adapter(model, name):
     """Take an adapter off for good. If it was active alone, the first in the alphabet of those that remain becomes active (as in PEFT)."""
-    detach(model, name)
+    _check_name(model, name)
+    _take_off(model, name)
     return model
 
 
@@ -414,6 +434,12 @@ def detach(model, name=None):
     name = next(iter(configs(model))) if name is None else name
     _check_name(model, name)
     off = adapter_of(model, name)
+    _take_off(model, name)
+    return off
+
+
+def _take_off(model, name):
+    """Remove an adapter; if it was active alone, activate the first in the alphabet of the others."""
     alone = active_adapters(model) == (name,)
     _activate(model, [n for n in active_adapters(model) if n != name])
     for key in [key for key in _spares(model) if key[0] == name]:
@@ -425,7 +451,6 @@ def detach(model, name=None):
     del configs(model)[name]
     if alone and configs(model):
         set_adapter(model, min(configs(model)))
-    return off
 
 
 def adapter_of(model, name=None):
@@ -438,9 +463,9 @@ def adapter_of(model, name=None):
     _check_name(model, name)
     weights = {}
     for path, layer in adapters(model, name):
-        if layer.started_by:
+        if layer.bypasses[name].started_by:
             raise ValueError(
-                f"lora: {path} was started by {layer.started_by}, which moved a part of W into the factors: "
+                f"lora: {path} was started by {layer.bypasses[name].started_by}, which moved a part of W into the factors: "
                 "they mean nothing off this base; merge(model) instead"
             )
         weights[path] = {factor: tensor.data for factor, tensor in _tensors(layer.bypasses[name]).items()}
@@ -459,7 +484,7 @@ def attach(model, adapter, name="default"):
             raise ValueError(
                 f"lora: the adapter has weights for {path}, which the model lacks; its layers are {', '.join(names)}"
             )
-        expected = _shapes(_base(layers[path]), c, path)
+        expected = _shapes(base_of(layers[path]), c, path)
         got = {factor: tuple(a.shape) for factor, a in arrays.items()}
         if got != expected:
             raise ValueError(
@@ -532,6 +557,8 @@ def add_weighted_adapter(model, names, weights, new_name, combination_type="svd"
         raise ValueError(
             f"add_weighted_adapter: combination_type {combination_type!r}, expected one of {', '.join(COMBINATIONS)}"
         )
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"add_weighted_adapter: the weights are {weights}, expected finite numbers")
     for name in names:
         _check_name(model, name)
         c = configs(model)[name]
@@ -594,7 +621,8 @@ def merge(model, names=None, keep=False):
     """Replace every adapted layer by its merged layer, in place; returns the model. LoRA §4.1: W = W₀ + s B A.
 
     names   the adapters to merge (the active ones); all others are dropped
-    keep    True: `unmerge` can put everything back, bit for bit, at the price of holding W₀ beside W
+    keep    True: `unmerge` can put everything back, bit for bit, at the price of holding W₀ beside W; a later merge without
+            it gives up what an earlier one kept
     Parameters that the merged adapters trained whole stay in the model. What merging into 4 or 16 bits cost is on each
     new layer as `merge_error`, and in `merge_errors(model)`.
     """
@@ -633,8 +661,7 @@ def merge(model, names=None, keep=False):
     configs(model).clear()
     _spares(model).clear()
     model.lora_active = ()
-    if keep:
-        model.lora_kept = kept
+    model.lora_kept = kept if keep else None  # what an earlier merge kept is no longer what lies below
     return model.requires_grad_(False)
 
 

@@ -42,14 +42,17 @@ class Bypass(Module):
     scaling           s = α/r, with use_rslora α/√r
     magnitude         None, or m (out,): DoRA's, which starts as ‖W₀ + s B A‖
     lora_bias         True: B has a bias (out,), which the scale multiplies too, as PEFT's forward does
+    started_by        "", or the method of `variants` that moved a part of the base's weight into the factors
     """
+
+    started_by = ""
 
     def __init__(
         self, base, r=8, alpha=16, dropout=0.0, init="kaiming", use_rslora=False, use_dora=False, lora_bias=False
     ):
-        if not isinstance(r, (int, np.integer)) or r < 1:
+        if isinstance(r, bool) or not isinstance(r, (int, np.integer)) or r < 1:
             raise ValueError(f"lora: r = {r!r}, expected a whole number, 1 or more")
-        if not 0 <= dropout < 1:
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
             raise ValueError(f"lora: dropout = {dropout}, expected 0 <= dropout < 1")
         if init not in INITS:
             raise ValueError(f"lora: init {init!r} is unknown: expected 'kaiming' or 'gaussian'")
@@ -205,13 +208,11 @@ class LoRALayer(Module):
     bypasses     {name: Bypass}; the constructor makes one, called "default"
     active       the names that take part, in order
     rows         None, or one adapter's name (or "__base__") for each row of a batch: see `adapters.adapter_rows`
-    started_by   "", or the method of `variants` that moved a part of the base's weight into the factors
 
     `lora_A`, `lora_B`, `r`, `alpha`, `scaling`, `dropout` are those of the active bypass, if it is one.
     """
 
     rows = None
-    started_by = ""
 
     def __init__(self, base, *args, name="default", bypass=None, **kwargs):
         """The arguments after `base` are Bypass's (r, alpha, dropout, init, …); or give one that is made already."""

@@ -108,7 +108,13 @@ def _target_names(model, targets, paths):
     if isinstance(targets, str) and targets != "all-linear":
         return targets
     names = sorted({path.rpartition(".")[2] for path in paths}) if targets == "all-linear" else list(targets)
-    return names if set(adapters.find_targets(model, names)) == paths else sorted(paths)
+    names = _existing(model, names)
+    return names if names and set(adapters.find_targets(model, names)) == paths else sorted(paths)
+
+
+def _existing(model, names):
+    """Those of the names that the model has: PEFT lets a name be one that it lacks, as long as another is there."""
+    return [n for n in names if any(f".{path}".endswith(f".{n}") for path, _ in model.named_modules())]
 
 
 def read_adapter(folder):
@@ -201,15 +207,15 @@ def load_adapter(model, folder, name="default"):
     adapter, config, bases = _read(Path(folder))
     if not config.get("exclude_modules") and config.get("layers_to_transform") is None:
         whole, targets = adapter.config.modules_to_save, adapter.config.target_modules
-        if not isinstance(targets, str):  # PEFT lets a name be one that the model lacks, as long as another is there
-            targets = [t for t in targets if any(f".{p}".endswith(f".{t}") for p, _ in model.named_modules())]
+        targets = targets if isinstance(targets, str) else _existing(model, targets)
         named = adapters.find_targets(model, targets)
         missing = [p for p in named if p not in adapter.weights and not any(_within(p, w) for w in whole)]
         if missing:
             raise ValueError(f"{folder}: the config adapts {missing[0]}, and the file has no factors for it")
     layers = dict(model.named_modules())
     for path, weight in bases.items():
-        mine = layers[path].dense() if path in layers and hasattr(layers[path], "dense") else None
+        base = adapters.base_of(layers[path]) if path in layers else None
+        mine = base.dense() if hasattr(base, "dense") else None
         if mine is not None and (mine.shape != weight.shape or not np.array_equal(move(mine, "cpu"), weight)):
             raise ValueError(
                 f"{folder}: the base weight of {path} that came along is not this model's; is it another base?"

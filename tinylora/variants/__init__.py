@@ -20,6 +20,7 @@ these disagree. Left out: everything around the equation (which layers, which da
 SVDs (these are exact, on the host, in float64), and PEFT's files for these methods.
 """
 
+from ..lora import LoRALayer
 from .bypasses import AdaLoRALinear, Beside, IECLinear, RankAllocator, VeRALinear, add_adalora, add_vera, orthogonality
 from .integers import Calibrated, IntegerLinear, QALoRALinear, block_entropy, information_calibration
 from .starts import correct_gradients, freeze_A, loftq, lora_ga, lora_plus_groups, pissa
@@ -28,6 +29,9 @@ from .starts import correct_gradients, freeze_A, loftq, lora_ga, lora_plus_group
 def merge(model):
     """Replace every VeRALinear, AdaLoRALinear, IECLinear and QALoRALinear by its merged layer, in place; returns the model."""
     found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, (Beside, QALoRALinear))]
+    for path, layer in found:
+        if isinstance(layer.base_layer, LoRALayer):
+            raise ValueError(f"variants: {path} carries a LoRA adapter inside; tl.merge(model) first")
     merged = [(path, layer.merge()) for path, layer in found]
     for path, layer in merged:
         model.replace(path, layer)

@@ -105,7 +105,9 @@ def loftq(linear, r=16, alpha=None, steps=5, code="nf4", **options):
         b, a = _best(w - _as_host(base.dense()), r, "loftq")
         low = b @ a
     layer = LoRALinear(base, r=r, alpha=r if alpha is None else alpha)
-    layer.started_by = "loftq" if steps > 1 else ""  # after one step the base is q(W), as anybody has it
+    layer.bypasses["default"].started_by = (
+        "loftq" if steps > 1 else ""
+    )  # after one step the base is q(W), as anybody has it
     return _set_factors(layer, a / math.sqrt(layer.scaling), b / math.sqrt(layer.scaling))
 
 
@@ -154,7 +156,7 @@ def _restart(who, layer, a, b, weight, code=None, **options):
     """Give the layer these factors and a base that holds `weight`, quantized if a code is given."""
     old = layer.base_layer
     base = linear_like(old, weight) if code is None else _quantized(old, weight, code, **options)
-    layer.base_layer, layer.started_by = base, who
+    layer.base_layer, layer.bypasses[layer.active[0]].started_by = base, who
     return _set_factors(layer, a, b)
 
 
