@@ -24,7 +24,7 @@ from .train import bits_per_byte
 
 JOB = Job(r=8, alpha=16)
 RECIPE = replace(LORA_RECIPE, steps=150)
-PROMPTS = {"jargon": "\nhacker\n  n. ", "source": "\ndef forward(x):\n    "}
+PROMPTS = {"jargon": "\nhacker\n  n. ", "source": "\n    return "}
 
 
 @dataclass
@@ -201,7 +201,7 @@ def describe(s, names):
         lines.append(f"{who:<12}" + "".join(f"{s.scores[who, n]:>{max(width, 10)}.4f}" for n in names))
     lines += ["", "one base, the adapter swapped after each piece"]
     for name, text in s.pieces:
-        lines += [f"--- {name}", *("    " + line for line in text.strip("\n").splitlines())]
+        lines += [f"--- {name}", *("    " + line for line in text.strip("\n").rstrip().splitlines())]
     lines += ["", f"{'a switch':<32}{'bytes moved':>14}{'milliseconds':>14}"]
     for way, (n, seconds) in s.moved.items():
         lines.append(f"{way:<32}{n:>14,}{'' if seconds is None else f'{1000 * seconds:.2f}':>14}")
