@@ -691,7 +691,7 @@ def test_what_unmerge_needs_is_kept_safe(rng):
         adapters.merge(m, keep=True)
     adapters.detach(m)
     m.to(fake_cupy)
-    adapters.unmerge(m)  # (what another merge would do to it: the next test)
+    adapters.unmerge(m)
     np.testing.assert_allclose(host(m, x), before, rtol=1e-5, atol=1e-5)
     assert _base_output(m.to("cpu"), x).tobytes() == base.tobytes()
 

@@ -73,10 +73,6 @@ class LoRAConfig:
             object.__setattr__(self, name, {k: _python(v) for k, v in getattr(self, name).items()})
         if self.init not in INITS:
             raise ValueError(f"lora: init {self.init!r} is unknown: expected 'kaiming' or 'gaussian'")
-        if self.target_modules is None:
-            raise ValueError(
-                "lora: target_modules is None; expected 'all-linear', a regular expression, or a list of names"
-            )
         for key in (*self.rank_pattern, *self.alpha_pattern):
             try:
                 re.compile(key)
@@ -418,7 +414,10 @@ def adapter_rows(model, names):
 
 
 def delete_adapter(model, name):
-    """Take an adapter off for good. If it was active alone, the first in the alphabet of those that remain becomes active (as in PEFT)."""
+    """Take an adapter off for good. If it was active alone, the first in the alphabet of those that remain becomes active (as in PEFT).
+
+    A layer that pissa or lora_ga started keeps the base that they left: W without the part that was in the factors.
+    """
     _check_name(model, name)
     _take_off(model, name)
     return model
