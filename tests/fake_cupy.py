@@ -4,9 +4,12 @@
     * np.asarray(device array) raises, as CuPy's does
     * a function that CuPy lacks is missing here (`errstate`, `erf`, `vecdot`, `maximum.reduceat`, …): only those listed exist
     * with `limit` set, an allocation that would exceed it raises OutOfMemoryError
+    * a copy in a stream of its own happens as late as possible: only when an event behind it is waited for, or the stream. What
+      forgets to wait reads what was there before
+    * managed memory is device memory that remembers where it was prefetched
 
 It is stricter than CuPy in one way: NumPy's own functions refuse a device array, where CuPy would take over. Not a
-simulation of speed, streams or asynchrony. tinylora finds it as it finds CuPy, by the module that an array's type came
+simulation of speed. tinylora finds it as it finds CuPy, by the module that an array's type came
 from.
 """
 
@@ -158,9 +161,27 @@ class ndarray:
     def __array__(self, *args, **kwargs):
         raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()`")
 
-    def get(self):
+    def __new__(cls, shape, dtype, memptr):
+        return _wrap(memptr.array.view(dtype).reshape(shape))
+
+    def get(self, stream=None, out=None, blocking=True):
         counters["to_host"] += 1
-        return self._a.copy()
+        if out is None:
+            return self._a.copy()
+        (stream or _default)._do(lambda: np.copyto(out, self._a))
+        if blocking:
+            (stream or _default).synchronize()
+        return out
+
+    def set(self, host, stream=None):
+        if not isinstance(host, np.ndarray):
+            raise TypeError("Only a NumPy array can be set")
+        counters["to_device"] += 1
+        (stream or _default)._do(lambda: np.copyto(self._a, host))
+
+    @property
+    def data(self):
+        return types.SimpleNamespace(ptr=self._a.ctypes.data)
 
     def __getitem__(self, key):
         return _wrap(self._a[_unwrap(key)])
@@ -273,7 +294,66 @@ def asarray(x, dtype=None):
 
 array = asarray
 
-cuda = types.SimpleNamespace(is_available=lambda: True, memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError))
+
+class _Event:
+    """A place in a stream's queue; None for a stream that never waits."""
+
+    def __init__(self, stream, place):
+        self.stream, self.place = stream, place
+
+    def synchronize(self):
+        self.stream._run(self.place)
+
+
+class _Stream:
+    """Work that is done as late as possible; the default stream does it at once."""
+
+    ptr = 0
+
+    def __init__(self, non_blocking=False, lazy=True):
+        self.lazy, self.waiting, self.done = lazy, [], 0
+
+    def _do(self, work):
+        if self.lazy:
+            self.waiting.append(work)
+        else:
+            work()
+
+    def _run(self, place):
+        while self.done < place:
+            self.waiting.pop(0)()
+            self.done += 1
+
+    def record(self):
+        return _Event(self, self.done + len(self.waiting))
+
+    def wait_event(self, event):
+        self._do(event.synchronize)
+
+    def synchronize(self):
+        self._run(self.done + len(self.waiting))
+
+
+_default = _Stream(lazy=False)
+managed = {}  # address -> where that managed memory was prefetched last
+
+
+def _malloc_managed(nbytes):
+    return types.SimpleNamespace(array=np.empty(nbytes, np.uint8))
+
+
+cuda = types.SimpleNamespace(
+    is_available=lambda: True,
+    memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+    Stream=_Stream,
+    get_current_stream=lambda: _default,
+    alloc_pinned_memory=bytearray,
+    malloc_managed=_malloc_managed,
+    Device=lambda: types.SimpleNamespace(id=0),
+    runtime=types.SimpleNamespace(
+        memPrefetchAsync=lambda ptr, nbytes, device, stream: managed.__setitem__(ptr, device)
+    ),
+)
 
 # cupyx.scipy.special, under the name that tinylora derives from the module's own
 _special = types.ModuleType(__name__ + "x.scipy.special")

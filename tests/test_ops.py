@@ -171,7 +171,7 @@ def test_linear_frozen(lead, xp, rng):
     w = rng.standard_normal((5, 4))
 
     class Dense:  # a stored weight that is exact in every dtype, so that float64 can be checked
-        shape = w.shape
+        shape, dtype = w.shape, "float32"
         dequantize = staticmethod(lambda dtype: weight[0])
 
     weight = [None]

@@ -27,6 +27,7 @@ ARROWS = [
     "derivation",
     "rounding",
     "quant",
+    "pools",
     "paging",
     "optim",
     "nn",
@@ -61,6 +62,7 @@ NUMBERS_ONLY = {
     "derivation",
     "rounding",
     "quant",
+    "pools",
     "paging",
 }  # whoever only wants to know about NF4 reads three files
 

@@ -96,6 +96,49 @@ def move(x, device):
     return x.get() if xp is np else xp.asarray(x)
 
 
+# ------------------------------------------------------------------------------------- memory that a device can reach by itself
+def pinned_zeros(xp, shape, dtype):
+    """Zero-filled host memory; page-locked if xp is a device's module, so that copies from and to it can run beside the computation."""
+    if xp is np:
+        return np.zeros(shape, dtype)
+    n = int(np.prod(shape))
+    memory = xp.cuda.alloc_pinned_memory(n * np.dtype(dtype).itemsize)
+    page = np.frombuffer(memory, dtype, n).reshape(shape)
+    page[...] = 0
+    return page
+
+
+def copy_to_device(page, frame, stream):
+    """frame ← page in a stream; page-locked memory makes it asynchronous. Counted."""
+    frame.set(np.asarray(page), stream=stream)
+    with _counting:
+        transfers.to_device += 1
+        transfers.to_device_bytes += page.nbytes
+
+
+def copy_to_host(frame, page, stream):
+    """page ← frame in a stream. Counted."""
+    frame.get(out=np.asarray(page), stream=stream, blocking=False)
+    with _counting:
+        transfers.to_host += 1
+        transfers.to_host_bytes += page.nbytes
+
+
+def managed_zeros(xp, shape, dtype):
+    """A zero-filled device array in CUDA managed memory (cudaMallocManaged): the driver keeps it on the side where it was used last."""
+    n = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    page = xp.ndarray(shape, dtype, memptr=xp.cuda.malloc_managed(n))
+    page.fill(0)
+    return page
+
+
+def prefetch_managed(page, device):
+    """Ask the driver to bring managed memory to "cuda" or "cpu" (cudaMemPrefetchAsync) in the current stream."""
+    cuda, to_host = array_module(page).cuda, -1  # cudaCpuDeviceId
+    where = to_host if device == "cpu" else cuda.Device().id
+    cuda.runtime.memPrefetchAsync(page.data.ptr, page.nbytes, where, cuda.get_current_stream().ptr)
+
+
 def special(xp):
     """scipy.special for numpy, cupyx.scipy.special for cupy: `erf` lives there."""
     return importlib.import_module("scipy.special" if xp is np else f"{xp.__name__}x.scipy.special")

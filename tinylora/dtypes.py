@@ -46,7 +46,9 @@ def bfloat16_bits(x):
 
 def from_bfloat16_bits(bits):
     """The float32 numbers that the bfloat16 bit patterns stand for: exact. uint16 (...) -> float32 (...)."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    u = bits.astype(np.uint32)
+    u <<= 16
+    return u.view(np.float32)
 
 
 def round_to(x, dtype):
@@ -57,7 +59,21 @@ def round_to(x, dtype):
     name = dtype_name(dtype)
     if name != "bfloat16":
         return x.astype(name, copy=False)
-    return from_bfloat16_bits(bfloat16_bits(x))
+    y = x.astype(np.float32)  # a copy
+    nan = y != y
+    if nan.any():
+        return from_bfloat16_bits(bfloat16_bits(y))
+    u = y.view(np.uint32) if y.ndim else y.reshape(1).view(np.uint32)
+    round_bits(u, u >> 16)
+    return y
+
+
+def round_bits(u, scratch):
+    """`bfloat16_bits` without the shift, in place, for numbers that are not NaN. u: float32 patterns; scratch: u >> 16, overwritten."""
+    scratch &= 1
+    scratch += 0x7FFF
+    u += scratch
+    u &= 0xFFFF0000
 
 
 def as_float32(x):
@@ -105,7 +121,8 @@ class BFloat16Array:
 
     def dequantize(self, dtype="bfloat16"):
         """W in the asked logical dtype; float32 and bfloat16 are both exact here."""
-        return round_to(from_bfloat16_bits(self.bits), dtype)
+        x = from_bfloat16_bits(self.bits)
+        return x if dtype_name(dtype) in ("float32", "bfloat16") else round_to(x, dtype)
 
     def to(self, move):
         """The same weight with its array passed through `move` (see backend.move)."""

@@ -206,6 +206,8 @@ class Linear(Module):
 class _FrozenLinear(Module):
     """A linear layer whose weight is stored data: `ops.linear_frozen` around `weight.dequantize`."""
 
+    backward_weight = "stored"
+
     def __init__(self, weight, bias=None, compute_dtype="float32"):
         self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
         if self.compute_dtype not in ("float32", "bfloat16"):
@@ -219,8 +221,9 @@ class _FrozenLinear(Module):
     out_features = property(lambda self: self.weight.shape[0])
 
     def forward(self, x):
-        y = ops.linear_frozen(x, self.weight, compute_dtype=self.compute_dtype)
-        return y if self.bias is None else y + self.bias
+        return ops.linear_frozen(
+            x, self.weight, self.bias, compute_dtype=self.compute_dtype, backward_weight=self.backward_weight
+        )
 
     def dense(self):
         """Ŵ as a float32 array (out, in), freshly dequantized."""
@@ -230,10 +233,19 @@ class _FrozenLinear(Module):
 class Linear4bit(_FrozenLinear):
     """y = x Ŵᵀ + b, Ŵ = doubleDequant(weight) (QLoRA eq. 5 and 6). weight is a QuantizedTensor of shape (out, in).
 
-    compute_dtype "float32" (products as they are) or "bfloat16" (operands and product rounded to bfloat16, float32
-    accumulation; the bias is added in float32). Differs from bitsandbytes in that the compute dtype is never guessed
-    from the input.
+    compute_dtype     "float32" (products as they are) or "bfloat16" (operands, bias and result rounded to bfloat16 around a float32 sum)
+    backward_weight   "stored": casts in bitsandbytes' order (0.50.2 in train mode), so that a weight that was once bfloat16 is rounded to
+                      it in the backward pass, also where the forward pass took it in float32. "forward": the plain way, Ŵ in both
+
+    Differs from bitsandbytes: the compute dtype is never guessed from the first input; eval() changes nothing (there, on CPUs with
+    AVX512-BF16, it repacks the weight and rounds its constants).
     """
+
+    def __init__(self, weight, bias=None, compute_dtype="float32", backward_weight="stored"):
+        super().__init__(weight, bias, compute_dtype)
+        self.backward_weight = backward_weight
+        if backward_weight not in ("stored", "forward"):
+            raise ValueError(f"Linear4bit: backward_weight {backward_weight!r}, expected 'stored' or 'forward'")
 
     @classmethod
     def of(cls, linear, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", name="weight", **options):
@@ -262,6 +274,24 @@ class Embedding(Module):
     def dense(self):
         """W as an array (n, d)."""
         return self.weight.data
+
+
+class Embedding16bit(Module):
+    """y = W[ids] with W (n, d) stored in bfloat16, two bytes a weight, and frozen."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    @classmethod
+    def of(cls, embedding):
+        return cls(BFloat16Array.of(embedding.dense()))
+
+    def forward(self, ids):
+        return Tensor(BFloat16Array(self.weight.bits[ids]).dequantize("float32"))
+
+    def dense(self):
+        """W as a float32 array (n, d), freshly made."""
+        return self.weight.dequantize("float32")
 
 
 class RMSNorm(Module):
@@ -298,7 +328,33 @@ def quantize_linears(
     return model.requires_grad_(False)
 
 
+def store_in_16_bits(model):
+    """Hold every Linear and Embedding that is not in 4 bits in bfloat16, frozen, in place: what a 16-bit checkpoint takes. Norms stay."""
+    for path, layer in list(model.named_modules()):
+        if type(layer) in (Linear, Embedding):
+            model.replace(path, (Linear16bit if isinstance(layer, Linear) else Embedding16bit).of(layer))
+    return model.requires_grad_(False)
+
+
+def prepare_for_kbit_training(model, gradient_checkpointing=True):
+    """What PEFT's prepare_model_for_kbit_training does: freeze all, 16-bit weights to float32, checkpoint each block. In place.
+
+    4-bit layers stay. Everything else that is stored in 16 bits (embedding, head) then takes twice the bytes. PEFT lets the embedding's
+    output ask for a gradient besides, which torch's reentrant checkpoint needs and `tensor.checkpoint` does not. Returns the model.
+    """
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, (Linear16bit, Embedding16bit)):
+            dense = object.__new__(Linear if isinstance(layer, Linear16bit) else Embedding)  # no weights are drawn
+            dense.weight, dense.training = Tensor(layer.dense()), layer.training
+            if isinstance(layer, Linear16bit):
+                dense.bias = layer.bias
+            model.replace(path, dense)
+    if hasattr(model, "gradient_checkpointing"):
+        model.gradient_checkpointing = gradient_checkpointing
+    return model.requires_grad_(False)
+
+
 # fmt: off
-__all__ = ["STORED", "Module", "Linear", "Linear4bit", "Linear16bit", "Embedding", "RMSNorm", "normal", "quantize_linears",
-           "stored_array", "uniform"]
+__all__ = ["STORED", "Module", "Linear", "Linear4bit", "Linear16bit", "Embedding", "Embedding16bit", "RMSNorm", "normal",
+           "prepare_for_kbit_training", "quantize_linears", "store_in_16_bits", "stored_array", "uniform"]
 # fmt: on

@@ -230,25 +230,34 @@ def linear(x, w, b=None):
 
 
 @primitive
-def linear_frozen(x, q, compute_dtype="float32"):
-    """y = x Ŵᵀ, Ŵ = dequantize(q);   x̄ = ḡ Ŵ.   QLoRA eq. 5 without the adapter.
+def linear_frozen(x, q, b=None, compute_dtype="float32", backward_weight="stored"):
+    """y = x Ŵᵀ + b, Ŵ = dequantize(q);   x̄ = ḡ Ŵ,   b̄ = Σ ḡ over rows.   QLoRA eq. 5 without the adapter.
 
-    x (..., in); q any stored weight with `shape` (out, in) and `dequantize(dtype)`. There is no pullback for Ŵ, and the
-    one for x captures q, never Ŵ: the dense weight is rebuilt for the backward pass and dropped again. With
-    compute_dtype "bfloat16" x, Ŵ, y and the gradients are rounded to bfloat16 around float32 products.
+    x (..., in); q any stored weight with `shape` (out, in), `dtype` and `dequantize(dtype)`; b (out,). There is no pullback for Ŵ, and
+    the one for x captures q, never Ŵ: the dense weight is rebuilt for the backward pass and dropped again.
+
+    compute_dtype     "float32", or "bfloat16": x, Ŵ, b, then y, and the gradients are rounded to bfloat16 around float32 sums
+    backward_weight   "stored": Ŵ is rounded to the dtype that the weight once had before it meets ḡ, as bitsandbytes does. Where that is
+                      bfloat16 and the compute dtype float32, forward and backward then use two different weights.
+                      "forward": the forward's own Ŵ, so that x̄ is its exact gradient
     """
     _check_linear(x, q.shape)
+    rounded = (lambda a: a) if compute_dtype == "float32" else (lambda a: round_to(a, compute_dtype))
+    stored = q.dtype if backward_weight == "stored" else compute_dtype
     lead = x.shape[:-1]
-    if compute_dtype == "float32":
-        y = _rows(x) @ q.dequantize("float32").T
-        return y.reshape(*lead, q.shape[0]), (lambda g: (_rows(g) @ q.dequantize("float32")).reshape(*lead, q.shape[1]),)
+    y = _rows(rounded(x)) @ q.dequantize(compute_dtype).T
+    if b is not None:
+        y += rounded(b)
 
-    def rounded(a):
-        return round_to(a, compute_dtype)
+    def pull_x(g):
+        w = q.dequantize(stored)
+        if stored != compute_dtype:
+            w = round_to(w.astype(np.float32, copy=False), compute_dtype)
+        return rounded(_rows(rounded(g)) @ w).reshape(*lead, q.shape[1])
 
-    y = rounded(_rows(rounded(x)) @ q.dequantize(compute_dtype).T)
-    return y.reshape(*lead, q.shape[0]), (
-        lambda g: rounded(_rows(rounded(g)) @ q.dequantize(compute_dtype)).reshape(*lead, q.shape[1]),)
+    return rounded(y).reshape(*lead, q.shape[0]), (pull_x,
+                                                   None,
+                                                   lambda g: rounded(_rows(rounded(g)).sum(0)))
 
 
 @primitive

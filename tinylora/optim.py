@@ -8,12 +8,16 @@ on its own, the update of a tensor is the update of its pieces, and m and v can 
 row and v in its second.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from .backend import array_module
 from .paging import Pager
+from .tensor import Tensor
 
 
 def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scratch=None):
@@ -41,6 +45,16 @@ def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     p -= b
 
 
+@dataclass
+class Slot:
+    """A parameter, its group's settings, and the pages of its state."""
+
+    name: str
+    p: Tensor
+    group: dict
+    pages: Sequence
+
+
 class AdamW:
     """AdamW over parameters, or over groups [{"params": [...], "lr": ..., "weight_decay": ...}, ...].
 
@@ -52,7 +66,7 @@ class AdamW:
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, pager=None):
         self.pager = Pager() if pager is None else pager
         self.step_count, self.eps, self.betas = 0, eps, tuple(betas)
-        params = list(params)
+        params, kind = list(params), type(self).__name__
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
         self.groups = [{"lr": lr, "weight_decay": weight_decay, **g} for g in groups]
         self._slots, self._scratch = [], None
@@ -60,10 +74,10 @@ class AdamW:
             for entry in group["params"]:
                 name, p = entry if isinstance(entry, tuple) else (f"param{len(self._slots)}", entry)
                 if not p.requires_grad:
-                    raise ValueError(f"AdamW: parameter {name} does not require a gradient; leave it out")
-                self._slots.append((name, p, group, self.pager.allocate(2, p.size)))
+                    raise ValueError(f"{kind}: parameter {name} does not require a gradient; leave it out")
+                self._slots.append(Slot(name, p, group, self._allocate(p)))
         if not self._slots:
-            raise ValueError("AdamW: there is nothing to optimize; no parameter requires a gradient")
+            raise ValueError(f"{kind}: there is nothing to optimize; no parameter requires a gradient")
 
     @property
     def state_bytes(self):
@@ -74,28 +88,28 @@ class AdamW:
         """Apply the gradients (p.grad); a parameter without one is left alone. lr_scale multiplies every group's lr."""
         self.step_count += 1
         self.pager.step = self.step_count
-        for _, p, group, pages in self._slots:
-            if p.grad is None:
-                continue
-            if not p.data.flags.c_contiguous:
-                p.data = array_module(p.data).ascontiguousarray(p.data)  # so that the flat view below is no copy
-            flat, g, start = p.data.reshape(-1), p.grad.reshape(-1), 0
-            for number in pages:
-                m, v = page = self.pager.page(number)
-                end = start + page.shape[1]
-                adamw_step(
-                    flat[start:end],
-                    g[start:end],
-                    m,
-                    v,
-                    self.step_count,
-                    group["lr"] * lr_scale,
-                    self.betas,
-                    self.eps,
-                    group["weight_decay"],
-                    self._buffer(page),
-                )
-                start = end
+        todo = [(slot, i) for slot in self._slots if slot.p.grad is not None for i in range(len(slot.pages))]
+        flat, g, start = None, None, 0
+        for (slot, i), after in itertools.zip_longest(todo, todo[1:]):
+            if i == 0:
+                p, start = slot.p, 0
+                if not p.data.flags.c_contiguous:
+                    p.data = array_module(p.data).ascontiguousarray(p.data)  # so that the flat view below is no copy
+                flat, g = p.data.reshape(-1), p.grad.reshape(-1)
+            page = self.pager.page(slot.pages[i], then=after and after[0].pages[after[1]])
+            end = start + page.shape[1]
+            self._update(slot, page, flat[start:end], g[start:end], start, slot.group["lr"] * lr_scale)
+            start = end
+
+    def _allocate(self, p):
+        """The pages of a parameter's state."""
+        return self.pager.allocate(2, p.size)
+
+    def _update(self, slot, page, p, g, start, lr):
+        """Update p, which begins at element `start` of the slot's parameter, and its page of state."""
+        m, v = page
+        scratch = self._buffer(page)
+        adamw_step(p, g, m, v, self.step_count, lr, self.betas, self.eps, slot.group["weight_decay"], scratch)
 
     def _buffer(self, page):
         xp = array_module(page)
@@ -104,25 +118,37 @@ class AdamW:
         return self._scratch
 
     def zero_grad(self):
-        for _, p, _, _ in self._slots:
-            p.grad = None
+        for slot in self._slots:
+            slot.p.grad = None
 
     def state_dict(self):
         """{"name.m": array, "name.v": array} in the parameters' shapes, and "step"."""
         state = {"step": np.array(self.step_count, np.int64)}
-        for name, p, _, pages in self._slots:
-            m, v = self.pager.read(pages)
-            state[f"{name}.m"], state[f"{name}.v"] = m.reshape(p.shape), v.reshape(p.shape)
+        for slot in self._slots:
+            state |= {f"{slot.name}.{part}": values for part, values in self._read(slot).items()}
         return state
 
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
-        for name, p, _, pages in self._slots:
-            for part in ("m", "v"):
-                if f"{name}.{part}" not in state or state[f"{name}.{part}"].shape != p.shape:
-                    raise ValueError(f"AdamW: the saved state has no {name}.{part} of shape {p.shape}")
-            self.pager.write(pages, np.stack([state[f"{name}.m"].reshape(-1), state[f"{name}.v"].reshape(-1)]))
+        for slot in self._slots:
+            wanted = {part: values.shape for part, values in self._read(slot).items()}
+            for part, shape in wanted.items():
+                saved = state.get(f"{slot.name}.{part}")
+                if saved is None or saved.shape != shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: the saved state has no {slot.name}.{part} of shape {shape}"
+                    )
+        for slot in self._slots:  # only now that everything was found fit
+            self._write(slot, {part: state[f"{slot.name}.{part}"] for part in self._read(slot)})
         self.step_count = int(state["step"])
+
+    def _read(self, slot):
+        """{part: array}: a slot's state, on the host."""
+        m, v = self.pager.read(slot.pages)
+        return {"m": m.reshape(slot.p.shape), "v": v.reshape(slot.p.shape)}
+
+    def _write(self, slot, parts):
+        self.pager.write(slot.pages, np.stack([parts["m"].reshape(-1), parts["v"].reshape(-1)]))
 
 
 def clip_grad_norm(params, max_norm):

@@ -30,7 +30,7 @@ import numpy as np
 
 from . import codebooks
 from .backend import array_module, is_array, move
-from .dtypes import as_float32, round_to
+from .dtypes import as_float32, dtype_name, round_bits, round_to
 from .rounding import CPU, RULES, signed_absmax, torch_mean
 
 NESTED_BLOCKSIZE = 256
@@ -126,10 +126,16 @@ class QuantizedTensor:
 
     def dequantize(self, dtype=None):
         """Ŵ = c[q] · absmax in float32, rounded once to `dtype` (default: the weight's own). bfloat16 comes in float32 storage."""
-        xp = array_module(self.packed)
+        xp, dtype = array_module(self.packed), dtype_name(dtype or self.dtype)
         with np.errstate(all="ignore"):
-            flat = (_scaled_on_host if xp is np else _scaled)(self)[: self.size]
-            return round_to(flat.reshape(self.shape), dtype or self.dtype)
+            if xp is not np:
+                return round_to(_scaled(self)[: self.size].reshape(self.shape), dtype)
+            absmax = self.absmax
+            in_chunks = dtype == "bfloat16" and bool(
+                np.isfinite(absmax).all()
+            )  # while they are in the cache; no NaN can arise
+            flat = _scaled_on_host(self, absmax, in_chunks)[: self.size].reshape(self.shape)
+            return flat if in_chunks else round_to(flat, dtype)
 
     def to(self, move):
         """The same weight with its arrays passed through `move` (see backend.move)."""
@@ -150,10 +156,10 @@ def _scaled(q):
     return flat
 
 
-def _scaled_on_host(q):
+def _scaled_on_host(q, absmax, bfloat16=False):
     """The same on NumPy, in chunks that stay in the cache, four neighbours at once: 65,536 quadruples indexed by two packed bytes."""
     packed = np.append(q.packed, np.zeros(1, np.uint8)) if len(q.packed) % 2 else q.packed
-    packed, table, absmax = packed.view("<u2"), _quadruples(q.code.tobytes()), q.absmax
+    packed, table = packed.view("<u2"), _quadruples(q.code.tobytes())
     flat = np.empty(4 * len(packed), np.float32)
     step = max(_CHUNK // (4 * q.blocksize), 1) * 4 * q.blocksize  # whole blocks and whole quadruples
     for start in range(0, len(flat), step):
@@ -165,6 +171,8 @@ def _scaled_on_host(q):
         rest = part[len(scale) * q.blocksize :]
         if len(rest) and (start + len(part)) // q.blocksize < len(absmax):
             rest *= absmax[-1]
+        if bfloat16:
+            round_bits(part.view(np.uint32), part.view(np.uint32) >> 16)
     return flat
 
 

@@ -147,6 +147,10 @@ def fit(
         result.first_step = _resume(path, trainable, optimizer, result)
     first = result.first_step
     weights = [w for _, w in model.named_weights()]
+
+    def evaluate():
+        return bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards)
+
     model.train()
     began, losses = time.perf_counter(), None
     with (
@@ -154,7 +158,10 @@ def fit(
         progress_bar(range(first, recipe.steps), progress, initial=first, total=recipe.steps, unit="step") as bar,
     ):
         for step in bar:
-            loss, tape = _step(model, data, recipe, step, pool, trainable, weights if step == first else None)
+            optimizer.pager.step = step + 1
+            loss, tape = _step(
+                model, data, recipe, step, pool, trainable, weights if step == first else None, optimizer.pager
+            )
             result.tape_bytes = max(result.tape_bytes, tape)
             norm = clip_grad_norm([p for _, p in trainable], recipe.clip or math.inf)
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -168,7 +175,7 @@ def fit(
             row = {"step": step + 1, "loss": loss}
             last = step + 1 == recipe.steps
             if heldout is not None and eval_every and ((step + 1) % eval_every == 0 or last):
-                row["heldout"] = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards)
+                row["heldout"] = optimizer.pager.yielding(evaluate)
                 model.train()
             result.history.append(row)
             losses = loss if losses is None else 0.95 * losses + 0.05 * loss
@@ -185,8 +192,11 @@ def fit(
     return result
 
 
-def _step(model, data, recipe, step, pool, trainable, measure):
-    """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights)."""
+def _step(model, data, recipe, step, pool, trainable, measure, pager=None):
+    """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights).
+
+    Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is run once more.
+    """
     micro = []
     for i in range(recipe.accumulate):
         rng = np.random.default_rng([recipe.seed, step, i])
@@ -211,7 +221,7 @@ def _step(model, data, recipe, step, pool, trainable, measure):
                 return total.item(), found, held + max(rebuilt)
 
         held = 0
-        for value, found, bytes_held in pool.map(shard, range(len(parts))):
+        for value, found, bytes_held in _side_by_side(pool, shard, len(parts), pager):
             loss += value
             held += bytes_held
             for leaf, g in found.items():
@@ -223,6 +233,23 @@ def _step(model, data, recipe, step, pool, trainable, measure):
     for _, p in trainable:
         p.grad = grads.get(p)
     return loss, tape
+
+
+def _side_by_side(pool, shard, n, pager):
+    """[shard(0), …, shard(n − 1)]; those that ran out of memory again, one after the other and with no page resident."""
+    futures, results = [pool.submit(shard, j) for j in range(n)], []
+    for future in futures:
+        try:
+            results.append(future.result())
+        except MemoryError:
+            results.append(None)
+    del futures, future  # and with them the errors, which hold what had been allocated
+    for j in (j for j, result in enumerate(results) if result is None):
+        if pager is not None:
+            pager.counters.rescues += 1
+            pager.evict_all()
+        results[j] = shard(j)
+    return results
 
 
 def _save(path, identity, trainable, optimizer, result):
