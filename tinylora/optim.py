@@ -61,7 +61,13 @@ class AdamW:
     params may be Tensors or (name, Tensor) pairs; names appear in `state_dict`. With `pager`, the state lives in its
     pages and is updated a page at a time: for every budget the parameters equal those of the unpaged optimizer bit for
     bit.
+
+    Every second step goes through the pages from the last to the first (`back_and_forth`). No element depends on another, so no bit
+    changes; but the pages used last are the ones that are still resident. Round and round, the least recently used page is always the
+    one that is needed next, and everything moves in every step however large the budget is.
     """
+
+    back_and_forth = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, pager=None):
         self.pager = Pager() if pager is None else pager
@@ -88,18 +94,19 @@ class AdamW:
         """Apply the gradients (p.grad); a parameter without one is left alone. lr_scale multiplies every group's lr."""
         self.step_count += 1
         self.pager.step = self.step_count
-        todo = [(slot, i) for slot in self._slots if slot.p.grad is not None for i in range(len(slot.pages))]
-        flat, g, start = None, None, 0
+        slots = [slot for slot in self._slots if slot.p.grad is not None]
+        for p in (slot.p for slot in slots):
+            if not p.data.flags.c_contiguous:
+                p.data = array_module(p.data).ascontiguousarray(p.data)  # so that the flat view below is no copy
+        todo = [(slot, i) for slot in slots for i in range(len(slot.pages))]
+        if self.back_and_forth and self.step_count % 2 == 0:
+            todo.reverse()
         for (slot, i), after in itertools.zip_longest(todo, todo[1:]):
-            if i == 0:
-                p, start = slot.p, 0
-                if not p.data.flags.c_contiguous:
-                    p.data = array_module(p.data).ascontiguousarray(p.data)  # so that the flat view below is no copy
-                flat, g = p.data.reshape(-1), p.grad.reshape(-1)
             page = self.pager.page(slot.pages[i], then=after and after[0].pages[after[1]])
-            end = start + page.shape[1]
-            self._update(slot, page, flat[start:end], g[start:end], start, slot.group["lr"] * lr_scale)
-            start = end
+            start = i * self.pager.shape(slot.pages[0])[1]
+            part = slice(start, start + page.shape[1])
+            p, g = slot.p.data.reshape(-1)[part], slot.p.grad.reshape(-1)[part]
+            self._update(slot, page, p, g, start, slot.group["lr"] * lr_scale)
 
     def _allocate(self, p):
         """The pages of a parameter's state."""

@@ -131,6 +131,10 @@ class Pager:
     def _moves(self):
         return self.budget is not None or isinstance(self.pool, pools.ManagedPool)
 
+    def shape(self, number):
+        """(rows, elements) of a page."""
+        return self._pages[number].shape
+
     def page(self, number, then=None):
         """The resident array of a page; valid until the next call. Writes to it are kept. then: the page that is wanted next."""
         if number in self._fixed or not self._moves:
