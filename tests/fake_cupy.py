@@ -110,7 +110,7 @@ def _wrap(a):
     if id(a) in _wrapped:
         return _wrapped[id(a)]
     x = object.__new__(ndarray)
-    x._a = a
+    x._a, x._base = a, None
     if a.base is None:
         if memory["limit"] is not None and memory["used"] + a.nbytes > memory["limit"]:
             raise OutOfMemoryError(
@@ -218,7 +218,9 @@ class ndarray:
 
     @property
     def base(self):
-        return None if self._a.base is None else _wrap(self._a.base)
+        if self._base is None and self._a.base is not None:
+            self._base = _wrap(self._a.base)  # the same object at every look, as long as this one lives
+        return self._base
 
     @property
     def flags(self):

@@ -27,6 +27,7 @@ from .llama import KVCache, Llama, LlamaConfig
 from .lora import LoRALinear
 from .nn import quantize_linears
 from .optim import AdamW
+from .optim8bit import AdamW8bit
 from .paging import Pager
 from .quant import QuantizedTensor, quantize
 from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
@@ -34,7 +35,7 @@ from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
 __version__ = "0.1.0"
 
 # fmt: off
-__all__ = ["AdamW", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "adapter_rows", "adapters",
+__all__ = ["AdamW", "AdamW8bit", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "adapter_rows", "adapters",
            "add_lora", "add_weighted_adapter", "backend", "checkpoint", "codebooks", "conv", "disable_adapter", "dtypes", "interop",
            "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive", "print_trainable_parameters", "quant", "quantize",
            "quantize_linears", "seed", "set_adapter", "tape_bytes", "trainable_parameters", "unmerge"]
@@ -63,6 +64,11 @@ def __getattr__(name):
         "optimality",
         "survey",
         "derivation",
+        "normality",
+        "memory",
+        "footprints",
+        "paging_costs",
+        "optim8bit",
     ):
         import importlib
 

@@ -138,12 +138,12 @@ class AdamW:
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
         for slot in self._slots:
-            wanted = {part: values.shape for part, values in self._read(slot).items()}
-            for part, shape in wanted.items():
+            wanted = {part: (values.shape, values.dtype) for part, values in self._read(slot).items()}
+            for part, (shape, dtype) in wanted.items():
                 saved = state.get(f"{slot.name}.{part}")
-                if saved is None or saved.shape != shape:
+                if saved is None or (saved.shape, saved.dtype) != (shape, dtype):
                     raise ValueError(
-                        f"{type(self).__name__}: the saved state has no {slot.name}.{part} of shape {shape}"
+                        f"{type(self).__name__}: the saved state has no {slot.name}.{part} of shape {shape}, {dtype}"
                     )
         for slot in self._slots:  # only now that everything was found fit
             self._write(slot, {part: state[f"{slot.name}.{part}"] for part in self._read(slot)})

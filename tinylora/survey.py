@@ -3,7 +3,8 @@
     relative squared error  Σ (w − ŵ)² / Σ w²          for normal weights this is E(W − Ŵ)² of `optimality`, .00846 for NF4 in blocks of 64
     usage                   H = −Σ P log₂ P in bits, P the shares of the code's values
     normal                  the share of rows (output neurons) that Shapiro and Wilk's test does not reject at 5 % (QLoRA, appendix F).
-                            Normal rows pass at 95 %. The test's power grows with the length of a row, so lengths must be alike to compare
+                            Normal rows pass at 95 %. The test's power grows with the length of a row, so lengths must be alike to compare;
+                            a sample of rows here, all of them and the power in `normality`
     outliers                the share of blocks whose largest |w| exceeds F_M⁻¹(0.95)·σ_b, σ_b the block's own deviation (BOF4, eq. 9)
 
 All codes are compared at equal bits: 4 a weight, the same blocks, the same form of the constants. A line of normal weights, drawn with a
@@ -16,6 +17,7 @@ import numpy as np
 
 from . import codebooks, optimality
 from .dtypes import as_float32
+from .normality import SHORTEST, rejected
 from .quant import quantize
 
 #: {name: (the code for a block size, whether absmax is signed)}
@@ -71,16 +73,8 @@ def measure(name, w, codes=tuple(CODES), blocksize=64, double_quant=True):
 
 def normality(w):
     """The share of rows that Shapiro and Wilk's test does not reject at 5 %: of up to 48 rows, 4,096 values each. NaN for short rows."""
-    import warnings
-
-    from scipy.stats import shapiro
-
-    rows = w[np.linspace(0, len(w) - 1, min(len(w), _ROWS)).astype(int), :_LENGTH].astype(np.float64)
-    if rows.shape[1] < 8:
-        return float("nan")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # constant rows: not normal, and no reason to say so 48 times
-        return float(np.mean([shapiro(row).pvalue > 0.05 and np.ptp(row) > 0 for row in rows]))
+    rows = w[np.linspace(0, len(w) - 1, min(len(w), _ROWS)).astype(int), :_LENGTH]
+    return float(1 - rejected(rows).mean()) if rows.shape[1] >= SHORTEST else float("nan")
 
 
 def outlier_blocks(w, blocksize):

@@ -1,7 +1,8 @@
 """The command line: `tinylora COMMAND --help` says what each command does to a model.
 
     training   finetune, ranks, switch, pretrain
-    models     generate, merge, quantize
+    models     generate, merge, quantize, convert
+    memory     memory, paging
     papers     nf4, count, experiments
 
 Expected errors (a missing file, a value out of range, no GPU) are one sentence on stderr and exit status 2.
@@ -11,7 +12,7 @@ import argparse
 import os
 import sys
 
-from . import models, papers, training
+from . import convert, memory, models, paging, papers, training
 from .options import FORMAT
 
 
@@ -48,6 +49,9 @@ def _parser():
         models.generate_parser,
         models.merge_parser,
         models.quantize_parser,
+        convert.convert_parser,
+        memory.memory_parser,
+        paging.paging_parser,
         training.switch_parser,
         training.ranks_parser,
         papers.count_parser,

@@ -1,0 +1,165 @@
+"""memory: where the bytes of a training step go, before anything is downloaded or run."""
+
+from .options import FORMAT, can_draw, positive
+
+
+def memory_parser(commands):
+    from ..memory import METHODS, MODELS, PRECISIONS
+
+    p = commands.add_parser(
+        "memory",
+        help="what full fine-tuning, LoRA and QLoRA hold in memory, for any Llama; and the QLoRA paper's numbers, recomputed",
+        description="Count the bytes of a training step from a model's sizes alone; nothing is loaded.\n\n"
+        "  weights      embeddings, norms and head; for full fine-tuning and LoRA the linear layers too. QLoRA holds those in 4 bits,\n"
+        "               with a constant for each block (32 bits; or 8 and a little, with double quantization)\n"
+        "  adapters     r (d_in + d_out) numbers for each adapted matrix. Only they have gradients and optimizer state (m and v)\n"
+        "  activations  what the forward pass keeps for the backward pass. With --checkpointing only the blocks' inputs, and one block\n\n"
+        "A figure shows the same; for the published Llamas it is figure 6 of the QLoRA paper, recomputed over the paper's own labels.\n\n"
+        "--precision says what a number costs: `engine` is what tinylora holds (float32, and bfloat16 for LoRA's frozen layers),\n"
+        "`paper` what QLoRA counts (16-bit weights, gradients and activations, float32 Adam: 12 bytes a parameter in full\n"
+        "fine-tuning), `master` adds a float32 copy of what is trained (16 bytes).",
+        epilog="examples:\n"
+        "  tinylora memory --model llama-65b --method qlora --checkpointing    does it fit into 48 GB?\n"
+        "  tinylora memory --model llama-65b --method full --precision paper   the paper's > 780 GB\n"
+        "  tinylora memory --model base --method all --batch-size 8 --seq-len 256    four methods on the embedded model\n"
+        "  tinylora memory --model base --measure                run one step, and print what it held beside what was predicted\n"
+        "  tinylora memory --audit                               the paper's numbers with verdicts, and what does not follow\n",
+        formatter_class=FORMAT,
+    )
+    p.set_defaults(run=_memory)
+    p.add_argument(
+        "--model",
+        default=None,
+        help=f"{', '.join(MODELS)}, 'base' (embedded), or a folder with config.json (llama-65b; with --measure base)",
+    )
+    p.add_argument(
+        "--method",
+        choices=(*METHODS, "all"),
+        default="qlora",
+        help="what is trained, and in how many bits the rest is (qlora)",
+    )
+    g = p.add_argument_group("LoRA and quantization")
+    g.add_argument("-r", type=positive, default=64, help="rank of the bypasses (64, the paper's)")
+    g.add_argument(
+        "--target-modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="'all-linear', or names such as q_proj v_proj",
+    )
+    g.add_argument("--blocksize", type=positive, default=64, help="weights that share one constant (64)")
+    g.add_argument("--no-double-quant", action="store_true", help="constants in 32 bits instead of 8 around their mean")
+    g = p.add_argument_group("the step")
+    g.add_argument("--seq-len", type=positive, default=512, help="tokens a sequence (512)")
+    g.add_argument("--batch-size", type=positive, default=1, help="sequences at a time (1)")
+    g.add_argument(
+        "--checkpointing", action="store_true", help="keep the blocks' inputs, and rebuild one block at a time"
+    )
+    g.add_argument(
+        "--optimizer",
+        choices=("adamw", "adamw8bit"),
+        default="adamw",
+        help="m and v in 32 bits, or in 8 with blocks of 256",
+    )
+    g.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        default=None,
+        help="what a number costs (paper for the published Llamas, engine for the others)",
+    )
+    g = p.add_argument_group("what else to print")
+    g.add_argument("--measure", action="store_true", help="also run one step of --model base, and compare row by row")
+    g.add_argument(
+        "--audit", action="store_true", help="the QLoRA paper's numbers, recomputed, with verdicts (instead)"
+    )
+    g.add_argument(
+        "--out", default=None, metavar="FILE", help="where to draw (memory.svg if matplotlib is installed), or none"
+    )
+    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
+
+
+def _memory(args):
+    from .. import footprints, memory
+
+    if args.audit:
+        print(footprints.describe())
+        _draw(args, ())
+        return
+    model = args.model or ("base" if args.measure else "llama-65b")
+    if args.measure and model != "base":
+        raise ValueError(
+            f"memory: --measure runs a step of the embedded model, and --model is {model!r}; expected 'base'"
+        )
+    published = model in memory.MODELS and model.startswith("llama-")
+    name = args.precision or ("paper" if published and not args.measure else "engine")
+    if args.measure and name != "engine":
+        raise ValueError(
+            f"memory: --measure compares with what tinylora holds, so --precision must be engine, not {name}"
+        )
+    if args.measure and args.optimizer != "adamw":
+        raise ValueError(
+            f"memory: --measure runs AdamW in 32 bits, and --optimizer is {args.optimizer!r}; leave one of them out"
+        )
+    targets = args.target_modules
+    options = {
+        "r": args.r,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+        "blocksize": args.blocksize,
+        "double_quant": not args.no_double_quant,
+        "batch_size": args.batch_size,
+        "seq_len": args.seq_len,
+        "optimizer": args.optimizer,
+        "precision": memory.PRECISIONS[name],
+    }
+    config = memory.config_of(model)
+    if args.method == "all":
+        plans = [("full", False), ("lora", False), ("qlora", False), ("qlora", True)]
+    else:
+        plans = [(args.method, args.checkpointing)]
+    accounts = [memory.predict(config, method, checkpointing=c, **options) for method, c in plans]
+    size = f"{memory.parameters(config):,} parameters"
+    print(f"{model}, {size}; {args.batch_size} × {args.seq_len} tokens, precision: {name}\n")
+    print(memory.describe(accounts))
+    if args.measure:
+        for account, plan in zip(accounts, plans, strict=True):
+            print(f"\n{account.label}, predicted and measured, in bytes")
+            print(memory.describe_agreement(account, _measured(args, options, *plan)))
+    if published:
+        print(f"\n{footprints.describe_size(model)}")
+    _draw(args, accounts, published)
+
+
+def _measured(args, options, method, checkpointing):
+    """The Account of a step on the embedded model and the embedded text."""
+    import numpy as np
+
+    from .. import adapters, backend, finetune, memory
+    from ..interop import bitsandbytes
+    from ..nn import quantize_linears
+
+    job = finetune.Job()
+    model = bitsandbytes.open_model("base")
+    if method != "full":
+        code = "nf4" if method == "qlora" else "bfloat16"
+        quantize_linears(model, code, options["blocksize"], options["double_quant"])
+        backend.seed(0)
+        adapters.add_lora(model, options["r"], target_modules=options["target_modules"])
+    model.gradient_checkpointing = checkpointing
+    text, _ = finetune.corpus(job, model.tokenizer)
+    return memory.measure(model, text.batch(np.random.default_rng(0), options["batch_size"], options["seq_len"]))
+
+
+def _draw(args, accounts, published=False):
+    """Figure 6 for the published Llamas and the audit, else the accounts as bars."""
+    from .. import figures
+    from ..figures.memory import account_bars, figure_6
+
+    if args.out == "none":
+        return
+    if args.out:
+        figures.require_matplotlib()
+    if args.out or can_draw():
+        path = args.out or "memory.svg"
+        alone = published and args.method == "qlora" and len(accounts) == 1
+        figures.save(figure_6(args.seq_len) if args.audit or alone else account_bars(accounts), path)
+        print(f"\nfigure: {path}")

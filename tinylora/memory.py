@@ -1,0 +1,410 @@
+"""Where the memory goes: the bytes of a training step, predicted from a Llama's sizes, and measured on one that runs.
+
+    weights        embeddings, norms, head; for full fine-tuning and 16-bit LoRA the linear layers as well
+    codes          ⌈n/2⌉ bytes for n weights in 4 bits
+    constants      4 bytes for each block of B weights; double-quantized 1 byte a block, 4 for 256 of these, 4 for the mean
+    adapters       r (d_in + d_out) numbers for each adapted matrix
+    gradients      one number for each trained one
+    optimizer      AdamW: two. In 8 bits: two bytes, and two float32 for 256 numbers; tensors under 4,096 stay in 32 bits
+    activations    what the tape holds after the forward pass (`block_tape`: one line an operation); with checkpointing the
+                   inputs of the blocks, and the tape of the one block that is being rebuilt
+
+`predict` multiplies shapes, for any Llama. `measure` adds up arrays that exist. On a model of this package the two agree in
+every row to the byte, for full fine-tuning, LoRA and QLoRA, with and without checkpointing. (In full fine-tuning `train.fit` reports
+a few bytes a token more where a batch is cut into shards: each keeps the whole batch's token ids.)
+
+What the dtypes are is a `Precision`: ENGINE is what tinylora holds, PAPER what QLoRA counts (16-bit weights and gradients, float32
+Adam: 12 bytes a parameter in full fine-tuning), MASTER the same with a float32 copy of what is trained (16 bytes).
+
+What torch holds differs in the activations: there a fused attention keeps no probabilities, and autocast keeps copies. Not
+counted: the working memory of an operation, dequantized weights (rebuilt and dropped one at a time), the process itself.
+The paper's own numbers, recomputed with this, are in `footprints`.
+"""
+
+import math
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from . import data, files, ops
+from .backend import array_module, move
+from .counting import llama_shapes, lora_on
+from .dtypes import BITS
+from .llama import LlamaConfig
+from .optim import AdamW
+from .quant import NESTED_BLOCKSIZE, QuantizedTensor
+from .tensor import tape_bytes, watch_rebuilds
+
+MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _llama(layers, heads, hidden, ffn):
+    return LlamaConfig(32000, hidden, ffn, layers, heads, heads, 2048, 1e-6, tie_word_embeddings=False)
+
+
+#: Sizes as published: Llama (Touvron et al. 2023, table 2, and the released weights' feed-forward widths), SmolLM2's config.json.
+MODELS = {
+    "llama-7b": _llama(32, 32, 4096, 11008),
+    "llama-13b": _llama(40, 40, 5120, 13824),
+    "llama-33b": _llama(60, 52, 6656, 17920),
+    "llama-65b": _llama(80, 64, 8192, 22016),
+    "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 8192, rope_theta=100000.0),
+}
+METHODS = ("full", "lora", "qlora")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtype of each part. `linears`: frozen linear weights under LoRA; `master`: a copy of what is trained, or None."""
+
+    weights: str = "float32"
+    linears: str = "bfloat16"
+    adapters: str = "float32"
+    gradients: str = "float32"
+    optimizer: str = "float32"
+    activations: str = "float32"
+    master: str | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            name = getattr(self, field.name)
+            if name not in BITS and not (field.name == "master" and name is None):
+                raise ValueError(f"precision: {field.name} = {name!r}, expected one of {', '.join(BITS)}")
+
+
+#: What tinylora holds.
+ENGINE = Precision()
+#: What the QLoRA paper counts.
+PAPER = Precision("bfloat16", "bfloat16", "bfloat16", "bfloat16", "float32", "bfloat16")
+#: Mixed precision with a float32 copy of the trained weights.
+MASTER = replace(PAPER, master="float32")
+PRECISIONS = {"engine": ENGINE, "paper": PAPER, "master": MASTER}
+
+
+@dataclass(frozen=True)
+class Account:
+    """The bytes of a training step by what they are for. `rows()` gives them with the names that are printed, `total` their sum."""
+
+    label: str
+    weights: int = 0
+    codes: int = 0
+    constants: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    activations: int = 0
+
+    def rows(self):
+        """{printed name: bytes}, in order."""
+        return {name: getattr(self, field) for field, name in ROWS.items()}
+
+    @property
+    def total(self):
+        return sum(self.rows().values())
+
+
+#: Account's fields and the names under which they are printed.
+ROWS = {
+    "weights": "weights in 16 or 32 bits",
+    "codes": "weights in 4 bits",
+    "constants": "quantization constants",
+    "adapters": "adapters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "activations": "activations (tape)",
+}
+
+
+def config_of(model):
+    """The sizes of "base", of a name in MODELS, of a folder with config.json; a config or a model's own is passed through."""
+    if not isinstance(model, (str, Path)):
+        return getattr(model, "config", model)
+    if str(model) in MODELS:
+        return MODELS[str(model)]
+    folder = data.base_folder() if str(model) == "base" else Path(model)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{model}: expected 'base', one of {', '.join(MODELS)}, or a folder with config.json, whose sizes to take"
+        )
+    return LlamaConfig.from_dict(files.read_json(folder / "config.json"), folder / "config.json")
+
+
+# ------------------------------------------------------------------------------------------------------------- numbers of weights
+def parameters(config):
+    """V d (1 + untied) + Σ out · in + (2 L + 1) d: embedding, head, linear layers, norms. -> int"""
+    return sum(math.prod(shape) for shape in _dense_shapes(config)) + sum(o * i for o, i in llama_shapes(config))
+
+
+def _dense_shapes(config):
+    """Shapes of everything that is no linear layer of a block: embedding, head (if untied), norms."""
+    d, heads = config.hidden_size, 1 if config.tie_word_embeddings else 2
+    return [(config.vocab_size, d)] * heads + [(d,)] * (2 * config.num_hidden_layers + 1)
+
+
+def codes_bytes(size):
+    """⌈n/2⌉: two 4-bit codes a byte."""
+    return -(-size // 2)
+
+
+def constants_bytes(size, blocksize=64, double_quant=True):
+    """4 ⌈n/B⌉ bytes; double-quantized ⌈n/B⌉ + 4 ⌈n/(256 B)⌉ + 4 (QLoRA §3: .5 bits a weight become .127)."""
+    blocks = -(-size // blocksize)
+    return blocks + 4 * -(-blocks // NESTED_BLOCKSIZE) + 4 if double_quant else 4 * blocks
+
+
+def optimizer_bytes(sizes, optimizer="adamw", precision=ENGINE):
+    """Bytes of m and v (and of the master copy, if there is one) for trained tensors of these sizes.
+
+    "adamw": 2 n numbers. "adamw8bit": 2 n bytes and 2 · 4 ⌈n/256⌉ for the blocks' absmax; n < 4096: in 32 bits (bitsandbytes' rule).
+    """
+    if optimizer not in ("adamw", "adamw8bit"):
+        raise ValueError(f"memory: optimizer {optimizer!r} is unknown: expected 'adamw' or 'adamw8bit'")
+    master = 0 if precision.master is None else BITS[precision.master] // 8 * sum(sizes)
+    if optimizer == "adamw":
+        return 2 * BITS[precision.optimizer] // 8 * sum(sizes) + master
+    return sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in sizes) + master
+
+
+# ------------------------------------------------------------------------------------------------------------------- the tape
+def block_tape(config, batch_size, seq_len, trained, r=None, dropout=0.0, first=False, number=4):
+    """{operation: bytes} that one block's pullbacks hold, where `trained` names the matrices with a trained weight or bypass.
+
+    r           the rank of the bypasses, or None: the weights themselves are trained, and with them the norms
+    first       the first block, into which no gradient need go if the embedding is frozen
+    number      bytes of a number (4 in this package)
+
+    n = batch_size · seq_len rows, d the width, m the MLP's, h and h_kv those of the queries and of the keys. A buffer that two pullbacks
+    hold is counted at the first. The weights, which some of them hold, are counted as weights; the rotary table once a model.
+    """
+    b, t, d, m = batch_size, seq_len, config.hidden_size, config.intermediate_size
+    heads, n = config.num_attention_heads, b * t
+    h, h_kv, full = heads * config.head_dim, config.num_key_value_heads * config.head_dim, r is None
+
+    # Which results need a gradient: what comes from a trained weight, or from something that needs one.
+    x = full or not first
+    q, k, v = (x or name in trained for name in ("q_proj", "k_proj", "v_proj"))
+    attention = q or k or v
+    after = x or attention or "o_proj" in trained  # the stream between attention and MLP
+    gate, up = (after or name in trained for name in ("gate_proj", "up_proj"))
+
+    def read(names, width, alive):
+        """The input that trained matrices share; with dropout each has its own copy, and a mask."""
+        count = sum(name in trained for name in names)
+        if dropout and not full:
+            return count * n * width * (number + alive)
+        return min(count, 1) * n * width * number
+
+    norm = n * d * number + n * number  # x and one 1/√(mean(x²) + ε) a row
+    return {
+        "rms_norm: x, ρ": norm * x,
+        "q, k, v: x": read(("q_proj", "k_proj", "v_proj"), d, x),
+        "attention: q, k, v": (_queries(config, b, t) * h + 2 * n * h_kv) * number * attention,
+        "attention: P": b * heads * _pairs(t) * number * attention,
+        "o: x": read(("o_proj",), h, attention),
+        "rms_norm 2: x, ρ": norm * after,
+        "gate, up: x": read(("gate_proj", "up_proj"), d, after),
+        "silu: σ, y": 2 * n * m * number * gate,
+        "⊙: u": n * m * number * gate,
+        "⊙: y": n * m * number * (up and not gate),  # else silu's
+        "down: x": read(("down_proj",), m, gate or up),
+        "bypasses: A x": 0 if full else len(trained) * n * r * number,
+    }
+
+
+def _pairs(t):
+    """Σ n_i e_i: the scores a head computes, in blocks of n_i queries that see the keys before e_i; t²/2 + 32 t where 64 divides t."""
+    step = ops.QUERY_BLOCK
+    return sum(min(step, t - start) * min(start + step, t) for start in range(0, t, step))
+
+
+def _queries(config, b, t):
+    """Rows of queries that are kept: each once, block by block. A last block of one grouped query is a view, which keeps all."""
+    alone = config.num_attention_heads > config.num_key_value_heads and t % ops.QUERY_BLOCK == 1
+    return b * t + (b * (t - 1) if alone else 0)
+
+
+def tape(config, batch_size, seq_len, trained=MATRICES, r=None, dropout=0.0, checkpointing=False, number=4):
+    """{part: bytes} of the tape of one forward pass, with `block_tape`'s arguments; its sum is what `train.fit` reports.
+
+    With checkpointing: the inputs of all blocks, and the largest block as it is rebuilt in the backward pass. That is an upper bound, as
+    in `train.fit`: the rebuilt block's input and the rotary table are in both, and the loss's part is gone by then.
+    """
+    trained = tuple(trained)
+    n, d, layers = batch_size * seq_len, config.hidden_size, config.num_hidden_layers
+    options = {"r": r, "dropout": dropout, "number": number}
+    first = sum(block_tape(config, batch_size, seq_len, trained, first=True, **options).values())
+    other = sum(block_tape(config, batch_size, seq_len, trained, **options).values())
+    full = r is None
+    turned = full or layers > 1 or bool({"q_proj", "k_proj"} & set(trained))  # a rotation is on the tape
+    rope = 4 * config.head_dim * max(seq_len, config.max_position_embeddings) * (turned or checkpointing)
+    if checkpointing:
+        largest = (other if layers > 1 else first) + rope * turned
+        blocks = {"inputs of blocks": layers * n * d * number, "a block, rebuilt": largest}
+    else:
+        blocks = {"blocks": first + (layers - 1) * other}
+    return {
+        **blocks,
+        "rotary table": rope,
+        "embedding: ids": 8 * n * full,
+        "last norm: x, ρ": n * (d + 1) * number,
+        "head: x": n * d * number * full,
+        "loss: p, weights, targets, rows": n * (config.vocab_size + 1) * number + 2 * 8 * n,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------- predict
+def predict(
+    config,
+    method="qlora",
+    *,
+    r=16,
+    target_modules="all-linear",
+    blocksize=64,
+    double_quant=True,
+    batch_size=1,
+    seq_len=512,
+    shards=1,
+    checkpointing=False,
+    dropout=0.0,
+    optimizer="adamw",
+    precision=ENGINE,
+    label=None,
+):
+    """The Account of a training step (see the module's equations), from sizes alone. Nothing is allocated.
+
+    config                   a LlamaConfig (or anything with its fields), or what `config_of` takes: "llama-65b", "base", a folder
+    method                   "full"; "lora": linear layers frozen in 16 bits; "qlora": in 4 bits, and constants
+    r, target_modules        rank of the bypasses; "all-linear", or names in MATRICES
+    blocksize, double_quant  of the 4-bit weights
+    batch_size, seq_len      of a micro-batch; cut into `shards` that run side by side, as train.fit does
+    dropout                  0 or not: on the bypasses' inputs
+    optimizer                "adamw" or "adamw8bit"
+    precision                ENGINE, PAPER, MASTER or a Precision
+    """
+    config = config_of(config)
+    trained = MATRICES if target_modules == "all-linear" else tuple(dict.fromkeys(target_modules))
+    if isinstance(target_modules, str) and target_modules != "all-linear":
+        raise ValueError(f"memory: target_modules = {target_modules!r}, expected 'all-linear' or a list of names")
+    if not trained:
+        raise ValueError(f"memory: target_modules is empty; a Llama's matrices are {', '.join(MATRICES)}")
+    if method not in METHODS:
+        raise ValueError(f"memory: method {method!r} is unknown: expected one of {', '.join(METHODS)}")
+    for name, value in {
+        "r": r,
+        "blocksize": blocksize,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "shards": shards,
+    }.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"memory: {name} = {value!r}, expected a whole number, 1 or more")
+    full, size = (
+        method == "full",
+        {name: BITS[getattr(precision, name)] // 8 for name in vars(ENGINE) if name != "master"},
+    )
+    dense, linears = _dense_shapes(config), llama_shapes(config)
+    sizes, rest = [o * i for o, i in linears], sum(math.prod(shape) for shape in dense)
+    weights = size["weights"] * rest
+    codes = constants = 0
+    if method == "qlora":
+        codes = sum(map(codes_bytes, sizes))
+        constants = sum(constants_bytes(n, blocksize, double_quant) for n in sizes)
+    else:
+        weights += size["weights" if full else "linears"] * sum(sizes)
+    targets = llama_shapes(config, trained)
+    moved = [*map(math.prod, dense), *sizes] if full else [n for o, i in targets for n in (r * i, o * r)]
+    rows = [batch_size // shards + (i < batch_size % shards) for i in range(min(shards, batch_size))]
+    options = (MATRICES, None, 0.0) if full else (trained, r, dropout)
+    activations = sum(
+        sum(tape(config, b, seq_len, *options, checkpointing, size["activations"]).values()) for b in rows
+    )
+    return Account(
+        label or method + (" + checkpointing" if checkpointing else ""),
+        weights,
+        codes,
+        constants,
+        0 if full else size["adapters"] * lora_on(targets, r),
+        size["gradients"] * sum(moved),
+        optimizer_bytes(moved, optimizer, precision),
+        activations,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- measure
+def measure(model, batch, optimizer=None, label="measured"):
+    """The Account of a step that is really run: the bytes of the arrays that hold it. No weight and no .grad changes.
+
+    batch        (inputs, targets, mask) as `data.batch` gives them: integer arrays (b, t), and 0 or 1; the mask may be None
+    optimizer    whatever has `state_bytes` and was made for this model's trained parameters; a new AdamW by default
+
+    A bypass that trains some parameters whole (modules_to_save) has these among the weights.
+    """
+    inputs, targets, mask = (None if a is None else a.copy() for a in batch)  # a view would keep what it was cut from
+    trained = model.trainable()
+    if not trained:
+        raise ValueError("memory: no parameter requires a gradient, so there is no training step to measure")
+    weights, found, rebuilt = dict(model.named_weights()), {}, [0]
+    logits = model(inputs)
+    targets, mask = (None if a is None else move(a, array_module(logits.data)) for a in (targets, mask))
+    loss = ops.softmax_cross_entropy(logits, targets, mask)
+    held = tape_bytes(loss, exclude=weights.values())
+    with watch_rebuilds(lambda y: rebuilt.append(tape_bytes(y, exclude=weights.values()))):
+        loss.backward(into=found)
+    optimizer = AdamW(trained) if optimizer is None else optimizer
+    quantized = [w for w in weights.values() if isinstance(w, QuantizedTensor)]
+    adapters = [w for name, w in weights.items() if ".bypasses." in name]
+    return Account(
+        label,
+        sum(w.nbytes for w in weights.values()) - sum(w.nbytes for w in [*quantized, *adapters]),
+        sum(w.packed.nbytes for w in quantized),
+        sum(w.constants.nbytes for w in quantized),
+        sum(w.nbytes for w in adapters),
+        sum(g.nbytes for g in found.values()),
+        optimizer.state_bytes,
+        held + max(rebuilt),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- as text
+def in_units(nbytes):
+    """1234567 -> "1.23 MB": three digits or more, decimal units."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if nbytes >= scale:
+            value = nbytes / scale
+            return f"{value:,.{max(2 - int(math.log10(value)), 0)}f} {unit}"
+    return f"{nbytes:,} bytes"
+
+
+def describe(accounts):
+    """The accounts side by side, as text: a row for each part, bytes, and a last row in GB, MB or kB."""
+    accounts = list(accounts)
+    table = [("", *(a.label for a in accounts))]
+    table += [(name, *(f"{a.rows()[name]:,}" for a in accounts)) for name in ROWS.values()]
+    table += [("total, bytes", *(f"{a.total:,}" for a in accounts)), ("total", *(in_units(a.total) for a in accounts))]
+    return aligned(table)
+
+
+def describe_agreement(predicted, measured):
+    """Predicted beside measured, row by row, with the difference in per cent."""
+    table = [("", "predicted", "measured", "difference")]
+    pairs = {name: (n, measured.rows()[name]) for name, n in predicted.rows().items()}
+    for name, (p, m) in {**pairs, "total": (predicted.total, measured.total)}.items():
+        table.append((name, f"{p:,}", f"{m:,}", "0" if p == m else f"{100 * (p / m - 1) if m else math.inf:+.4f} %"))
+    return aligned(table)
+
+
+def aligned(table, left=(0,)):
+    """Rows of strings as lines, columns aligned: those in `left` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    )
+
+
+# fmt: off
+__all__ = ["MODELS", "METHODS", "MATRICES", "ROWS", "Precision", "ENGINE", "PAPER", "MASTER", "PRECISIONS", "Account", "config_of",
+           "parameters", "codes_bytes", "constants_bytes", "optimizer_bytes", "block_tape", "tape", "predict", "measure", "in_units",
+           "aligned", "describe", "describe_agreement"]
+# fmt: on
