@@ -35,10 +35,10 @@ from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
 __version__ = "0.1.0"
 
 # fmt: off
-__all__ = ["AdamW", "AdamW8bit", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "adapter_rows", "adapters",
-           "add_lora", "add_weighted_adapter", "backend", "checkpoint", "codebooks", "conv", "disable_adapter", "dtypes", "interop",
-           "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive", "print_trainable_parameters", "quant", "quantize",
-           "quantize_linears", "seed", "set_adapter", "tape_bytes", "trainable_parameters", "unmerge"]
+__all__ = ["AdamW", "AdamW8bit", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "adapter_rows",
+           "adapters", "add_lora", "add_weighted_adapter", "backend", "checkpoint", "codebooks", "conv", "disable_adapter", "dtypes",
+           "interop", "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive", "print_trainable_parameters", "quant",
+           "quantize", "quantize_linears", "seed", "set_adapter", "tape_bytes", "trainable_parameters", "unmerge"]
 # fmt: on
 
 

@@ -126,16 +126,19 @@ def read_corpus(path, tokenizer, heldout=0.1):
     """(train, held-out) from a .txt file (the last part is held out) or a .jsonl file of {"prompt", "answer"} objects."""
     data = read_text(path)
     if Path(path).suffix != ".jsonl":
-        ids = np.asarray(tokenizer.encode(data))
-        cut = int(len(ids) * (1 - heldout))
-        return Text([ids[:cut]]), Text([ids[cut:]])
+        cut = int(len(data) * (1 - heldout))
+        while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80 and tokenizer.vocab_size > 256:
+            cut += 1  # not within a character
+        return running_text(data[:cut], tokenizer), running_text(data[cut:], tokenizer)
     pairs = []
     for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            pairs.append((tokenizer.encode(entry["prompt"]), tokenizer.encode(entry["answer"])))
+            pairs.append((entry["prompt"], entry["answer"]))
+            if not all(isinstance(text, str) for text in pairs[-1]):
+                raise TypeError
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
             raise ValueError(
                 f'{path} line {number}: expected a JSON object with the texts "prompt" and "answer"'
@@ -143,4 +146,20 @@ def read_corpus(path, tokenizer, heldout=0.1):
     cut = int(len(pairs) * (1 - heldout))
     if cut in (0, len(pairs)):
         raise ValueError(f"{path} holds {len(pairs)} pairs; too few to hold some out")
-    return Pairs(pairs[:cut]), Pairs(pairs[cut:])
+    return question_and_answer(pairs[:cut], tokenizer), question_and_answer(pairs[cut:], tokenizer)
+
+
+def running_text(data, tokenizer):
+    """UTF-8 bytes -> Text."""
+    return Text([np.asarray(tokenizer.encode(data))], nbytes=len(data))
+
+
+def question_and_answer(pairs, tokenizer):
+    """[(prompt, answer)] of texts -> Pairs. Where the vocabulary knows turns (ChatML), the prompt is the user's, and the answer ends as
+    an answer does: the token that ends it is learned too."""
+    nbytes = sum(len(answer.encode("utf-8")) for _, answer in pairs)
+    if getattr(tokenizer, "chatml", False):
+        ids = [(tokenizer.chat_prompt(p), [*tokenizer.encode(a), tokenizer.end_id]) for p, a in pairs]
+    else:
+        ids = [(tokenizer.encode(p), tokenizer.encode(a)) for p, a in pairs]
+    return Pairs(ids, nbytes=nbytes or None)

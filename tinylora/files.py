@@ -4,18 +4,22 @@
 and renamed over the old file, in one step of the file system. A full disk, a bug or a SIGKILL leaves the old file as it
 was.
 
-The safetensors package reads and writes NumPy arrays but no bfloat16; here a bfloat16 tensor is a BFloat16Array.
+The safetensors package reads and writes NumPy arrays but no bfloat16; here a bfloat16 tensor is a BFloat16Array. And a model
+need not be in memory twice: `open_folder` reads the header and then each tensor when it is asked for, `write_safetensors`
+takes them one at a time.
 """
 
 import contextlib
 import glob
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from .dtypes import BFloat16Array
+from .dtypes import BFloat16Array, from_bfloat16_bits
 
 _NUMPY = {
     "F64": np.float64,
@@ -31,6 +35,9 @@ _NUMPY = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_CODES = {kind: name for name, kind in _NUMPY.items()}
+_BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()} | {"BF16": 2}
+_PIECE = 1 << 20  # elements widened at a time
 
 
 @contextlib.contextmanager
@@ -123,47 +130,195 @@ def save_safetensors(path, tensors, metadata=None):
             raise OSError(str(error)) from None
 
 
-def load_safetensors(path):
-    """({name: array or BFloat16Array}, metadata). A truncated or corrupted file raises ValueError with a sentence."""
-    import safetensors
+def write_safetensors(path, plan, read, metadata=None):
+    """Write tensors one at a time, atomically: never more than one is in memory. The same bytes as `save_safetensors` writes.
 
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist")
-    data = path.read_bytes()
-    try:
-        entries = safetensors.deserialize(data)
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a whole safetensors file ({error}); it may be truncated or corrupted"
-        ) from None
-    tensors = {}
-    for name, entry in sorted(entries, key=lambda item: item[0]):  # the package's own order varies from run to run
-        kind, shape = entry["dtype"], tuple(entry["shape"])
-        if kind == "BF16":
-            tensors[name] = BFloat16Array(np.frombuffer(entry["data"], np.uint16).reshape(shape))
-        elif kind in _NUMPY:
-            tensors[name] = np.frombuffer(entry["data"], _NUMPY[kind]).reshape(shape)
-        else:
-            raise ValueError(f"{path}: tensor {name} has dtype {kind}, which NumPy cannot hold")
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
+    plan   {name: (dtype, shape)}, dtype as the format names it: "F32", "BF16"
+    read   read(name) -> array or BFloat16Array of that dtype and shape
+    """
+    names = sorted(plan, key=lambda name: (-_BYTES[plan[name][0]], name))  # wide dtypes first, which aligns all of them
+    header, end = {"__metadata__": {"format": "pt"} if metadata is None else metadata}, 0
+    for name in names:
+        dtype, shape = plan[name]
+        begin, end = end, end + math.prod(shape) * _BYTES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    head += b" " * (-len(head) % 8)
+    with atomic(path) as temporary, open(temporary, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for name in names:
+            dtype, shape = plan[name]
+            w = read(name)
+            found = ("BF16", w.shape) if isinstance(w, BFloat16Array) else (_CODES.get(w.dtype.type), w.shape)
+            if found != (dtype, tuple(shape)):
+                raise ValueError(f"{path}: {name} is {found[0]} {found[1]}, planned was {dtype} {tuple(shape)}")
+            f.write(np.ascontiguousarray(w.bits if isinstance(w, BFloat16Array) else w).data)
 
 
-def load_folder(folder):
-    """{name: array or BFloat16Array} of a model folder: model.safetensors, or the files that model.safetensors.index.json lists."""
+# --------------------------------------------------------------------------------------------------------------- reading
+class Safetensors(Mapping):
+    """{name: array or BFloat16Array} of a safetensors file, each read from the disk when it is asked for.
+
+        8 bytes: n, little-endian · n bytes of JSON: {name: {dtype, shape, data_offsets: [begin, end)}} · the data
+
+    Opening reads the header only, and checks it whole: the tensors must fill the rest of the file exactly, without gaps
+    or overlaps. ValueError says what is wrong; nothing has been loaded then.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{self.path} does not exist")
+        try:
+            self._entries, self.metadata, self._start = _read_header(self.path)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.path} is not a whole safetensors file ({error}); it may be truncated or corrupted"
+            ) from None
+        for name, (kind, _, _) in self._entries.items():
+            if kind != "BF16" and kind not in _NUMPY:
+                raise ValueError(f"{self.path}: tensor {name} has dtype {kind}, which NumPy cannot hold")
+
+    def __iter__(self):
+        return iter(self._entries)
+
+    def __len__(self):
+        return len(self._entries)
+
+    def __contains__(self, name):  # Mapping's own would read the tensor
+        return name in self._entries
+
+    def kind(self, name):
+        """(dtype, shape): the dtype as the format names it, such as "BF16"."""
+        return self._entries[name][:2]
+
+    def where(self, name):
+        """The file that holds a tensor."""
+        return self.path
+
+    def __getitem__(self, name):
+        kind, shape, begin = self._entries[name]
+        array = np.empty(math.prod(shape), np.uint16 if kind == "BF16" else _NUMPY[kind])
+        with open(self.path, "rb") as f:
+            f.seek(begin)
+            self._fill(f, array, name)
+        array = array.reshape(shape)
+        return BFloat16Array(array) if kind == "BF16" else array
+
+    def float32(self, name):
+        """A tensor as a float32 array of its own; a 16-bit one is widened piece by piece, so that it lies in memory once."""
+        kind, shape, begin = self._entries[name]
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            raise ValueError(f"{self.path}: tensor {name} has dtype {kind}, expected floats")
+        out, stored = np.empty(math.prod(shape), np.float32), np.uint16 if kind == "BF16" else _NUMPY[kind]
+        with open(self.path, "rb") as f:
+            f.seek(begin)
+            if kind == "F32":
+                self._fill(f, out, name)
+                return out.reshape(shape)
+            for start in range(0, len(out), _PIECE):
+                piece = np.empty(min(_PIECE, len(out) - start), stored)
+                self._fill(f, piece, name)
+                out[start : start + len(piece)] = from_bfloat16_bits(piece) if kind == "BF16" else piece
+        return out.reshape(shape)
+
+    def _fill(self, f, array, name):
+        if f.readinto(array.view(np.uint8)) != array.nbytes:
+            raise ValueError(f"{self.path}: tensor {name} ends too early; the file changed after it was opened")
+
+
+class Sharded(Mapping):
+    """The same face for several files of one model: {name: the Safetensors that holds it}."""
+
+    def __init__(self, shards):
+        self._shards = shards
+
+    def __iter__(self):
+        return iter(self._shards)
+
+    def __len__(self):
+        return len(self._shards)
+
+    def __contains__(self, name):
+        return name in self._shards
+
+    def __getitem__(self, name):
+        return self._shards[name][name]
+
+    def kind(self, name):
+        return self._shards[name].kind(name)
+
+    def where(self, name):
+        return self._shards[name].path
+
+    def float32(self, name):
+        return self._shards[name].float32(name)
+
+
+def _read_header(path):
+    """({name: (dtype, shape, place in the file)}, metadata, where the data starts) of a safetensors file."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        start = 8 + int.from_bytes(f.read(8), "little")
+        if not 10 <= start <= size:
+            raise ValueError(f"{size} bytes, of which the header should be {start}")
+        header = json.loads(f.read(start - 8), object_pairs_hook=_once)
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    metadata = header.pop("__metadata__", None) or {}
+    entries, spans = {}, []
+    for name in sorted(header):
+        kind, shape = header[name]["dtype"], tuple(header[name]["shape"])
+        begin, end = header[name]["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+            raise ValueError(f"{name}: shape {shape}, data_offsets {begin}, {end}")
+        if kind in _BYTES and end - begin != math.prod(shape) * _BYTES[kind]:
+            raise ValueError(f"{name}: {end - begin} bytes are not {kind} of shape {shape}")
+        entries[name] = (kind, shape, start + begin)
+        spans.append((begin, end))
+    here = 0
+    for begin, end in sorted(spans):
+        if begin != here or end < begin:
+            raise ValueError(f"a tensor begins at byte {begin} of the data, expected {here}")
+        here = end
+    if start + here != size:
+        raise ValueError(f"it has {size} bytes, its header speaks of {start + here}")
+    return entries, metadata, start
+
+
+def _once(pairs):
+    """A JSON object whose keys are all different."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def open_folder(folder):
+    """The tensors of a model folder, read when asked for: model.safetensors, or the files that model.safetensors.index.json lists."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
-        return load_safetensors(folder / "model.safetensors")[0]
+        return Safetensors(folder / "model.safetensors")
     where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where:
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
         raise ValueError(f"{index}: expected a weight_map from names to files")
-    tensors = {}
-    for name in sorted(set(where.values())):
-        tensors |= load_safetensors(folder / name)[0]
-    if missing := sorted(set(where) - set(tensors)):
+    opened = [Safetensors(folder / name) for name in sorted(set(where.values()))]
+    shards = {name: shard for shard in opened for name in shard}
+    shards |= {name: shard for shard in opened for name in shard if where.get(name) == shard.path.name}
+    if missing := sorted(set(where) - set(shards)):
         raise ValueError(
             f"{folder}: {len(missing)} tensors of the index are in none of its files, the first is {missing[0]}"
         )
-    return tensors
+    return Sharded(shards)
+
+
+def load_safetensors(path):
+    """({name: array or BFloat16Array}, metadata). A truncated or corrupted file raises ValueError with a sentence."""
+    opened = Safetensors(path)
+    return dict(opened.items()), opened.metadata
+
+
+def load_folder(folder):
+    """{name: array or BFloat16Array} of a model folder, all of it (see `open_folder`)."""
+    return dict(open_folder(folder).items())

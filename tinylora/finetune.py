@@ -7,7 +7,9 @@
 bfloat16 base, QLoRA with NF4, FP4 and Int4.
 """
 
+import csv
 import hashlib
+import io
 import json
 import sys
 from dataclasses import asdict, dataclass, field, replace
@@ -16,9 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from . import adapters, backend, data, files
-from .corpus import Text, read_corpus, read_text
+from .corpus import question_and_answer, read_corpus, read_text, running_text
 from .interop import bitsandbytes, peft
-from .nn import STORED, quantize_linears
+from .nn import STORED
+from .optim import AdamW
+from .optim8bit import AdamW8bit
 from .paging import Pager
 from .quant import QuantizedTensor
 from .tensor import Tensor
@@ -38,12 +42,19 @@ METHODS = {
 LORA_RECIPE = Recipe(steps=300, batch_size=8, seq_len=256, lr=3e-3, schedule="cosine", warmup=12)
 FULL_RECIPE = replace(LORA_RECIPE, lr=1e-3)
 
-PROMPT = "hacker\n  n. "
+PROMPT, QUESTION = "hacker\n  n. ", 'What does "hacker" mean to a hacker?'
+OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to fine-tune and how. `text` is a .txt or .jsonl file, or None for the embedded Jargon File."""
+    """What to fine-tune and how.
+
+    model    "base", a model folder, or FILE.gguf
+    text     a .txt or .jsonl file, or None for the embedded Jargon File: as running text, or as questions and answers for a
+             model whose vocabulary knows turns (ChatML)
+    heldout  evaluate on so many held-out sequences (None: all)
+    """
 
     model: str = "base"
     text: str | None = None
@@ -60,10 +71,16 @@ class Job:
     device: str = "cpu"
     use_rslora: bool = False
     use_dora: bool = False
+    optimizer: str = "adamw"
+    pool: str = "host"
+    whole_tensors: bool = False
+    heldout: int | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown: expected one of {', '.join(METHODS)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer {self.optimizer!r} is unknown: expected one of {', '.join(OPTIMIZERS)}")
 
 
 @dataclass
@@ -91,16 +108,15 @@ class Report:
 def prepare(job, seed=0):
     """The model of a job, on its device: loaded, quantized, with LoRA on it, frozen except for what is to be trained."""
     backend.module_for(job.device)  # a missing GPU is said before anything is read
-    model = bitsandbytes.open_model(job.model, job.compute_dtype)
     _, code, adapt = METHODS[job.method]
-    stored = {w.code_name for _, w in model.named_weights() if isinstance(w, QuantizedTensor)}
-    if stored:
-        if stored != {code}:
-            raise ValueError(
-                f"{job.model} is stored in {', '.join(stored)}; the method {job.method!r} starts from {code or 'dense weights'}"
-            )
-    elif code:
-        quantize_linears(model, code, job.blocksize, double_quant=True, compute_dtype=job.compute_dtype)
+    stored = bitsandbytes.is_quantized(job.model)
+    wanted = {"code": code, "blocksize": job.blocksize, "double_quant": True, "compute_dtype": job.compute_dtype}
+    model = bitsandbytes.open_model(job.model, job.compute_dtype, quantize=wanted if code and not stored else None)
+    found = {w.code_name for _, w in model.named_weights() if isinstance(w, QuantizedTensor)}
+    if stored and found != {code}:
+        raise ValueError(
+            f"{job.model} is stored in {', '.join(found)}; the method {job.method!r} starts from {code or 'dense weights'}"
+        )
     if adapt:
         backend.seed([seed, 1])  # the adapters' start
         kind = {"use_rslora": job.use_rslora, "use_dora": job.use_dora}
@@ -116,28 +132,39 @@ def model_folder(job):
 
 def inputs(job):
     """Hashes of the base model's weights and of the text: what a finished or a half-finished run is recognized by."""
-    weights = model_folder(job) / "model.safetensors"
+    folder = model_folder(job)
+    weights = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     text = b"".join(map(data.jargon, ("train", "heldout"))) if job.text is None else read_text(job.text)
     return {
-        "model": hashlib.sha256(weights.read_bytes()).hexdigest()[:16] if weights.is_file() else None,
+        "model": _digest(weights) if weights else None,
         "text": hashlib.sha256(text).hexdigest()[:16],
     }
+
+
+def _digest(paths):
+    """A short hash of one file, or of several in this order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            while piece := f.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()[:16]
 
 
 def corpus(job, tokenizer):
     """(train, held-out) of a job."""
     if job.text is not None:
         return read_corpus(job.text, tokenizer)
-    return tuple(
-        Text([np.array(tokenizer.encode(data.jargon(split)))], nbytes=len(data.jargon(split)))
-        for split in ("train", "heldout")
-    )
+    if getattr(tokenizer, "chatml", False):
+        return tuple(question_and_answer(data.jargon_pairs(split), tokenizer) for split in ("train", "heldout"))
+    return tuple(running_text(data.jargon(split), tokenizer) for split in ("train", "heldout"))
 
 
-def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_before=True, progress=True):
+def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_before=True, progress=True, trace=False):
     """Run a job; returns its Report. With `out`, the folder gets report.json, checkpoint.safetensors and adapter/ (or model/).
 
-    Killed and started again with the same arguments, it goes on from the last checkpoint.
+    Killed and started again with the same arguments, it goes on from the last checkpoint. trace: also write paging.csv (step, page,
+    event, bytes), from the step at which this process began.
     """
     done = finished(job, recipe, out)
     if done is not None:
@@ -151,10 +178,11 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         report.bits_per_param = 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored)
     about = {"job": asdict(job), "inputs": report.inputs}
     check_run(out, train, recipe, about)  # before anything long
+    scored = {"seq_len": recipe.seq_len, "shards": recipe.shards, "progress": progress, "limit": job.heldout}
     if measure_before:
-        report.before = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
+        report.before = bits_per_byte(model, heldout, **scored)
         report.samples["before"] = sample(model)
-    pager = Pager(job.page_budget, job.page_bytes, device=job.device)
+    pager = Pager(job.page_budget, job.page_bytes, job.pool, job.device, trace=trace, whole_tensors=job.whole_tensors)
     result = fit(
         model,
         train,
@@ -166,8 +194,10 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         pager=pager,
         about=about,
         progress=progress,
+        optimizer=OPTIMIZERS[job.optimizer],
+        heldout_limit=job.heldout,
     )
-    report.after = bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, progress=progress)
+    report.after = bits_per_byte(model, heldout, **scored)
     report.samples["after"] = sample(model)
     report.first_step = result.first_step
     report.history, report.seconds, report.tokens_per_second = result.history, result.seconds, result.tokens_per_second
@@ -189,6 +219,8 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         "pages": len(pager),
         "budget": pager.budget,
         "faults": c.faults,
+        "prefetches": c.prefetches,
+        "rescues": c.rescues,
         "hits": c.hits,
         "evictions": c.evictions,
         "bytes moved": c.bytes_moved,
@@ -201,13 +233,37 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         else:
             report.adapter = str(folder / "model")
             model.save_pretrained(report.adapter, dtype="float32")
+        if trace:
+            files.write_text(folder / "paging.csv", _as_csv(pager.trace))
         files.write_json(folder / "report.json", json.loads(json.dumps(asdict(report))))
     return report
 
 
-def sample(model, prompt=PROMPT, tokens=240):
-    """A continuation of `prompt` at temperature 0.6, always with the same seed."""
-    return prompt + model.generate(prompt, max_new_tokens=tokens, temperature=0.6, seed=1)
+def _as_csv(trace):
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("step", "page", "event", "bytes"), *trace])
+    return text.getvalue()
+
+
+def read_trace(out):
+    """[(step, page, event, bytes)] of the paging.csv in a run's folder."""
+    path = Path(out) / "paging.csv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; run finetune with --trace")
+    with open(path, newline="", encoding="utf-8") as f:
+        rows = list(csv.reader(f))
+    return [(int(step), int(page), event, int(nbytes)) for step, page, event, nbytes in rows[1:]]
+
+
+def sample(model, tokens=240):
+    """A continuation of PROMPT, or an answer to QUESTION, at temperature 0.6 and always with the same seed."""
+    tokenizer = model.tokenizer
+    if getattr(tokenizer, "chatml", False):
+        ids = tokenizer.chat_prompt(QUESTION)
+        answer = model.generate(ids, max_new_tokens=tokens // 3, temperature=0.6, seed=1, stop=tokenizer.end_id)
+        return f"{QUESTION}\n{answer}"
+    return PROMPT + model.generate(PROMPT, max_new_tokens=tokens, temperature=0.6, seed=1)
 
 
 def peak_resident_bytes():

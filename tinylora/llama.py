@@ -4,8 +4,8 @@
     x ← x + W_down (silu(W_gate n) ⊙ W_up n),                 n = rms_norm(x)
     logits = W_head rms_norm(x)            (W_head is the embedding where `tie_word_embeddings` is true)
 
-(Touvron et al. 2023, Llama 2.) `from_pretrained` reads and `save_pretrained` writes a folder with `config.json` and
-`model.safetensors` that transformers opens as LlamaForCausalLM.
+(Touvron et al. 2023, Llama 2.) `from_pretrained` reads the embedded model, Hugging Face folders and GGUF files, one weight
+at a time; `save_pretrained` writes a folder that transformers opens as LlamaForCausalLM. See `checkpoints`.
 
 Left out, with a sentence if a config asks for it: biases, rope scaling, activations other than silu, other
 architectures.
@@ -14,20 +14,24 @@ architectures.
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from . import backend, files, ops
+from . import backend, checkpoints, ops
 from .backend import array_module, move
 from .dtypes import BFloat16Array
-from .nn import Embedding, Linear, Module, RMSNorm, normal
+from .nn import Embedding, Linear, Linear4bit, Linear16bit, Module, RMSNorm, normal
 from .tensor import Tensor, checkpoint, no_grad
-from .tokenizers import ByteTokenizer, load_tokenizer
+from .tokenizers import ByteTokenizer
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes of a Llama, under Hugging Face's names."""
+    """The sizes of a Llama, and the tokens that begin and end its texts, under Hugging Face's names.
+
+    eos_token_id may be several: an instruction-tuned model may end its answers at another token than its texts.
+    """
 
     vocab_size: int = 256
     hidden_size: int = 192
@@ -40,8 +44,13 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
     head_dim: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self):
+        if isinstance(self.eos_token_id, list):  # as JSON has it
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         if self.head_dim is None:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
         if self.num_attention_heads % self.num_key_value_heads:
@@ -62,13 +71,14 @@ class LlamaConfig:
             "hidden_act": config.get("hidden_act", "silu") != "silu",
             "attention_bias": config.get("attention_bias", False),
             "mlp_bias": config.get("mlp_bias", False),
-            "rope_scaling": config.get("rope_scaling") is not None,
+            "rope_scaling": (config.get("rope_scaling") or {"rope_type": "default"}).get("rope_type") != "default",
+            "rope_interleaved": config.get("rope_interleaved", False),
             "rope_parameters": rope.get("rope_type", "default") != "default",
         }
         for name, bad in unsupported.items():
             if bad:
                 raise ValueError(f"{where}: {name} = {config[name]!r} is not supported by tinylora's Llama")
-        known = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if name not in known:
                 raise ValueError(f"{where}: {name} is missing")
@@ -90,21 +100,31 @@ class LlamaConfig:
             "mlp_bias": False,
             **asdict(self),
             "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
-            "bos_token_id": None,
-            "eos_token_id": None,
-            "pad_token_id": None,
         }
+
+
+def _undrawn(kind, *shape, requires_grad=True):
+    """A Linear or Embedding whose weight is one zero seen as a whole array: nothing is drawn and no memory used."""
+    layer = kind.__new__(kind)
+    layer.weight = Tensor(np.broadcast_to(np.float32(0), shape), requires_grad)
+    if kind is Linear:
+        layer.bias = None
+    return layer
+
+
+def _undrawn_linear(in_features, out_features):
+    return _undrawn(Linear, out_features, in_features)
 
 
 class Attention(Module):
     """y = W_o [softmax(q kᵀ/√d) v], q and k rotated; key heads shared by groups of query heads."""
 
-    def __init__(self, c):
+    def __init__(self, c, linear=Linear):
         self.config = c
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim)
+        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
+        self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size)
 
     def forward(self, x, rope, cache=None):  # x (b, t, hidden) -> (b, t, hidden)
         b, t, _ = x.shape
@@ -121,10 +141,10 @@ class Attention(Module):
 class MLP(Module):
     """y = W_down (silu(W_gate x) ⊙ W_up x): SwiGLU, Shazeer 2020."""
 
-    def __init__(self, c):
-        self.gate_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = Linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = Linear(c.intermediate_size, c.hidden_size)
+    def __init__(self, c, linear=Linear):
+        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
+        self.up_proj = linear(c.hidden_size, c.intermediate_size)
+        self.down_proj = linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x):
         return self.down_proj(ops.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -133,11 +153,11 @@ class MLP(Module):
 class Block(Module):
     """One layer: attention, then the MLP, each on a normalized copy and added back."""
 
-    def __init__(self, c):
+    def __init__(self, c, linear=Linear):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, linear)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = MLP(c)
+        self.mlp = MLP(c, linear)
 
     def forward(self, x, rope, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, cache)
@@ -147,9 +167,10 @@ class Block(Module):
 class Stack(Module):
     """Embedding, blocks, last norm: what Hugging Face calls `model`."""
 
-    def __init__(self, c):
-        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
-        self.layers = [Block(c) for _ in range(c.num_hidden_layers)]
+    def __init__(self, c, linear=Linear):
+        size = c.vocab_size, c.hidden_size
+        self.embed_tokens = Embedding(*size) if linear is Linear else _undrawn(Embedding, *size)
+        self.layers = [Block(c, linear) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -177,23 +198,25 @@ class KVCache:
 class Llama(Module):
     """The model. `Llama(config)` draws fresh weights from the current generator; `Llama.from_pretrained` reads them.
 
-    tokenizer                 bytes for the embedded model (256 tokens), else what the folder holds
+    tokenizer                 bytes for the embedded model (256 tokens), else what the folder or file holds
+    draw                      False: every weight is a read-only view of one zero, for whoever puts others in its place
     gradient_checkpointing    True: each block is recomputed in the backward pass
     """
 
     gradient_checkpointing = False
 
-    def __init__(self, config, tokenizer=None):
+    def __init__(self, config, tokenizer=None, draw=True):
         self.config, self.tokenizer = config, tokenizer or ByteTokenizer()
-        self.model = Stack(config)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        for layer in self.model.layers:
+        linear = Linear if draw else _undrawn_linear
+        self.model = Stack(config, linear)
+        self.lm_head = None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size)
+        self._rope = {}
+        for layer in self.model.layers if draw else ():
             for module in (layer.self_attn, layer.mlp):
                 for name, child in module.named_children():
                     depth = math.sqrt(2 * config.num_hidden_layers) if name in ("o_proj", "down_proj") else 1.0
                     std = 1 / math.sqrt(child.in_features) / depth
                     child.weight.data = normal(child.weight.shape, std)
-        self._rope = {}
 
     @property
     def tied_parameters(self):
@@ -204,8 +227,8 @@ class Llama(Module):
         """Give the model a head of its own, with the embedding's values; returns the model."""
         if self.lm_head is None:
             weight = self.model.embed_tokens.weight
-            self.lm_head = Linear.__new__(Linear)  # without drawing weights, so that what is drawn next does not change
-            self.lm_head.weight, self.lm_head.bias = Tensor(weight.data.copy(), weight.requires_grad), None
+            self.lm_head = _undrawn(Linear, *weight.shape)  # so that what is drawn next does not change
+            self.lm_head.weight = Tensor(weight.data.copy(), weight.requires_grad)
             self.lm_head.training = self.training
             self.config = replace(self.config, tie_word_embeddings=False)
         return self
@@ -252,9 +275,9 @@ class Llama(Module):
         """Yield new token ids one at a time, each drawn from softmax(logits / temperature).
 
         top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p (Holtzman et al. 2019).
-        `stop` ends the text at that token id. With a KV cache each token is one position of work. Past
-        max_position_embeddings the window slides: the second half of the context is read again and the cache starts
-        anew.
+        `stop` ends the text at that token id, or at one of several; by default at the config's eos_token_id, if it has
+        one (stop=() never stops). With a KV cache each token is one position of work. Past max_position_embeddings the
+        window slides: the second half of the context is read again and the cache starts anew.
         """
         if temperature < 0:
             raise ValueError(f"generate: temperature = {temperature}, expected 0 (greedy) or more")
@@ -265,6 +288,8 @@ class Llama(Module):
         ids = list(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
         if not ids:
             raise ValueError("generate: the prompt is empty; give at least one token to continue from")
+        stop = self.config.eos_token_id if stop is None else stop
+        stops = set() if stop is None else {stop} if isinstance(stop, (int, np.integer)) else set(stop)
         rng, window, cache = np.random.default_rng(seed), self.config.max_position_embeddings, None
         first = 0  # where the window that the model sees begins
         for _ in range(max_new_tokens):
@@ -284,54 +309,96 @@ class Llama(Module):
             token = _draw(move(logits, "cpu"), temperature, top_k, top_p, rng)
             ids.append(token)
             yield token
-            if token == stop:
+            if token in stops:
                 return
 
     # ------------------------------------------------------------------------------------------------------------------ folders
     @classmethod
-    def from_pretrained(cls, path):
-        """A model from "base" (the embedded one) or from a folder with config.json and model.safetensors.
+    def from_pretrained(cls, path, dtype="float32", quantize=None):
+        """A model from "base" (the embedded one), a folder with config.json and model.safetensors (or shards), or FILE.gguf.
 
-        Weights come as float32 Tensors (bfloat16 and float16 files are converted exactly), frozen or not as you then
-        say; `requires_grad` is True. Errors are sentences that name the file, the tensor and the shapes.
+        dtype      "float32": as stored, 16 bits widened exactly; "bfloat16": each weight rounded to it, in float32 storage
+        quantize   None, a code ("nf4", ..., "bfloat16"), or a dict of nn.quantize_linears' options: each linear weight is
+                   quantized as it is read and its dense form dropped. The result is that of quantize_linears, all frozen;
+                   with dtype "bfloat16" the quantized weights say that they were bfloat16, as bitsandbytes' then do
+
+        Else `requires_grad` is True. Nothing random is drawn, and never more than one dense matrix is in memory beside what
+        stays. Errors are sentences that name the file, the tensor and the shapes; they come before anything is loaded.
         """
-        from .data import base_folder
-
-        folder = base_folder() if str(path) == "base" else Path(path)
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{path}: expected 'base' or a folder with config.json and model.safetensors")
-        config = files.read_json(folder / "config.json")
-        if config.get("quantization_config"):
-            raise ValueError(
-                f"{path} is quantized already; interop.bitsandbytes.load opens 4-bit folders of bitsandbytes"
-            )
-        config = LlamaConfig.from_dict(config, folder / "config.json")
-        state = files.load_folder(folder)
-        if "lm_head.weight" in state and config.tie_word_embeddings:
-            del state["lm_head.weight"]
-        model = cls(config, load_tokenizer(folder, config.vocab_size))
-        state = {name: w.dequantize("float32") if isinstance(w, BFloat16Array) else w for name, w in state.items()}
-        try:
-            model.load_state_dict(state)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{folder / 'model.safetensors'} does not fit its config.json: {error.args[0]}") from None
-        return model
+        model, opened = _open(cls, path)
+        options = {"code": quantize} if isinstance(quantize, str) else quantize
+        for name in [name for name, _ in model.named_parameters()]:
+            path = name.removesuffix(".weight")
+            layer = model.get(path)
+            layer.weight.data = checkpoints.rounded(opened.weights.float32(name), dtype)
+            if options is not None and isinstance(layer, Linear):
+                model.replace(path, _quantized(path, layer, dtype, **options))
+        return model if options is None else model.requires_grad_(False)
 
     def save_pretrained(self, folder, dtype="bfloat16", extra_config=None):
-        """Write config.json and model.safetensors (dtype "bfloat16", rounded to nearest even, or "float32")."""
-        folder = Path(folder)
+        """Write a folder that transformers opens: config.json, model.safetensors (dtype "bfloat16", rounded to nearest even, or
+        "float32"), and for a model with a vocabulary tokenizer.json, tokenizer_config.json and generation_config.json."""
         if any(not isinstance(w, Tensor) or "lora_" in name for name, w in self.named_weights()):
             raise ValueError(
                 "save_pretrained: the model is quantized or carries an adapter; merge the adapter first, or save it alone with "
                 "interop.peft.save_adapter (only dense weights are written here)"
             )
-        state = {name: move(w.data, "cpu") for name, w in self.named_parameters()}
-        if dtype == "bfloat16":
-            state = {name: BFloat16Array.of(w) for name, w in state.items()}
-        elif dtype != "float32":
-            raise ValueError(f"save_pretrained: dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
-        files.save_safetensors(folder / "model.safetensors", state)
-        files.write_json(folder / "config.json", {**self.config.to_dict(), "dtype": dtype, **(extra_config or {})})
+        weights = dict(self.named_parameters())
+        checkpoints.write_folder(
+            folder,
+            {**self.config.to_dict(), **(extra_config or {})},
+            {name: w.shape for name, w in weights.items()},
+            lambda name: move(weights[name].data, "cpu"),
+            self.tokenizer,
+            dtype,
+        )
+
+
+def _open(cls, path):
+    """(a model of zeros, the Checkpoint it is to be filled from): names, shapes and tokens fit, and nothing has been loaded."""
+    opened = checkpoints.open_checkpoint(path)
+    config = LlamaConfig.from_dict(opened.config, opened.config_path)
+    tokenizer = opened.tokenizer()
+    opened.check({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}, whole=False)
+    model = cls(config, tokenizer, draw=False)
+    opened.check({name: w.shape for name, w in model.named_parameters()})
+    return model, opened
+
+
+def convert(path, folder, dtype="bfloat16"):
+    """Write the model at `path` (FILE.gguf, a folder, "base") as a Hugging Face folder, one weight in memory at a time.
+
+    dtype "float32" holds exactly what a GGUF's 4 or 8 bits stand for, "bfloat16" rounds it once more (ties to even).
+    Returns the number of weights written.
+    """
+    model, opened = _open(Llama, path)
+    if opened.path.resolve() == Path(folder).resolve():
+        raise ValueError(f"{folder} would overwrite its source")
+    shapes = {name: w.shape for name, w in model.named_parameters()}
+    checkpoints.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _quantized(
+    path,
+    layer,
+    dtype,
+    code="nf4",
+    blocksize=64,
+    double_quant=True,
+    compute_dtype="float32",
+    skip=("lm_head",),
+    **options,
+):
+    """The frozen layer that nn.quantize_linears would put in place of this Linear; the layer itself if it is to be skipped."""
+    if any(path == s or path.endswith("." + s) for s in skip):
+        return layer
+    if isinstance(code, str) and code == "bfloat16":
+        return Linear16bit.of(layer, compute_dtype)
+    if dtype == "bfloat16":
+        half = BFloat16Array.of(layer.dense())
+        layer = SimpleNamespace(dense=lambda: half, bias=layer.bias)
+    return Linear4bit.of(layer, code, blocksize, double_quant, compute_dtype, name=f"{path}.weight", **options)
 
 
 def _draw(logits, temperature, top_k, top_p, rng):
@@ -349,4 +416,4 @@ def _draw(logits, temperature, top_k, top_p, rng):
     return int(order[rng.choice(len(p), p=p / p.sum())])
 
 
-__all__ = ["KVCache", "Llama", "LlamaConfig"]
+__all__ = ["KVCache", "Llama", "LlamaConfig", "convert"]

@@ -399,10 +399,11 @@ def softmax_cross_entropy(z, targets, mask=None, reduction="mean"):
     weight = xp.ones(len(t), dtype=z.dtype) if mask is None else mask.reshape(-1).astype(z.dtype)
     if reduction == "mean":
         weight = weight / xp.maximum(weight.sum(), np.finfo(z.dtype).tiny)
-    shifted = _rows(z - z.max(axis=-1, keepdims=True)) if z.size else _rows(z)
-    p = xp.exp(shifted)
+    p = _rows(z - z.max(axis=-1, keepdims=True)) if z.size else _rows(z)
+    chosen = p[rows, t]
+    xp.exp(p, out=p)  # in place: with 49,152 tokens a copy of the logits of 256 positions is 50 MB
     total = p.sum(axis=-1)
-    loss = (weight * (xp.log(total) - shifted[rows, t])).sum()
+    loss = (weight * (xp.log(total) - chosen)).sum()
     p /= total[:, None]
 
     def pull(g):

@@ -95,9 +95,12 @@ def progress_bar(iterable, enabled, **options):
     return tqdm(iterable, disable=not enabled, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
 
 
-def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False):
-    """−Σ log₂ p(target | context) / bytes of text, every token of `data` scored once (see `windows`)."""
-    inputs, targets, mask = data.windows(seq_len)
+def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False, limit=None):
+    """−Σ log₂ p(target | context) / bytes of text, every token of `data` scored once (see `windows`); limit: the first so many windows."""
+    inputs, targets, mask = (a[:limit] for a in data.windows(seq_len))
+    batch_size = max(
+        min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1
+    )  # logits of 4 MB and more are not piled up
     training = model.training
 
     def nats(rows):
@@ -119,7 +122,18 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
 
 
 def fit(
-    model, data, recipe, heldout=None, eval_every=0, out=None, checkpoint_every=0, pager=None, about=None, progress=True
+    model,
+    data,
+    recipe,
+    heldout=None,
+    eval_every=0,
+    out=None,
+    checkpoint_every=0,
+    pager=None,
+    about=None,
+    progress=True,
+    optimizer=AdamW,
+    heldout_limit=None,
 ):
     """Train the model's parameters that require a gradient, in place; returns a Result.
 
@@ -127,10 +141,12 @@ def fit(
     out, checkpoint_every     a folder for checkpoint.safetensors, written atomically every so many steps (0: only at the end); a
                               checkpoint that lies there is resumed if it is of the same run, refused with a sentence if
                               it is not
+    heldout_limit             evaluate on the first so many windows only
+    pager, optimizer          AdamW or AdamW8bit, and where its state lives
     about                     what identifies the run besides the recipe (base model, adapters), compared on resuming
     """
     trainable = model.trainable()
-    optimizer = AdamW(
+    optimizer = optimizer(
         [
             {"params": [(n, p) for n, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
             {"params": [(n, p) for n, p in trainable if p.ndim < 2], "weight_decay": 0.0},
@@ -149,7 +165,7 @@ def fit(
     weights = [w for _, w in model.named_weights()]
 
     def evaluate():
-        return bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards)
+        return bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, limit=heldout_limit)
 
     model.train()
     began, losses = time.perf_counter(), None
@@ -214,6 +230,7 @@ def _step(model, data, recipe, step, pool, trainable, measure, pager=None):
                 total = ops.softmax_cross_entropy(z, move(targets, xp), move(mask, xp), reduction="sum") * (
                     1 / max(count, 1)
                 )
+                del z  # the loss has what it needs of it
                 held, rebuilt, found = (tape_bytes(total, exclude=measure) if measure else 0), [0], {}
                 if total.requires_grad:
                     with watch_rebuilds(lambda y: rebuilt.append(tape_bytes(y, exclude=measure)) if measure else None):

@@ -10,7 +10,7 @@ from .options import budget, can_draw, command, positive, recipe, recipe_options
 
 # ------------------------------------------------------------------------------------------------------------- finetune
 def finetune_parser(commands):
-    from ..finetune import LORA_RECIPE, METHODS, Job
+    from ..finetune import LORA_RECIPE, METHODS, OPTIMIZERS, Job
 
     p = command(
         commands,
@@ -28,16 +28,26 @@ def finetune_parser(commands):
         "  tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out\n"
         '  tinylora finetune --text pairs.jsonl --out pairs      {"prompt": ..., "answer": ...} lines; the loss is on the answer\n'
         "  tinylora finetune --target-modules q_proj v_proj --out qv  the paper's choice of layers\n"
+        "  tinylora finetune --trace --page-budget 256k --out traced  a figure of what was paged, step by step\n"
         "  tinylora finetune --compare --out compare             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure\n\n"
+        "a real LLM (extra llm), within 1.2 GB of memory:\n"
+        "  tinylora finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --compute-dtype bfloat16 --checkpointing --pool file \\\n"
+        "    --steps 100 --batch-size 2 --seq-len 256 --lr 5e-4 --heldout 32 --out smol\n\n"
         "A run that was stopped goes on from its last checkpoint when the same command is given again.",
     )
     p.add_argument(
-        "--model", default=Job.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
+        "--model",
+        default=Job.model,
+        help="'base' (embedded), a folder with config.json and safetensors, or FILE.gguf of a Llama (base)",
     )
     p.add_argument(
         "--text",
         default=None,
-        help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the embedded Jargon File)",
+        help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the embedded Jargon File; for a chat model "
+        "as questions and answers)",
+    )
+    p.add_argument(
+        "--heldout", type=positive, default=None, metavar="N", help="evaluate on the first N held-out sequences (all)"
     )
     p.add_argument(
         "--out", default="tinylora-run", help="folder for the checkpoint, the adapter and report.json (tinylora-run)"
@@ -85,6 +95,26 @@ def finetune_parser(commands):
     )
     g.add_argument("--page-bytes", type=size, default=Job.page_bytes, metavar="BYTES", help="bytes of a page (64k)")
     g.add_argument(
+        "--pool",
+        choices=("host", "file", "managed"),
+        default=Job.pool,
+        help="where pages live that are not resident: host memory, a file, or CUDA managed memory (host)",
+    )
+    g.add_argument(
+        "--whole-tensors",
+        action="store_true",
+        help="page whole states, and only those of 100,000 elements or more, as bitsandbytes does",
+    )
+    g.add_argument(
+        "--optimizer",
+        choices=tuple(OPTIMIZERS),
+        default=Job.optimizer,
+        help="AdamW with m and v in 32 bits, or in 8 as bitsandbytes' AdamW8bit (adamw)",
+    )
+    g.add_argument(
+        "--trace", action="store_true", help="write every fault, eviction and hit to paging.csv, and draw paging.svg"
+    )
+    g.add_argument(
         "--checkpointing",
         action="store_true",
         help="recompute each block in the backward pass instead of keeping its tape",
@@ -98,7 +128,18 @@ def finetune_parser(commands):
 
 
 def _finetune(args):
-    from ..finetune import FULL_RECIPE, LORA_RECIPE, Job, compare, describe, describe_comparison, finetune, finished
+    from .. import figures
+    from ..finetune import (
+        FULL_RECIPE,
+        LORA_RECIPE,
+        Job,
+        compare,
+        describe,
+        describe_comparison,
+        finetune,
+        finished,
+        read_trace,
+    )
 
     targets = args.target_modules
     if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
@@ -119,6 +160,10 @@ def _finetune(args):
         device=args.device,
         use_rslora=args.rslora,
         use_dora=args.dora,
+        optimizer=args.optimizer,
+        pool=args.pool,
+        whole_tensors=args.whole_tensors,
+        heldout=args.heldout,
     )
     if args.lr is None:  # full fine-tuning has a rate of its own; --compare takes it from --full-lr
         args.lr = (FULL_RECIPE if args.method == "full" and not args.compare else LORA_RECIPE).lr
@@ -126,11 +171,13 @@ def _finetune(args):
     if not args.compare:
         if finished(job, plan, args.out) is not None:
             print(f"this run has ended before; its report from {args.out}:", file=sys.stderr)
-        report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every)
+        report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every, trace=args.trace)
         print(describe(report))
+        if args.trace and can_draw():
+            path = Path(args.out) / "paging.svg"
+            figures.save(figures.timeline(read_trace(args.out), job.page_budget), path)
+            print(f"figure: {path}")
         return
-    from .. import figures
-
     figures.require_matplotlib()  # said before an hour of work, not after it
     reports = compare(job, plan, args.seeds or (0, 1, 2), args.out, full_lr=args.full_lr or FULL_RECIPE.lr)
     print(describe_comparison(reports))

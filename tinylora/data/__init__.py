@@ -16,3 +16,14 @@ def jargon(split):
     if split not in ("train", "heldout"):
         raise ValueError(f"jargon: split {split!r} is unknown: expected 'train' or 'heldout'")
     return lzma.decompress((_HERE / f"jargon-{split}.txt.xz").read_bytes())
+
+
+def jargon_pairs(split):
+    """The Jargon File as [(question, answer)]: "What does the word … mean?", and the entry's text without its indentation."""
+    pairs = []
+    for entry in jargon(split).decode("utf-8").split("\n\n"):
+        term, _, text = entry.strip("\n").partition("\n")
+        answer = "\n".join(line.strip() for line in text.splitlines()).strip()
+        if term.strip() and not term.startswith(" ") and answer:
+            pairs.append((f'What does "{term.strip()}" mean to a hacker?', answer))
+    return pairs

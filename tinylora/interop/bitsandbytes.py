@@ -167,6 +167,7 @@ def save(model, folder, compute_dtype="float32"):
     config = {**model.config.to_dict(), "dtype": "bfloat16" if exact else "float32"}
     config["quantization_config"] = quantization_config(quantized, compute_dtype, kept or ["lm_head"])
     files.save_safetensors(Path(folder) / "model.safetensors", tensors | (half if exact else dense))
+    model.tokenizer.save(Path(folder))
     files.write_json(Path(folder) / "config.json", config)
 
 
@@ -194,7 +195,7 @@ def load(folder, compute_dtype="float32"):
         )
     shape = LlamaConfig.from_dict(config, folder / "config.json")
     tensors = files.load_folder(folder)
-    model = Llama(shape, load_tokenizer(folder, shape.vocab_size))
+    model = Llama(shape, load_tokenizer(folder, shape.vocab_size), draw=False)
     layers, state = dict(model.named_modules()), {}
     for key in [key for key in tensors if _STATE in key]:
         name = key.partition(_STATE)[0]
@@ -212,12 +213,19 @@ def load(folder, compute_dtype="float32"):
     return model.requires_grad_(False)
 
 
-def open_model(path, compute_dtype="float32"):
-    """A Llama from "base", from a dense folder (as from_pretrained), or from a 4-bit folder (as load)."""
+def is_quantized(path):
+    """Whether a path is a folder whose config.json says that it is quantized."""
     config = Path(path) / "config.json"
-    if str(path) != "base" and config.is_file() and files.read_json(config).get("quantization_config"):
+    return str(path) != "base" and config.is_file() and bool(files.read_json(config).get("quantization_config"))
+
+
+def open_model(path, compute_dtype="float32", dtype="float32", quantize=None):
+    """A Llama from "base", a dense folder or a GGUF file (as from_pretrained, with its options), or from a 4-bit folder (as load)."""
+    if is_quantized(path):
+        if quantize is not None:
+            raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
         return load(path, compute_dtype)
-    return Llama.from_pretrained(path)
+    return Llama.from_pretrained(path, dtype, quantize)
 
 
 # ------------------------------------------------------------------------------------------------------------ any folder
@@ -324,6 +332,7 @@ __all__ = [
     "from_tensors",
     "is_linear_weight",
     "load",
+    "is_quantized",
     "open_model",
     "quantization_config",
     "quantize_folder",

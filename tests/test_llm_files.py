@@ -1,0 +1,693 @@
+"""Real models' files: GGUF and sharded folders, read one weight at a time, and byte-pair vocabularies."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import llm_files
+import numpy as np
+import pytest
+import tiny
+
+import tinylora as tl
+from tinylora import Llama, LlamaConfig, checkpoints, files, llama, no_grad
+from tinylora.dtypes import BFloat16Array, round_to
+from tinylora.interop import bitsandbytes
+from tinylora.quant import QuantizedTensor
+
+SIZES = {"intermediate_size": 64}  # whole blocks of 32, as GGUF's types need
+
+
+def logits(model, ids):
+    with no_grad():
+        return model(ids).data
+
+
+def rewrite(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def shard(folder, parts):
+    """Cut a folder's model.safetensors into several files with an index, as large models come."""
+    tensors, _ = files.load_safetensors(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names, where = sorted(tensors), {}
+    for i in range(parts):
+        file = f"model-{i + 1:05d}-of-{parts:05d}.safetensors"
+        files.save_safetensors(folder / file, {name: tensors[name] for name in names[i::parts]})
+        where |= dict.fromkeys(names[i::parts], file)
+    files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+
+
+# -------------------------------------------------------------------------------------------------------------- safetensors
+def test_writing_one_tensor_at_a_time_gives_the_same_bytes(tmp_path, rng):
+    tensors = {f"t{i}": rng.standard_normal((3, i)).astype(np.float32) for i in range(4)}
+    tensors |= {f"é{i}": BFloat16Array.of(rng.standard_normal(5).astype(np.float32)) for i in range(3)}
+    files.save_safetensors(tmp_path / "a", tensors)
+    plan = {n: ("BF16" if isinstance(w, BFloat16Array) else "F32", w.shape) for n, w in tensors.items()}
+    files.write_safetensors(tmp_path / "b", plan, tensors.__getitem__)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pytest.raises(ValueError, match=r"t1 is F32 \(3, 1\), planned was F32 \(1, 3\)"):
+        files.write_safetensors(tmp_path / "b", plan | {"t1": ("F32", (1, 3))}, tensors.__getitem__)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_each_tensor_is_read_when_it_is_asked_for(tmp_path, rng):
+    w = rng.standard_normal((40, 50)).astype(np.float32)
+    stored = {"a": w, "h": w.astype(np.float16), "b": BFloat16Array.of(w), "d": w.astype(np.float64), "i": np.arange(3)}
+    files.save_safetensors(tmp_path / "x", stored)
+    opened = files.Safetensors(tmp_path / "x")
+    assert sorted(opened) == sorted(stored) and opened.kind("b") == ("BF16", (40, 50)) and "c" not in opened
+    for name in "ahbd":
+        expected = stored[name].dequantize("float32") if name == "b" else stored[name].astype(np.float32)
+        assert opened.float32(name).tobytes() == expected.tobytes() and opened.float32(name).flags.writeable
+    with pytest.raises(ValueError, match="tensor i has dtype I64, expected floats"):
+        opened.float32("i")
+    data = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(data[:-100] + b"")
+    with pytest.raises(ValueError, match="ends too early; the file changed"):
+        [opened[name] for name in opened]
+
+
+def test_widening_in_pieces_changes_nothing(tmp_path, rng, monkeypatch):
+    w = BFloat16Array.of(rng.standard_normal((7, 9)).astype(np.float32))
+    files.save_safetensors(tmp_path / "x", {"w": w})
+    monkeypatch.setattr(files, "_PIECE", 8)
+    assert files.Safetensors(tmp_path / "x").float32("w").tobytes() == w.dequantize("float32").tobytes()
+    dense = w.dequantize("float32") * np.float32(1.001)
+    assert (checkpoints.rounded(dense.copy(), "bfloat16") == round_to(dense, "bfloat16")).all()
+
+
+def header(change):
+    """Bytes of a file of two tensors whose header `change` has touched."""
+    entries = {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+        "b": {"dtype": "U8", "shape": [3], "data_offsets": [8, 11]},
+    }
+    text = json.dumps(change(entries) or entries) if not isinstance(change, str) else change
+    return len(text).to_bytes(8, "little") + text.encode() + bytes(11)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda e: e["a"].update(data_offsets=[0, 4]), "4 bytes are not F32"),
+        (lambda e: e["b"].update(data_offsets=[7, 10]), "begins at byte 7 of the data, expected 8"),
+        (lambda e: e["b"].update(data_offsets=[9, 12]), "begins at byte 9"),
+        (lambda e: e.pop("b") and None, "its header speaks of"),
+        (lambda e: e["a"].update(shape=[-2]), "shape"),
+        (lambda e: e["a"].pop("dtype") and None, "dtype"),
+        (lambda e: e.update(a=3), "not a whole safetensors file"),
+        ('{"a": {}, "a": {}}', "occurs twice"),
+        ("[1, 2]", "not a JSON object"),
+        ("[" * 100_000, "not a whole safetensors file"),
+    ],
+)
+def test_a_header_that_does_not_describe_its_file(change, words, tmp_path):
+    (tmp_path / "x").write_bytes(header(lambda e: None))
+    assert sorted(files.Safetensors(tmp_path / "x")) == ["a", "b"]
+    (tmp_path / "x").write_bytes(header(change))
+    with pytest.raises(ValueError, match=words) as caught:
+        files.load_safetensors(tmp_path / "x")
+    assert "is not a whole safetensors file" in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_whatever_is_cut_off_or_changed_gives_a_sentence(tmp_path, rng):
+    """Every cut is refused; a changed byte of the header is refused or harmless, and never another kind of error."""
+    files.save_safetensors(tmp_path / "x", {"w": np.ones((4, 3), np.float32), "v": np.ones(5, np.uint8)})
+    data = (tmp_path / "x").read_bytes()
+    for n in range(len(data)):
+        (tmp_path / "x").write_bytes(data[:n])
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            files.Safetensors(tmp_path / "x")
+    for _ in range(300):
+        changed = bytearray(data)
+        changed[int(rng.integers(len(data)))] = int(rng.integers(256))
+        (tmp_path / "x").write_bytes(changed)
+        try:
+            files.load_safetensors(tmp_path / "x")
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_sharded_folder_is_one_model(dtype, tmp_path, rng):
+    m, x = tiny.model(tie_word_embeddings=False), tiny.ids(rng, 1, 9)
+    m.save_pretrained(tmp_path, dtype)
+    whole = Llama.from_pretrained(tmp_path)
+    shard(tmp_path, 3)
+    assert (logits(Llama.from_pretrained(tmp_path), x) == logits(whole, x)).all()
+    assert files.load_folder(tmp_path).keys() == m.state_dict().keys()
+    assert "of-00003" in str(files.open_folder(tmp_path).where("lm_head.weight"))
+    (tmp_path / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model-00002-of-00003\.safetensors does not exist"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_an_index_that_is_wrong(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    shard(tmp_path, 2)
+    index = tmp_path / "model.safetensors.index.json"
+    right = json.loads(index.read_text())
+    files.write_json(index, {"weight_map": right["weight_map"] | {"more.weight": "model-00001-of-00002.safetensors"}})
+    with pytest.raises(ValueError, match=r"1 tensors of the index are in none of its files, the first is more\.weight"):
+        Llama.from_pretrained(tmp_path)
+    for wrong in ({}, {"weight_map": {}}, {"weight_map": {"a": 3}}):
+        files.write_json(index, wrong)
+        with pytest.raises(ValueError, match="expected a weight_map"):
+            Llama.from_pretrained(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------------- folders
+def test_loading_draws_nothing_and_equals_loading_into_a_drawn_model(tmp_path):
+    m = tiny.model(3, tie_word_embeddings=False)
+    m.save_pretrained(tmp_path, "float32")
+    tl.seed(5)
+    expected = tl.backend.generator().random()
+    tl.seed(5)
+    again = Llama.from_pretrained(tmp_path)
+    assert tl.backend.generator().random() == expected
+    for (name, a), (other, b) in zip(m.named_weights(), again.named_weights(), strict=True):
+        assert name == other and a.data.tobytes() == b.data.tobytes() and b.requires_grad and b.data.flags.writeable
+    assert vars(again).keys() == vars(m).keys()
+
+
+QUANTIZE = [
+    ("nf4", {"code": "nf4"}),
+    ({"code": "fp4", "blocksize": 128, "double_quant": False},) * 2,
+    ({"code": "bfloat16", "compute_dtype": "bfloat16"},) * 2,
+    ({"code": "nf4", "skip": ("lm_head", "down_proj")},) * 2,
+    ({"code": "nf4", "skip": ()},) * 2,
+    ({},) * 2,
+]
+
+
+@pytest.mark.parametrize("quantize, options", QUANTIZE)
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantizing_while_reading_equals_quantizing_afterwards(quantize, options, tied, tmp_path, rng):
+    tiny.model(tie_word_embeddings=tied).save_pretrained(tmp_path)
+    expected = tl.quantize_linears(Llama.from_pretrained(tmp_path), **options)
+    got = Llama.from_pretrained(tmp_path, quantize=quantize)
+    for (name, a), (other, b) in zip(expected.named_weights(), got.named_weights(), strict=True):
+        assert name == other and type(a) is type(b), name
+        if isinstance(a, QuantizedTensor):
+            assert a.packed.tobytes() == b.packed.tobytes() and a.absmax.tobytes() == b.absmax.tobytes()
+            assert (a.blocksize, a.dtype, a.double_quant) == (b.blocksize, b.dtype, b.double_quant)
+        elif isinstance(a, BFloat16Array):
+            assert a.bits.tobytes() == b.bits.tobytes()
+        else:
+            assert a.data.tobytes() == b.data.tobytes() and not b.requires_grad
+    for (name, a), (_, b) in zip(expected.named_modules(), got.named_modules(), strict=True):
+        assert type(a) is type(b) and getattr(a, "compute_dtype", 0) == getattr(b, "compute_dtype", 0), name
+    x = tiny.ids(rng, 1, 5)
+    assert (logits(expected, x) == logits(got, x)).all()
+
+
+def test_weights_rounded_to_bfloat16_say_so_when_quantized(tmp_path):
+    m = tiny.model()
+    m.save_pretrained(tmp_path, "float32")
+    rounded = Llama.from_pretrained(tmp_path, dtype="bfloat16")
+    for (name, a), (_, b) in zip(m.named_parameters(), rounded.named_parameters(), strict=True):
+        assert (round_to(a.data, "bfloat16") == b.data).all(), name
+    four, path = Llama.from_pretrained(tmp_path, "bfloat16", "nf4"), "model.layers.1.mlp.up_proj"
+    q = four.get(path).weight
+    expected = tl.quantize(BFloat16Array.of(m.get(path).weight.data), "nf4", double_quant=True)
+    assert q.dtype == expected.dtype == "bfloat16" and q.packed.tobytes() == expected.packed.tobytes()
+    with pytest.raises(ValueError, match="dtype 'float8' is unknown: expected 'float32' or 'bfloat16'"):
+        Llama.from_pretrained(tmp_path, dtype="float8")
+
+
+def test_a_weight_that_cannot_be_quantized_is_named(tmp_path):
+    m = tiny.model()
+    m.model.layers[1].mlp.up_proj.weight.data[0, 0] = np.inf
+    m.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN or Inf"):
+        Llama.from_pretrained(tmp_path, quantize="nf4")
+
+
+def test_open_model_takes_the_options_and_refuses_to_quantize_twice(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "dense")
+    four = bitsandbytes.open_model(tmp_path / "dense", quantize="nf4")
+    bitsandbytes.save(four, tmp_path / "four")
+    again = bitsandbytes.open_model(tmp_path / "four")
+    path = "model.layers.0.self_attn.q_proj"
+    assert again.get(path).weight.packed.tobytes() == four.get(path).weight.packed.tobytes()
+    with pytest.raises(ValueError, match="in 4 bits already"):
+        bitsandbytes.open_model(tmp_path / "four", quantize="nf4")
+
+
+def test_tensors_that_may_and_may_not_be_there(tmp_path):
+    m = tiny.model()
+    m.save_pretrained(tmp_path, "float32")
+    tensors = files.load_folder(tmp_path)
+    spare = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"],
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    files.save_safetensors(tmp_path / "model.safetensors", tensors | spare)
+    Llama.from_pretrained(tmp_path)
+    files.save_safetensors(tmp_path / "model.safetensors", tensors | {"model.bias": np.ones(4, np.float32)})
+    with pytest.raises(ValueError, match=r"it holds model\.bias, which the model does not have"):
+        Llama.from_pretrained(tmp_path)
+    whole = {"model.norm.weight": np.ones(32, np.int32)}
+    files.save_safetensors(tmp_path / "model.safetensors", tensors | whole)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight has dtype I32, expected floats"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_configs_of_real_folders():
+    c = {
+        "model_type": "llama",
+        "vocab_size": 10,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": None,
+        "rope_scaling": None,
+        "rope_theta": None,
+        "rope_parameters": {"rope_theta": 3e4, "rope_type": "default"},
+        "pretraining_tp": 1,
+        "transformers.js_config": {},
+        "bos_token_id": 1,
+        "eos_token_id": [2, 3],
+    }
+    config = LlamaConfig.from_dict(c)
+    assert (config.rope_theta, config.head_dim, config.eos_token_id, config.bos_token_id) == (3e4, 4, (2, 3), 1)
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    with pytest.raises(ValueError, match="rope_interleaved = True is not supported"):
+        LlamaConfig.from_dict(c | {"rope_interleaved": True})
+
+
+def test_a_text_ends_where_the_config_says(tmp_path):
+    m = tiny.model()
+    tokens = list(m.stream("a", 9, temperature=1))
+    first, second = tokens[:2]
+    assert len(set(tokens[:3])) == 3, "the first tokens should differ"
+    m.config = tl.llama.replace(m.config, bos_token_id=1, eos_token_id=second)
+    m.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": second}
+    again = Llama.from_pretrained(tmp_path)
+    assert again.config == m.config
+    assert list(m.stream("a", 9, temperature=1)) == [first, second]
+    assert list(m.stream("a", 9, temperature=1, stop=())) == tokens
+    assert list(m.stream("a", 9, temperature=1, stop=(first, 7))) == [first]
+    files.write_json(tmp_path / "generation_config.json", {"eos_token_id": [second, 9]})
+    assert Llama.from_pretrained(tmp_path).config.eos_token_id == (second, 9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- GGUF
+SHAPES = [
+    {},
+    {"num_key_value_heads": 4},
+    {"num_key_value_heads": 1, "tie_word_embeddings": False},
+    {"head_dim": 16, "rope_theta": 1e5, "rms_norm_eps": 1e-6},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_a_gguf_is_the_model_that_was_written(changes, tmp_path, rng):
+    pytest.importorskip("gguf")
+    m, x = tiny.model(int(rng.integers(1000)), **SIZES, **changes), tiny.ids(rng, 2, 11)
+    llm_files.write_gguf(tmp_path / "m.gguf", m)
+    again = Llama.from_pretrained(tmp_path / "m.gguf")
+    assert again.config == m.config
+    for (name, a), (other, b) in zip(m.named_weights(), again.named_weights(), strict=True):
+        assert name == other and a.data.tobytes() == b.data.tobytes(), name
+    assert (logits(m, x) == logits(again, x)).all()
+
+
+@pytest.mark.parametrize("kinds", [("Q4_0",), ("Q4_1", "Q8_0"), ("F16", "BF16", "F32"), ("Q5_0", "Q5_1")])
+def test_a_gguf_in_few_bits_is_what_the_bits_stand_for(kinds, tmp_path, rng, monkeypatch):
+    pytest.importorskip("gguf")
+    from tinylora import gguf
+
+    monkeypatch.setattr(gguf, "_PIECE", int(rng.integers(1, 2000)))
+    m = tiny.model(int(rng.integers(1000)), **SIZES)
+    written = llm_files.write_gguf(tmp_path / "m.gguf", m, kinds)
+    again = dict(Llama.from_pretrained(tmp_path / "m.gguf").named_parameters())
+    for name, w in written.items():
+        assert again[name].data.tobytes() == w.astype(np.float32).tobytes(), name
+    assert gguf.GGUF(tmp_path / "m.gguf").kind("model.embed_tokens.weight") == (kinds[0], (256, 32))
+
+
+def test_a_permutation_that_is_not_undone_would_be_seen(tmp_path, rng, monkeypatch):
+    pytest.importorskip("gguf")
+    from tinylora import gguf
+    from tinylora.gguf import halves
+
+    m, x = tiny.model(**SIZES), tiny.ids(rng, 1, 20)
+    llm_files.write_gguf(tmp_path / "m.gguf", m)
+    with monkeypatch.context() as patch:
+        patch.setattr(gguf, "halves", lambda w, heads: w)
+        wrong = logits(Llama.from_pretrained(tmp_path / "m.gguf"), x)
+    assert np.abs(wrong - logits(m, x)).max() > 0.01 * np.abs(wrong).max()
+
+    w = rng.standard_normal((24, 5)).astype(np.float32)
+    for heads in (1, 2, 3, 6):
+        assert (halves(llm_files.interleaved(w, heads), heads) == w).all()
+    assert not (llm_files.interleaved(w, 2) == w).all()
+    with pytest.raises(ValueError, match="24 rows are not 8 heads of an even size"):
+        halves(w, 8)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"more": {"llama.rope.scaling.type": "linear"}}, "rope.scaling.type is 'linear'; expected no rope scaling"),
+        ({"more": {"llama.rope.scaling.factor": 2.0}}, "rope.scaling.factor is 2.0"),
+        ({"rope.dimension_count": 4}, "rope.dimension_count is 4; expected every dimension"),
+        ({"attention.value_length": 4}, "attention.value_length is 4"),
+        ({"expert_count": 8}, "expert_count is 8; expected no experts"),
+        ({"extra_tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, "a tensor is named rope_freqs.weight"),
+        ({"extra_tensors": {"blk.0.attn_q.bias": np.ones(4, np.float32)}}, "a tensor is named blk.0.attn_q.bias"),
+        ({"extra_tensors": {"blk.0.output.weight": np.ones(4, np.float32)}}, "a tensor is named blk.0.output.weight"),
+        ({"extra_tensors": {"attn_q.weight": np.ones(4, np.float32)}}, "a tensor is named attn_q.weight"),
+        ({"extra_tensors": {"output.weight": np.ones((2, 2), np.int32)}}, "lm_head.weight is of type 26"),
+        ({"extra_tensors": {"output.weight": np.ones((2, 2), np.float32)}}, r"lm_head.weight has shape \(2, 2\)"),
+        ({"block_count": 3}, "its block_count is 3, it holds tensors of 2 blocks"),
+        ({"block_count": None}, "llama.block_count is None, expected a positive number"),
+        ({"feed_forward_length": 96}, r"does not fit its header: .*has shape \(64, 32\), the model's is \(96, 32\)"),
+    ],
+)
+def test_a_gguf_that_is_not_quite_a_llama(options, words, tmp_path):
+    pytest.importorskip("gguf")
+    llm_files.write_gguf(tmp_path / "m.gguf", tiny.model(**SIZES), **options)
+    with pytest.raises(ValueError, match=words) as caught:
+        Llama.from_pretrained(tmp_path / "m.gguf")
+    assert str(tmp_path / "m.gguf") in str(caught.value)
+
+
+def test_another_architecture_and_another_file(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="the architecture is 'gpt2', tinylora reads 'llama'"):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").write_bytes(b"GGML" + bytes(100))
+    with pytest.raises(ValueError, match=r"not a whole GGUF file \(it does not begin with GGUF\)"):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.gguf does not exist"):
+        Llama.from_pretrained(tmp_path / "nothing.gguf")
+
+
+def test_a_gguf_that_is_cut_or_changed_gives_a_sentence(tmp_path, rng):
+    """Every cut of the header and of the data is refused; a changed byte is refused or harmless, and no other error comes."""
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    from tinylora.gguf import GGUF
+
+    m, path = tiny.model(**SIZES, num_hidden_layers=1, vocab_size=300), tmp_path / "m.gguf"
+    llm_files.write_gguf(path, m, ("Q8_0",), llm_files.trained())
+    data, opened = path.read_bytes(), GGUF(path)
+    begin = min(place for _, _, place in opened._tensors.values())
+    end = len(data)
+    while data[end - 1] == 0:  # the last padding may be missing
+        end -= 1
+    for n in [*rng.integers(0, begin, 60), *rng.integers(begin, end, 20), 0, 1, 4, 8, 24, end - 1]:
+        path.write_bytes(data[:n])
+        with pytest.raises(ValueError, match="is not a whole GGUF file"):
+            Llama.from_pretrained(path)
+    for _ in range(300):
+        changed = bytearray(data)
+        place = int(rng.integers(1000 if rng.random() < 0.5 else begin))
+        changed[place] = int(rng.integers(256))
+        path.write_bytes(changed)
+        with contextlib.suppress(ValueError):
+            Llama.from_pretrained(path)
+
+
+# ------------------------------------------------------------------------------------------------------------- the vocabulary
+STRINGS = [
+    "Once upon a time, in 1984, 12345 mills.",
+    "isn't it? they'll we've I'd; (x + y) * z == 3.14e-5\n\n\n    return\t7\r\n",
+    "  two  spaces,   three    four\n \n  5\n\n 6",
+    "naïve café Ωmega 你好 — “quoted” ½ ³ \u0663\u0664 e\u0301",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>x<|im_star",
+    "\x00\x7f\u00ad\u200b \u00a0\ufeff",
+    "",
+]
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_a_vocabulary_from_a_gguf_is_the_one_that_was_written(digits, tmp_path, rng):
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    t = llm_files.trained(digits=digits)
+    m = tiny.model(**SIZES, vocab_size=t.vocab_size + 4)  # rows beyond the vocabulary, as padded embeddings have
+    llm_files.write_gguf(tmp_path / "m.gguf", m, tokenizer=t, pre="smollm" if digits else "gpt-2")
+    model = Llama.from_pretrained(tmp_path / "m.gguf")
+    again = model.tokenizer
+    assert again.vocab_size == t.vocab_size and again.settings == t.settings and again.end_id == 2
+    assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 2)
+    for text in [*STRINGS, "".join(chr(int(i)) for i in rng.integers(1, 0xD7FF, 50))]:
+        ids = t.encode(text)
+        assert again.encode(text) == again.encode(text.encode()) == ids == t.backend.encode(text).ids
+        plain = "".join(part for part in [text] if "<|" not in part) or None
+        if plain is not None:
+            assert again.decode(ids) == plain and b"".join(map(again.token_bytes, ids)) == plain.encode()
+    assert again.token_bytes(2) == b"" and again.decode([2]) == "" and again.token_bytes(again.vocab_size + 1) == b""
+    assert all(len(again.encode(mark)) == 1 for mark in llm_files.SPECIAL)
+
+
+def test_digits_after_white_space_are_what_pre_decides(tmp_path):
+    pytest.importorskip("tokenizers")
+    cut, whole = llm_files.trained(digits=True), llm_files.trained(digits=False)
+    assert whole.encode(" 12345") != cut.encode(" 12345") and len(cut.encode("12345")) == 5
+
+
+def test_a_text_grows_token_by_token_through_cut_characters():
+    import codecs
+
+    pytest.importorskip("tokenizers")
+    t, text = llm_files.trained(), "日本 naïve"
+    ids = t.encode(text)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    pieces = [decoder.decode(t.token_bytes(i)) for i in ids]
+    assert "" in pieces and "".join(pieces) == text  # a token that ends inside a character shows nothing yet
+    assert t.decode(ids[:1]) == "\ufffd"
+
+
+def test_the_chat_prompt_is_chatml():
+    pytest.importorskip("tokenizers")
+    t = llm_files.trained()
+    expected = (
+        "<|im_start|>system\nYou are a miller.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert t.chat_prompt("hi") == t.encode(expected) and t.chatml
+    assert t.chat_prompt("hi", system="") == t.encode(expected[expected.index("<|im_start|>user") :])
+    assert t.chat_prompt("hi", system="Be short.") == t.encode(expected.replace("You are a miller.", "Be short."))
+    assert llm_files.trained(template=None).chat_prompt("hi") == t.chat_prompt("hi", system="")
+
+
+def test_a_vocabulary_without_marks_has_no_chat_prompt():
+    tokenizers = pytest.importorskip("tokenizers")
+    from tinylora.tokenizers import BPETokenizer
+
+    t = BPETokenizer(
+        tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "</s>": 1}, merges=[])),
+        {"eos_token": {"content": "</s>"}},
+    )
+    assert not t.chatml and t.end_id == 1
+    with pytest.raises(ValueError, match="no <|im_start|> and <|im_end|>".replace("|", r"\|")):
+        t.chat_prompt("a")
+
+
+def test_a_sentencepiece_vocabulary_in_a_tokenizer_json(tmp_path):
+    """Llama 2's kind: a mark for spaces, and bytes for what is not in the vocabulary."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tinylora.tokenizers import load_tokenizer
+
+    letters = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "b", "\u2581a"]
+    model = tokenizers.models.BPE(
+        vocab={t: i for i, t in enumerate(letters)}, merges=[("\u2581", "a")], unk_token="<unk>", byte_fallback=True
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    d = tokenizers.decoders
+    backend.decoder = d.Sequence([d.Replace("\u2581", " "), d.ByteFallback(), d.Fuse()])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    t, text = load_tokenizer(tmp_path, 300), "ab a é b"
+    assert t.decode(t.encode(text)) == text and b"".join(map(t.token_bytes, t.encode(text))) == text.encode()
+
+
+def test_a_folder_carries_its_vocabulary(tmp_path):
+    pytest.importorskip("tokenizers")
+    t = llm_files.trained()
+    m = Llama(tl.llama.replace(tiny.CONFIG, vocab_size=t.vocab_size, bos_token_id=1, eos_token_id=2), t)
+    m.save_pretrained(tmp_path, "float32")
+    again = Llama.from_pretrained(tmp_path)
+    assert again.config == m.config and again.tokenizer.settings == t.settings
+    assert [again.tokenizer.encode(s) for s in STRINGS] == [t.encode(s) for s in STRINGS]
+    assert again.generate("Once upon", 8, seed=3, stop=()) == m.generate("Once upon", 8, seed=3, stop=())
+    four = bitsandbytes.load(_four(m, tmp_path / "four"))
+    assert four.tokenizer.encode("In 1984") == t.encode("In 1984")
+    (tmp_path / "chat_template.jinja").write_text("{{ '<|im_start|>system\\nOther words.<|im_end|>\\n' }}")
+    other = Llama.from_pretrained(tmp_path).tokenizer
+    assert other.chat_prompt("hi") == t.chat_prompt("hi", system="Other words.")
+
+
+def _four(model, folder):
+    bitsandbytes.save(tl.quantize_linears(model), folder)
+    return folder
+
+
+def test_a_vocabulary_that_does_not_fit(tmp_path):
+    pytest.importorskip("tokenizers")
+    t = llm_files.trained()
+    Llama(tl.llama.replace(tiny.CONFIG, vocab_size=t.vocab_size), t).save_pretrained(tmp_path)
+    rewrite(tmp_path, vocab_size=t.vocab_size - 1)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: 300 tokens, but the model's vocab_size is 299"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="not a tokenizer that the tokenizers package reads"):
+        Llama.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"vocab_size is 299 and there is no tokenizer\.json"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model": "llama"}, "its tokenizer is 'llama' with pre 'smollm'"),
+        ({"pre": "qwen2"}, "with pre 'qwen2'; tinylora builds 'gpt2'"),
+        ({"merges": None}, "do not belong together"),
+        ({"token_type": [1]}, "do not belong together"),
+        ({"merges": ["zz yy"]}, "the merges do not fit the vocabulary"),
+    ],
+)
+def test_a_gguf_vocabulary_that_is_not_known(changes, words):
+    pytest.importorskip("tokenizers")
+    from tinylora.tokenizers import BPETokenizer
+
+    entries = {"model": "gpt2", "pre": "smollm", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
+    named = {f"tokenizer.ggml.{name}": value for name, value in (entries | changes).items()}
+    with pytest.raises(ValueError, match=words):
+        BPETokenizer.from_gguf(named)
+
+
+def test_without_the_packages_a_sentence_says_which(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"reading a GGUF file needs the gguf package: pip install 'tinylora\[llm\]'"):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"needs the tokenizers package: pip install 'tinylora\[llm\]'"):
+        Llama.from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- converting
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gguf_becomes_a_folder(dtype, tmp_path, rng):
+    pytest.importorskip("gguf")
+    pytest.importorskip("tokenizers")
+    t, x = llm_files.trained(), tiny.ids(rng, 1, 9)
+    source = tmp_path / "m.gguf"
+    llm_files.write_gguf(source, tiny.model(**SIZES, vocab_size=t.vocab_size), ("Q4_1", "Q8_0"), t)
+    written = llama.convert(source, tmp_path / "out", dtype)
+    expected, again = Llama.from_pretrained(source, dtype), Llama.from_pretrained(tmp_path / "out")
+    assert written == sum(p.size for p in expected.parameters()) and again.config == expected.config
+    assert (logits(expected, x) == logits(again, x)).all()
+    assert [again.tokenizer.encode(s) for s in STRINGS] == [t.encode(s) for s in STRINGS]
+    assert again.tokenizer.chat_prompt("hi") == t.chat_prompt("hi")
+    expected.save_pretrained(tmp_path / "saved", dtype)
+    for name in os.listdir(tmp_path / "saved"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_the_command_converts(tmp_path, capsys):
+    import argparse
+
+    pytest.importorskip("gguf")
+    from tinylora.cli import convert
+
+    m = tiny.model(**SIZES)
+    llm_files.write_gguf(tmp_path / "m.gguf", m)
+    parser = argparse.ArgumentParser()
+    convert.convert_parser(parser.add_subparsers())
+    args = parser.parse_args(
+        ["convert", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "out"), "--dtype", "float32"]
+    )
+    args.run(args)
+    size = sum(w.size for w in m.parameters())
+    assert capsys.readouterr().out == f"{size:,} weights written to {tmp_path / 'out'} in float32\n"
+    assert Llama.from_pretrained(tmp_path / "out").state_dict().keys() == m.state_dict().keys()
+
+
+def test_a_folder_is_not_converted_into_itself(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="would overwrite its source"):
+        llama.convert(tmp_path, tmp_path)
+    with pytest.raises(ValueError, match="dtype 'int8' is unknown"):
+        llama.convert(tmp_path, tmp_path / "other", "int8")
+    assert (tmp_path / "model.safetensors").read_bytes() == before and not (tmp_path / "other").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------- memory
+PEAK = """
+import sys
+import numpy as np
+import tinylora
+from tinylora import quant
+
+def peak():  # of this process alone; ru_maxrss would begin with the parent's
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+
+quant.quantize(np.ones((512, 512), np.float32), "nf4", double_quant=True)  # what quantizing needs once
+before = peak()
+model = tinylora.Llama.from_pretrained(sys.argv[1], quantize="nf4")
+print(peak() - before, sum(w.nbytes for _, w in model.named_weights()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's account of a process")
+def test_loading_never_holds_more_than_one_dense_matrix(tmp_path):
+    """20 million weights: 79 MB in float32, 11 MB quantized. The largest matrix has 4 MB, and quantizing one needs a few of its size."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 5, "max_position_embeddings": 64}
+    config = tl.llama.replace(tiny.CONFIG, **sizes, head_dim=128)
+    m = Llama(config, draw=False)
+    noise = np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
+    for w in m.parameters():
+        w.data = np.resize(noise, w.shape)
+    m.save_pretrained(tmp_path)
+    dense = sum(w.nbytes for w in m.parameters())
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    grown, held = map(int, done.stdout.split())
+    print(f"dense {dense / 1e6:.1f} MB, held {held / 1e6:.1f} MB, peak grew by {grown / 1e6:.1f} MB")
+    assert grown < held + 4 * 4 * 512 * 2048 < 0.4 * dense
+
+
+@pytest.mark.skipif(
+    "TINYLORA_LLM" not in os.environ, reason="TINYLORA_LLM points to no SmolLM2-135M-Instruct.Q4_1.gguf"
+)
+def test_a_real_model_is_quantized_in_less_memory_than_it_has_in_float32():
+    """SmolLM2-135M has 538 MB in float32; its embedding, which stays, has 113 MB. The interpreter and the packages count here."""
+    script = PEAK.replace("before = peak()", "before = 0")
+    done = subprocess.run(
+        [sys.executable, "-c", script, os.environ["TINYLORA_LLM"]], capture_output=True, text=True, timeout=300
+    )
+    grown, held = map(int, done.stdout.split())
+    print(f"held {held / 1e6:.1f} MB, peak {grown / 1e6:.1f} MB")
+    assert held < 170e6 and grown < 400e6
+
+
+def test_the_folder_can_go_when_the_model_is_open(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "m")
+    m = Llama.from_pretrained(tmp_path / "m")
+    shutil.rmtree(tmp_path / "m")
+    assert m.generate("a", 3)

@@ -1,0 +1,117 @@
+"""Model folders and GGUF files, opened without loading them and written one tensor at a time.
+
+    open_checkpoint(path)     "base", a Hugging Face folder (safetensors, one file or several) or FILE.gguf -> Checkpoint
+    write_folder(folder, …)   config.json, model.safetensors, tokenizer.json, generation_config.json: what transformers opens
+
+A Checkpoint knows names, shapes, the config and the vocabulary; a weight is read when it is asked for. `Llama.from_pretrained`
+and `llama.convert` are built on it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import files
+from .data import base_folder
+from .dtypes import BFloat16Array
+from .gguf import GGUF
+from .tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that lies on a disk.
+
+    config     a Hugging Face config.json as a dict, with the ids of generation_config.json; it stands in `config_path`
+    weights    {name: array}, lazily; also kind(name) -> (dtype, shape), float32(name) -> array, where(name) -> file
+    """
+
+    path: Path
+    config: dict
+    config_path: Path
+    weights: object
+
+    def check(self, shapes, whole=True):
+        """Whether the file holds these tensors, and no others if `whole`; ValueError names the first that does not fit.
+
+        Two kinds of tensors may be there as well: a head where the config ties it to the embedding, and the table of
+        rotary frequencies that old folders carry along.
+        """
+        spare = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
+        names = {n for n in self.weights if n not in spare and not n.endswith(".rotary_emb.inv_freq")}
+        unfit = f"does not fit its {'header' if self.config_path == self.path else self.config_path.name}"
+        if missing := sorted(shapes.keys() - names):
+            raise ValueError(f"{self.path} {unfit}: {len(missing)} tensors are missing, the first is {missing[0]}")
+        if whole and (unknown := sorted(names - shapes.keys())):
+            where = self.weights.where(unknown[0])
+            raise ValueError(f"{where} {unfit}: it holds {unknown[0]}, which the model does not have")
+        for name, shape in shapes.items():
+            kind, found = self.weights.kind(name)
+            if tuple(found) != tuple(shape):
+                where = self.weights.where(name)
+                raise ValueError(f"{where} {unfit}: {name} has shape {tuple(found)}, the model's is {tuple(shape)}")
+            if kind.startswith(("I", "U")) or kind == "BOOL":
+                raise ValueError(f"{self.weights.where(name)}: {name} has dtype {kind}, expected floats")
+
+    def tokenizer(self):
+        """The model's tokenizer; ValueError if it has more tokens than the model."""
+        size = self.config.get("vocab_size", 0)
+        if not isinstance(self.weights, GGUF):
+            return load_tokenizer(self.path, size)
+        if "tokenizer.ggml.tokens" not in self.weights.fields and size == 256:
+            return ByteTokenizer()
+        return fitting(BPETokenizer.from_gguf(self.weights.fields, self.path), size, self.path)
+
+
+def open_checkpoint(path):
+    """A Checkpoint from "base" (the embedded model), a folder with config.json and safetensors, or FILE.gguf."""
+    folder = base_folder() if str(path) == "base" else Path(path)
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        opened = GGUF(folder)
+        return Checkpoint(folder, opened.config, folder, opened)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{path}: expected 'base' or a folder with config.json and model.safetensors, or FILE.gguf"
+        )
+    config = files.read_json(folder / "config.json")
+    if (folder / "generation_config.json").is_file():  # an instruction-tuned model may end its answers at other tokens
+        ids = files.read_json(folder / "generation_config.json")
+        config |= {name: ids[name] for name in _TOKENS if ids.get(name) is not None}
+    if config.get("quantization_config"):
+        raise ValueError(f"{path} is quantized already; interop.bitsandbytes.load opens 4-bit folders of bitsandbytes")
+    return Checkpoint(folder, config, folder / "config.json", files.open_folder(folder))
+
+
+def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16"):
+    """Write a model folder: shapes {name: shape}, read(name) -> float32 array. dtype "bfloat16" (ties to even) or "float32"."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
+    folder = Path(folder)
+    files.write_safetensors(
+        folder / "model.safetensors",
+        {name: (DTYPES[dtype], tuple(shape)) for name, shape in shapes.items()},
+        (lambda name: BFloat16Array.of(read(name))) if dtype == "bfloat16" else read,
+    )
+    tokenizer.save(folder)
+    ids = {name: config[name] for name in _TOKENS if config.get(name) is not None}
+    if ids:
+        files.write_json(folder / "generation_config.json", ids)
+    files.write_json(folder / "config.json", {**config, "dtype": dtype})
+
+
+def rounded(w, dtype):
+    """A float32 array's values rounded to "bfloat16", in place and row by row; "float32" leaves them."""
+    if dtype == "bfloat16":
+        rows = w.reshape(len(w), -1)
+        step = max((1 << 20) // max(rows.shape[1], 1), 1)
+        for start in range(0, len(rows), step):
+            part = rows[start : start + step]
+            part[:] = BFloat16Array.of(part).dequantize("float32")
+    elif dtype != "float32":
+        raise ValueError(f"dtype {dtype!r} is unknown: expected 'float32' or 'bfloat16'")
+    return w
+
+
+__all__ = ["Checkpoint", "open_checkpoint", "rounded", "write_folder"]
