@@ -308,7 +308,9 @@ def describe(report):
 
 
 # ------------------------------------------------------------------------------------------------------------------- comparing
-def compare(job, recipe, seeds=(0, 1, 2), out=None, methods=tuple(METHODS), full_lr=FULL_RECIPE.lr, progress=True):
+def compare(
+    job, recipe, seeds=(0, 1, 2), out=None, methods=tuple(METHODS), full_lr=FULL_RECIPE.lr, progress=True, eval_every=0
+):
     """{method: [Report for each seed]}: the same text, steps and batches for every method; full fine-tuning at its own rate.
 
     Finished runs in `out` are read instead of repeated, so that a comparison can be resumed.
@@ -321,7 +323,7 @@ def compare(job, recipe, seeds=(0, 1, 2), out=None, methods=tuple(METHODS), full
             folder = Path(out) / f"{method}-seed{seed}" if out else None
             if progress and finished(this, plan, folder) is None:
                 print(f"{METHODS[method][0]}, seed {seed}", file=sys.stderr)
-            report = finetune(this, plan, folder, measure_before=seed == seeds[0], progress=progress)
+            report = finetune(this, plan, folder, eval_every, measure_before=seed == seeds[0], progress=progress)
             reports.setdefault(method, []).append(report)
     return reports
 

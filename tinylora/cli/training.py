@@ -61,6 +61,9 @@ def finetune_parser(commands):
         help="run every method for each of --seeds (instead of --method and --seed), print one table, draw one figure",
     )
     p.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of --compare (0 1 2)")
+    p.add_argument(
+        "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), help="methods of --compare (all)"
+    )
     p.add_argument("--full-lr", type=float, default=None, help="learning rate of full fine-tuning in --compare (0.001)")
     g = p.add_argument_group("LoRA")
     g.add_argument("-r", type=int, default=Job.r, help=f"rank of the bypass ({Job.r})")
@@ -179,11 +182,18 @@ def _finetune(args):
             print(f"figure: {path}")
         return
     figures.require_matplotlib()  # said before an hour of work, not after it
-    reports = compare(job, plan, args.seeds or (0, 1, 2), args.out, full_lr=args.full_lr or FULL_RECIPE.lr)
+    full_lr = args.full_lr or FULL_RECIPE.lr
+    reports = compare(
+        job, plan, args.seeds or (0, 1, 2), args.out, args.methods, full_lr=full_lr, eval_every=args.eval_every
+    )
     print(describe_comparison(reports))
     path = Path(args.out) / "compare.svg"
     figures.comparison(reports, path)
     print(f"figure: {path}")
+    if args.eval_every:
+        path = Path(args.out) / "curves.svg"
+        figures.save(figures.loss_curves(reports), path)
+        print(f"figure: {path}")
 
 
 # ------------------------------------------------------------------------------------------------------------- pretrain

@@ -34,7 +34,7 @@ from .paging import paging_costs, timeline
 from .rank import low_data, rank_one_to_d, rank_sweep, rank_table, weight_types
 from .style import canvas, require_matplotlib, save
 from .successors import af4_against_blocksize, code_values
-from .training import comparison
+from .training import comparison, loss_curves
 from .weights import survey
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "intrinsic_dimension",
     "invariance",
     "learning_rates",
+    "loss_curves",
     "low_data",
     "merge_ulps",
     "nf4_on_the_normal",

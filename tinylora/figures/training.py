@@ -42,3 +42,44 @@ def comparison(reports, path):
     right.margins(x=0.15)
     right.legend(frameon=False, loc="lower right", fontsize=8)
     save(figure, path)
+
+
+def loss_curves(reports, title=None):
+    """Held-out bits per byte against the step for each method: thin lines are seeds, the thick one their mean. -> figure
+
+    reports: {method: [Report for each seed]} of runs with eval_every; the value before training is the first seed's.
+    """
+    from ..finetune import METHODS
+
+    figure, (left, right) = canvas(9.2, 3.6, ncols=2, width_ratios=(1.7, 1))
+    ends = {}
+    for (method, rs), colour in zip(reports.items(), COLOURS, strict=False):
+        rows = [[(row["step"], row["heldout"]) for row in r.history if row.get("heldout") is not None] for r in rs]
+        steps = [step for step, _ in rows[0]]
+        values = np.array([[value for _, value in r] for r in rows])
+        if rs[0].before is not None:
+            steps, values = [0, *steps], np.column_stack([np.full(len(rs), rs[0].before), values])
+        ends[method] = values[:, -1]
+        for curve in values:
+            left.plot(steps, curve, color=colour, lw=0.8, alpha=0.5)
+        left.plot(steps, values.mean(0), color=colour, lw=2, label=METHODS[method][0])
+        y = len(reports) - len(ends)
+        right.plot(values[:, -1], [y] * len(rs), "o", color=colour, ms=5, mec="white", mew=0.5)
+        right.plot([values[:, -1].mean()] * 2, [y - 0.18, y + 0.18], color=colour, lw=2.5)
+        right.annotate(
+            f"{values[:, -1].mean():.4f}", (values[:, -1].mean(), y + 0.24), ha="center", fontsize=9, color=colour
+        )
+    left.legend(frameon=False, fontsize=8.5)
+    left.set(xlabel="step", ylabel="held-out bits per byte")
+    right.set(
+        ylim=(-0.6, len(ends) - 0.3), xlabel=f"held-out bits per byte after {steps[-1]} steps\n(dots: seeds, bar: mean)"
+    )
+    right.set_yticks(range(len(ends)), [METHODS[m][0].split(",")[0] for m in reversed(list(ends))])
+    right.margins(x=0.25)
+    names = list(ends)
+    if len(names) == 2:
+        gap = ends[names[0]] - ends[names[1]]
+        said = f"{METHODS[names[0]][0].split(',')[0]} minus {METHODS[names[1]][0].split(',')[0]}: {gap.mean():+.4f}"
+        right.set_title(f"{said} [{gap.min():+.4f} … {gap.max():+.4f}]" if len(gap) > 1 else said, fontsize=9.5)
+    left.set_title(title or f"{len(next(iter(reports.values())))} seeds", fontsize=10)
+    return figure
