@@ -21,7 +21,7 @@ import numpy as np
 from . import backend, checkpoints, ops
 from .backend import array_module, move
 from .dtypes import BFloat16Array
-from .nn import Embedding, Linear, Linear4bit, Linear16bit, Module, RMSNorm, normal
+from .nn import Embedding, Linear, Linear4bit, Linear16bit, Module, RMSNorm, normal, stored_array
 from .tensor import Tensor, checkpoint, no_grad
 from .tokenizers import ByteTokenizer
 
@@ -244,7 +244,7 @@ class Llama(Module):
 
     def forward(self, ids, cache=None):
         """logits (b, t, vocab) of integer ids (b, t). With a KVCache, ids continue what the cache has seen."""
-        weight = self.model.embed_tokens.weight.data
+        weight = stored_array(self.model.embed_tokens.weight)
         ids = move(np.asarray(ids) if not backend.is_array(ids) else ids, array_module(weight))
         if ids.ndim != 2:
             raise ValueError(f"llama: ids must be (batch, tokens), got shape {ids.shape}")
@@ -259,7 +259,10 @@ class Llama(Module):
         if cache:
             cache.length += ids.shape[1]
         x = self.model.norm(x)
-        return ops.linear(x, self.model.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+        if self.lm_head is not None:
+            return self.lm_head(x)
+        head = self.model.embed_tokens.weight
+        return ops.linear(x, head) if isinstance(head, Tensor) else ops.linear_frozen(x, head)
 
     # ------------------------------------------------------------------------------------------------------------- generation
     def generate(

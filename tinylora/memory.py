@@ -29,6 +29,7 @@ from . import data, files, ops
 from .backend import array_module, move
 from .counting import llama_shapes, lora_on
 from .dtypes import BITS
+from .gguf import GGUF
 from .llama import LlamaConfig
 from .optim import AdamW
 from .quant import NESTED_BLOCKSIZE, QuantizedTensor
@@ -115,15 +116,17 @@ ROWS = {
 
 
 def config_of(model):
-    """The sizes of "base", of a name in MODELS, of a folder with config.json; a config or a model's own is passed through."""
+    """The sizes of "base", of a name in MODELS, of a folder with config.json, of FILE.gguf; a config or a model's own is passed through."""
     if not isinstance(model, (str, Path)):
         return getattr(model, "config", model)
     if str(model) in MODELS:
         return MODELS[str(model)]
     folder = data.base_folder() if str(model) == "base" else Path(model)
+    if folder.suffix == ".gguf" and not folder.is_dir():
+        return LlamaConfig.from_dict(GGUF(folder).config, folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"{model}: expected 'base', one of {', '.join(MODELS)}, or a folder with config.json, whose sizes to take"
+            f"{model}: expected 'base', one of {', '.join(MODELS)}, a folder with config.json, or FILE.gguf, whose sizes to take"
         )
     return LlamaConfig.from_dict(files.read_json(folder / "config.json"), folder / "config.json")
 

@@ -17,9 +17,10 @@ def generate_parser(commands):
         "  top-k keeps the k likeliest tokens, top-p the likeliest that together reach probability p",
         "examples:\n"
         "  tinylora generate --prompt 'KING HENRY.'\n"
+        "  tinylora generate --model smol.gguf --quantize nf4 --chat --prompt 'What is a compiler?'\n"
         "  tinylora generate --quantize nf4 --adapter tinylora-run/adapter --prompt 'hacker'    on the base it was trained on\n",
     )
-    p.add_argument("--model", default="base", help="'base' (embedded) or a model folder")
+    p.add_argument("--model", default="base", help="'base' (embedded), a model folder, or FILE.gguf")
     p.add_argument("--adapter", default=None, help="an adapter folder, written by finetune or by PEFT")
     p.add_argument(
         "--quantize",
@@ -28,6 +29,11 @@ def generate_parser(commands):
         help="hold the linear layers in 4 bits (none)",
     )
     p.add_argument("--prompt", default="\n", help="the text to continue")
+    p.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a user's question; print the answer (models with ChatML turns)",
+    )
     p.add_argument("--max-new-tokens", type=positive, default=400, help="(400)")
     p.add_argument("--temperature", type=float, default=0.7, help="(0.7)")
     p.add_argument("--top-k", type=int, default=None, help="(off)")
@@ -43,7 +49,13 @@ def _generate(args):
     model = _open(args.model, args.quantize, args.adapter)
     model.to(args.device).eval()
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    stream = model.stream(args.prompt, args.max_new_tokens, **options)
+    prompt = args.prompt
+    if args.chat:
+        if not getattr(model.tokenizer, "chatml", False):
+            raise ValueError(f"{args.model} does not know turns (ChatML); leave --chat out")
+        prompt, options["stop"] = model.tokenizer.chat_prompt(args.prompt), model.tokenizer.end_id
+        args.prompt = ""
+    stream = model.stream(prompt, args.max_new_tokens, **options)
     if args.out:
         files.write_text(args.out, args.prompt + model.tokenizer.decode(list(stream)) + "\n")
         return
@@ -241,7 +253,7 @@ def merge_parser(commands):
         device=False,
         seed=False,
     )
-    p.add_argument("--model", default="base", help="'base' (embedded) or a model folder")
+    p.add_argument("--model", default="base", help="'base' (embedded), a model folder, or FILE.gguf")
     p.add_argument("--adapter", required=True, help="an adapter folder, written by finetune or by PEFT")
     p.add_argument(
         "--quantize", choices=("none", "nf4", "fp4"), default="none", help="hold the linear layers in 4 bits (none)"
@@ -278,11 +290,6 @@ def _open(path, quantize, adapter=None):
     """The model of a folder, quantized and with an adapter on it if asked for."""
     from ..interop.bitsandbytes import open_model
     from ..interop.peft import load_adapter
-    from ..nn import Linear4bit, quantize_linears
 
-    model = open_model(path)
-    if quantize != "none":
-        if any(isinstance(layer, Linear4bit) for _, layer in model.named_modules()):
-            raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
-        quantize_linears(model, quantize)
+    model = open_model(path, quantize=None if quantize == "none" else quantize)
     return load_adapter(model, adapter) if adapter else model

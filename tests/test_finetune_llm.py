@@ -1,0 +1,260 @@
+"""finetune on questions and answers, on a GGUF, with pages in a file, with a trace and with 8-bit states; 16-bit storage and prepare."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from tinylora import Llama, Tensor, cli, data, memory, nn
+from tinylora.corpus import question_and_answer, read_corpus
+from tinylora.finetune import Job, finetune, read_trace
+from tinylora.tokenizers import ByteTokenizer
+from tinylora.train import Recipe, bits_per_byte
+
+FAST = Recipe(steps=3, batch_size=2, seq_len=32, lr=1e-2, warmup=0)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny.model(hidden_size=64, intermediate_size=64).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def text(tmp_path):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    return str(tmp_path / "text.txt")
+
+
+# ------------------------------------------------------------------------------------------------------ questions and answers
+class Turns(ByteTokenizer):
+    """Bytes with turns: what a chat model's vocabulary does."""
+
+    chatml, end_id, vocab_size = True, 3, 256
+
+    def chat_prompt(self, text):
+        return [1, *text.encode(), 2]
+
+
+def test_a_question_is_asked_in_turns_and_the_end_of_the_answer_is_learned():
+    pairs = question_and_answer([("ab", "xy"), ("c", "é")], Turns())
+    assert pairs.pairs == [([1, 97, 98, 2], [120, 121, 3]), ([1, 99, 2], [195, 169, 3])]
+    assert pairs.nbytes == 4 and pairs.tokens == 6
+    inputs, targets, mask = pairs.windows(8)
+    assert targets[0][mask[0] == 1].tolist() == [120, 121, 3], "the loss is on the answer only"
+    assert inputs[0][:4].tolist() == [1, 97, 98, 2]
+
+
+def test_pairs_without_turns_stay_as_they_were():
+    pairs = question_and_answer([("ab", "xy")], ByteTokenizer())
+    assert pairs.pairs == [([97, 98], [120, 121])]
+
+
+def test_the_jargon_file_as_pairs_loses_no_definition():
+    for split in ("train", "heldout"):
+        pairs = data.jargon_pairs(split)
+        entries = [e for e in data.jargon(split).decode().split("\n\n") if e.strip()]
+        assert 0.9 * len(entries) < len(pairs) <= len(entries)
+        assert all(question.endswith('" mean to a hacker?') and answer for question, answer in pairs)
+    assert {q for q, _ in data.jargon_pairs("train")}.isdisjoint(q for q, _ in data.jargon_pairs("heldout"))
+
+
+def test_a_text_of_tokens_knows_its_bytes(tmp_path):
+    class Pairs(ByteTokenizer):  # two bytes a token
+        vocab_size = 1 << 16
+
+        def encode(self, text):
+            raw = text if isinstance(text, bytes) else text.encode()
+            return [int.from_bytes(raw[i : i + 2], "big") for i in range(0, len(raw), 2)]
+
+    (tmp_path / "t.txt").write_text("é" * 500, encoding="utf-8")
+    train, heldout = read_corpus(tmp_path / "t.txt", Pairs())
+    assert train.nbytes == 900 and train.tokens == 450 and heldout.nbytes == 100
+
+
+def test_a_limit_scores_the_first_windows_only():
+    m, corpus = tiny.model(), question_and_answer([("a", "bcd"), ("e", "fghijk"), ("l", "mn")], ByteTokenizer())
+    first = question_and_answer([("a", "bcd")], ByteTokenizer())
+    assert bits_per_byte(m, corpus, 16, limit=1) == pytest.approx(bits_per_byte(m, first, 16), rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- how state is held
+def test_pools_prefetching_and_whole_tensors_change_no_bit(folder, text):
+    job = Job(model=folder, text=text, r=4, page_budget=2048, page_bytes=1024)
+    losses = [
+        [row["loss"] for row in finetune(replace(job, **change), FAST, progress=False).history]
+        for change in ({"page_budget": None}, {}, {"pool": "file"}, {"whole_tensors": True})
+    ]
+    assert all(row == losses[0] for row in losses)
+
+
+def test_eight_bit_states_are_smaller_and_learn(folder, text):
+    recipe = replace(FAST, steps=12)
+    wide = finetune(Job(model=folder, text=text, r=64), recipe, progress=False)
+    narrow = finetune(Job(model=folder, text=text, r=64, optimizer="adamw8bit"), recipe, progress=False)
+    sizes = [64 * n for block in range(2) for o, i in memory.llama_shapes(tiny.model(hidden_size=64, intermediate_size=64).config)[:7]
+             for n in (i, o)]  # fmt: skip
+    assert (
+        narrow.bytes["optimizer state"]
+        == memory.optimizer_bytes(sizes, "adamw8bit")
+        < wide.bytes["optimizer state"] / 2
+    )
+    assert narrow.after < narrow.before and abs(narrow.after - wide.after) < 0.3 * (wide.before - wide.after)
+
+
+def test_an_interrupted_run_with_eight_bit_states_ends_with_the_same_bits(folder, text, tmp_path):
+    job, recipe = Job(model=folder, text=text, r=64, optimizer="adamw8bit"), replace(FAST, steps=4)
+    whole = finetune(job, recipe, tmp_path / "whole", progress=False)
+
+    class Stopped(Exception):
+        pass
+
+    import tinylora.train as train
+
+    save, calls = train._save, []
+
+    def stop_after_two(*args):
+        save(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            raise Stopped
+
+    train._save = stop_after_two
+    try:
+        with pytest.raises(Stopped):
+            finetune(job, recipe, tmp_path / "cut", checkpoint_every=1, progress=False)
+    finally:
+        train._save = save
+    resumed = finetune(job, recipe, tmp_path / "cut", checkpoint_every=1, progress=False)
+    assert resumed.first_step == 2
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+    assert [r["loss"] for r in whole.history] == [r["loss"] for r in resumed.history]
+
+
+def test_trace_writes_every_event_and_draws_the_timeline(folder, text, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "run"
+    assert cli.main(["finetune", "--model", folder, "--text", text, "--out", str(out), "--steps", "3", "--batch-size", "2",
+                     "--seq-len", "32", "-r", "4", "--page-budget", "4k", "--page-bytes", "1k", "--trace"]) == 0  # fmt: skip
+    trace, report = read_trace(out), json.loads((out / "report.json").read_text())
+    events = [event for _, _, event, _ in trace]
+    assert (
+        events.count("fault") == report["paging"]["faults"] and events.count("evict") == report["paging"]["evictions"]
+    )
+    assert {step for step, *_ in trace} == {1, 2, 3}
+    assert (out / "paging.svg").stat().st_size > 1000 and "paging.svg" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="run finetune with --trace"):
+        read_trace(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- 16 bits, and prepare
+def test_sixteen_bits_hold_half_the_bytes_and_give_the_same_logits(xp, rng):
+    m = tiny.model()
+    for w in m.parameters():
+        w.data = nn.BFloat16Array.of(w.data).dequantize("float32")
+    ids = tiny.ids(rng, 2, 9)
+    before, dense = tiny.logits(m, ids), sum(w.nbytes for _, w in m.named_weights())
+    nn.store_in_16_bits(m).to(xp)
+    held, norms = sum(w.nbytes for _, w in m.named_weights()), sum(w.nbytes for w in m.parameters())
+    assert held - norms == (dense - norms) / 2 and not m.trainable()
+    np.testing.assert_allclose(tiny.logits(m, ids), before, rtol=1e-5, atol=1e-5)
+
+
+def test_prepare_makes_16_bits_32_again_and_checkpoints(rng):
+    m = nn.store_in_16_bits(nn.quantize_linears(tiny.model(hidden_size=64, intermediate_size=64)))
+    held = sum(w.nbytes for _, w in m.named_weights())
+    ids = tiny.ids(rng, 1, 9)
+    before = tiny.logits(m, ids)
+    nn.prepare_for_kbit_training(m)
+    assert m.gradient_checkpointing and not m.trainable()
+    assert isinstance(m.model.embed_tokens.weight, Tensor) and isinstance(m.model.layers[0].mlp.up_proj, nn.Linear4bit)
+    assert sum(w.nbytes for _, w in m.named_weights()) - held == 2 * 256 * 64, (
+        "the embedding takes two bytes a weight more"
+    )
+    np.testing.assert_allclose(tiny.logits(m, ids), before, rtol=1e-5, atol=1e-5)
+    assert not nn.prepare_for_kbit_training(m, gradient_checkpointing=False).gradient_checkpointing
+
+
+# ------------------------------------------------------------------------------------------------------------------ a real LLM
+needs_llm = pytest.mark.skipif(not os.environ.get("TINYLORA_LLM"), reason="TINYLORA_LLM names no GGUF of SmolLM2-135M")
+SMOL = [
+    "--compute-dtype",
+    "bfloat16",
+    "--checkpointing",
+    "--pool",
+    "file",
+    "--page-budget",
+    "8M",
+    "--page-bytes",
+    "256k",
+]
+
+
+def run_smol(out, *args):
+    """finetune in a process of its own -> its report."""
+    command = [sys.executable, "-m", "tinylora.cli", "finetune", "--model", os.environ["TINYLORA_LLM"], *SMOL, *args]
+    subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads((Path(out) / "report.json").read_text())
+
+
+@needs_llm
+def test_three_steps_on_smollm2_stay_within_memory_and_the_account(tmp_path):
+    """NF4 with double quantization, all linear layers, bfloat16, paged AdamW, checkpointing, loss on the answer only."""
+    report = run_smol(tmp_path, "--steps", "3", "--batch-size", "1", "--shards", "1", "--seq-len", "256", "--heldout", "2",
+                      "--lr", "5e-4", "--warmup", "0")  # fmt: skip
+    assert report["bytes"]["process, peak resident"] < 1.2e9
+    assert report["trainable"] == 4_884_480 and report["bits_per_param"] < 4.13
+    assert report["bytes"]["optimizer state, resident at most"] <= 8 << 20
+    expected = memory.predict("smollm2-135m", batch_size=1, seq_len=256, checkpointing=True)
+    assert report["bytes"]["tape, peak"] == pytest.approx(expected.activations, rel=0.02)
+    assert report["bytes"]["frozen weights"] == expected.weights + expected.codes + expected.constants
+    assert np.isfinite([row["loss"] for row in report["history"]]).all()
+
+
+@pytest.mark.slow
+@needs_llm
+def test_a_hundred_steps_on_smollm2_lower_the_held_out_loss_within_1200_mb(tmp_path):
+    """The whole of it: 100 steps of 2 × 256 tokens. How long it takes is printed, not asserted."""
+    report = run_smol(
+        tmp_path, "--steps", "100", "--batch-size", "2", "--seq-len", "256", "--heldout", "24", "--lr", "5e-4"
+    )
+    print(f"{report['seconds']:.0f} s, {report['tokens_per_second']:.0f} tokens/s; held out "
+          f"{report['before']:.4f} -> {report['after']:.4f}; peak {report['bytes']['process, peak resident']:,} bytes")  # fmt: skip
+    assert report["after"] < report["before"] - 0.05
+    assert report["bytes"]["process, peak resident"] < 1.2e9
+
+
+@pytest.mark.oracle
+@needs_llm
+def test_an_adapter_of_smollm2_opens_in_peft_and_transformers(tmp_path, rng):
+    """Trained here on NF4, opened there on the dense base that `convert` wrote, compared with the adapter on the dense base here."""
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    from tinylora.interop.peft import load_adapter
+    from tinylora.llama import convert
+
+    gguf = os.environ["TINYLORA_LLM"]
+    run_smol(tmp_path / "run", "--steps", "2", "--batch-size", "1", "--shards", "1", "--seq-len", "64", "--heldout", "1",
+             "--lr", "1e-3", "--warmup", "0")  # fmt: skip
+    convert(gguf, tmp_path / "dense", "float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "run" / "adapter")).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
+    ids = np.array([tokenizer.encode("A hacker is a person who enjoys exploring the details of programmable systems.")])
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(ids)).logits.numpy()
+        plain = theirs.get_base_model()
+        with theirs.disable_adapter():
+            plain = theirs(torch.from_numpy(ids)).logits.numpy()
+    own = load_adapter(Llama.from_pretrained(gguf), tmp_path / "run" / "adapter").eval()
+    assert own.tokenizer.encode(tokenizer.decode(ids[0])) == ids[0].tolist()
+    error = np.abs(own(ids).data - expected).max() / np.abs(expected).max()
+    print(f"largest relative difference of the logits: {error:.1e}")
+    assert error < 1e-3 and np.abs(plain - expected).max() > 1e-2, "the adapter does something"
