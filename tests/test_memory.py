@@ -175,7 +175,9 @@ def test_sizes_come_from_a_name_a_folder_a_config_or_a_model(tmp_path):
         == model.config
     )
     assert memory.config_of(model.config) is model.config and memory.config_of("llama-7b").intermediate_size == 11008
-    with pytest.raises(FileNotFoundError, match=r"expected 'base', one of llama-7b, .*, or a folder with config.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected 'base', one of llama-7b, .*, a folder with config.json, or FILE.gguf"
+    ):
         memory.config_of(tmp_path / "nothing")
 
 

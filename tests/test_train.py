@@ -64,7 +64,7 @@ def grads(m, data, recipe):
     from tinylora.train import _step, workers
 
     with workers(recipe.shards) as pool:
-        loss, _ = _step(m, data, recipe, 0, pool, m.trainable(), None)
+        loss, _, _ = _step(m, data, recipe, 0, pool, m.trainable(), None)
     return loss, {name: p.grad for name, p in m.trainable()}
 
 
@@ -267,3 +267,24 @@ def test_the_embedded_text_is_split_by_entries():
 def test_bad_recipes(change):
     with pytest.raises(ValueError, match="expected"):
         replace(RECIPE, **change)
+
+
+def test_padding_behind_the_last_target_is_not_computed(rng):
+    """Trimmed or not, the loss and the gradients are the same; only the columns that count are read."""
+    from tinylora.train import trimmed
+
+    pairs = Pairs([(rng.integers(0, 256, 5).tolist(), rng.integers(0, 256, 4).tolist()) for _ in range(3)])
+    whole = pairs.windows(30)
+    short = trimmed(*whole)
+    assert [a.shape for a in short] == [(3, 8)] * 3 and short[2].sum() == whole[2].sum() == 12
+    grads = []
+    for inputs, targets, mask in (whole, short):
+        m = tiny.model()
+        loss = ops.softmax_cross_entropy(m(inputs), targets, mask)
+        loss.backward()
+        grads.append((loss.item(), {name: p.grad for name, p in m.trainable()}))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-6)
+    for name, g in grads[0][1].items():
+        np.testing.assert_allclose(g, grads[1][1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+    nothing = trimmed(whole[0], whole[1], np.zeros_like(whole[2]))
+    assert nothing[0].shape == (3, 1), "a shard without a target is still run"

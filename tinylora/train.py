@@ -95,6 +95,13 @@ def progress_bar(iterable, enabled, **options):
     return tqdm(iterable, disable=not enabled, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
 
 
+def trimmed(inputs, targets, mask):
+    """The three arrays without the columns after the last one that counts: in a causal model nothing before them depends on them."""
+    counted = np.flatnonzero(mask.any(axis=0))
+    end = int(counted[-1]) + 1 if len(counted) else 1
+    return inputs[:, :end], targets[:, :end], mask[:, :end]
+
+
 def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False, limit=None):
     """−Σ log₂ p(target | context) / bytes of text, every token of `data` scored once (see `windows`); limit: the first so many windows."""
     inputs, targets, mask = (a[:limit] for a in data.windows(seq_len))
@@ -104,10 +111,11 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     training = model.training
 
     def nats(rows):
+        ids, wanted, counted = trimmed(inputs[rows], targets[rows], mask[rows])
         with no_grad():
-            z = model(inputs[rows])
+            z = model(ids)
             xp = backend.array_module(z.data)
-            return ops.softmax_cross_entropy(z, move(targets[rows], xp), move(mask[rows], xp), reduction="sum").item()
+            return ops.softmax_cross_entropy(z, move(wanted, xp), move(counted, xp), reduction="sum").item()
 
     model.eval()
     try:
@@ -168,14 +176,14 @@ def fit(
         return bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, limit=heldout_limit)
 
     model.train()
-    began, losses = time.perf_counter(), None
+    began, losses, seen = time.perf_counter(), None, 0
     with (
         workers(recipe.shards) as pool,
         progress_bar(range(first, recipe.steps), progress, initial=first, total=recipe.steps, unit="step") as bar,
     ):
         for step in bar:
             optimizer.pager.step = step + 1
-            loss, tape = _step(
+            loss, tape, tokens = _step(
                 model, data, recipe, step, pool, trainable, weights if step == first else None, optimizer.pager
             )
             result.tape_bytes = max(result.tape_bytes, tape)
@@ -195,7 +203,7 @@ def fit(
                 model.train()
             result.history.append(row)
             losses = loss if losses is None else 0.95 * losses + 0.05 * loss
-            seen = (step + 1 - first) * recipe.accumulate * recipe.batch_size * recipe.seq_len
+            seen += tokens
             result.seconds = time.perf_counter() - began
             result.tokens_per_second = seen / result.seconds
             heldout_text = f", held-out {row['heldout']:.3f}" if "heldout" in row else ""
@@ -209,7 +217,7 @@ def fit(
 
 
 def _step(model, data, recipe, step, pool, trainable, measure, pager=None):
-    """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights).
+    """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights, tokens read).
 
     Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is run once more.
     """
@@ -218,13 +226,13 @@ def _step(model, data, recipe, step, pool, trainable, measure, pager=None):
         rng = np.random.default_rng([recipe.seed, step, i])
         micro.append(data.batch(rng, recipe.batch_size, recipe.seq_len))
     count = sum(float(mask.sum()) for _, _, mask in micro)
-    grads, loss, tape = {}, 0.0, 0
+    grads, loss, tape, tokens = {}, 0.0, 0, 0
     for i, batch in enumerate(micro):
         parts = list(zip(*(np.array_split(a, min(recipe.shards, len(a))) for a in batch), strict=True))
 
         def shard(j, parts=parts, i=i):
             with backend.using_generator(np.random.default_rng([recipe.seed, step, i, j])):
-                inputs, targets, mask = parts[j]
+                inputs, targets, mask = trimmed(*parts[j])
                 z = model(inputs)
                 xp = backend.array_module(z.data)
                 total = ops.softmax_cross_entropy(z, move(targets, xp), move(mask, xp), reduction="sum") * (
@@ -235,12 +243,13 @@ def _step(model, data, recipe, step, pool, trainable, measure, pager=None):
                 if total.requires_grad:
                     with watch_rebuilds(lambda y: rebuilt.append(tape_bytes(y, exclude=measure)) if measure else None):
                         total.backward(into=found)
-                return total.item(), found, held + max(rebuilt)
+                return total.item(), found, held + max(rebuilt), inputs.size
 
         held = 0
-        for value, found, bytes_held in _side_by_side(pool, shard, len(parts), pager):
+        for value, found, bytes_held, size in _side_by_side(pool, shard, len(parts), pager):
             loss += value
             held += bytes_held
+            tokens += size
             for leaf, g in found.items():
                 if leaf in grads:
                     grads[leaf] += g
@@ -249,7 +258,7 @@ def _step(model, data, recipe, step, pool, trainable, measure, pager=None):
         tape = max(tape, held)
     for _, p in trainable:
         p.grad = grads.get(p)
-    return loss, tape
+    return loss, tape, tokens
 
 
 def _side_by_side(pool, shard, n, pager):
