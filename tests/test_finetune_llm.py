@@ -206,10 +206,10 @@ def run_smol(out, *args):
 
 @needs_llm
 def test_three_steps_on_smollm2_stay_within_memory_and_the_account(tmp_path):
-    """NF4 with double quantization, all linear layers, bfloat16, paged AdamW, checkpointing; running text, so every sequence is full."""
+    """NF4 with double quantization, all linear layers, bfloat16, paged AdamW, checkpointing; on running text, every sequence full."""
     (tmp_path / "text.txt").write_bytes(data.jargon("heldout"))
-    report = run_smol(tmp_path, "--text", str(tmp_path / "text.txt"), "--steps", "3", "--batch-size", "1", "--shards", "1", "--seq-len", "256", "--heldout", "2",
-                      "--lr", "5e-4", "--warmup", "0")  # fmt: skip
+    report = run_smol(tmp_path, "--text", str(tmp_path / "text.txt"), "--steps", "3", "--batch-size", "1", "--shards", "1",
+                      "--seq-len", "256", "--heldout", "2", "--lr", "5e-4", "--warmup", "0")  # fmt: skip
     assert report["bytes"]["process, peak resident"] < 1.2e9
     assert report["trainable"] == 4_884_480 and report["bits_per_param"] < 4.13
     assert report["bytes"]["optimizer state, resident at most"] <= 8 << 20
