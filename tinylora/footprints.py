@@ -5,17 +5,38 @@
     figure 6            adapters: L · 64 · 18 h · 2 bytes in MiB; optimizer: 4 times that
     Elo                 P(win) = 1 / (1 + 10^(−Δ/400))
 
-`audit()` gives `counting.Row`s for "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314): §1's > 780 GB and < 48 GB,
-§2's 567, 18, 26 and 5,048 MB, §3's bits, figure 6, the footprints of tables 1 and 6, the means of table 4, the Elo arithmetic,
-and the parameter counts that the authors' script prints. `describe()` is the same as text, with what does not hold.
-`five_gigabytes()` and `halved_counts()` answer two questions that learners ask.
+`audit()` gives `counting.Row`s for "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314), in the paper's order:
 
-The verdicts are counting's, and "holds" for a printed bound. Figure 6's labels and table 7's ratings are as transcribed by others;
-all else was read in the paper. Sizes are the released Llamas' (`memory.MODELS`). GB are 10⁹ bytes, MiB 2²⁰.
+    §1, §2       > 780 GB and < 48 GB; equations 1 to 3; 567, 18, 26 and 5,048 MB
+    §3           equations 4 to 6; NF4's bins and its block maximum; the bits of the constants and what 8 of them cost; paged AdamW
+    §4           tables 2 to 4 and figure 3: what is arithmetic in them
+    §5           tables 1 and 5 to 7: footprints, ratings, and where the paper differs from itself
+    appendices   B (hyper-parameters), E (NF4's values), F (normality), figure 6; then the counts that the authors' script prints
+
+A sentence without a number is a `Claim`: what decides it is computed, with the functions that quantize, multiply and update elsewhere in
+this package. Where the paper differs from itself, `computed` is its other number. `describe()` is the same as text, with what does not
+hold. `five_gigabytes()` and `halved_counts()` answer two questions that learners ask.
+
+The verdicts are counting's, and "holds" or "does not hold" for bounds and claims. "not derivable" is what only a run of those models
+could tell (perplexities, accuracies, speed); its note says which part is arithmetic. Figure 6's labels, tables 5 to 7, and appendix F's
+7.5 % are as transcribed by others, the hyper-parameters as in the authors' scripts; all else was read in the paper. What is about training
+at scale alone (figures 2 and 4) has no row. Sizes are the released Llamas' (`memory.MODELS`). GB are 10⁹ bytes, MiB 2²⁰. Only what 8-bit
+constants cost is drawn at random (a fixed seed, 2²⁰ weights, its standard error in the note); equations are checked on fixed draws too.
 """
 
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from . import backend, codebooks, derivation, nn, normality, optimality, rounding
 from .counting import Row, judge, llama_shapes, lora_on
+from .lora import LoRALinear
 from .memory import MODELS, PAPER, aligned, block_tape, codes_bytes, in_units, parameters, predict
+from .optim import AdamW
+from .paging import Pager
+from .quant import quantize
+from .tensor import Tensor
 
 SIZES = ("7b", "13b", "33b", "65b")
 GB, MB, MIB = 1e9, 1e6, 2**20
@@ -40,6 +61,18 @@ TABLE_4 = {
     "BFloat16": ((38.4, 45.6, 47.2, 50.6, 57.7, 60.5, 61.8, 62.5), "53.0"),
     "Float4": ((37.2, 44.0, 47.3, 50.0, 55.9, 58.5, 61.3, 63.3), "52.2"),
     "NFloat4 + DQ": ((39.0, 44.5, 47.5, 50.7, 57.3, 59.2, 61.8, 63.9), "53.1"),
+}
+#: Table 2: mean perplexity on Pile Common Crawl, and the code whose error stands beside it.
+TABLE_2 = {
+    "Int4": ("34.34", "int4"),
+    "Float4 (E2M1)": ("31.07", "fp4_e2m1"),
+    "Float4 (E3M0)": ("29.48", "fp4_e3m0"),
+    "NFloat4 + DQ": ("27.41", "nf4"),
+}
+#: Table 3, its first and last column: full fine-tuning in 16 bits, and adapters on 16, 8, 4 (FP4) and, for T5, 4 bits (NF4 + DQ).
+TABLE_3 = {
+    "RoBERTa-large": (88.6, (88.8, 88.8, 88.6)),
+    "T5-11B": (62.0, (60.7, 60.7, 60.9, 60.9)),
 }
 
 
@@ -74,16 +107,49 @@ def win_rate(difference):
 
 
 # ------------------------------------------------------------------------------------------------------------------- the audit
+@dataclass(frozen=True)
+class Claim(Row):
+    """A statement in words beside the number that decides it: `printed` has no value, and nothing can be subtracted from it."""
+
+    @property
+    def value(self):
+        """None."""
+
+    @property
+    def difference(self):
+        """None."""
+
+
 def _row(where, size, method, setting, printed, computed, note="", about=False, verdict=None):
     model = f"Llama {size.upper()}" if size else ""
     return Row(where, model, method, setting, printed, computed, verdict or judge(printed, computed, about), note)
 
 
+def _claim(where, method, setting, printed, computed, verdict, note=""):
+    """A Claim; verdict True or False is "holds" or "does not hold"."""
+    words = {True: "holds", False: "does not hold"}
+    computed = None if computed is None else float(computed)
+    return Claim(where, "", method, setting, printed, computed, words.get(verdict, verdict), note)
+
+
+def _roughly(difference, bound):
+    """The verdict on what should be 0."""
+    return difference == 0 or (difference < bound and "roughly")
+
+
 def audit():
     """Every row of the paper that the module's first lines name. -> [counting.Row], in the paper's order"""
-    return [*_section_1(), *_section_2(), *_section_3(), *_figure_6(), *_footprints(), *_table_4(), *_elo(), *_counts()]
+    parts = (
+        *(_section_1, _saved, _equations_1_to_3, _section_2),
+        *(_equation_4, _bins, _constants, _equations_5_and_6, _paged),
+        *(_table_2, _table_3, _table_4),
+        *(_footprints, _scores, _elo),
+        *(_appendices, _figure_6, _counts),
+    )
+    return [row for part in parts for row in part()]
 
 
+# fmt: off
 def _section_1():
     rows = []
     for size in SIZES:
@@ -95,15 +161,7 @@ def _section_1():
         *rows,
         _row("§1", "65b", "full", "12 bytes a weight", ">780GB", full, verdict=holds[full > 780]),
         _row("§1", "65b", "QLoRA", "r = 64, no activations", "<48GB", rest, verdict=holds[rest < 48]),
-        _row(
-            "§1",
-            "65b",
-            "QLoRA",
-            "the same, 512 tokens, checkpointing",
-            "<48GB",
-            n.total / GB,
-            verdict=holds[n.total / GB < 48],
-        ),
+        _row("§1", "65b", "QLoRA", "the same, 512 tokens, checkpointing", "<48GB", n.total / GB, verdict=holds[n.total / GB < 48]),
     ]
 
 
@@ -126,17 +184,259 @@ def inputs_ratio():
     return c.hidden_size / (3 * c.hidden_size + c.intermediate_size)
 
 
-def _section_3():
-    one, two, n = 32 / 64, 8 / 64 + 32 / (64 * 256), parameters(llama("65b"))
+def _bits():
+    return 32 / 64, 8 / 64 + 32 / (64 * 256)
+
+
+def _saved():
+    (one, two), n = _bits(), parameters(llama("65b"))
     return [
-        _row("§3", "", "NF4", "32/64 bits a weight", "0.5", one),
-        _row("§3", "", "NF4 + DQ", "8/64 + 32/(64·256)", "0.127", two),
-        _row("§3", "", "NF4 + DQ", "saved a weight", "0.373", one - two),
-        _row("§1", "", "NF4 + DQ", "saved a weight", "0.37", one - two),
+        _row("§1", "", "NF4 + DQ", "saved a weight, bits", "0.37", one - two),
         _row("§1", "65b", "NF4 + DQ", "saved in all", "3GB", (one - two) / 8 * n / GB),
     ]
 
 
+def _normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def _equations_1_to_3():
+    x = _normal(1 << 16)
+    codes, absmax = rounding.CUDA.quantize_8bit(x, codebooks.int8(), 64)
+    integers, m = codes.astype(int) - 127, np.repeat(absmax.astype(np.float64), 64)
+    by_c = integers / (127 / m)
+    by_code = codebooks.int8()[codes].astype(np.float64) * m
+    unequal = np.count_nonzero(integers != np.rint(127 / m * x))
+    worst, apart = (np.abs(d / m).max() for d in (by_c - x, by_c - by_code))
+    shapes = {shape for size in SIZES for shape in llama_shapes(llama(size))}
+    left, blocks = sum(o * i % (64 * 256) for o, i in shapes), len(quantize(_normal(5, 13)).absmax)
+    off = _off("dense")
+    note = "NF4's code is multiplied by absmax; this c divides"
+    return [
+        _claim("§2, eq. 1", "Int8", "values that are not the nearest", "round(127/absmax · X)", unequal, unequal == 0),
+        _claim("§2, eq. 1", "Int8", "round trip: largest error / absmax", "<=1/254", worst, worst <= 1 / 254 + 1e-9),
+        _claim("§2, eq. 2", "Int8", "X/c against code · absmax, / absmax", "X/c", apart, apart < 1e-7, note),
+        _claim("§2", "blocks", "b h mod 64 · 256, a Llama's matrices", "b h/B", left, left == 0, f"5 × 13: {blocks} blocks"),
+        _claim("§2, eq. 3", "LoRA", "float32 layer against float64", "XW + s X L1 L2", off, off < 1e-6),
+    ]
+
+
+def _adapted(kind, compute_dtype="float32"):
+    """(layer, x, W): 256 × 128 normal weights with a bypass of r = 64 and α = 16 (the scripts'), and an input; the same at every call."""
+    with backend.using_generator(np.random.default_rng(0)):
+        base = nn.Linear(256, 128)
+        base.weight.data = w = nn.normal((128, 256), 1.0)
+        frozen = base if kind == "dense" else nn.Linear4bit.of(base, compute_dtype=compute_dtype)
+        layer = LoRALinear(frozen, r=64, alpha=16)
+        layer.lora_B.weight.data = nn.normal((128, 64), 1.0)
+        return layer, nn.normal((32, 256), 1.0), w
+
+
+def _off(kind, compute_dtype="float32"):
+    """‖Y − (X W + s X L1 L2)‖ / ‖…‖: a layer's output against eq. 3 (or 5, with the W that dequantizing gives) in float64."""
+    layer, x, _ = _adapted(kind, compute_dtype)
+    factors = layer.base_layer.dense(), layer.lora_A.weight.data, layer.lora_B.weight.data
+    X, (W, L1, L2) = x.astype(np.float64), (a.T.astype(np.float64) for a in factors)
+    wanted = X @ W + layer.scaling * (X @ L1 @ L2)
+    return np.linalg.norm(layer(Tensor(x)).data - wanted) / np.linalg.norm(wanted)
+
+
+def _equation_4():
+    q, nf4 = derivation.equation_4(), codebooks.nf4()
+    rest = q[np.isfinite(q)]
+    least = np.abs(rest).min()
+    note = f"q_0 = {q[0]}, then {rest[0]:.3f} … {rest[-1]:.3f}".replace("-inf", "−∞").replace("-", "−")
+    return [
+        _row("§3, eq. 4", "", "NF4", "i = 0 … 15 as printed: finite values", "16", len(rest), note),
+        _claim("§3, eq. 4", "NF4", "the least magnitude of these", "no exact 0", least, least > 0, "symmetric"),
+        _row("§3", "", "NF4", "2^(k−1) quantiles below: values up to 0", "8", int((nf4 <= 0).sum()), "7, and the 0"),
+        _row("§3", "", "NF4", "2^(k−1) + 1 above: values from 0 on", "9", int((nf4 >= 0).sum()), "the 0, and 8"),
+    ]
+
+
+def normal_usage(scale):
+    """P of each NF4 value for w/scale, w ~ N(0, 1): what a block's usage would be if its absmax were a constant. (16,) float64, sum 1."""
+    bounds = codebooks.midpoints(codebooks.nf4()).astype(np.float64) * scale
+    return np.diff([0.0, *map(NormalDist().cdf, bounds), 1.0])
+
+
+def _bins():
+    nf4 = codebooks.nf4()
+    edge, rows = NormalDist().inv_cdf(codebooks.NF4_OFFSET), []
+    usage = {"B = 64": optimality.usage(nf4, 64), f"N(0, 1) / {edge:.3f}": normal_usage(edge)}
+    for of, P in usage.items():
+        least, most = P.min(), P.max()
+        rows.append(_claim("§3", "NF4", f"entropy of the bins, {of}, bits", "equal bins: 4", -P @ np.log2(P), most - least < 1e-9,
+                           f"P from {least:.4f} to {most:.4f}"))
+    means = {B: optimality.expected_max(B) for B in (16, 64, 256, 4096)}
+    cv = np.sqrt(optimality.expected_max(64, 2) - means[64] ** 2) / means[64]
+    listed = f"mean {', '.join(f'{m:.3f}' for m in means.values())} σ: B = {', '.join(map(str, means))}"
+    return [*rows, _claim("§3", "absmax", "deviation / mean of the maximum, B = 64", "rescales σ", cv, cv < 1e-9, listed)]
+
+
+def constants_cost(nested_code="dynamic8", offset=None, size=1 << 20):
+    """(E|W − Ŵ|² with 8-bit constants) / (the same with exact ones), and its standard error, on `size` normal weights of a fixed seed.
+
+    nested_code, offset as in `quant.quantize`; size a multiple of 64 · 256, the weights of one block of constants, by which the error is
+    estimated (ValueError otherwise).
+    """
+    if size < 1 or size % (64 * 256):
+        raise ValueError(f"constants_cost: size = {size}, expected a multiple of {64 * 256:,}")
+    w = _normal(size)
+    exact, double = (
+        np.square(quantize(w, double_quant=dq, nested_code=nested_code, offset=offset).dequantize().astype(np.float64) - w)
+        .reshape(-1, 64 * 256)
+        .mean(axis=1)
+        for dq in (False, True)
+    )
+    return double.mean() / exact.mean(), (double - exact).std() / np.sqrt(len(exact)) / exact.mean()
+
+
+def _constants():
+    (one, two), rows = _bits(), []
+    for code, name in (("dynamic8", "dynamic map (scripts)"), ("fp8_e4m3", "FP8 E4M3 (text)")):
+        (ratio, error), (bare, _) = constants_cost(code), constants_cost(code, offset=0.0)
+        more, spread, without = (100 * r for r in (ratio - 1, error, bare - 1))
+        note = f"± {spread:.3f}; without the mean {without:.1f}"
+        rows.append(_claim("§3", "NF4 + DQ", f"more squared error, {name}, %", "no loss", more, _roughly(more, 1), note))
+    return [
+        _row("§3", "", "NF4", "32/64 bits a weight", "0.5", one),
+        _row("§3", "", "NF4 + DQ", "8/64 + 32/(64·256) bits a weight", "0.127", two, "and 32 bits a tensor, the mean"),
+        _row("§3", "", "NF4 + DQ", "saved a weight, bits", "0.373", one - two),
+        *rows,
+    ]
+
+
+def _equations_5_and_6():
+    layer, x, w = _adapted("4bit")
+    q, s = layer.weight, layer.scaling
+    absmax = q.constants.code[q.absmax_codes] * np.repeat(q.nested_absmax, 256)[: len(q.absmax_codes)] + q.offset
+    by_hand = codebooks.nf4()[q.indices()] * np.repeat(absmax, 64).reshape(q.shape)
+    unequal = np.count_nonzero(by_hand.view(np.uint32) != q.dequantize("float32").view(np.uint32))
+    near, coarse = _off("4bit"), _off("4bit", "bfloat16")
+    slope, otherwise, trained = _gradients(layer, x, w)
+    only = trained == ["bypasses.default.lora_A.weight", "bypasses.default.lora_B.weight"]
+    return [
+        _claim("§3, eq. 5", "QLoRA", "float32 layer against dense Ŵ", "X Ŵ + X L1 L2", near, near < 1e-6, f"bfloat16: {coarse:.4f}"),
+        _claim("§3, eq. 5", "QLoRA", "eq. 3's s, in the scripts α/r = 16/64", "no s", s, s == 1 or "does not follow"),
+        _claim("§3, eq. 6", "QLoRA", "constants, then weights: unequal values", "equal", unequal, unequal == 0),
+        _claim("§3", "QLoRA", "gradients of X, L1, L2 against differences", "through Ŵ", slope, slope < 1e-5 and only,
+               f"X's with W for Ŵ: {100 * otherwise:.1f} % off; W has none"),
+    ]
+
+
+def _gradients(layer, x, w):
+    """(largest error, error with W for Ŵ, names that have a gradient): E = Σ G ⊙ Y, which is linear in each of X, L1 and L2.
+
+    The derivative along a fixed direction against (E(+1) − E(−1))/2, exact for what is linear but for float32's rounding; relative to the
+    norms of gradient and direction.
+    """
+    rng = np.random.default_rng(1)
+    X, G = Tensor(x, requires_grad=True), rng.standard_normal((len(x), layer.out_features), dtype=np.float32)
+
+    def energy():
+        return (layer(X) * G).sum()
+
+    energy().backward()
+    worst = 0.0
+    for t in (X, layer.lora_A.weight, layer.lora_B.weight):
+        kept, d = t.data, rng.standard_normal(t.shape, dtype=np.float32)
+        ends = []
+        for sign in (1, -1):
+            t.data = kept + np.float32(sign) * d
+            ends.append((layer(X).data.astype(np.float64) * G).sum())
+        t.data = kept
+        slope = (ends[0] - ends[1]) / 2
+        worst = max(worst, abs(slope - np.vdot(t.grad, d)) / (np.linalg.norm(t.grad) * np.linalg.norm(d)))
+    other = G @ (w + layer.delta())
+    return worst, np.linalg.norm(other - X.grad) / np.linalg.norm(X.grad), [name for name, _ in layer.trainable()]
+
+
+def _paged():
+    def trained(pager, steps=5):
+        rng = np.random.default_rng(0)
+        params = [Tensor(rng.standard_normal(n, dtype=np.float32), requires_grad=True) for n in (3000, 1000, 96)]
+        optimizer = AdamW(params, pager=pager)
+        for _ in range(steps):
+            for p in params:
+                p.grad = rng.standard_normal(p.shape, dtype=np.float32)
+            optimizer.step()
+        return np.concatenate([p.data for p in params]).view(np.uint32)
+
+    pager = Pager(budget=8 * 1024, page_bytes=2048)
+    unequal = np.count_nonzero(trained(None) != trained(pager))
+    note = f"{pager.counters.bytes_moved:,} bytes moved in 5 steps, {pager.total_bytes:,} held"
+    return [
+        _claim("§3", "paged AdamW", "a quarter resident: unequal values", "equal", unequal, unequal == 0, note),
+        _claim("§3", "paged AdamW", "speed, 65B, batches of 16", "the same", None, "not derivable", "bytes can be counted, above"),
+    ]
+
+
+def _table_2():
+    errors = {name: optimality.expected_error(codebooks.NAMED[code](), 64) for name, (_, code) in TABLE_2.items()}
+    other = optimality.expected_error(codebooks.fp4(), 64)
+    best, *_ = order = sorted(errors, key=errors.get)
+    nearest = min(errors[name] for name in errors if name != best) / errors[best]
+    notes = {name: f"normal weights' squared error {e:.5f}" for name, e in errors.items()}
+    notes["Float4 (E2M1)"] += f"; bitsandbytes' grid {other:.5f}"
+    place, last = order.index("Float4 (E3M0)") + 1, errors["Float4 (E3M0)"] / errors[best]
+    return [
+        *(_row("Table 2", "", n, "mean perplexity", p, None, notes[n]) for n, (p, _) in TABLE_2.items()),
+        _claim("Table 2", "order", "the nearest rival's error / NF4's", "NF4 first", nearest, best == "NFloat4 + DQ"),
+        _claim("Table 2", "order", "E3M0's place by error", "2nd of 4", place, place == 2 or "does not follow",
+               f"{last:.1f} times NF4's error"),
+    ]
+
+
+def _table_3():
+    one, two = _bits()
+    note = f"its bits axis: {4 + one} a weight, {4 + two:.3f} with DQ"
+    rows = [_claim("Figure 3", "", "mean zero-shot accuracy", "a curve", None, "not derivable", note)]
+    for model, (full, adapters) in TABLE_3.items():
+        apart = np.subtract(adapters, full)
+        note = f"{apart.min():+.1f} to {apart.max():+.1f}; scores as printed".replace("-", "−")
+        rows.append(_claim("Table 3", model, "adapters − full fine-tuning, mean", "replicates", apart.mean(), bool(apart.min() >= 0), note))
+    return rows
+
+
+def _scores():
+    return [
+        _claim("Table 5", "", "MMLU by data set", "accuracies", None, "not derivable", "no arithmetic in it"),
+        _claim("Table 6", "", "scores against ChatGPT", "percentages", None, "not derivable",
+               "one row twice: Open Assistant 33B, Vicuna 13B"),
+        _claim("§1", "Table 6", "7B's points above Alpaca 13B", "> 20", 20, "does not follow", '§5.3: "nearly 20"'),
+    ]
+
+
+def _appendix_e():
+    published = np.array(codebooks.NF4_PUBLISHED, np.uint32)
+
+    def apart(offset):
+        quantiles = derivation.recipe(np.linspace, offset, np.float64)[1]
+        return np.abs(quantiles / quantiles.max() - published.view(np.float32)).max()
+
+    equal = int((codebooks.nf4().view(np.uint32) == published).sum())
+    seven, exact = apart(codebooks.NF4_OFFSET), apart(929 / 960)
+    return [
+        _row("App. E", "", "NF4", "from quantiles in float32: equal bits", "16", equal),
+        _claim("App. E", "NF4", "in float64: largest difference", "equal", seven, _roughly(seven, 1e-6),
+               f"{exact:.1e} with 929/960, not cut to 7 digits"),
+    ]
+
+
+def _appendices():
+    share = 100 * normality.PAPER["rejected"]
+    least = 100 * normality.least_share(normality.PAPER["rejected"])
+    return [
+        _row("App. B", "", "dropout", "7B and 13B: the text; the table has", "0.05", 0.1),
+        _claim("App. B", "warm-up", "steps: 3 % of 1,875", "constant", 0.03 * 1875, "does not follow", "the schedule `constant` has none"),
+        *_appendix_e(),
+        _row("App. F", "", "normality", "Llama 7B's rows rejected at 5 %", "7.5%", None, "others: quantize --normality"),
+        _row("App. F", "", "normality", "not normal, if all of these are found", f"{share:.1f}%", least, "5 % of normal rows are rejected"),
+    ]
+
+
+# fmt: on
 def figure_6_rest(size):
     """GiB that figure 6's total leaves beside model, adapters and optimizer, if its MB are MiB and its GB are GiB."""
     model, adapters, optimizer, total = map(_number, FIGURE_6[size])
@@ -176,11 +476,25 @@ def _footprints():
 
 
 def _table_4():
-    return [_row("Table 4", "", name, "mean of its 8 values", mean, sum(v) / 8) for name, (v, mean) in TABLE_4.items()]
+    behind = np.subtract(TABLE_4["BFloat16"][0], TABLE_4["Float4"][0])
+    note = f"{behind.min():.1f} to {behind.max():.1f}; behind in {(behind > 0).sum()} of 8".replace("-", "−")
+    return [
+        *(_row("Table 4", "", name, "mean of its 8 values", mean, sum(v) / 8) for name, (v, mean) in TABLE_4.items()),
+        _claim(
+            "Table 4",
+            "Float4",
+            "points behind BFloat16, mean of 8",
+            "consistently 1",
+            behind.mean(),
+            behind.min() > 0,
+            note,
+        ),
+    ]
 
 
 def _elo():
     return [
+        _row("Table 1", "13b", "Elo", "the same model's in table 7", "916", 913),
         _row("§5.2", "", "Elo", "1100 against 1000", "65%", 100 * win_rate(100), about=True),
         _row("Table 7", "", "Elo", "10 points", "1.5%", 100 * (win_rate(10) - 0.5), about=True),
         _row("§5.3", "65b", "Elo", "1023 against GPT-4's 1176", "30%", 100 * win_rate(1023 - 1176), about=True),
@@ -247,7 +561,7 @@ def five_gigabytes(size="7b"):
 
 def findings():
     """What the audit shows, as sentences with their numbers. -> [str]"""
-    return [_f_bounds(), _f_inputs(), *_f_bars(), *_f_tables(), _f_five_gigabytes(), _f_halved_counts()]
+    return [_f_bounds(), _f_inputs(), *_f_codes(), *_f_bars(), *_f_tables(), _f_five_gigabytes(), _f_halved_counts()]
 
 
 def _each(numbers, digits=0):
@@ -276,6 +590,18 @@ def _f_inputs():
         f"up to {18e6 / stream:.0f} tokens. (This package's tape of the blocks, q and v adapted, {tokens} tokens in 16 bits: "
         f"{c.num_hidden_layers * sum(block.values()) / MB:,.0f} MB, and {stream * tokens / MB:.0f} MB of inputs.)"
     )
+
+
+def _f_codes():
+    nf4, fixed = codebooks.nf4(), normal_usage(NormalDist().inv_cdf(codebooks.NF4_OFFSET))
+    usage = optimality.usage(nf4, 64)
+    errors = {n: optimality.expected_error(codebooks.NAMED[code](), 64) for n, (_, code) in TABLE_2.items()}
+    listed = ", ".join(f"{n} {errors[n]:.5f}" for n in sorted(errors, key=errors.get))
+    return [
+        "NF4's bins are not equally full: a block's maximum is not a constant, so dividing by it is no rescaling of σ. In blocks of 64 "
+        f"a bin holds {usage.min():.4f} to {usage.max():.4f} of normal weights; with a constant {fixed.min():.4f} to {fixed.max():.4f}.",
+        f"Table 2's order is not that of the error of normal weights ({listed}): only NF4's place is the same.",
+    ]
 
 
 def _f_bars():
@@ -330,22 +656,27 @@ def _f_halved_counts():
 def describe_size(name):
     """The audit's rows of one model ("llama-65b"): the claims, figure 6's bars and the footprints, printed beside recomputed."""
     size = name.removeprefix("llama-").upper()
+    rows = [row for part in (_section_1, _saved, _section_2, _footprints, _figure_6, _counts) for row in part()]
     return f"the paper's numbers for {size}, recomputed (all of them: --audit)\n" + _table(
-        [r for r in audit() if r.model == f"Llama {size}" and "Elo" not in r.method]
+        [r for r in rows if r.model == f"Llama {size}"]
     )
 
 
 def _table(rows):
-    table = [("where", "model", "what", "setting", "printed", "computed", "verdict")]
+    table = [("where", "model", "what", "setting", "printed", "computed", "verdict", "note")]
     for r in rows:
-        digits = len(r.printed.partition(".")[2].rstrip("%MBG")) + 2
-        computed = (
-            ""
-            if r.computed is None
-            else f"{r.computed:,.{0 if r.verdict == 'match' and r.computed > 1e6 else digits}f}"
-        )
-        table.append((r.where, r.model, r.method, r.setting, r.printed, computed, r.verdict))
-    return aligned(table, left=(0, 1, 2, 3, 6))
+        table.append((r.where, r.model, r.method, r.setting, r.printed, _shown(r), r.verdict, r.note))
+    return aligned(table, left=(0, 1, 2, 3, 6, 7))
+
+
+def _shown(row):
+    """The computed number, two digits longer than the printed one; beside words four significant digits, of rounding errors two."""
+    if row.computed is None:
+        return ""
+    if isinstance(row, Claim):
+        return f"{row.computed:.1e}" if 0 < abs(row.computed) < 1e-5 else f"{row.computed:.4g}"
+    digits = len(row.printed.partition(".")[2].rstrip("%MBG")) + 2
+    return f"{row.computed:,.{0 if row.verdict == 'match' and row.computed > 1e6 else digits}f}"
 
 
 def describe():
@@ -354,12 +685,12 @@ def describe():
     verdicts = [r.verdict for r in rows]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
     return "\n".join(
-        [_table(rows), "", f"{len(verdicts)} numbers: {counts}", "", by_size(), "", *(f"* {f}" for f in findings())]
+        [_table(rows), "", f"{len(verdicts)} rows: {counts}", "", by_size(), "", *(f"* {f}" for f in findings())]
     )
 
 
 # fmt: off
-__all__ = ["SIZES", "FIGURE_6", "FOOTPRINTS", "TABLE_4", "llama", "account", "base_bytes", "figure_6_adapters", "figure_6_rest", "win_rate",
-           "inputs_ratio", "halved_counts", "five_gigabytes", "audit", "by_size", "findings", "describe",
-           "describe_size"]
+__all__ = ["SIZES", "FIGURE_6", "FOOTPRINTS", "TABLE_2", "TABLE_3", "TABLE_4", "Claim", "llama", "account", "base_bytes",
+           "figure_6_adapters", "figure_6_rest", "win_rate", "inputs_ratio", "normal_usage", "constants_cost", "halved_counts",
+           "five_gigabytes", "audit", "by_size", "findings", "describe", "describe_size"]
 # fmt: on
