@@ -502,7 +502,7 @@ class Watched:
     """A stored weight that counts how often it is dequantized."""
 
     def __init__(self, q):
-        self.q, self.shape, self.times = q, q.shape, 0
+        self.q, self.shape, self.dtype, self.times = q, q.shape, q.dtype, 0
 
     def dequantize(self, dtype):
         self.times += 1

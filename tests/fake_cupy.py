@@ -5,7 +5,8 @@
     * a function that CuPy lacks is missing here (`errstate`, `erf`, `vecdot`, `maximum.reduceat`, …): only those listed exist
     * with `limit` set, an allocation that would exceed it raises OutOfMemoryError
     * a copy in a stream of its own happens as late as possible: only when an event behind it is waited for, or the stream. What
-      forgets to wait reads what was there before
+      forgets to wait reads what was there before. With streams["lazy"] = False it happens at once, which is as legal
+    * memory that is freed is overwritten: what still reads it reads NaN
     * managed memory is device memory that remembers where it was prefetched
 
 It is stricter than CuPy in one way: NumPy's own functions refuse a device array, where CuPy would take over. Not a
@@ -96,8 +97,10 @@ class OutOfMemoryError(MemoryError):
     "What cupy.cuda.memory.OutOfMemoryError is to CuPy."
 
 
-def _release(n):
-    memory["used"] -= n
+def _release(a):
+    memory["used"] -= a.nbytes
+    if a.flags.writeable and a.size:
+        a.reshape(-1).view(np.uint8)[...] = 255
 
 
 def _wrap(a):
@@ -117,7 +120,9 @@ def _wrap(a):
                 f"out of memory allocating {a.nbytes:,} bytes (allocated so far: {memory['used']:,})"
             )
         memory["used"] += a.nbytes
-        weakref.finalize(x, _release, a.nbytes)
+        weakref.finalize(x, _release, a)
+    else:
+        x._base = _wrapped.get(id(a.base))  # a view keeps what it looks at
     _wrapped[id(a)] = x
     return x
 
@@ -168,7 +173,8 @@ class ndarray:
         counters["to_host"] += 1
         if out is None:
             return self._a.copy()
-        (stream or _default)._do(lambda: np.copyto(out, self._a))
+        memory = self._a  # and not the array: a copy on its way keeps nothing alive
+        (stream or _default)._do(lambda: np.copyto(out, memory))
         if blocking:
             (stream or _default).synchronize()
         return out
@@ -177,7 +183,8 @@ class ndarray:
         if not isinstance(host, np.ndarray):
             raise TypeError("Only a NumPy array can be set")
         counters["to_device"] += 1
-        (stream or _default)._do(lambda: np.copyto(self._a, host))
+        memory = self._a
+        (stream or _default)._do(lambda: np.copyto(memory, host))
 
     @property
     def data(self):
@@ -297,6 +304,9 @@ def asarray(x, dtype=None):
 array = asarray
 
 
+streams = {"lazy": True}
+
+
 class _Event:
     """A place in a stream's queue; None for a stream that never waits."""
 
@@ -312,8 +322,8 @@ class _Stream:
 
     ptr = 0
 
-    def __init__(self, non_blocking=False, lazy=True):
-        self.lazy, self.waiting, self.done = lazy, [], 0
+    def __init__(self, non_blocking=False, lazy=None):
+        self.lazy, self.waiting, self.done = streams["lazy"] if lazy is None else lazy, [], 0
 
     def _do(self, work):
         if self.lazy:

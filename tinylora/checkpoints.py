@@ -89,6 +89,8 @@ def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16"):
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
     folder = Path(folder)
+    if isinstance(tokenizer, ByteTokenizer) and (folder / "tokenizer.json").exists():
+        raise ValueError(f"{folder} holds the vocabulary of another model (tokenizer.json); choose another folder")
     files.write_safetensors(
         folder / "model.safetensors",
         {name: (DTYPES[dtype], tuple(shape)) for name, shape in shapes.items()},

@@ -15,13 +15,13 @@ class Text:
     """Running text from one or several sources; a batch picks a source evenly, then a place in it evenly.
 
     sources   arrays of token ids, each longer than the sequences that will be asked for
-    nbytes    how many bytes of text the tokens stand for (bits per byte divides by it); equals the tokens for a byte-level model
+    lengths   the bytes of text that each token of the vocabulary stands for (bits per byte divides by them), or None: one
     """
 
-    def __init__(self, sources, nbytes=None):
+    def __init__(self, sources, lengths=None):
+        self.lengths = lengths
         self.sources = [np.asarray(s) for s in sources]
         self.tokens = sum(map(len, self.sources))
-        self.nbytes = self.tokens if nbytes is None else nbytes
         if not self.sources or min(map(len, self.sources)) < 2:
             raise ValueError("text: a source has fewer than two tokens; there is nothing to predict")
 
@@ -65,12 +65,12 @@ class Text:
 
 
 class Pairs:
-    """(prompt, answer) pairs of token ids; the loss is on the answer."""
+    """(prompt, answer) pairs of token ids; the loss is on the answer. lengths: as in Text."""
 
-    def __init__(self, pairs, nbytes=None):
+    def __init__(self, pairs, lengths=None):
+        self.lengths = lengths
         self.pairs = [(list(p), list(a)) for p, a in pairs]
         self.tokens = sum(len(a) for _, a in self.pairs)
-        self.nbytes = self.tokens if nbytes is None else nbytes
         self._shortest_prompt = min((len(p) for p, a in self.pairs if a), default=0)
         if not self.tokens:
             raise ValueError("pairs: every answer is empty; there is nothing to predict")
@@ -95,6 +95,12 @@ class Pairs:
 
     def fingerprint(self):
         return _hash(json.dumps(pair).encode() for pair in self.pairs)
+
+
+def scored_bytes(data, targets, mask):
+    """The bytes of text that the targets which count stand for."""
+    counted = targets[mask > 0]
+    return len(counted) if data.lengths is None else int(data.lengths[counted].sum())
 
 
 def _hash(chunks):
@@ -151,15 +157,21 @@ def read_corpus(path, tokenizer, heldout=0.1):
 
 def running_text(data, tokenizer):
     """UTF-8 bytes -> Text."""
-    return Text([np.asarray(tokenizer.encode(data))], nbytes=len(data))
+    return Text([np.asarray(tokenizer.encode(data))], _lengths(tokenizer))
+
+
+def _lengths(tokenizer):
+    """Bytes of each token; None where every token is a byte."""
+    if tokenizer.vocab_size == 256:
+        return None
+    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
 
 
 def question_and_answer(pairs, tokenizer):
     """[(prompt, answer)] of texts -> Pairs. Where the vocabulary knows turns (ChatML), the prompt is the user's, and the answer ends as
     an answer does: the token that ends it is learned too."""
-    nbytes = sum(len(answer.encode("utf-8")) for _, answer in pairs)
     if getattr(tokenizer, "chatml", False):
         ids = [(tokenizer.chat_prompt(p), [*tokenizer.encode(a), tokenizer.end_id]) for p, a in pairs]
     else:
         ids = [(tokenizer.encode(p), tokenizer.encode(a)) for p, a in pairs]
-    return Pairs(ids, nbytes=nbytes or None)
+    return Pairs(ids, _lengths(tokenizer))

@@ -60,10 +60,9 @@ def round_to(x, dtype):
     if name != "bfloat16":
         return x.astype(name, copy=False)
     y = x.astype(np.float32)  # a copy
-    nan = y != y
-    if nan.any():
+    if y.ndim == 0 or (y != y).any():  # a scalar cannot be written to, and NaN must not be carried into
         return from_bfloat16_bits(bfloat16_bits(y))
-    u = y.view(np.uint32) if y.ndim else y.reshape(1).view(np.uint32)
+    u = y.view(np.uint32)
     round_bits(u, u >> 16)
     return y
 

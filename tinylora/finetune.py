@@ -44,6 +44,8 @@ FULL_RECIPE = replace(LORA_RECIPE, lr=1e-3)
 
 PROMPT, QUESTION = "hacker\n  n. ", 'What does "hacker" mean to a hacker?'
 OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit}
+#: Options that change no bit of the training, and with which a run may go on that began with others
+FREE = ("page_budget", "page_bytes", "pool", "whole_tensors", "heldout")
 
 
 @dataclass(frozen=True)
@@ -176,13 +178,14 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
     if stored:
         report.bits_per_param = 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored)
-    about = {"job": asdict(job), "inputs": report.inputs}
-    check_run(out, train, recipe, about)  # before anything long
+    about = {"job": {k: v for k, v in asdict(job).items() if k not in FREE}, "inputs": report.inputs}
+    defaults = {"job": asdict(Job())}
+    check_run(out, train, recipe, about, defaults)  # before anything long
+    pager = Pager(job.page_budget, job.page_bytes, job.pool, job.device, trace=trace, whole_tensors=job.whole_tensors)
     scored = {"seq_len": recipe.seq_len, "shards": recipe.shards, "progress": progress, "limit": job.heldout}
     if measure_before:
         report.before = bits_per_byte(model, heldout, **scored)
         report.samples["before"] = sample(model)
-    pager = Pager(job.page_budget, job.page_bytes, job.pool, job.device, trace=trace, whole_tensors=job.whole_tensors)
     result = fit(
         model,
         train,
@@ -196,6 +199,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         progress=progress,
         optimizer=OPTIMIZERS[job.optimizer],
         heldout_limit=job.heldout,
+        defaults=defaults,
     )
     report.after = bits_per_byte(model, heldout, **scored)
     report.samples["after"] = sample(model)
@@ -210,7 +214,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         "optimizer state": result.optimizer_bytes,
         "optimizer state, resident at most": result.optimizer_bytes
         if pager.budget is None
-        else pager.peak_resident_bytes,
+        else pager.peak_resident_bytes + pager.unpaged_bytes + result.optimizer_bytes - pager.total_bytes,
         "tape, peak": result.tape_bytes,
         "process, peak resident": peak_resident_bytes(),
     }

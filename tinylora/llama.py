@@ -227,8 +227,11 @@ class Llama(Module):
         """Give the model a head of its own, with the embedding's values; returns the model."""
         if self.lm_head is None:
             weight = self.model.embed_tokens.weight
-            self.lm_head = _undrawn(Linear, *weight.shape)  # so that what is drawn next does not change
-            self.lm_head.weight = Tensor(weight.data.copy(), weight.requires_grad)
+            if isinstance(weight, Tensor):
+                self.lm_head = _undrawn(Linear, *weight.shape)  # so that what is drawn next does not change
+                self.lm_head.weight = Tensor(weight.data.copy(), weight.requires_grad)
+            else:
+                self.lm_head = Linear16bit(weight)  # frozen, and so it can be shared
             self.lm_head.training = self.training
             self.config = replace(self.config, tie_word_embeddings=False)
         return self

@@ -287,6 +287,7 @@ class Embedding16bit(Module):
         return cls(BFloat16Array.of(embedding.dense()))
 
     def forward(self, ids):
+        ops.check_ids(ids, self.weight.shape[0])
         return Tensor(BFloat16Array(self.weight.bits[ids]).dequantize("float32"))
 
     def dense(self):

@@ -260,14 +260,19 @@ def linear_frozen(x, q, b=None, compute_dtype="float32", backward_weight="stored
                                                    lambda g: rounded(_rows(rounded(g)).sum(0)))
 
 
+def check_ids(ids, n):
+    """Raise TypeError or IndexError unless ids are integers from 0 to n − 1."""
+    if ids.dtype.kind not in "iu":
+        raise TypeError(f"embedding: ids must be integers, got {ids.dtype}")
+    if ids.size and (int(ids.max()) >= n or int(ids.min()) < 0):
+        raise IndexError(f"embedding: ids run from {int(ids.min())} to {int(ids.max())}, the table has rows 0 to {n - 1}")
+
+
 @primitive
 def embedding(ids, w):
     "y = w[ids];   w̄[ids[i]] += ḡ[i].   ids (...) integers, w (n, d) -> y (..., d)"
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"embedding: ids must be integers, got {ids.dtype}")
     n = len(w)
-    if ids.size and (int(ids.max()) >= n or int(ids.min()) < 0):
-        raise IndexError(f"embedding: ids run from {int(ids.min())} to {int(ids.max())}, the table has rows 0 to {n - 1}")
+    check_ids(ids, n)
     return w[ids], (None, lambda g: backend.scatter_add(_rows(g), ids.reshape(-1), n))
 
 

@@ -81,6 +81,8 @@ class AdamW:
                 name, p = entry if isinstance(entry, tuple) else (f"param{len(self._slots)}", entry)
                 if not p.requires_grad:
                     raise ValueError(f"{kind}: parameter {name} does not require a gradient; leave it out")
+                if not p.size:
+                    raise ValueError(f"{kind}: parameter {name} of shape {p.shape} has no element; leave it out")
                 self._slots.append(Slot(name, p, group, self._allocate(p)))
         if not self._slots:
             raise ValueError(f"{kind}: there is nothing to optimize; no parameter requires a gradient")

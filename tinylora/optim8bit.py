@@ -252,6 +252,8 @@ class AdamW8bit(AdamW):
         return super().state_bytes + self._absmax_bytes
 
     def _allocate(self, p):
+        if p.dtype != np.float32:
+            raise ValueError(f"AdamW8bit: a parameter of shape {p.shape} is {p.dtype}; expected float32")
         if p.size < self.min_8bit_size:
             return super()._allocate(p)
         pages = _Blocks(self.pager.allocate(2, p.size, np.uint8, multiple=BLOCKSIZE))

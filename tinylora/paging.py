@@ -20,6 +20,7 @@ Three things that matter for speed and for memory:
 Without a budget nothing is ever evicted and nothing is copied: the pages are plain arrays.
 """
 
+import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -145,6 +146,8 @@ class Pager:
             self._resident.move_to_end(number)
             self.counters.hits += 1
             self._note(number, "hit", 0)
+            if self.budget is None:
+                self.pool.exchange([], frame)  # managed memory: the driver may have taken it away meanwhile
         else:
             self.counters.faults += 1
             frame = self.pool.wait(self._bring(number, "fault"))
@@ -159,13 +162,18 @@ class Pager:
         if known or (self.budget is not None and self._pages[beside].nbytes + page.nbytes > self.budget):
             return
         self.counters.prefetches += 1
-        self._coming = (number, self._bring(number, "prefetch", ahead=True))
+        with contextlib.suppress(MemoryError):  # a guess takes no page's place but by the budget
+            self._coming = (number, self._bring(number, "prefetch", ahead=True))
 
     def _arrive(self):
-        """The page under way, if there is one, is resident from now on."""
-        if self._coming is not None:
-            (number, ticket), self._coming = self._coming, None
+        """The page under way, if there is one, is resident from now on; if there was no memory for it, it was a guess and is dropped."""
+        if self._coming is None:
+            return
+        (number, ticket), self._coming = self._coming, None
+        try:
             self._resident[number] = self.pool.wait(ticket)
+        except MemoryError:
+            self._cancel(number, "prefetch")
 
     def _bring(self, number, event, ahead=False):
         """Make room and start to copy a page in; where memory runs out, more pages go. -> the pool's ticket"""
@@ -180,10 +188,23 @@ class Pager:
             try:
                 return self.pool.exchange(going, source, ahead)
             except MemoryError:
-                if not self._resident:
-                    self.resident_bytes -= source.nbytes
+                if ahead or not self._resident:
+                    self._cancel(number, event)
                     raise
             going.append(self._leave())
+
+    def _cancel(self, number, event):
+        """Strike out a page that did not come: as if it had not been asked for."""
+        nbytes = self._pages[number].nbytes
+        self.resident_bytes -= nbytes
+        self.counters.bytes_in -= nbytes
+        if event == "prefetch":
+            self.counters.prefetches -= 1
+        else:
+            self.counters.faults -= 1
+        if self.trace is not None:
+            last = max(i for i, row in enumerate(self.trace) if row[1:3] == (number, event))
+            del self.trace[last]
 
     def _leave(self):
         """Strike the least recently used page off the table. -> (its frame, its page): the pool has yet to put it back"""
@@ -221,7 +242,9 @@ class Pager:
     def read(self, pages):
         """The (rows, n) contents of pages, on the host, wherever they are now; counts nothing and moves no page."""
         self._settle()
-        return np.concatenate([np.asarray(backend.move(self._current(i), "cpu")) for i in pages], axis=1)
+        parts = np.concatenate([np.asarray(backend.move(self._current(i), "cpu")) for i in pages], axis=1)
+        self._release(pages)
+        return parts
 
     def write(self, pages, values):
         """Overwrite the contents of pages with (rows, n) values, wherever they are now."""
@@ -232,6 +255,12 @@ class Pager:
             end = start + target.shape[1]
             target[...] = backend.move(np.ascontiguousarray(values[:, start:end]), backend.array_module(target))
             start = end
+        self._release(pages)
+
+    def _release(self, pages):
+        for i in pages:
+            if self._moves and i not in self._resident and i not in self._fixed:
+                self.pool.release(self._pages[i])
 
     def _settle(self):
         self._arrive()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import backend
 from .optim import AdamW
 from .paging import Pager
 from .tensor import Tensor
@@ -41,7 +42,8 @@ class _Around(AdamW):
 
 
 def _optimizer(n, pager, around=False):
-    p = Tensor(np.random.default_rng(0).standard_normal(n, dtype=np.float32), requires_grad=True)
+    start = np.random.default_rng(0).standard_normal(n, dtype=np.float32)
+    p = Tensor(backend.move(start, pager.xp), requires_grad=True)
     return (_Around if around else AdamW)([p], lr=1e-3, pager=pager)
 
 
@@ -59,6 +61,11 @@ def measure(
     elements: float32 parameters; the state is 8 bytes each. Budgets below one page are left out, and prefetching where two do not fit.
     """
     state, grads = 8 * elements, np.random.default_rng(1).standard_normal((2, elements), dtype=np.float32)
+    if state < 2 * page_bytes:
+        raise ValueError(
+            f"paging: {elements} elements have {state} bytes of state; expected two pages of {page_bytes} or more"
+        )
+    grads = [backend.move(g, device) for g in grads]
     settings = {None: _optimizer(elements, Pager(device=device))}
     for fraction in fractions:
         for order in ("around", "back and forth"):
@@ -73,6 +80,8 @@ def measure(
         for g in grads:
             optimizer.groups[0]["params"][0].grad = g
             optimizer.step()
+        if optimizer.pager.xp is not np:
+            optimizer.pager.xp.cuda.get_current_stream().synchronize()
         return time.perf_counter() - began
 
     for optimizer in settings.values():

@@ -16,6 +16,7 @@ than the budget.
 
 import contextlib
 import mmap
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
@@ -71,7 +72,7 @@ class HostPool:
         while back:
             old, page = back.pop()
             page[...] = old
-            self._dropped(page)
+            self.release(page)
             if source is not None and old.shape == source.shape and old.dtype == source.dtype:
                 frame = old
             del old  # before anything new is allocated
@@ -80,36 +81,60 @@ class HostPool:
         if frame is None:
             frame = np.empty(source.shape, source.dtype)
         frame[...] = source
-        self._dropped(source)
+        self.release(source)
         return frame
 
-    def _dropped(self, page):
-        """Called when a page is not looked at for now."""
+    def release(self, page):
+        """A page is not looked at for now."""
 
 
 class FilePool(HostPool):
     """Pages in a temporary file that disappears with the pool. What was written or read is unmapped at once, so that the process
-    holds the resident frames and nothing else; the system may keep it in its disk cache, which is its to give away."""
+    holds the resident frames and nothing else; the system may keep it in its disk cache, which is its to give away. (With frames on a
+    device, pages stay mapped until they are read or written by the host.)
+
+    The file lies in the system's folder for temporary files, which the environment variable TMPDIR chooses. Where that folder is itself in
+    memory (tmpfs), so are the pages. OSError where the disk has no room: pages are reserved when they are allocated.
+    """
 
     def __init__(self, xp):
         super().__init__(xp)
         self._file = tempfile.TemporaryFile(prefix="tinylora-pages-")  # noqa: SIM115 (closed, and by that removed, with the pool)
-        self._end = 0
+        self._end, self._mapped, self._used = (
+            0,
+            None,
+            0,
+        )  # the file's length; its last stretch, and how much of it is given out
 
     def allocate(self, shapes, dtype):
-        step = mmap.ALLOCATIONGRANULARITY
+        step = mmap.ALLOCATIONGRANULARITY  # each page can be unmapped alone
         sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape in shapes]
-        starts = np.cumsum(
-            [0, *(-(-n // step) * step for n in sizes)]
-        ).tolist()  # so that each page can be unmapped alone
-        self._file.truncate(self._end + starts[-1])
-        mapped = mmap.mmap(self._file.fileno(), starts[-1], offset=self._end)
-        self._end += starts[-1]
+        room = np.cumsum([0, *(-(-n // step) * step for n in sizes)]).tolist()
+        mapped, first = self._stretch(room[-1])
+        starts = [first + n for n in room]
         pages = [np.frombuffer(mapped, dtype, n // np.dtype(dtype).itemsize, start).reshape(shape)
                  for shape, n, start in zip(shapes, sizes, starts, strict=False)]  # fmt: skip
         return [_Mapped(page, mapped, start, n) for page, n, start in zip(pages, sizes, starts, strict=False)]
 
-    def _dropped(self, page):
+    def _stretch(self, n):
+        """(mapping, where in it) of n new bytes. Each mapping is as long as all before it: few of them, as each holds a file descriptor."""
+        if self._mapped is None or self._used + n > len(self._mapped):
+            length = max(n, self._end, 1 << 20)
+            self._file.truncate(self._end + length)
+            self._mapped, self._used = mmap.mmap(self._file.fileno(), length, offset=self._end), 0
+            self._end += length
+        if n and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._file.fileno(), self._end - len(self._mapped) + self._used, n)
+            except OSError as error:
+                folder = tempfile.gettempdir()
+                raise OSError(
+                    f"pager: no room for {n:,} bytes of pages in {folder} ({error}); TMPDIR chooses another"
+                ) from None
+        self._used += n
+        return self._mapped, self._used - n
+
+    def release(self, page):
         if hasattr(mmap, "MADV_DONTNEED"):  # of a shared mapping: the file keeps what was written
             page.mapped.madvise(mmap.MADV_DONTNEED, page.start, page.length)
 
@@ -153,6 +178,9 @@ class ManagedPool:
 
     def wait(self, ticket):
         return ticket
+
+    def release(self, page):
+        """The driver's."""
 
     def finish(self):
         self.xp.cuda.get_current_stream().synchronize()
@@ -200,9 +228,7 @@ class _CopyStream:
     def wait(self, ticket):
         frame, arrived, kept = ticket
         self.xp.cuda.get_current_stream().wait_event(arrived)
-        if kept:
-            arrived.synchronize()
-            kept.clear()
+        kept.clear()  # whoever gets their memory next computes in this stream, and so after the event
         return frame
 
     def synchronize(self):

@@ -22,6 +22,7 @@ import numpy as np
 
 from . import backend, files, ops
 from .backend import move
+from .corpus import scored_bytes
 from .optim import AdamW, clip_grad_norm, schedule
 from .tensor import no_grad, tape_bytes, watch_rebuilds
 
@@ -103,11 +104,19 @@ def trimmed(inputs, targets, mask):
 
 
 def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False, limit=None):
-    """−Σ log₂ p(target | context) / bytes of text, every token of `data` scored once (see `windows`); limit: the first so many windows."""
+    """−Σ log₂ p(target | context) / the bytes that the targets stand for, each token of `data` scored once (see `windows`).
+
+    limit: the first so many windows only. The token that ends an answer costs bits and stands for no byte.
+    """
     inputs, targets, mask = (a[:limit] for a in data.windows(seq_len))
     batch_size = max(
         min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1
     )  # logits of 4 MB and more are not piled up
+    nbytes = scored_bytes(data, targets, mask)
+    if not nbytes:
+        raise ValueError(
+            f"held-out text: no answer begins within {seq_len} tokens of what is scored; choose a larger --seq-len"
+        )
     training = model.training
 
     def nats(rows):
@@ -126,7 +135,7 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
             )
     finally:
         model.train(training)
-    return total / math.log(2) * (data.tokens / data.nbytes) / float(mask.sum())
+    return total / math.log(2) / nbytes
 
 
 def fit(
@@ -142,6 +151,7 @@ def fit(
     progress=True,
     optimizer=AdamW,
     heldout_limit=None,
+    defaults=None,
 ):
     """Train the model's parameters that require a gradient, in place; returns a Result.
 
@@ -152,6 +162,7 @@ def fit(
     heldout_limit             evaluate on the first so many windows only
     pager, optimizer          AdamW or AdamW8bit, and where its state lives
     about                     what identifies the run besides the recipe (base model, adapters), compared on resuming
+    defaults                  {"job": {option: value}}: what a checkpoint that does not name an option had
     """
     trainable = model.trainable()
     optimizer = optimizer(
@@ -166,7 +177,7 @@ def fit(
     )
     gradient_bytes = sum(p.nbytes for _, p in trainable)
     result = Result(gradient_bytes=gradient_bytes, optimizer_bytes=optimizer.state_bytes)
-    identity, path, resuming = check_run(out, data, recipe, about)
+    identity, path, resuming = check_run(out, data, recipe, about, defaults)
     if resuming:
         result.first_step = _resume(path, trainable, optimizer, result)
     first = result.first_step
@@ -271,9 +282,8 @@ def _side_by_side(pool, shard, n, pager):
             results.append(None)
     del futures, future  # and with them the errors, which hold what had been allocated
     for j in (j for j, result in enumerate(results) if result is None):
-        if pager is not None:
+        if pager is not None and pager.evict_all():
             pager.counters.rescues += 1
-            pager.evict_all()
         results[j] = shard(j)
     return results
 
@@ -285,7 +295,7 @@ def _save(path, identity, trainable, optimizer, result):
     files.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
 
 
-def check_run(out, data, recipe, about=None):
+def check_run(out, data, recipe, about=None, defaults=None):
     """(identity, path, whether a checkpoint lies there) of a run in `out`; ValueError if the checkpoint is of another run."""
     identity = json.loads(json.dumps({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}))
     path = Path(out) / "checkpoint.safetensors" if out else None
@@ -293,11 +303,16 @@ def check_run(out, data, recipe, about=None):
         return identity, path, False
     _, metadata = files.load_safetensors(path)
     theirs = json.loads(metadata.get("tinylora", "{}")).get("identity", {})
+    for key, values in json.loads(
+        json.dumps(defaults or {})
+    ).items():  # options that are newer, or that no longer matter
+        if isinstance(theirs.get(key), dict):
+            theirs[key] = {name: v for name, v in {**values, **theirs[key]}.items() if name in identity[key]}
     for key in sorted(identity.keys() | theirs.keys()):
         a, b = theirs.get(key), identity.get(key)
         if a != b:
             if isinstance(a, dict) and isinstance(b, dict):
-                part = next(k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
+                part = next(k for k in sorted(a.keys() | b.keys()) if a.get(k, "not set") != b.get(k, "not set"))
                 key, a, b = f"{key}.{part}", a.get(part), b.get(part)
             raise ValueError(
                 f"{path} is the checkpoint of another run: its {key} is {a}, this run's is {b}; "
@@ -314,9 +329,10 @@ def _resume(path, trainable, optimizer, result):
         saved = tensors.get(f"param.{name}")
         if saved is None or saved.shape != p.shape:
             raise ValueError(f"{path} has no parameter {name} of shape {p.shape}")
-        p.data = move(saved.copy(), backend.array_module(p.data))
     optimizer.load_state_dict(
         {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
     )
+    for name, p in trainable:  # only now that everything was found fit
+        p.data = move(tensors[f"param.{name}"].copy(), backend.array_module(p.data))
     result.history, result.tape_bytes = about["history"], about["tape_bytes"]
     return optimizer.step_count

@@ -141,7 +141,6 @@ def _finetune(args):
         describe_comparison,
         finetune,
         finished,
-        read_trace,
     )
 
     targets = args.target_modules
@@ -171,15 +170,19 @@ def _finetune(args):
     if args.lr is None:  # full fine-tuning has a rate of its own; --compare takes it from --full-lr
         args.lr = (FULL_RECIPE if args.method == "full" and not args.compare else LORA_RECIPE).lr
     plan = recipe(args, LORA_RECIPE)
+    if args.trace and args.compare:
+        raise ValueError("finetune: --trace follows one run, and --compare makes several; leave one of them out")
+    if args.trace and job.page_budget is None:
+        raise ValueError(
+            "finetune: with --page-budget none nothing is paged, and there is nothing to trace; give a size"
+        )
     if not args.compare:
         if finished(job, plan, args.out) is not None:
             print(f"this run has ended before; its report from {args.out}:", file=sys.stderr)
         report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every, trace=args.trace)
         print(describe(report))
-        if args.trace and can_draw():
-            path = Path(args.out) / "paging.svg"
-            figures.save(figures.timeline(read_trace(args.out), job.page_budget), path)
-            print(f"figure: {path}")
+        if args.trace:
+            _timeline(args.out, job.page_budget)
         return
     figures.require_matplotlib()  # said before an hour of work, not after it
     full_lr = args.full_lr or FULL_RECIPE.lr
@@ -193,6 +196,20 @@ def _finetune(args):
     if args.eval_every:
         path = Path(args.out) / "curves.svg"
         figures.save(figures.loss_curves(reports), path)
+        print(f"figure: {path}")
+
+
+def _timeline(out, budget):
+    from .. import figures
+    from ..finetune import read_trace
+
+    path, trace = Path(out) / "paging.svg", read_trace(out) if (Path(out) / "paging.csv").is_file() else []
+    if not trace:
+        print(
+            "no timeline: this process paged nothing (the run had ended before, or every state is too small to be paged)"
+        )
+    elif can_draw():
+        figures.save(figures.timeline(trace, budget), path)
         print(f"figure: {path}")
 
 

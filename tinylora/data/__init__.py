@@ -19,7 +19,7 @@ def jargon(split):
 
 
 def jargon_pairs(split):
-    """The Jargon File as [(question, answer)]: "What does the word … mean?", and the entry's text without its indentation."""
+    """The Jargon File as [(question, answer)]: 'What does "…" mean to a hacker?', and the entry's text without its indentation."""
     pairs = []
     for entry in jargon(split).decode("utf-8").split("\n\n"):
         term, _, text = entry.strip("\n").partition("\n")

@@ -133,7 +133,8 @@ def figure_6(seq_len=512):
         colour = PARTS[name][1]
         ax.barh(0, 0, facecolor=colour, label=text or PARTS[name][0], **_HATCH.get(colour, {}))
     ax.barh(0, 0, fill=False, edgecolor="0.45", lw=0.7, label="not labelled in the paper")
-    ax.legend(frameon=False, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.62))
+    white = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line at 48 GB ends at it
+    ax.legend(**white, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.62))
     ax.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=9)
     ax.set(xlim=(0, 1.2 * end), ylim=(9.2, -0.9), xlabel=f"GB, one sequence of {seq_len} tokens")
     gap = [

@@ -9,10 +9,12 @@ from .style import COLOURS, canvas
 _MARKS = (("fault", COLOURS[2]), ("prefetch", COLOURS[0]), ("evict", "0.35"))
 
 
-def timeline(trace, budget=None, title=None):
+def timeline(trace, budget=None, title=None, tape=None, room=None):
     """Resident bytes, and faults, prefetches and evictions a step, from a Pager's trace. [(step, page, event, bytes)] -> figure
 
-    The upper panel follows the trace event by event within each step; the lower one adds the bytes up.
+    The upper panel follows the trace event by event within each step; the lower one adds the bytes up. tape: {step: bytes} that the
+    forward pass of a step held beside the pages, before its update; room: bytes that there are for both. With them, pages that were
+    evicted before the first use of a step went to make room for its tape, and where it would have stood otherwise is outlined.
     """
     steps = np.array([row[0] for row in trace])
     if not len(steps):
@@ -23,13 +25,38 @@ def timeline(trace, budget=None, title=None):
     change = np.array([sign[row[2]] * row[3] for row in trace])
     resident = np.cumsum(change)
     # an event's place in time: its step, and its share of the step's events
-    counts = np.diff(bounds)
-    place = np.concatenate([s + np.arange(n) / max(n, 1) for s, n in zip(range(first, last + 1), counts, strict=True)])
-    figure, (top, below) = canvas(9.2, 4.6, nrows=2, height_ratios=(1.25, 1), sharex=True)
+    begin, place = 0.0 if tape is None else 0.4, []
+    yielded = {}  # step -> events before its forward pass could run
+    for s, (a, b) in zip(range(first, last + 1), itertools.pairwise(bounds), strict=True):
+        n = 0 if tape is None else next((i for i in range(b - a) if trace[a + i][2] != "evict"), b - a)
+        yielded[s] = n if n > 1 else 0
+        rest = b - a - yielded[s]
+        place += [s + 0.02] * yielded[s] + [s + begin + (1 - begin) * i / max(rest, 1) for i in range(rest)]
+    figure, (top, below) = canvas(9.2, 4.6, nrows=2, height_ratios=(1.25, 1) if tape is None else (1.7, 1), sharex=True)
     unit, name = _unit(max(resident.max(), budget or 0))
-    top.fill_between(place, resident / unit, step="post", color=COLOURS[0], alpha=0.25, lw=0)
-    top.plot(place, resident / unit, drawstyle="steps-post", color=COLOURS[0], lw=1)
-    if budget is not None and budget < 1.6 * resident.max():
+    ends = [*place, last + 1], [*(resident / unit), resident[-1] / unit]
+    top.fill_between(*ends, step="post", color=COLOURS[0], alpha=0.25, lw=0)
+    top.plot(*ends, drawstyle="steps-post", color=COLOURS[0], lw=1)
+    if tape is not None:
+        _beside(
+            top,
+            tape,
+            room,
+            unit,
+            name,
+            {s: [0, *resident][a] for s, a in zip(yielded, bounds, strict=False)},
+            {s: [0, *resident][a + yielded[s]] for s, a in zip(yielded, bounds, strict=False)},
+        )
+        top.annotate(
+            "pages",
+            (last + 0.7, resident[-1] / unit),
+            (0, -13),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8.5,
+            color=COLOURS[0],
+        )
+    elif budget is not None and budget < 1.6 * resident.max():
         top.axhline(budget / unit, color="0.35", ls="--", lw=1)
         top.annotate(
             f"budget {budget / unit:.2f} {name}",
@@ -38,21 +65,17 @@ def timeline(trace, budget=None, title=None):
             textcoords="offset points",
             fontsize=8.5,
         )
-    top.set(ylabel=f"resident, {name}", ylim=(0, None))
-    wide, sums = 0.27, {}
-    for i, (event, colour) in enumerate(_MARKS):
-        sums[event] = np.array(
-            [sum(row[3] for row in trace[a:b] if row[2] == event) for a, b in itertools.pairwise(bounds)]
-        )
-        if sums[event].any():
-            x = np.arange(first, last + 1) + 0.23 + wide * i
-            below.bar(
-                x,
-                sums[event] / unit,
-                wide,
-                color=colour,
-                label={"evict": "evicted", "fault": "faults", "prefetch": "prefetched"}[event],
-            )
+    top.set(ylabel=f"{'resident' if tape is None else 'held'}, {name}", ylim=(0, None))
+    wide = 0.27
+    sums = {
+        event: np.array([sum(row[3] for row in trace[a:b] if row[2] == event) for a, b in itertools.pairwise(bounds)])
+        for event, _ in _MARKS
+    }
+    drawn = [mark for mark in _MARKS if sums[mark[0]].any()]
+    for i, (event, colour) in enumerate(drawn):
+        x = np.arange(first, last + 1) + 0.5 + wide * (i - (len(drawn) - 1) / 2)
+        label = {"evict": "evicted", "fault": "faults", "prefetch": "prefetched"}[event]
+        below.bar(x, sums[event] / unit, wide, color=colour, label=label)
     below.set(
         ylabel=f"{name} a step",
         xlabel="step",
@@ -69,6 +92,40 @@ def timeline(trace, budget=None, title=None):
     said = f"{moved / unit:,.1f} {name} moved in {last - first + 1} steps; {hits:,} of {uses:,} uses found their page resident"
     top.set_title(f"{title}: {said}" if title else said, fontsize=10)
     return figure
+
+
+def _beside(ax, tape, room, unit, name, before, after):
+    """The tape of each step on top of the pages: `before` the pages that were resident when it was wanted, `after` those that stayed."""
+    for s, nbytes in tape.items():
+        ax.bar(s + 0.05, nbytes / unit, 0.3, after[s] / unit, align="edge", color=COLOURS[3], alpha=0.75, lw=0)
+        if before[s] > after[s]:
+            ax.bar(s + 0.05, nbytes / unit, 0.3, before[s] / unit, align="edge", fill=False, ec="0.2", ls=":", lw=1.1)
+            ax.annotate(
+                f"beside the resident pages: {(nbytes + before[s]) / unit:.1f} {name}",
+                (s + 0.38, (nbytes + before[s]) / unit),
+                (2, -9),
+                textcoords="offset points",
+                fontsize=8.5,
+            )
+    s = min(s for s in tape if before[s] == max(before[s] for s in tape))
+    ax.annotate(
+        f"tape, {tape[s] / unit:.1f} {name}",
+        (s + 0.05, (after[s] + tape[s]) / unit),
+        (0, 3),
+        textcoords="offset points",
+        ha="left",
+        fontsize=8.5,
+        color=COLOURS[3],
+    )
+    if room is not None:
+        ax.axhline(room / unit, color="0.2", lw=1.1)
+        ax.annotate(
+            f"room for both: {room / unit:.0f} {name}",
+            (min(tape), room / unit),
+            (3, 3),
+            textcoords="offset points",
+            fontsize=8.5,
+        )
 
 
 def _unit(nbytes):

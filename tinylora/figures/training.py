@@ -54,6 +54,10 @@ def loss_curves(reports, title=None):
     figure, (left, right) = canvas(9.2, 3.6, ncols=2, width_ratios=(1.7, 1))
     ends = {}
     for (method, rs), colour in zip(reports.items(), COLOURS, strict=False):
+        if not all(any(row.get("heldout") is not None for row in r.history) for r in rs):
+            raise ValueError(
+                f"loss curves: a run of {method} has no held-out evaluations; run it with --eval-every in a new folder"
+            )
         rows = [[(row["step"], row["heldout"]) for row in r.history if row.get("heldout") is not None] for r in rs]
         steps = [step for step, _ in rows[0]]
         values = np.array([[value for _, value in r] for r in rows])
