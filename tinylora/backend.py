@@ -212,10 +212,12 @@ def uniform_like(x):
 
 # --------------------------------------------------------------------------------------------------------------------- speed
 def keep_freed_memory():
-    """Ask glibc to keep large freed blocks instead of returning them to the kernel. True if it was possible.
+    """Ask glibc to keep freed blocks below 16 MB instead of returning them to the kernel. True if it was possible.
 
     A training step frees and allocates the same large temporaries again and again; each fresh block costs page faults,
-    which can be a third of the step. Linux with glibc only. Never called at import: it changes the whole process.
+    which can be a third of the step. Larger blocks (the logits of a large vocabulary) are still returned: kept, those of one
+    length do not fit the next, and the heap grows with every new length. Linux with glibc only. Never called at import: it
+    changes the whole process.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -227,4 +229,4 @@ def keep_freed_memory():
         return False
     m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
     big = 2**31 - 1
-    return all([mallopt(m_mmap_threshold, big), mallopt(m_trim_threshold, big), mallopt(m_top_pad, 64 << 20)])
+    return all([mallopt(m_mmap_threshold, 16 << 20), mallopt(m_trim_threshold, big), mallopt(m_top_pad, 64 << 20)])

@@ -56,7 +56,7 @@ class IntegerLinear(Module):
     dense = dequantize
 
     def forward(self, x):
-        y = ops.linear_frozen(x, self)
+        y = ops.linear_frozen(x, self, backward_weight="forward")
         return y if self.bias is None else y + self.bias
 
 
@@ -116,6 +116,7 @@ class Calibrated:
     tau: np.ndarray
 
     shape = property(lambda self: self.quantized.shape)
+    dtype = "float32"
 
     def dequantize(self, dtype=None):
         """Ŵ in float32."""
