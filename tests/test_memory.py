@@ -292,10 +292,12 @@ def test_the_command_measures_what_it_predicts(capsys):
     for words, sentence in (
         (("--model", "llama-7b"), "--measure runs a step of the embedded model, and --model is 'llama-7b'"),
         (("--precision", "paper"), "--precision must be engine, not paper"),
-        (("--optimizer", "adamw8bit"), "--measure runs AdamW in 32 bits"),
     ):
         with pytest.raises(ValueError, match=sentence):
             command("--measure", *words)
+    command("--measure", "--optimizer", "adamw8bit", "--out", "none", "--seq-len", "16")
+    out = capsys.readouterr().out
+    assert "optimizer state" in out and "%" not in out, "8-bit states are predicted to the byte as well"
 
 
 def test_the_command_prints_the_audit_and_draws(capsys, tmp_path):

@@ -333,6 +333,11 @@ class Llama(Module):
         """
         model, opened = _open(cls, path)
         options = {"code": quantize} if isinstance(quantize, str) else quantize
+        unknown = set(options or ()) - set(_QUANTIZE_OPTIONS)
+        if unknown:
+            raise ValueError(
+                f"from_pretrained: quantize has no option {min(unknown)!r}: expected {', '.join(_QUANTIZE_OPTIONS)}"
+            )
         for name in [name for name, _ in model.named_parameters()]:
             path = name.removesuffix(".weight")
             layer = model.get(path)
@@ -383,6 +388,20 @@ def convert(path, folder, dtype="bfloat16"):
     shapes = {name: w.shape for name, w in model.named_parameters()}
     checkpoints.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype)
     return sum(math.prod(shape) for shape in shapes.values())
+
+
+_QUANTIZE_OPTIONS = (
+    "code",
+    "blocksize",
+    "double_quant",
+    "compute_dtype",
+    "skip",
+    "rule",
+    "offset",
+    "check_finite",
+    "nested_code",
+    "signed",
+)
 
 
 def _quantized(

@@ -32,6 +32,7 @@ from .dtypes import BITS
 from .gguf import GGUF
 from .llama import LlamaConfig
 from .optim import AdamW
+from .optim8bit import BLOCKSIZE, MIN_8BIT_SIZE
 from .quant import NESTED_BLOCKSIZE, QuantizedTensor
 from .tensor import tape_bytes, watch_rebuilds
 
@@ -164,7 +165,7 @@ def optimizer_bytes(sizes, optimizer="adamw", precision=ENGINE):
     master = 0 if precision.master is None else BITS[precision.master] // 8 * sum(sizes)
     if optimizer == "adamw":
         return 2 * BITS[precision.optimizer] // 8 * sum(sizes) + master
-    return sum(8 * n if n < 4096 else 2 * n + 8 * -(-n // 256) for n in sizes) + master
+    return sum(8 * n if n < MIN_8BIT_SIZE else 2 * n + 8 * -(-n // BLOCKSIZE) for n in sizes) + master
 
 
 # ------------------------------------------------------------------------------------------------------------------- the tape
@@ -334,7 +335,7 @@ def predict(
 
 # ------------------------------------------------------------------------------------------------------------------- measure
 def measure(model, batch, optimizer=None, label="measured"):
-    """The Account of a step that is really run: the bytes of the arrays that hold it. No weight and no .grad changes.
+    """The Account of a step that is really run: the bytes of the arrays that hold it. No weight and no .grad changes (dropout draws).
 
     batch        (inputs, targets, mask) as `data.batch` gives them: integer arrays (b, t), and 0 or 1; the mask may be None
     optimizer    whatever has `state_bytes` and was made for this model's trained parameters; a new AdamW by default

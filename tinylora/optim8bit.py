@@ -51,6 +51,7 @@ from .optim import AdamW
 from .rounding import cpu_quantize_8bit
 
 BLOCKSIZE = 256
+MIN_8BIT_SIZE = 4096  # below, bitsandbytes keeps 32-bit states
 _CHUNK = 1 << 15  # elements worked on at a time on the host, so that the temporaries stay in the cache
 _TINY = 2.0**-126  # the smallest normal float32
 
@@ -238,7 +239,7 @@ class AdamW8bit(AdamW):
         eps=1e-8,
         weight_decay=1e-2,
         pager=None,
-        min_8bit_size=4096,
+        min_8bit_size=MIN_8BIT_SIZE,
         rule="bitsandbytes-cpu",
     ):
         if rule not in _UPDATES:

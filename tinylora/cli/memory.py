@@ -96,10 +96,6 @@ def _memory(args):
         raise ValueError(
             f"memory: --measure compares with what tinylora holds, so --precision must be engine, not {name}"
         )
-    if args.measure and args.optimizer != "adamw":
-        raise ValueError(
-            f"memory: --measure runs AdamW in 32 bits, and --optimizer is {args.optimizer!r}; leave one of them out"
-        )
     targets = args.target_modules
     options = {
         "r": args.r,
@@ -146,7 +142,8 @@ def _measured(args, options, method, checkpointing):
         adapters.add_lora(model, options["r"], target_modules=options["target_modules"])
     model.gradient_checkpointing = checkpointing
     text, _ = finetune.corpus(job, model.tokenizer)
-    return memory.measure(model, text.batch(np.random.default_rng(0), options["batch_size"], options["seq_len"]))
+    batch = text.batch(np.random.default_rng(0), options["batch_size"], options["seq_len"])
+    return memory.measure(model, batch, finetune.OPTIMIZERS[options["optimizer"]](model.trainable()))
 
 
 def _draw(args, accounts, published=False):

@@ -38,7 +38,7 @@ def finetune_parser(commands):
     p.add_argument(
         "--model",
         default=Job.model,
-        help="'base' (embedded), a folder with config.json and safetensors, or FILE.gguf of a Llama (base)",
+        help="'base' (embedded), a folder with config.json and safetensors, or FILE.gguf of a Llama; no token is put before a text (base)",
     )
     p.add_argument(
         "--text",

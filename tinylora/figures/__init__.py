@@ -15,6 +15,7 @@
     counting    the paper's printed counts over the recomputed ones
     tape        bytes and multiply-adds of a step, with LoRA and without
     memory      where the bytes of a training step are; QLoRA's figure 6
+    qlora_layer which weight the gradient meets
     paging      the timeline of a pager, and what a budget costs
     normality   how many rows are not normal, beside the power of the test
 
