@@ -58,7 +58,8 @@ class Pager:
     device          where resident pages live: "cpu", "cuda" or an array module
     trace           True: keep a list of (step, page, event, bytes); set `step` to label it. The events are "fault", "prefetch"
                     (bytes come in), "evict" (bytes go out) and "hit"
-    prefetch        bring the next page beside the work on this one. None: where that can pay, which is everywhere but between RAM and RAM
+    prefetch        bring the next page beside the work on this one. None: on a device. On NumPy a thread does it, and handing a page of
+                    256 kB over takes longer than copying it (`tinylora paging`)
     whole_tensors   a tensor's state is one page, and states of less than 100,000 elements are not paged (bitsandbytes)
     """
 
@@ -84,7 +85,7 @@ class Pager:
                 "raise the budget or make the pages smaller"
             )
         self.budget, self.page_bytes, self.whole_tensors = budget, page_bytes, whole_tensors
-        self.prefetch = (pool == "file" or self.xp is not np) if prefetch is None else prefetch
+        self.prefetch = self.xp is not np if prefetch is None else prefetch
         self.counters, self.step = Counters(), 0
         self.resident_bytes = self.peak_resident_bytes = self.unpaged_bytes = 0
         self.trace = [] if trace else None
