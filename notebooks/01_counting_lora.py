@@ -26,12 +26,13 @@
 
 # %% tags=["setup"]
 import numpy as np
+from drawings.nb01 import printed_against_recomputed
 from grading import grade
 
 import tinylora as tl
 from tinylora import counting
-from tinylora.figures.counting import printed_against_recomputed
 from tinylora.nn import Linear, Linear4bit
+from tinylora.papers import lora_numbers, verdict
 
 # %% [markdown]
 # ## 1. One matrix
@@ -292,7 +293,7 @@ assert matrices // 2 + rest + counting.lora_on(llama, 16) == 3_540_389_888 == 3_
 # Here is table 15's column.
 
 # %%
-rows = [row for row in counting.audit() if row.where == "Table 15"]
+rows = [row for row in lora_numbers.audit() if row.where == "Table 15"]
 for row in rows:
     print(f"{row.method:12}{row.setting:33}{row.printed:>8}{row.computed:12.3f}  {row.verdict}")
 
@@ -342,7 +343,7 @@ for row in rows:
 cut = [(row.value + 0.1) * 1e6 / (d * prefix[row.setting]) for row in rows if row.setting in prefix]  # if truncated
 assert max(low) > min(high) and max(cut[3:]) < min(low[:3])  # no number fits all five, by either rule
 assert 102.7 < max(low[:3]) < min(high[:3]) < 103  # the first three: a number, but not a whole one
-assert 103 * 16 * d == 20_250_624 and counting.judge("20.2M", 20.250624) == "truncated"
+assert 103 * 16 * d == 20_250_624 and verdict.judge("20.2M", 20.250624) == "truncated"
 assert [f"{r.value / r.computed - 1:.1%}" for r in rows if r.method == "PrefixLayer"] == [
     "8.1%",
     "7.0%",
@@ -350,7 +351,7 @@ assert [f"{r.value / r.computed - 1:.1%}" for r in rows if r.method == "PrefixLa
     "3.8%",
     "0.8%",
 ]
-fits_97 = [counting.judge(row.printed, 97 * d * prefix[row.setting] / 1e6) for row in rows if row.setting in prefix]
+fits_97 = [verdict.judge(row.printed, 97 * d * prefix[row.setting] / 1e6) for row in rows if row.setting in prefix]
 assert fits_97 == ["does not follow"] * 5
 
 # %% [markdown]
@@ -376,10 +377,10 @@ suspects = [  # place, printed, its own formula, (what would give it, in the sam
 ]
 for place, printed, own, change, other, _ in suspects:
     print(f"{place:29}{printed:>7}  formula {own:7.3f}   {change:17} {other:7.3f}")
-    assert counting.judge(printed, own) == "does not follow"
-    assert counting.judge(printed, other) in ("match", "rounds to")
+    assert verdict.judge(printed, own) == "does not follow"
+    assert verdict.judge(printed, other) in ("match", "rounds to")
 explained = sum(entry[-1] for entry in suspects)
-wrong = [r for r in counting.audit() if r.verdict == "does not follow"]
+wrong = [r for r in lora_numbers.audit() if r.verdict == "does not follow"]
 kinds = ("PreLayer", "PrefixLayer", "LoRA+PL", "FT", "FT*")
 left = [r for r in wrong if r.method in kinds or (r.method, r.printed) == ("Adapter^H", "11.09M")]
 assert (len(wrong), explained, len(left)) == (22, 11, 11)
@@ -400,12 +401,12 @@ assert (formulas["14.2M"], formulas["603.8M"], formulas["24M"]) == ("12.976", "6
 # (354.82M by its shapes) and 175,255.8M for GPT-3 (174,604.3M).
 
 # %% tags=["hide-input"]
-found = counting.audit()
-assert [r for r in range(1, 193) if counting.judge("4.7M", counting.lora_square(96, 1536, r) / 1e6) == "rounds to"] == [
+found = lora_numbers.audit()
+assert [r for r in range(1, 193) if verdict.judge("4.7M", counting.lora_square(96, 1536, r) / 1e6) == "rounds to"] == [
     16
 ]
 assert not [
-    r for r in range(1, 1025) if counting.judge("11.09M", counting.adapter_h(24, 1024, r) / 1e6) != "does not follow"
+    r for r in range(1, 1025) if verdict.judge("11.09M", counting.adapter_h(24, 1024, r) / 1e6) != "does not follow"
 ]
 assert round(counting.transformer(24, 1024, 50257, 1024) / 1e6, 2) == 354.82
 assert round(counting.transformer(L, d, 50257, 2048) / 1e6, 1) == 174_604.3

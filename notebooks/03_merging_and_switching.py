@@ -30,10 +30,11 @@ from threadpoolctl import threadpool_limits
 
 import tinylora as tl
 from tinylora import adapters, codebooks, counting, flops, ops, optimality, quantize
-from tinylora.experiments import dynamics
-from tinylora.figures.dynamics import merge_ulps
 from tinylora.interop import loralib
 from tinylora.nn import Linear, Linear4bit, Linear16bit
+from tinylora.papers import lora_numbers
+from tinylora.papers.claims import dynamics
+from tinylora.papers.claims.dynamics import draw_merge_ulps
 
 f32 = np.float32
 one_thread = threadpool_limits(
@@ -98,8 +99,8 @@ for name, net in (("base", layer.base_layer), ("adapted", layer), ("merged", mer
 # `tinylora.counting`.
 
 # %% tags=["hide-input"]
-L, d = counting.GPT2_M
-table1 = [row for row in counting.audit() if row.where == "Table 1"]
+L, d = lora_numbers.GPT2_M
+table1 = [row for row in lora_numbers.audit() if row.where == "Table 1"]
 latency = {(row.setting, row.method): row for row in table1 if row.printed.endswith("%")}
 width = {(row.printed, row.method): int(row.setting[4:]) for row in table1 if not row.printed.endswith("%")}
 share = {}
@@ -203,7 +204,7 @@ for i, size in enumerate(results[0]["sizes"]):
         f"‖ΔW‖/‖W0‖ = {size:4}: restored {mean['restored'][i]:.0%}; bfloat16, unchanged by merging {mean['lost_bfloat16'][i]:.1%}"
     )
 assert np.allclose(mean["restored"], [0.977, 0.889, 0.652, 0.383], atol=0.01) and mean["lost_bfloat16"][0] > 0.15
-merge_ulps(results)
+draw_merge_ulps(results)
 
 # %% [markdown]
 # ## 4. What `eval()` does

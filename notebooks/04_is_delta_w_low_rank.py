@@ -26,9 +26,9 @@
 import numpy as np
 from grading import grade
 
-from tinylora import experiments, intrinsic, subspaces
-from tinylora.experiments.toys import Planted, fit, linear, orthonormal, weight
-from tinylora.figures import rank
+from tinylora.papers import claims, intrinsic, subspaces
+from tinylora.papers.claims import planted
+from tinylora.papers.claims.toys import Planted, fit, linear, orthonormal, weight
 
 rng = np.random.default_rng(0)
 
@@ -95,7 +95,7 @@ def predicted(s, r, noise, n, d=96):
 # LoRA is trained on 4,096 examples, 200 steps of AdamW, three seeds (`experiments.planted.rank_sweep`).
 
 # %% tags=["hide-input"]
-low = experiments.run("rank_sweep", seeds=(0, 1, 2))["rank_sweep"]
+low = claims.run("rank_sweep", seeds=(0, 1, 2))["rank_sweep"]
 mse = np.array([result["mse"] for result in low]).mean(axis=0)
 for r, measured, tail in zip(low[0]["ranks"], mse, low[0]["tail"], strict=True):
     print(f"r = {r:2}: {measured:.6f}   least possible {tail:.6f}   predicted {predicted((3, 2), r, 0.05, 4096):.6f}")
@@ -129,7 +129,7 @@ print(f"a Gaussian ΔW, r = 8: at least {tail:.4f}, or {tail / 0.05**2:.0f} σ²
 assert round(tail, 3) == 0.101 and round(tail / 0.05**2) == 40
 
 # %% tags=["hide-input"]
-full = experiments.run("full_rank_target", seeds=(0, 1, 2))["full_rank_target"]
+full = claims.run("full_rank_target", seeds=(0, 1, 2))["full_rank_target"]
 mse, tails = (np.array([result[key] for result in full]) for key in ("mse", "tail"))
 for r, measured, least in zip(full[0]["ranks"], mse.mean(axis=0), tails.mean(axis=0), strict=True):
     print(f"r = {r:2}: {measured:.5f}   least possible {least:.5f}")
@@ -145,7 +145,7 @@ assert round(mse[:, 3].mean(), 3) == 0.103 and round(mse[:, 3].mean() / 0.0025) 
 # optimizer but rank. (The paper says in a footnote to §7.2 that it does not expect a small $r$ to work for every task.)
 
 # %% tags=["hide-input"]
-rank.rank_sweep(low, full)
+planted.draw_rank_sweep(low, full)
 
 # %% [markdown]
 # ## 4 · "The rank of ΔW" is not one number
@@ -219,7 +219,7 @@ assert (round(odds[0], 2), round(odds[5], 3), round(6 * odds[5], 2)) == (0.11, 0
 
 # %% tags=["hide-input"]
 TABLE_18 = [1.23, 1.21, 1.18, 1.17, 1.16, 1.16, 1.16, 1.16, 1.16, 1.16, 1.17]  # published
-shape = experiments.run("table18_shape", seeds=(0,))["table18_shape"][0]
+shape = claims.run("table18_shape", seeds=(0,))["table18_shape"][0]
 harmonic, ratios = 3 / np.arange(1, 97), []
 for r, scarce, ample in zip(shape["ranks"], shape["scarce"], shape["ample"], strict=True):
     formula = predicted(harmonic, r, 0.5, 1024) - 0.25
@@ -262,7 +262,7 @@ assert (np.diff(shape["ample"]) < 0).all() and round(shape["rise_scarce"], 1) ==
 # there.
 
 # %% tags=["hide-input"]
-few = experiments.run("low_data", seeds=(0, 1, 2))["low_data"]
+few = claims.run("low_data", seeds=(0, 1, 2))["low_data"]
 means = {key: np.mean([result[key] for result in few], axis=0) for key in ("lora", "full", "ratio", "ratio_full_rank")}
 for n, lora, all_weights, ratio, other in zip(few[0]["sizes"], *means.values(), strict=True):
     text = f"n = {n:4}: LoRA {lora:.5f}  full {all_weights:.5f}  full / LoRA {ratio:.2f}"
@@ -305,7 +305,7 @@ assert inside[1] < 1e-4 and inside[2] < 1e-3 and np.round(outside, 2).tolist() =
 # will help when data are scarce.
 
 # %% tags=["hide-input"]
-rank.low_data(few)
+planted.draw_low_data(few)
 
 # %% [markdown]
 # ## 7 · Intrinsic dimension, where the idea came from
@@ -403,7 +403,7 @@ def d90(scores, full):
 
 
 # %% tags=["hide-input"]
-runs = [experiments.directions.intrinsic_dimension(seed, (50, 70, 100, 140, 200)) for seed in (0, 1, 2)]
+runs = [claims.directions.intrinsic_dimension(seed, (50, 70, 100, 140, 200)) for seed in (0, 1, 2)]
 found = {}
 for name, what in (("random", "random start"), ("head", "trained body, new head"), ("near", "nearby task")):
     scores = [dict(zip(run["dimensions"], run[name], strict=True)) for run in runs]

@@ -25,10 +25,10 @@
 import numpy as np
 from grading import grade
 
-from tinylora import experiments, subspaces
-from tinylora.experiments.directions import shared_only, trained, update
-from tinylora.experiments.toys import Planted, orthonormal
-from tinylora.figures import directions
+from tinylora.papers import claims, subspaces
+from tinylora.papers.claims import directions
+from tinylora.papers.claims.directions import shared_only, trained, update
+from tinylora.papers.claims.toys import Planted, orthonormal
 
 rng = np.random.default_rng(0)
 
@@ -164,7 +164,7 @@ def shared(i, j, d, k):
 
 # %% tags=["hide-input"]
 pairs = ((1, 1), (2, 2), (8, 8), (8, 64))
-runs = experiments.run("subspace_overlap", seeds=(0, 1, 2))["subspace_overlap"]
+runs = claims.run("subspace_overlap", seeds=(0, 1, 2))["subspace_overlap"]
 found = np.array([result["phi"] for result in runs])
 for n, (i, j) in enumerate(pairs):
     k = min(2, i)
@@ -176,7 +176,7 @@ assert found[:, 0].min() > 0.88 and found[:, 1].min() > 0.994
 assert all(np.abs(found[:, n] - shared(*pairs[n], 96, 2)).max() < 0.02 for n in (1, 2, 3))
 
 # %% tags=["hide-input"]
-directions.similarity_maps()
+directions.draw_similarity_maps()
 
 # %% [markdown]
 # The left map looks like the paper's Figure 3: a bright corner at the first directions. What the bright *bands* say becomes clear
@@ -205,7 +205,7 @@ for singular in ((3.0, 2.0), (2.5, 2.5)):
 # directions. They share $n/d$ of them: nearly none at GPT-3's width, but 0.17 at $d = 96$ and $n = 16$, beside 0.27 for the seeds.
 
 # %% tags=["hide-input"]
-runs = experiments.run("two_seeds", seeds=(0, 1, 2))["two_seeds"]
+runs = claims.run("two_seeds", seeds=(0, 1, 2))["two_seeds"]
 seeds, gaussian = (np.mean([result[key] for result in runs], axis=0) for key in ("phi", "gaussian"))
 for n, a, b in zip((1, 2, 16, 64), seeds, gaussian, strict=True):
     print(
@@ -303,7 +303,7 @@ assert round(np.sqrt(0.32 / (21.67 / 2)), 2) == 0.17 and round(21.67 / 2, 1) == 
 # three random) have 1.7, less than four blind pairs (2.6), though $W$'s strongest pair is most of it.
 
 # %% tags=["hide-input"]
-runs = experiments.run("amplification", seeds=(0, 1, 2))["amplification"]
+runs = claims.run("amplification", seeds=(0, 1, 2))["amplification"]
 for place in ("weak", "random"):
     factors = np.array([result[place] for result in runs])
     print(
@@ -342,7 +342,7 @@ assert (
 assert weak[:, 2].max() < 0.5 and random[:, 2].max() < 0.5
 
 # %% tags=["hide-input"]
-directions.amplification(runs)
+directions.draw_amplification(runs)
 
 # %% [markdown]
 # At $r = 4$ the factor is 6.0 in weak directions and 10.1 in random ones; at $r = 64$ both fall below 0.5, because the 62
@@ -367,7 +367,7 @@ assert (
     and round(0.2 / mean) == 2
     and round((0.2 - mean) / deviation) == 52
 )
-runs = experiments.run("top_of_delta_in_w", seeds=(0, 1, 2))["top_of_delta_in_w"]
+runs = claims.run("top_of_delta_in_w", seeds=(0, 1, 2))["top_of_delta_in_w"]
 tops = {place: np.mean([result[place] for result in runs]) for place in ("weak", "random", "top")}
 print(
     "toy, φ(4, 10), chance {:.3f} ± {:.3f}:".format(*chance(4, 10, 96)),

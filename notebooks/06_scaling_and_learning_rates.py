@@ -21,8 +21,7 @@ import numpy as np
 from grading import grade
 
 import tinylora as tl
-from tinylora.experiments import dynamics, toys
-from tinylora.figures import dynamics as figures
+from tinylora.papers.claims import dynamics, toys
 
 rng = np.random.default_rng(0)
 SEEDS = (0, 1, 2)
@@ -123,7 +122,7 @@ assert (
     f"{table['adam_rs_size'][-2]:.2f} {table['adam_rs_size'][-1]:.2f} {table['adam_r_size'][-1]:.3f}"
     == "1.08 1.28 0.079"
 )
-figures.first_step(results)
+dynamics.draw_first_step(results)
 
 # %% [markdown]
 # So this is the answer to "why α/r": LoRA §4.1 speaks of Adam, and **under Adam α/r makes the first gain independent
@@ -330,7 +329,7 @@ print(
 assert different == 0 and 0 < relative < 1e-14 and alone > 30
 
 # %% tags=["hide-input"]
-figures.invariance(results[0])
+dynamics.draw_invariance(results[0])
 
 # %% [markdown]
 # ## 5. What the exchange settles

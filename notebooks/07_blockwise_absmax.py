@@ -16,12 +16,12 @@
 
 # %% tags=["setup"]
 import numpy as np
+from drawings.nb07 import block_maximum, price_and_gain
 from grading import grade
 from scipy.special import erf, polygamma
 
 import tinylora as tl
 from tinylora import codebooks, laws, optimality
-from tinylora.figures import block_maximum, price_and_gain
 
 # %% [markdown]
 # ## 1. One absmax for the whole tensor

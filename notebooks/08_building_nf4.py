@@ -22,10 +22,10 @@ from fractions import Fraction
 from statistics import NormalDist
 
 import numpy as np
+from drawings.nb08 import nf4_on_the_normal
 from grading import grade
 
 from tinylora import codebooks, optimality, quantize
-from tinylora.figures import nf4_on_the_normal
 
 Φ, Φ_inverse = NormalDist().cdf, NormalDist().inv_cdf
 

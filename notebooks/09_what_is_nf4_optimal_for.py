@@ -25,8 +25,8 @@ from grading import grade
 from scipy.special import ndtr as Phi
 
 from tinylora import codebooks, laws, quantize
-from tinylora.figures import nf4_optimal_for
 from tinylora.optimality import entropy, expected_error, expected_max, optimal_code, usage
+from tinylora.papers.nf4_construction import nf4_optimal_for
 
 NF4 = codebooks.nf4().astype(float)
 

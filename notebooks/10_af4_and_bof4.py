@@ -25,12 +25,12 @@
 
 # %% tags=["setup"]
 import numpy as np
+from drawings.nb10 import af4_against_blocksize, code_values
 from grading import grade
 from scipy.special import erf
 
 import tinylora as tl
 from tinylora import codebooks, quantize
-from tinylora.figures import af4_against_blocksize, code_values
 from tinylora.laws import StudentT
 from tinylora.optimality import block_law, expected_error, expected_max, optimal_code, usage
 

@@ -22,11 +22,11 @@
 
 # %% tags=["setup"]
 import numpy as np
+from drawings.nb11 import bits_against_error
 from grading import grade
 
 import tinylora as tl
 from tinylora import codebooks, optimality, quantize
-from tinylora.figures import bits_against_error
 from tinylora.quant import quantize_constants
 from tinylora.rounding import CPU, CUDA, torch_mean
 

@@ -27,12 +27,12 @@
 import copy
 
 import numpy as np
+from drawings.nb12 import gradient_by_depth
 from grading import grade
 
 import tinylora as tl
 from tinylora import backend, codebooks, counting, memory, nn, ops, quantize
 from tinylora.dtypes import BFloat16Array, round_to
-from tinylora.figures.qlora_layer import gradient_by_depth
 from tinylora.nn import Linear, Linear4bit
 from tinylora.tensor import watch_rebuilds
 

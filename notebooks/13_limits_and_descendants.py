@@ -29,13 +29,15 @@
 import math
 
 import numpy as np
+from drawings.nb13 import which_start
 from grading import grade
 
 import tinylora as tl
-from tinylora import LoRALinear, Tensor, experiments, quantize, variants
-from tinylora.experiments.toys import linear, orthonormal, weight
-from tinylora.figures.descendants import quantization_starts, which_start
+from tinylora import LoRALinear, Tensor, quantize, variants
 from tinylora.nn import Linear, Linear4bit
+from tinylora.papers import claims
+from tinylora.papers.claims.descendants import draw_quantization_starts
+from tinylora.papers.claims.toys import linear, orthonormal, weight
 from tinylora.variants import IntegerLinear, QALoRALinear
 
 tl.seed(0)  # of what the layers draw
@@ -141,17 +143,17 @@ assert five < pissa < alone
 # The error at the start, $‖Q + sBA - W‖_F/‖W‖_F$, for three kinds of $W$ (512 × 512, $r = 16$, NF4 in blocks of 64), three seeds:
 
 # %% tags=["hide-input"]
-found = experiments.run(["quantized_starts"])["quantized_starts"]
+found = claims.run(["quantized_starts"])["quantized_starts"]
 for kind in ("gauss", "power", "outliers"):
     rows = {name: np.mean([f[f"{kind}_{name}"] for f in found]) for name in ("nf4", "pissa", "loftq_1", "loftq_5")}
     print(f"{kind:8}", *(f"{name} {value:.3f}" for name, value in rows.items()))
     expected = {"gauss": (0.092, 0.087, 0.087, 0.079), "power": (0.092, 0.042, 0.085, 0.078)}.get(kind)
     assert expected is None or [round(v, 3) for v in rows.values()] == list(expected)
     assert kind != "outliers" or (abs(rows["pissa"] / rows["nf4"] - 0.48) < 0.03 and rows["loftq_5"] > 0.1)
-print(experiments.EXPERIMENTS["quantized_starts"].verdict(found))
+print(claims.EXPERIMENTS["quantized_starts"].verdict(found))
 
 # %% tags=["hide-input"]
-quantization_starts(found)
+draw_quantization_starts(found)
 
 # %% [markdown]
 # On a flat spectrum LoftQ is better, if it takes its five steps; on a falling one and with outlier columns PiSSA is, by a factor of
@@ -299,7 +301,7 @@ step = G @ A.T @ A + B @ B.T @ G
 
 # %% tags=["hide-input"]
 cosine = (step * G).sum() / np.linalg.norm(step) / np.linalg.norm(G)
-first = experiments.run(["aligned_first_step"])["aligned_first_step"]
+first = claims.run(["aligned_first_step"])["aligned_first_step"]
 lora, ga, peft, bound = (np.mean([f[k] for f in first]) for k in ("lora", "lora_ga", "peft", "bound"))
 print(
     f"by hand {cosine:.4f}, best possible {np.sqrt(share(G, 2 * r)):.4f}; library {ga:.4f}, as in PEFT {peft:.4f}, LoRA {lora:.3f}"
@@ -329,7 +331,7 @@ print(f"LoRA-FA: the tape holds {held[1]:,} bytes instead of {held[0]:,}, 1 + d/
 assert held == [4 * n * (d + k), 4 * n * k] and held[0] / held[1] == 1 + d / k == 129
 
 vera, lora = 2 * 96 * (12288 + 256), 2 * 96 * 2 * 12288
-counted = experiments.run(["vera_counts"], seeds=(0,))["vera_counts"][0]
+counted = claims.run(["vera_counts"], seeds=(0,))["vera_counts"][0]
 print(f"VeRA, r = 256: {vera:,}; LoRA, r = 1: {lora:,}")
 assert (vera, lora) == (2_408_448, 4_718_592) and (counted["vera"], counted["lora"]) == (vera / 1e6, lora / 1e6)
 
@@ -352,7 +354,7 @@ assert (vera, lora) == (2_408_448, 4_718_592) and (counted["vera"], counted["lor
 # each λ has its best η of eight, with α = 4 and, for λ = 1, also with α = 64.
 
 # %% tags=["hide-input"]
-plus = experiments.run(["lora_plus_start", "lora_plus_ratio"])
+plus = claims.run(["lora_plus_start", "lora_plus_ratio"])
 same, sweep = plus.values()
 sign = [f["sign"] for f in same]
 print(
@@ -391,7 +393,7 @@ for width, expected in ((32, "0.078 0.056 0.033 0.033"), (128, "0.061 0.064 0.03
 # Does the budget go where it is needed? Two layers planted with updates of ranks 1 and 6, and a budget of 7; three seeds:
 
 # %% tags=["hide-input"]
-shared = experiments.run(["adalora_allocation"])["adalora_allocation"]
+shared = claims.run(["adalora_allocation"])["adalora_allocation"]
 for f in shared:
     print(
         "given: {rank_one:.0f} and {rank_two:.0f}; error {error:.3f}, against {error_lora:.3f} for LoRA of ranks 3 and 4".format(
@@ -437,7 +439,7 @@ assert round(off(columns, by_rows), 2) == 0.11 and round(off(V, W), 2) == 0.57
 # task to the next, its five hidden matrices adapted or trained:
 
 # %% tags=["hide-input"]
-moved = experiments.run(["magnitude_and_direction"])["magnitude_and_direction"]
+moved = claims.run(["magnitude_and_direction"])["magnitude_and_direction"]
 for axis in ("rows", "columns"):
     rows = {kind: [f[f"{kind}_{axis}"] for f in moved] for kind in ("lora", "dora", "full")}
     print(
@@ -514,7 +516,7 @@ assert abs(again - 0.29) < 0.02 and abs(rounded - 0.27) < 0.02
 # On Gaussian weights, and in bits a weight:
 
 # %% tags=["hide-input"]
-icq = experiments.run(["calibrated_entropy"])["calibrated_entropy"]
+icq = claims.run(["calibrated_entropy"])["calibrated_entropy"]
 bits, best, error = (np.mean([f[k] for f in icq]) for k in ("entropy_nf4", "entropy_best", "error_best"))
 print(f"entropy of a block of 64: {bits:.2f} -> {best:.2f} bits; squared error: {error:.3f} times NF4's")
 indices = quantize(rng.standard_normal((1024, 512)).astype(np.float32), "nf4", 64).indices()
@@ -545,7 +547,7 @@ assert round(pooled_bits, 2) == 3.88 and round(variants.block_entropy(indices, 6
 #   et al. 2024). On a small tanh network, pre-trained on one task and tuned on another:
 
 # %% tags=["hide-input"]
-full = experiments.run(["full_rank_target"])["full_rank_target"]
+full = claims.run(["full_rank_target"])["full_rank_target"]
 errors, tails = (np.array([f[key] for f in full]) for key in ("mse", "tail"))
 print(
     "full-rank ΔW, error at r =",
@@ -556,7 +558,7 @@ eight = errors.mean(axis=0)[full[0]["ranks"].index(8)]
 assert (np.diff(errors) < 0).all() and (errors / tails - 1).min() > 0 and (errors / tails - 1).max() < 0.05
 assert round(eight, 3) == 0.103 and round(eight / 0.0025) == 41
 
-forgets = experiments.run(["learns_less_forgets_less"])["learns_less_forgets_less"]
+forgets = claims.run(["learns_less_forgets_less"])["learns_less_forgets_less"]
 mean = {key: np.mean([f[key] for f in forgets]) for key in forgets[0]}
 print(
     "new task learned: full {learned_full:.3f}, LoRA {learned_lora:.3f}; old task before: {old_before:.3f}".format(
@@ -565,7 +567,7 @@ print(
 )
 print("old task kept by LoRA minus full, at equal learning: {kept_more:+.3f};".format(**mean), end=" ")
 print("rank for 90 % of ‖ΔW‖²: full {rank_full:.1f}, LoRA {rank_lora:.1f}".format(**mean))
-print(experiments.EXPERIMENTS["learns_less_forgets_less"].verdict(forgets))
+print(claims.EXPERIMENTS["learns_less_forgets_less"].verdict(forgets))
 assert all(f["kept_more"] < 0 < f["learned_full"] - f["learned_lora"] for f in forgets)
 assert abs(mean["kept_more"] + 0.05) < 0.03 and 3 < mean["rank_full"] / mean["rank_lora"] < 5
 

@@ -30,8 +30,10 @@ import numpy as np
 from grading import grade
 
 import tinylora as tl
-from tinylora import cli, finetune, footprints, memory, ops
-from tinylora.figures.memory import account_bars, figure_6
+from tinylora import cli, counting, finetune, memory, ops
+from tinylora.figures.memory import account_bars
+from tinylora.papers import qlora_numbers
+from tinylora.papers.qlora_numbers import figure_6
 
 # %% [markdown]
 # ## 1 · What goes with the weights
@@ -64,7 +66,7 @@ assert state == list(memory.predict("base", "qlora", r=16).rows().values())[:6]
 # %% tags=["hide-input"]
 bits = {"base": 8 * (sum(constants) + sum(sizes) // 2) / sum(sizes)}
 seven = memory.predict("llama-7b", "qlora", r=64, precision=memory.PAPER)
-linear = [out * inner for out, inner in memory.llama_shapes(memory.MODELS["llama-7b"])]
+linear = [out * inner for out, inner in counting.llama_shapes(memory.MODELS["llama-7b"])]
 bits["llama-7b"] = 8 * (seven.codes + seven.constants) / sum(linear)
 print(", ".join(f"{name}: {b:.6f} bits a weight" for name, b in bits.items()))
 print(f"of {sum(state):,} bytes of the small model, {sum(state[3:]):,} are there for the {trained:,} trained numbers")
@@ -255,11 +257,11 @@ bars = [2 * L * 64 * 18 * h / 2**20 for L, h in ((32, 4096), (40, 5120), (60, 66
 assert bars == [288, 450, 877.5, 1440]  # the labels of figure 6, all four, exactly
 
 # %% tags=["hide-input"]
-printed = {size: [float(x.replace(",", "")) for x in labels] for size, labels in footprints.FIGURE_6.items()}
-ours = {size: footprints.account(size, checkpointing=True) for size in footprints.SIZES}
+printed = {size: [float(x.replace(",", "")) for x in labels] for size, labels in qlora_numbers.FIGURE_6.items()}
+ours = {size: qlora_numbers.account(size, checkpointing=True) for size in qlora_numbers.SIZES}
 gaps = {}
 for (size, (model, adapters, optimizer, _)), bar in zip(printed.items(), bars, strict=True):
-    base, real = footprints.base_bytes(size) / 2**20, ours[size].adapters / 2**20
+    base, real = qlora_numbers.base_bytes(size) / 2**20, ours[size].adapters / 2**20
     gaps[size] = model / base - 1
     print(f"{size.upper():4} adapters {adapters:7} formula {bar:7} Llama's own {real:7.1f} MiB;  ", end="")
     print(f"model {model:8,.0f}, recomputed {base:8,.0f} ({gaps[size]:+.0%})")
@@ -277,7 +279,7 @@ assert [round(gaps[s], 2) for s in printed] == [0.37, 0.23, 0.16, 0.13]
 
 # %% tags=["hide-input"]
 undoubled = memory.predict("llama-7b", double_quant=False).constants - seven.constants
-missing = printed["7b"][0] - footprints.base_bytes("7b") / 2**20
+missing = printed["7b"][0] - qlora_numbers.base_bytes("7b") / 2**20
 explained = (undoubled + seven.weights) / 2**20
 print(f"7B: {missing:.0f} MiB missing, {explained:.0f} explained if neither 16 bits nor double quantization, ", end="")
 print(f"{missing - explained:.0f} left")
@@ -308,13 +310,13 @@ assert [printed[s][3] for s in ("33b", "65b")] == [24.7, 45] and round(ours["33b
 
 # %% tags=["hide-input"]
 before = 0
-for what, nbytes in (ladder := footprints.five_gigabytes("7b")):
+for what, nbytes in (ladder := qlora_numbers.five_gigabytes("7b")):
     print(f"{what:52}{nbytes / 1e9:6.2f} GB  {'+' if before else ' '}{(nbytes - before) / 1e9:.2f}")
     before = nbytes
 embedding = 2 * 2 * 32000 * 4096
 print(f"embedding and head in 16 bits are {embedding / 1e9:.2f} GB; a smaller vocabulary's share is smaller")
 assert [f"{nbytes / 1e9:.2f}" for _, nbytes in ladder] == ["3.37", "3.76", "3.87", "4.19", "4.51", "5.78", "6.05"]
-assert round(embedding / 1e9, 2) == 0.52 and round(5048 - footprints.base_bytes("7b") / 1e6) == 1182
+assert round(embedding / 1e9, 2) == 0.52 and round(5048 - qlora_numbers.base_bytes("7b") / 1e6) == 1182
 
 # %% [markdown]
 # - Loading the model takes 3.87 GB, not 3.37: embedding and head are not quantized (2 bytes instead of half a byte: +0.39 GB), and the
@@ -333,7 +335,7 @@ print(
     f"{counted:,} counted, {2 * seven.codes + seven.weights // 2 + moved:,} there; trained {moved:,}, halved {moved // 2:,}"
 )
 assert (counted, moved // 2, f"{moved / 2 / counted:.3%}") == (3_660_320_768, 79_953_920, "2.184%")
-assert footprints.halved_counts("7b") == (159_907_840, counted, 6_898_323_456)
+assert qlora_numbers.halved_counts("7b") == (159_907_840, counted, 6_898_323_456)
 
 # %% [markdown]
 # ## 7 · 567 MB, 26 MB and 18 MB
@@ -357,7 +359,7 @@ print(f"at the length that 567 MB would be, checkpointing keeps {567 * kept / in
 print(f"567 MB over {depth} layers: {567 / depth:.1f} MB")
 assert (round(inputs / 1e3), round(kept / 1e3)) == (1491, 262)
 assert (round(567e6 / inputs), round(18e6 / kept), round(567 * kept / inputs)) == (380, 69, 100)
-assert round(567 / depth, 1) == 17.7 and 18 < 26 < 2 * 18 and kept / inputs == footprints.inputs_ratio()
+assert round(567 / depth, 1) == 17.7 and 18 < 26 < 2 * 18 and kept / inputs == qlora_numbers.inputs_ratio()
 assert (round(0.002 * 2 * memory.parameters(memory.MODELS["llama-7b"]) / 1e6, 2), 2 * 32 * 8 * 13 * 4096 / 2**20) == (
     26.95,
     26,
@@ -393,7 +395,7 @@ assert (round(whole / 1e6), round(512 * kept / 1e6)) == (2190, 134)
 
 # %% tags=["hide-input"]
 more = [ours[s].adapters / 2**20 / bar - 1 for s, bar in zip(printed, bars, strict=True)]
-with_adapters = {s: (footprints.base_bytes(s) + ours[s].adapters) / 1e9 for s in printed}
+with_adapters = {s: (qlora_numbers.base_bytes(s) + ours[s].adapters) / 1e9 for s in printed}
 print("adapters of a real Llama: " + ", ".join(f"+{x:.1%}" for x in more))
 print("weights and adapters: " + ", ".join(f"{s} {x:.1f} GB" for s, x in with_adapters.items()))
 assert (round(min(more), 3), round(max(more), 3)) == (0.059, 0.061)

@@ -9,8 +9,9 @@ import pytest
 from gradcheck import check
 
 import tinylora as tl
-from tinylora import LoRALinear, Tensor, counting, flops, ops, subspaces
+from tinylora import LoRALinear, Tensor, counting, flops, ops
 from tinylora.nn import Linear
+from tinylora.papers import lora_numbers, subspaces, verdict
 
 f32, f64 = np.float32, np.float64
 
@@ -235,12 +236,12 @@ def test_s4_2_the_25_percent_are_time_and_not_throughput():
 
 
 def test_table_1_the_six_percentages_follow_from_the_milliseconds():
-    found = [r for r in counting.audit() if r.where == "Table 1" and r.printed.endswith("%")]
+    found = [r for r in lora_numbers.audit() if r.where == "Table 1" and r.printed.endswith("%")]
     assert len(found) == 6 and {r.verdict for r in found} == {"rounds to"}
 
 
 def test_table_2_the_averages_follow_from_the_scores():
-    found = [r for r in counting.audit() if r.setting == "average of 8"]
+    found = [r for r in lora_numbers.audit() if r.setting == "average of 8"]
     assert len(found) == 14 and all(abs(r.difference) < 0.0501 for r in found)
 
 
@@ -255,7 +256,7 @@ def test_s5_1_the_counts_of_lora_and_of_four_baselines():
 
 def test_appendix_E_lora_with_prefix_embedding_adds_its_tokens():
     total = counting.lora_square(2 * 96, 12288, 8) + counting.prefix_embedding(12288, 8, 4)
-    assert total == 37_896_192 and counting.judge("37.8M", total / 1e6) == "truncated"
+    assert total == 37_896_192 and verdict.judge("37.8M", total / 1e6) == "truncated"
 
 
 def test_lora_costs_two_thirds_of_the_operations_of_full_fine_tuning(rng):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import tinylora as tl
-from tinylora import codebooks, derivation, footprints, memory, normality, quantize
-from tinylora.footprints import FIGURE_6, SIZES, TABLE_4
+from tinylora import codebooks, memory, quantize
+from tinylora.papers import nf4_construction, normality, qlora_numbers
+from tinylora.papers.qlora_numbers import FIGURE_6, SIZES, TABLE_4
 
-ROWS = footprints.audit()
+ROWS = qlora_numbers.audit()
 
 
 def rows(where, text=""):
@@ -58,7 +59,7 @@ def test_s2_18_MB_is_one_layers_share_of_567_and_not_what_checkpointing_keeps():
     share, kept = (r for r in rows("§2") if r.printed == "18MB")
     assert share.verdict == "rounds to" and f"{share.computed:.2f}" == "17.72"
     assert kept.verdict == "does not follow" and f"{kept.computed:.1f}" == "99.7"
-    assert footprints.inputs_ratio() == pytest.approx(1 / 5.6875)  # h of h + h + h + 2.6875 h
+    assert qlora_numbers.inputs_ratio() == pytest.approx(1 / 5.6875)  # h of h + h + h + 2.6875 h
 
 
 def test_s2_26_MB_is_a_truncated_fifth_of_a_percent_or_26_MiB_of_13_h_a_layer():
@@ -72,7 +73,7 @@ def test_s2_5048_MB_is_not_the_4_bit_base_which_is_3866():
     assert row.verdict == "does not follow" and f"{row.computed:.0f}" == "3866"
     a = memory.predict("llama-7b", r=64, precision=memory.PAPER)
     assert (a.weights + a.codes + a.constants) / 1e6 == row.computed
-    assert [f"{footprints.base_bytes(s) / 1e6:,.0f}" for s in SIZES] == ["3,866", "7,201", "17,414", "34,459"]
+    assert [f"{qlora_numbers.base_bytes(s) / 1e6:,.0f}" for s in SIZES] == ["3,866", "7,201", "17,414", "34,459"]
 
 
 # ---------------------------------------------------------------------------------------------------------- equations 1 to 3
@@ -110,7 +111,7 @@ def test_eq_4_literally_is_not_NF4_and_contains_the_0_that_the_text_denies():
     finite, least = rows("§3, eq. 4")
     assert (finite.computed, finite.verdict, finite.note) == (15, "does not follow", "q_0 = −∞, then −1.376 … 1.376")
     assert (least.computed, least.verdict) == (0, "does not hold")
-    q = derivation.equation_4()[1:]
+    q = nf4_construction.equation_4()[1:]
     assert np.abs(q + q[::-1]).max() < 1e-15 and q[7] == 0
 
 
@@ -127,7 +128,7 @@ def test_s3_NF4s_bins_are_not_equally_full_with_or_without_blocks(rng):
     assert blocks.verdict == constant.verdict == "does not hold"
     assert "1.848" in constant.setting
     scale, code = rng.uniform(1, 3), codebooks.nf4()
-    P = footprints.normal_usage(scale)
+    P = qlora_numbers.normal_usage(scale)
     assert P.sum() == pytest.approx(1) and len(P) == 16
     between = [0.5 * (1 + erf(float(m) * scale / sqrt(2))) for m in codebooks.midpoints(code)]
     assert np.cumsum(P)[:-1] == pytest.approx(between)
@@ -144,14 +145,14 @@ def test_s3_8_bit_constants_cost_little_and_FP8_without_the_mean_much():
     for row, code, known in ((dynamic, "dynamic8", (1.00051, 1.00516)), (fp8, "fp8_e4m3", (1.00200, 1.09198))):
         assert row.verdict == "roughly"
         for offset, expected in zip((None, 0.0), known, strict=True):  # the means of 30 draws of four times the size
-            ratio, error = footprints.constants_cost(code, offset)
+            ratio, error = qlora_numbers.constants_cost(code, offset)
             assert 0 < error < 0.002 and abs(ratio - expected) < 5 * error
-        ratio, error = footprints.constants_cost(code)
+        ratio, error = qlora_numbers.constants_cost(code)
         assert row.computed == 100 * (ratio - 1) and f"± {100 * error:.3f}" in row.note
     assert f"{dynamic.computed:.2f} {fp8.computed:.1f}" == "0.05 0.2"
     assert dynamic.note.endswith("without the mean 0.5") and fp8.note.endswith("without the mean 9.3")
     with pytest.raises(ValueError, match="size = 100, expected a multiple of 16,384"):
-        footprints.constants_cost(size=100)
+        qlora_numbers.constants_cost(size=100)
 
 
 def test_eq_6_in_two_steps_is_dequantize_to_the_bit():
@@ -206,7 +207,7 @@ def test_figure_6_model_bars_do_not_follow():
 def test_figure_6_totals_are_more_than_their_labels_and_567_MB_fills_two_of_four():
     labels, filled = rows("Figure 6", "three labels"), rows("Figure 6", "567 MB")
     assert [r.verdict for r in labels] == ["does not follow"] * 4
-    assert [round(footprints.figure_6_rest(s), 2) for s in SIZES] == [0.57, 0.83, 1.57, 1.76]
+    assert [round(qlora_numbers.figure_6_rest(s), 2) for s in SIZES] == [0.57, 0.83, 1.57, 1.76]
     assert [r.verdict for r in filled] == ["rounds to", "rounds to", "does not follow", "does not follow"]
     assert numbers(filled, 2) == [6.89, 11.34, 24.82, 46.0]
     assert list(FIGURE_6) == list(SIZES)
@@ -282,7 +283,9 @@ def test_table_4_FP4_is_not_consistently_a_point_behind():
 def test_elo_is_rounded_up():
     assert numbers([one("§5.2", "1100"), one("Table 7", "10 points"), *rows("§5.3")], 2) == [64.01, 1.44, 29.30, 27.66]
     assert {r.verdict for r in ROWS if r.method == "Elo" and r.where != "Table 1"} == {"roughly"}
-    assert footprints.win_rate(0) == 0.5 and footprints.win_rate(77) + footprints.win_rate(-77) == pytest.approx(1)
+    assert qlora_numbers.win_rate(0) == 0.5 and qlora_numbers.win_rate(77) + qlora_numbers.win_rate(
+        -77
+    ) == pytest.approx(1)
 
 
 def test_the_paper_differs_from_itself():
@@ -310,7 +313,7 @@ def test_appendix_F_7_and_a_half_percent_rejected_are_2_point_6_percent_not_norm
 
 # --------------------------------------------------------------------------------------------------------- what learners ask
 def test_parameter_counts_are_halved_because_bytes_were_counted(rng):
-    trained, counted, there = footprints.halved_counts()
+    trained, counted, there = qlora_numbers.halved_counts()
     assert (trained, counted, there) == (159_907_840, 3_660_320_768, 6_898_323_456)
     assert [(r.printed, r.verdict) for r in rows("qlora.py's log")] == [
         ("3,660,320,768", "match"),
@@ -322,7 +325,7 @@ def test_parameter_counts_are_halved_because_bytes_were_counted(rng):
 
 
 def test_a_7B_model_takes_5_GB_and_not_3_and_a_half():
-    steps = footprints.five_gigabytes()
+    steps = qlora_numbers.five_gigabytes()
     assert [f"{n / 1e9:.2f}" for _, n in steps] == ["3.37", "3.76", "3.87", "4.19", "4.51", "5.78", "6.05"]
     assert steps[-1][1] == memory.predict("llama-7b", r=64, precision=memory.PAPER, checkpointing=True).total
     assert [n for _, n in steps] == sorted(n for _, n in steps)
@@ -330,30 +333,30 @@ def test_a_7B_model_takes_5_GB_and_not_3_and_a_half():
 
 # ------------------------------------------------------------------------------------------------------------------- as text
 def test_the_audit_is_printed_whole_with_its_verdicts_counted():
-    text = footprints.describe()
+    text = qlora_numbers.describe()
     assert (
         "99 rows: 15 rounds to, 14 holds, 1 truncated, 15 match, 10 not derivable, 31 does not follow, "
         "6 does not hold, 7 roughly" in text
     )
     for r in ROWS:
         assert r.printed in text and r.setting in text and r.note in text
-    for finding in footprints.findings():
+    for finding in qlora_numbers.findings():
         assert f"* {finding}" in text
 
 
 def test_the_audit_changes_no_generator_and_a_models_rows_are_a_part_of_it():
     tl.seed(5)
     before = tl.backend.generator().bit_generator.state
-    again = footprints.audit()
+    again = qlora_numbers.audit()
     assert tl.backend.generator().bit_generator.state == before
     assert [(r.setting, r.verdict, r.note) for r in again] == [(r.setting, r.verdict, r.note) for r in ROWS]
-    lines = {" ".join(line.split()) for line in footprints.describe().splitlines()}
-    part = [" ".join(line.split()) for line in footprints.describe_size("llama-7b").splitlines()]
+    lines = {" ".join(line.split()) for line in qlora_numbers.describe().splitlines()}
+    part = [" ".join(line.split()) for line in qlora_numbers.describe_size("llama-7b").splitlines()]
     assert len(part) == 2 + sum(r.model == "Llama 7B" for r in ROWS) and set(part[1:]) <= lines
 
 
 def test_the_findings_state_the_numbers_that_were_computed():
-    text = " ".join(footprints.findings())
+    text = " ".join(qlora_numbers.findings())
     for said in (
         "783.4 GB", "1,044.6 GB", "44.1 GB", "44.9 GB", "1,491 kB a token", "380 tokens", "567/32 = 17.7", "262 kB a token",
         "100 MB at that length", "only up to 69 tokens", "2,190 MB, and 134 MB of inputs", "26.95 MB", "(8.1 and 4.4)",
@@ -365,7 +368,7 @@ def test_the_findings_state_the_numbers_that_were_computed():
 
 
 def test_the_table_by_size_holds_12_and_16_bytes_a_parameter():
-    lines = [line.split() for line in footprints.by_size().splitlines()]
+    lines = [line.split() for line in qlora_numbers.by_size().splitlines()]
     found = [[words[i] for i in (0, 2, 4, 6)] for words in lines[1:]]
     assert found == [
         ["7B", "80.86", "107.81", "3.87"],

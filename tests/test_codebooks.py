@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from goldens import QUANT
 
-from tinylora import codebooks, derivation
+from tinylora import codebooks
+from tinylora.papers import nf4_construction
 
 
 def bits(x):
@@ -78,14 +79,14 @@ def test_bad_codes_get_a_sentence(code):
     ids=["as published", "np.linspace in float32", "np.linspace in float64", "divided in float64", "929/960 exactly"],
 )
 def test_each_deviation_from_the_recipe_misses_the_table(change, expected):
-    probabilities, quantiles, values = derivation.recipe(**change)
-    assert derivation.ulps(values) == expected
+    probabilities, quantiles, values = nf4_construction.recipe(**change)
+    assert nf4_construction.ulps(values) == expected
     assert len(probabilities) == len(quantiles) == 16
 
 
 def test_equation_4_as_printed_is_another_code():
     """q_i = ½(Q(i/(2^k+1)) + Q((i+1)/(2^k+1))): its first value is −∞; the 15 others are symmetric, with an exact 0."""
-    q = derivation.equation_4()
+    q = nf4_construction.equation_4()
     assert q[0] == -np.inf and np.isfinite(q[1:]).all()
     assert np.abs(q[1:] + q[:0:-1]).max() < 1e-15 and abs(q[8]) < 1e-15 and round(float(q[15]), 3) == 1.376
     gap = np.abs(q[1:9] / q[15] - codebooks.nf4()[:8]).max()  # the 7 negatives and the 0 compare one to one

@@ -7,8 +7,10 @@ import tiny
 import tinylora as tl
 from tinylora import counting
 from tinylora.nn import Linear, Module
+from tinylora.papers import lora_numbers
+from tinylora.papers.verdict import judge
 
-ROWS = counting.audit()
+ROWS = lora_numbers.audit()
 
 
 def rows(where=None, method=None, model=None):
@@ -83,7 +85,7 @@ def test_adapters_and_biases_are_those_of_a_block(rng):
     ],
 )
 def test_verdicts(printed, computed, about, verdict):
-    assert counting.judge(printed, computed, about) == verdict
+    assert judge(printed, computed, about) == verdict
 
 
 # --------------------------------------------------------------------------------------------------------------------- the audit
@@ -156,7 +158,7 @@ def test_appendix_d4_gives_the_rank_of_37_7_million_wrongly():
 def test_table_4_bitfit_counts_12_d_a_layer_where_a_block_has_11_d_of_biases():
     (row,) = rows("Table 4", "BitFit")
     assert row.verdict == "does not follow" and row.computed == pytest.approx(12.976128)
-    assert counting.judge("14.2M", 12 * 96 * 12288 / 1e6) == "rounds to"
+    assert judge("14.2M", 12 * 96 * 12288 / 1e6) == "rounds to"
 
 
 def test_table_4_gpt_3_as_described_has_fewer_weights_than_the_fine_tuned_one():
@@ -168,9 +170,7 @@ def test_table_2_roberta_counts_follow_and_deberta_has_r_16_not_8():
     assert [round(r.computed, 3) for r in rows("Table 2", "LoRA") if r.printed.endswith("M")] == [0.295, 0.786, 2.359]
     row = next(r for r in rows("Table 2", "LoRA", "DeBERTa XXL") if r.printed == "4.7M")
     assert row.verdict == "does not follow" and row.setting == "r_q = r_v = 8"
-    fits = [
-        r for r in range(1, 65) if counting.judge("4.7M", counting.lora_square(2 * 48, 1536, r) / 1e6) == "rounds to"
-    ]
+    fits = [r for r in range(1, 65) if judge("4.7M", counting.lora_square(2 * 48, 1536, r) / 1e6) == "rounds to"]
     assert fits == [16]
 
 
@@ -195,7 +195,7 @@ def test_table_3_gpt_2_counts_of_lora_are_neither_r_4_nor_a_whole_number_of_pref
         (low_rank,), (prefix,) = rows("Table 3", "LoRA", model), rows("Table 3", "PreLayer*", model)
         assert low_rank.computed == pytest.approx(count) and low_rank.verdict == "does not follow"
         assert low_rank.printed == prefix.printed == printed and prefix.verdict == "does not follow"
-    assert counting.judge("0.35M", 354.92 / 1000) == counting.judge("0.77M", 774.03 / 1000) == "rounds to"
+    assert judge("0.35M", 354.92 / 1000) == judge("0.77M", 774.03 / 1000) == "rounds to"
 
 
 def test_table_3_adapter_l_follows_its_formula_with_layernorms_at_whole_ranks():
@@ -274,7 +274,7 @@ def test_no_other_row_fails():
 
 
 def test_the_description_holds_every_row_and_every_finding():
-    text = counting.describe()
+    text = lora_numbers.describe()
     lines = text.splitlines()
     assert lines[0].split() == ["where", "model", "method", "setting", "printed", "computed", "difference", "verdict"]
     assert len({line.find(r.verdict, 60) for line, r in zip(lines[1:], ROWS, strict=False)}) == 1  # one column
@@ -282,4 +282,4 @@ def test_the_description_holds_every_row_and_every_finding():
         assert row.printed in text
     for words in ("PrefixLayer", "r = 16 (4.72M)", "0.35M and 0.77M", "603.98M", "18.874M truncated", "(37.896M)"):
         assert words in text
-    assert f"{len(ROWS)} numbers" in text and all(f"* {f}" in text for f in counting.findings())
+    assert f"{len(ROWS)} numbers" in text and all(f"* {f}" in text for f in lora_numbers.findings())

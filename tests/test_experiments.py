@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tinylora import experiments, subspaces
-from tinylora.experiments import directions, dynamics, planted, registry, toys
+from tinylora.papers import claims, subspaces
+from tinylora.papers.claims import directions, dynamics, planted, registry, toys
 
 SEEDS = (0, 1, 2)
 
@@ -15,7 +15,7 @@ def of(function, **options):
 
 def word(function, results):
     """What the experiment's verdict begins with: holds, holds in part, or fails."""
-    experiment = next(e for e in experiments.EXPERIMENTS.values() if e.function is function)
+    experiment = next(e for e in claims.EXPERIMENTS.values() if e.function is function)
     return experiment.verdict(results).partition(":")[0]
 
 
@@ -209,11 +209,11 @@ def test_subtracting_the_update_restores_fewer_weights_the_larger_it_is():
 # -------------------------------------------------------------------------------------------------------------------- the table
 def test_run_and_describe_make_a_table_of_what_was_measured():
     seen = []
-    results = experiments.run(["invariance", "merge_restores"], seeds=(3, 4), progress=lambda *a: seen.append(a[:2]))
+    results = claims.run(["invariance", "merge_restores"], seeds=(3, 4), progress=lambda *a: seen.append(a[:2]))
     assert seen == [(name, seed) for name in ("invariance", "merge_restores") for seed in (3, 4)]
-    again = experiments.run("invariance", seeds=(3,))
+    again = claims.run("invariance", seeds=(3,))
     assert again["invariance"][0] == results["invariance"][0]  # seeded
-    text = experiments.describe(results)
+    text = claims.describe(results)
     assert text.startswith("claim ") and "0 losses differ" in text
     assert max(map(len, text.splitlines())) <= 38 + 24 + 44 + 40 + 6
     starts = [line[:2] for line in text.splitlines()]
@@ -221,26 +221,26 @@ def test_run_and_describe_make_a_table_of_what_was_measured():
 
 
 def test_a_verdict_follows_the_numbers():
-    good = experiments.run("invariance", seeds=(0,))["invariance"]
+    good = claims.run("invariance", seeds=(0,))["invariance"]
     bad = [{**good[0], "different_powers": 3.0, "relative_three": 0.1}]
-    verdict = experiments.EXPERIMENTS["invariance"].verdict
+    verdict = claims.EXPERIMENTS["invariance"].verdict
     assert verdict(good).startswith("holds:") and verdict(bad).startswith("fails: p = 4, q = 8: 3 losses differ")
     flat = {"ranks": [1, 2], "mse": [0.1, 0.1], "tail": [0.1, 0.1]}
-    assert experiments.EXPERIMENTS["rank_sweep"].verdict([flat]).startswith("holds in part")
+    assert claims.EXPERIMENTS["rank_sweep"].verdict([flat]).startswith("holds in part")
     assert registry.judge("x", True, False) == "holds in part: x" and registry.judge("x", False) == "fails: x"
 
 
 def test_unknown_names_and_no_seeds_are_refused_before_anything_runs():
     with pytest.raises(ValueError, match="there is no 'nothing'; they are rank_sweep"):
-        experiments.run(["rank_sweep", "nothing"])
+        claims.run(["rank_sweep", "nothing"])
     with pytest.raises(ValueError, match="no seed was given"):
-        experiments.run("rank_sweep", seeds=())
+        claims.run("rank_sweep", seeds=())
     with pytest.raises(ValueError, match="there is no 'nothing'"):
-        experiments.describe({"nothing": [{}]})
+        claims.describe({"nothing": [{}]})
 
 
 def test_every_experiment_says_what_it_claims_and_where():
-    for name, e in experiments.EXPERIMENTS.items():
+    for name, e in claims.EXPERIMENTS.items():
         assert e.title and e.claim and e.source and e.measured, name
         assert e.function.__doc__, name
 
@@ -250,22 +250,22 @@ def test_experiments_leave_the_global_generator_alone():
 
     backend.seed(5)
     expected = np.random.default_rng(5).random()
-    experiments.run(["invariance", "merge_restores"], seeds=(0,))
+    claims.run(["invariance", "merge_restores"], seeds=(0,))
     assert backend.generator().random() == expected
 
 
 # --------------------------------------------------------------------------------------------------------------------- figures
 def test_figures_draw_what_they_are_given():
     pytest.importorskip("matplotlib")
-    from tinylora.figures import dynamics as of_dynamics
-    from tinylora.figures import rank
+    from tinylora.figures import runs
+    from tinylora.papers.claims import dynamics as of_dynamics
 
     results = {(t, r): [2.3 - 0.01 * r, 2.31 - 0.01 * r] for t in ("q_proj, v_proj", "all-linear") for r in (1, 8)}
-    figure = rank.rank_table(results)
+    figure = runs.rank_table(results)
     assert "+0.070 (q_proj, v_proj); +0.070 (all-linear)" in figure.axes[0].get_title()
     with pytest.raises(ValueError, match="no results"):
-        rank.rank_table({})
+        runs.rank_table({})
     merged = of(dynamics.merge_restores)
     percent = f"{100 * get(merged, 'restored')[:, 2].mean():.0f} % restored"
-    assert percent in of_dynamics.merge_ulps(merged).axes[1].get_title()
-    assert "0 of 102 losses" in of_dynamics.invariance(dynamics.invariance(1)).axes[0].get_title()
+    assert percent in of_dynamics.draw_merge_ulps(merged).axes[1].get_title()
+    assert "0 of 102 losses" in of_dynamics.draw_invariance(dynamics.invariance(1)).axes[0].get_title()

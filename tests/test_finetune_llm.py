@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import Llama, Tensor, cli, data, memory, nn
+from tinylora import Llama, Tensor, cli, counting, data, memory, nn
 from tinylora.corpus import question_and_answer, read_corpus, scored_bytes
 from tinylora.finetune import Job, finetune, read_trace
 from tinylora.tokenizers import ByteTokenizer
@@ -105,7 +105,7 @@ def test_eight_bit_states_are_smaller_and_learn(folder, text):
     recipe = replace(FAST, steps=12)
     wide = finetune(Job(model=folder, text=text, r=64), recipe, progress=False)
     narrow = finetune(Job(model=folder, text=text, r=64, optimizer="adamw8bit"), recipe, progress=False)
-    sizes = [64 * n for block in range(2) for o, i in memory.llama_shapes(tiny.model(hidden_size=64, intermediate_size=64).config)[:7]
+    sizes = [64 * n for block in range(2) for o, i in counting.llama_shapes(tiny.model(hidden_size=64, intermediate_size=64).config)[:7]
              for n in (i, o)]  # fmt: skip
     assert (
         narrow.bytes["optimizer state"]

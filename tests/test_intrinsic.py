@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import Tensor, backend, intrinsic, ops
+from tinylora import Tensor, backend, ops
 from tinylora.nn import Linear, Module
+from tinylora.papers import intrinsic
 
 
 class MLP(Module):

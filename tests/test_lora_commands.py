@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import adapters, ranks, switching
+from tinylora import adapters
 from tinylora.cli import main
 from tinylora.interop import bitsandbytes, peft
 from tinylora.llama import Llama
+from tinylora.papers import ranks, switching
 
 QUICK = ["--batch-size", "2", "--seq-len", "32", "--warmup", "2", "--steps", "3"]
 
@@ -132,10 +133,10 @@ def test_merge_into_4_bits_prints_what_it_costs(folder, capsys, rng):
 
 
 def test_count_prints_the_audit(capsys):
-    from tinylora import counting
+    from tinylora.papers import lora_numbers
 
     assert main(["count"]) == 0
-    assert capsys.readouterr().out.strip() == counting.describe().strip()
+    assert capsys.readouterr().out.strip() == lora_numbers.describe().strip()
 
 
 def test_experiments_by_name(capsys):
@@ -156,15 +157,15 @@ def test_the_page_of_claims_has_a_section_and_a_figure_for_each(tmp_path, capsys
 
 
 def test_every_claim_of_the_paper_has_a_figure_and_the_committed_page_has_them_all():
-    from tinylora import experiments
-    from tinylora.figures.claims import FIGURES
+    from tinylora.papers import claims
+    from tinylora.papers.claims.page import FIGURES
 
     drawn = {name for needed, _ in FIGURES.values() for name in needed}
-    assert set(experiments.EXPERIMENTS) - drawn == {"vera_counts", "lora_plus_start"}  # a count, and an equality
+    assert set(claims.EXPERIMENTS) - drawn == {"vera_counts", "lora_plus_start"}  # a count, and an equality
     folder = Path(__file__).parent.parent / "figures" / "claims"
     page = (folder / "README.md").read_text(encoding="utf-8")
     assert {f"{name}.svg" for name in FIGURES} == {p.name for p in folder.glob("*.svg")}
-    for name, e in experiments.EXPERIMENTS.items():
+    for name, e in claims.EXPERIMENTS.items():
         assert f"## {e.title}\n" in page, name
 
 

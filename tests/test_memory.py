@@ -8,13 +8,14 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import backend, finetune, footprints, memory, train
+from tinylora import backend, finetune, memory, train
 from tinylora.cli.memory import memory_parser
 from tinylora.corpus import Text
 from tinylora.llama import LlamaConfig
 from tinylora.nn import quantize_linears
 from tinylora.optim import AdamW
 from tinylora.paging import Pager
+from tinylora.papers import qlora_numbers
 
 
 def batch(rng, b, t, vocab=256):
@@ -303,7 +304,7 @@ def test_the_command_measures_what_it_predicts(capsys):
 def test_the_command_prints_the_audit_and_draws(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     command("--audit", "--out", str(tmp_path / "six.svg"))
-    assert footprints.describe() in capsys.readouterr().out
+    assert qlora_numbers.describe() in capsys.readouterr().out
     command("--model", "base", "--method", "all", "--out", str(tmp_path / "bars.svg"))
     assert all((tmp_path / name).read_text().startswith("<?xml") for name in ("six.svg", "bars.svg"))
 
@@ -329,17 +330,17 @@ def test_the_bars_are_the_accounts_and_carry_their_numbers():
 
 def test_figure_6_carries_the_papers_labels_and_ours_and_no_texts_overlap():
     pytest.importorskip("matplotlib")
-    from tinylora.figures.memory import figure_6
+    from tinylora.papers.qlora_numbers import figure_6
 
     figure = figure_6()
     ax, text = words_of(figure)
-    for size, (model, adapters, optimizer, total) in footprints.FIGURE_6.items():
+    for size, (model, adapters, optimizer, total) in qlora_numbers.FIGURE_6.items():
         assert (
             f"model {model}   adapters {adapters}   optimizer {optimizer} MiB" in text
             and f"{total} GiB printed" in text
         )
-        assert f"{footprints.account(size, checkpointing=True).total / 1e9:.1f} GB" in text
-    for i, (_, _, _, total) in enumerate(footprints.FIGURE_6.values()):
+        assert f"{qlora_numbers.account(size, checkpointing=True).total / 1e9:.1f} GB" in text
+    for i, (_, _, _, total) in enumerate(qlora_numbers.FIGURE_6.values()):
         at = 2.6 * i + 0.95
         parts = [p.get_width() for p in ax.patches if p.get_fill() and abs(p.get_y() + p.get_height() / 2 - at) < 1e-9]
         assert len(parts) == 4 and sum(parts) == pytest.approx(float(total) * 2**30 / 1e9)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import cli, codebooks, files, laws, normality, optimality, survey
+from tinylora import cli, codebooks, files, laws, optimality
+from tinylora.papers import codes_on_weights, normality
 
 LLM, MINILM = os.environ.get("TINYLORA_LLM"), os.environ.get("TINYLORA_MINILM")
 
@@ -122,7 +123,7 @@ def test_nf4_costs_what_the_quadrature_says_for_each_law(rng):
     rows = rng.standard_t(12, (200, 2048)).astype(np.float32)
     expected = optimality.expected_error(codebooks.nf4(), 64, law=laws.StudentT(12))
     assert abs(normality.nf4_error(rows).mean() / expected - 1) < 0.01
-    line = survey.measure("w", rows, ["nf4"], double_quant=False)
+    line = codes_on_weights.measure("w", rows, ["nf4"], double_quant=False)
     power = np.square(rows, dtype=np.float64).sum(axis=1)
     assert np.isclose(normality.nf4_error(rows) @ power / power.sum(), line.error["nf4"], rtol=1e-6)
 
@@ -258,7 +259,7 @@ def test_a_figure_that_fails_leaves_nothing(tmp_path, rng, monkeypatch, capsys):
     def fails(*_):
         raise ValueError("no figure today")
 
-    monkeypatch.setattr("tinylora.figures.normality.rejected_against_length", fails)
+    monkeypatch.setattr("tinylora.papers.normality.rejected_against_length", fails)
     tiny.model().save_pretrained(tmp_path / "in", dtype="float32")
     assert run("quantize", tmp_path / "in", "--normality", "--draws", 10, "--out", tmp_path / "out") == 2
     assert not (tmp_path / "out").exists()

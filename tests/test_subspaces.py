@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tinylora import Tensor, subspaces
+from tinylora import Tensor
+from tinylora.papers import subspaces
 
 
 def rotation(rng, n):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import cli, codebooks, derivation, files, optimality, quantize, survey
+from tinylora import cli, codebooks, files, optimality, quantize
 from tinylora.interop import bitsandbytes
+from tinylora.papers import codes_on_weights, nf4_construction
 
 
 def run(*arguments):
@@ -29,21 +30,21 @@ def folder(tmp_path, rng):
 
 
 # ------------------------------------------------------------------------------------------------------------------- measuring
-@pytest.mark.parametrize("code", survey.CODES)
+@pytest.mark.parametrize("code", codes_on_weights.CODES)
 def test_normal_weights_cost_what_the_quadrature_says(code, rng):
     w = rng.standard_normal((512, 1024)).astype(np.float32)
-    line = survey.measure("w", w, [code], double_quant=False)
-    expected = survey.theory([code], 64)[code]
+    line = codes_on_weights.measure("w", w, [code], double_quant=False)
+    expected = codes_on_weights.theory([code], 64)[code]
     assert abs(line.error[code] / expected - 1) < 0.02
     assert abs(sum(line.usage[code]) - 1) < 1e-12 and line.bits == 4.5
-    make, signed = survey.CODES[code]
+    make, signed = codes_on_weights.CODES[code]
     values = codebooks.get(make(64))[1]
     assert abs(line.entropy(code) - optimality.entropy(values, 64, signed)) < 0.01
 
 
 def test_an_error_is_that_of_quantize(rng):
     w = rng.standard_t(4, (70, 33)).astype(np.float32)
-    line = survey.measure("w", w, ["int4"], blocksize=32)
+    line = codes_on_weights.measure("w", w, ["int4"], blocksize=32)
     q = quantize(w, "int4", 32, double_quant=True)
     error = (q.dequantize().astype(np.float64) - w) ** 2
     assert np.isclose(line.error["int4"], error.sum() / (w.astype(np.float64) ** 2).sum(), rtol=1e-6)
@@ -53,10 +54,12 @@ def test_an_error_is_that_of_quantize(rng):
 def test_normality_and_outliers_tell_normal_weights_from_others(rng):
     normal = rng.standard_normal((200, 1024)).astype(np.float32)
     heavy = rng.standard_t(3, (200, 1024)).astype(np.float32)
-    assert survey.normality(normal) > 0.75 and survey.normality(heavy) < 0.1
-    assert survey.outlier_blocks(normal, 64) < 0.06 < 0.2 < survey.outlier_blocks(heavy, 64)
-    assert survey.normality(np.ones((5, 100), np.float32)) == 0
-    assert np.isnan(survey.normality(normal[:, :4])) and np.isnan(survey.outlier_blocks(normal[:1, :8], 64))
+    assert codes_on_weights.normality(normal) > 0.75 and codes_on_weights.normality(heavy) < 0.1
+    assert codes_on_weights.outlier_blocks(normal, 64) < 0.06 < 0.2 < codes_on_weights.outlier_blocks(heavy, 64)
+    assert codes_on_weights.normality(np.ones((5, 100), np.float32)) == 0
+    assert np.isnan(codes_on_weights.normality(normal[:, :4])) and np.isnan(
+        codes_on_weights.outlier_blocks(normal[:1, :8], 64)
+    )
 
 
 def test_odd_tensors_are_left_out_or_named(tmp_path, capsys, rng):
@@ -80,14 +83,14 @@ def test_odd_tensors_are_left_out_or_named(tmp_path, capsys, rng):
 
 def test_outliers_do_not_depend_on_the_scale(rng):
     w = rng.standard_t(4, (200, 64)).astype(np.float32)
-    shares = [survey.outlier_blocks(w * np.float32(s), 64) for s in (1, 1e-25, 1e25)]
+    shares = [codes_on_weights.outlier_blocks(w * np.float32(s), 64) for s in (1, 1e-25, 1e25)]
     assert shares[0] == shares[1] == shares[2] > 0.05
 
 
 def test_the_mean_weighs_by_size(rng):
     a, b = rng.standard_normal((64, 64)).astype(np.float32), rng.standard_t(3, (64, 192)).astype(np.float32)
-    la, lb = (survey.measure("x", w, ["nf4"]) for w in (a, b))
-    total = survey.mean([la, lb])
+    la, lb = (codes_on_weights.measure("x", w, ["nf4"]) for w in (a, b))
+    total = codes_on_weights.mean([la, lb])
     assert total.shape == (64 * 256,) and np.isclose(
         total.error["nf4"], 0.25 * la.error["nf4"] + 0.75 * lb.error["nf4"]
     )
@@ -204,5 +207,5 @@ def test_nf4_prints_the_values_beside_the_published_ones(tmp_path, capsys):
 
 
 def test_the_derivation_ends_at_the_library_s_code():
-    probabilities, quantiles, values = derivation.recipe()
+    probabilities, quantiles, values = nf4_construction.recipe()
     assert values.tobytes() == codebooks.nf4().tobytes() and (np.diff(probabilities) > 0).all() and quantiles[7] == 0

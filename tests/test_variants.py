@@ -10,8 +10,8 @@ from gradcheck import check
 
 import tinylora as tl
 from tinylora import LoRALinear, Tensor, backend, codebooks, nn, ops, optimality, variants
-from tinylora.experiments import descendants
 from tinylora.nn import Linear, Linear4bit, Linear16bit
+from tinylora.papers.claims import descendants
 from tinylora.variants import (
     AdaLoRALinear,
     IECLinear,

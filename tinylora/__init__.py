@@ -10,6 +10,8 @@
 Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported where they are used.
 """
 
+import importlib
+
 from . import adapters, backend, codebooks, conv, dtypes, lora, nn, ops, optim, paging, quant
 from .adapters import (
     adapter_rows,
@@ -42,18 +44,28 @@ __all__ = ["AdamW", "AdamW8bit", "KVCache", "Llama", "LlamaConfig", "LoRALinear"
 # fmt: on
 
 
+#: Where a module that had a place of its own lies now. One release of aliases: `tinylora.laws` still works.
+MOVED = {
+    "subspaces": "papers.subspaces",
+    "intrinsic": "papers.intrinsic",
+    "ranks": "papers.ranks",
+    "switching": "papers.switching",
+    "experiments": "papers.claims",
+    "survey": "papers.codes_on_weights",
+    "derivation": "papers.nf4_construction",
+    "normality": "papers.normality",
+    "footprints": "papers.qlora_numbers",
+}
+
+
 def __getattr__(name):
     """Heavier rooms are opened when they are asked for: tinylora.interop, tinylora.train, …"""
     if name in (
+        "papers",
         "interop",
-        "subspaces",
-        "intrinsic",
         "counting",
         "flops",
         "variants",
-        "experiments",
-        "ranks",
-        "switching",
         "train",
         "corpus",
         "finetune",
@@ -62,15 +74,11 @@ def __getattr__(name):
         "data",
         "laws",
         "optimality",
-        "survey",
-        "derivation",
-        "normality",
         "memory",
-        "footprints",
         "paging_costs",
         "optim8bit",
     ):
-        import importlib
-
         return importlib.import_module(f"{__name__}.{name}")
+    if name in MOVED:
+        return importlib.import_module(f"{__name__}.{MOVED[name]}")
     raise AttributeError(f"module 'tinylora' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import numpy as np
 from grading import check
 
-from tinylora import subspaces
+from tinylora.papers import subspaces
 
 
 def _frame(rng, d, n):

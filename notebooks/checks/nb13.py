@@ -4,8 +4,8 @@ import numpy as np
 from grading import check
 
 from tinylora import LoRALinear, variants
-from tinylora.experiments.toys import linear, orthonormal, weight
 from tinylora.nn import Linear4bit
+from tinylora.papers.claims.toys import linear, orthonormal, weight
 
 
 def _off(found, wanted):

@@ -79,10 +79,11 @@ def memory_parser(commands):
 
 
 def _memory(args):
-    from .. import footprints, memory
+    from .. import memory
+    from ..papers import qlora_numbers
 
     if args.audit:
-        print(footprints.describe())
+        print(qlora_numbers.describe())
         _draw(args, ())
         return
     model = args.model or ("base" if args.measure else "llama-65b")
@@ -121,7 +122,7 @@ def _memory(args):
             print(f"\n{account.label}, predicted and measured, in bytes")
             print(memory.describe_agreement(account, _measured(args, options, *plan)))
     if published:
-        print(f"\n{footprints.describe_size(model)}")
+        print(f"\n{qlora_numbers.describe_size(model)}")
     _draw(args, accounts, published)
 
 
@@ -148,15 +149,16 @@ def _measured(args, options, method, checkpointing):
 
 def _draw(args, accounts, published=False):
     """Figure 6 for the published Llamas and the audit, else the accounts as bars."""
-    from .. import figures
-    from ..figures.memory import account_bars, figure_6
+    from ..figures import style
+    from ..figures.memory import account_bars
+    from ..papers.qlora_numbers import figure_6
 
     if args.out == "none":
         return
     if args.out:
-        figures.require_matplotlib()
+        style.require_matplotlib()
     if args.out or can_draw():
         path = args.out or "memory.svg"
         alone = published and args.method == "qlora" and len(accounts) == 1
-        figures.save(figure_6(args.seq_len) if args.audit or alone else account_bars(accounts), path)
+        style.save(figure_6(args.seq_len) if args.audit or alone else account_bars(accounts), path)
         print(f"\nfigure: {path}")

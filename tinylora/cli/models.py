@@ -68,7 +68,7 @@ def _generate(args):
 
 # ------------------------------------------------------------------------------------------------------------- quantize
 def quantize_parser(commands):
-    from ..survey import CODES
+    from ..papers.codes_on_weights import CODES
 
     p = commands.add_parser(
         "quantize",
@@ -129,8 +129,9 @@ def _quantize(args):
         return _normality(args)
     from tqdm import tqdm
 
-    from .. import figures, files, survey
+    from .. import files
     from ..interop import bitsandbytes
+    from ..papers import codes_on_weights
 
     folder = _folder(args.path)
     double, blocksize = not args.no_double_quant, args.blocksize
@@ -138,21 +139,23 @@ def _quantize(args):
         done = bitsandbytes.quantize_folder(folder, args.out, args.code, blocksize, double, args.skip, force=args.force)
     weights = _linear_weights(folder, args)
     lines = [
-        survey.measure(n, w, args.codes, blocksize, double)
+        codes_on_weights.measure(n, w, args.codes, blocksize, double)
         for n, w in tqdm(weights.items(), desc="measuring", disable=None)
     ]
-    normal = survey.control(max(weights.values(), key=lambda w: w.size).shape[1], args.codes, blocksize, double)
-    print(survey.describe(lines, blocksize, normal))
+    normal = codes_on_weights.control(
+        max(weights.values(), key=lambda w: w.size).shape[1], args.codes, blocksize, double
+    )
+    print(codes_on_weights.describe(lines, blocksize, normal))
     if args.out:
         out = Path(args.out)
         about = {"path": args.path, "blocksize": blocksize, "double_quant": double}
-        files.write_json(out / "report.json", survey.as_json(lines, normal, **about))
+        files.write_json(out / "report.json", codes_on_weights.as_json(lines, normal, **about))
         bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
         print(
             f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
         )
         if can_draw():
-            figures.survey(lines, normal, out / "errors.svg")
+            codes_on_weights.draw_survey(lines, normal, out / "errors.svg")
             print(f"figure: {out / 'errors.svg'}")
 
 
@@ -187,11 +190,12 @@ def _normality(args):
 
     from tqdm import tqdm
 
-    from .. import files, normality
-    from ..figures.normality import rejected_against_length
+    from .. import files
     from ..gguf import GGUF
     from ..interop import bitsandbytes
-    from ..survey import CODES
+    from ..papers import normality
+    from ..papers.codes_on_weights import CODES
+    from ..papers.normality import rejected_against_length
 
     for name, given in (
         ("--codes", tuple(args.codes) != tuple(CODES)),
@@ -230,7 +234,7 @@ def _normality(args):
         about = {"path": args.path, "blocksize": args.blocksize, "draws": args.draws}
         files.write_json(out / "report.json", normality.as_json(groups, power, short, **about))
         if figure:
-            from ..figures import save
+            from ..figures.style import save
 
             save(figure, out / "normality.svg")
         print(f"\n{'report.json and normality.svg lie' if figure else 'report.json lies'} in {out}")

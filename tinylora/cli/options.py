@@ -75,10 +75,10 @@ def recipe(args, defaults):
 
 def can_draw():
     """Whether matplotlib is there; says how to get it if not."""
-    from .. import figures
+    from ..figures import style
 
     try:
-        figures.require_matplotlib()
+        style.require_matplotlib()
     except RuntimeError as error:
         print(f"no figure: {error}")
         return False

@@ -34,7 +34,9 @@ def paging_parser(commands):
 
 
 def _paging(args):
-    from .. import figures, paging_costs
+    from .. import paging_costs
+    from ..figures import style
+    from ..figures.paging import paging_costs as draw
 
     if args.out and not can_draw():
         args.out = None
@@ -43,5 +45,5 @@ def _paging(args):
     )
     print(paging_costs.describe(costs, state, same))
     if args.out:
-        figures.save(figures.paging_costs(costs, state), Path(args.out))
+        style.save(draw(costs, state), Path(args.out))
         print(f"figure: {args.out}")

@@ -34,17 +34,18 @@ def nf4_parser(commands):
 
 
 def _nf4(args):
-    from .. import derivation, figures
+    from ..figures import style
+    from ..papers import nf4_construction
 
-    table = derivation.optimality_table(*([args.blocksizes] if args.blocksizes else []))
-    print(derivation.construction(), derivation.deviations(), table, sep="\n\n")
+    table = nf4_construction.optimality_table(*([args.blocksizes] if args.blocksizes else []))
+    print(nf4_construction.construction(), nf4_construction.deviations(), table, sep="\n\n")
     if args.figure == "none":
         return
     if args.figure:
-        figures.require_matplotlib()
+        style.require_matplotlib()
     if args.figure or can_draw():
         path = args.figure or "nf4.svg"
-        figures.save(figures.nf4_optimal_for(args.blocksizes), path)
+        style.save(nf4_construction.nf4_optimal_for(args.blocksizes), path)
         print(f"\nfigure: {path}")
 
 
@@ -61,9 +62,9 @@ def count_parser(commands):
 
 
 def _count(args):
-    from .. import counting
+    from ..papers import lora_numbers
 
-    print(counting.describe())
+    print(lora_numbers.describe())
 
 
 # ----------------------------------------------------------------------------------------------------------------- experiments
@@ -93,24 +94,24 @@ def experiments_parser(commands):
 def _experiments(args):
     from tqdm import tqdm
 
-    from .. import experiments
+    from ..papers import claims
 
     if args.list:
-        width = max(map(len, experiments.EXPERIMENTS))
-        for name, e in experiments.EXPERIMENTS.items():
+        width = max(map(len, claims.EXPERIMENTS))
+        for name, e in claims.EXPERIMENTS.items():
             print(f"{name:<{width}}  {e.title} ({e.source})")
         return
-    names = args.names or list(experiments.EXPERIMENTS)
+    names = args.names or list(claims.EXPERIMENTS)
     with tqdm(total=len(names) * len(args.seeds), disable=None, unit="run", file=sys.stderr) as bar:
 
         def tell(name, seed, seconds):
             bar.set_postfix_str(f"{name}, seed {seed}")
             bar.update()
 
-        results = experiments.run(names, args.seeds, tell)
-    print(experiments.describe(results))
+        results = claims.run(names, args.seeds, tell)
+    print(claims.describe(results))
     if args.out:
-        from .. import figures
+        from ..papers.claims import page
 
-        figures.claims(results, args.out, pictures=can_draw())
+        page.write_page(results, args.out, pictures=can_draw())
         print(f"the page: {Path(args.out) / 'README.md'}")

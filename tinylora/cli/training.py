@@ -131,17 +131,8 @@ def finetune_parser(commands):
 
 
 def _finetune(args):
-    from .. import figures
-    from ..finetune import (
-        FULL_RECIPE,
-        LORA_RECIPE,
-        Job,
-        compare,
-        describe,
-        describe_comparison,
-        finetune,
-        finished,
-    )
+    from ..figures import runs, style
+    from ..finetune import FULL_RECIPE, LORA_RECIPE, Job, compare, describe, describe_comparison, finetune, finished
 
     targets = args.target_modules
     if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
@@ -184,23 +175,24 @@ def _finetune(args):
         if args.trace:
             _timeline(args.out, job.page_budget)
         return
-    figures.require_matplotlib()  # said before an hour of work, not after it
+    style.require_matplotlib()  # said before an hour of work, not after it
     full_lr = args.full_lr or FULL_RECIPE.lr
     reports = compare(
         job, plan, args.seeds or (0, 1, 2), args.out, args.methods, full_lr=full_lr, eval_every=args.eval_every
     )
     print(describe_comparison(reports))
     path = Path(args.out) / "compare.svg"
-    figures.comparison(reports, path)
+    runs.comparison(reports, path)
     print(f"figure: {path}")
     if args.eval_every:
         path = Path(args.out) / "curves.svg"
-        figures.save(figures.loss_curves(reports), path)
+        style.save(runs.loss_curves(reports), path)
         print(f"figure: {path}")
 
 
 def _timeline(out, budget):
-    from .. import figures
+    from ..figures import style
+    from ..figures.paging import timeline
     from ..finetune import read_trace
 
     path, trace = Path(out) / "paging.svg", read_trace(out) if (Path(out) / "paging.csv").is_file() else []
@@ -209,7 +201,7 @@ def _timeline(out, budget):
             "no timeline: this process paged nothing (the run had ended before, or every state is too small to be paged)"
         )
     elif can_draw():
-        figures.save(figures.timeline(trace, budget), path)
+        style.save(timeline(trace, budget), path)
         print(f"figure: {path}")
 
 
@@ -253,7 +245,7 @@ def _pretrain(args):
 
 # ----------------------------------------------------------------------------------------------------------------------- ranks
 def ranks_parser(commands):
-    from ..ranks import JOB, RANKS, RECIPE
+    from ..papers.ranks import JOB, RANKS, RECIPE
 
     p = command(
         commands,
@@ -282,21 +274,21 @@ def ranks_parser(commands):
 
 
 def _ranks(args):
-    from .. import figures
-    from ..ranks import JOB, RECIPE, describe, sweep
+    from ..figures import runs, style
+    from ..papers.ranks import JOB, RECIPE, describe, sweep
 
     job = replace(JOB, model=args.model, text=args.text, alpha=args.alpha, device=args.device)
     reports = sweep(job, recipe(args, RECIPE), args.r, seeds=args.seeds, out=args.out)
     print(describe(reports))
     if can_draw():
         path = Path(args.out) / "ranks.svg"
-        figures.save(figures.rank_table({key: [r.after for r in rs] for key, rs in reports.items()}), path)
+        style.save(runs.rank_table({key: [r.after for r in rs] for key, rs in reports.items()}), path)
         print(f"figure: {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- switch
 def switch_parser(commands):
-    from ..switching import JOB, RECIPE
+    from ..papers.switching import JOB, RECIPE
 
     p = command(
         commands,
@@ -336,7 +328,7 @@ def switch_parser(commands):
 
 
 def _switch(args):
-    from ..switching import JOB, PROMPTS, RECIPE, demonstrate, describe, own_source, train
+    from ..papers.switching import JOB, PROMPTS, RECIPE, demonstrate, describe, own_source, train
 
     if args.texts:
         texts = {re.sub(r"[^\w-]", "-", Path(t).stem): Path(t) for t in args.texts}

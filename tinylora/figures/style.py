@@ -9,6 +9,8 @@ from .. import files
 
 COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3")
 
+SMALL = {"textcoords": "offset points", "fontsize": 8.5}
+
 
 def require_matplotlib():
     """The matplotlib module; a sentence if it is not installed."""
@@ -45,3 +47,10 @@ def save(figure, path):
     """Write the figure as SVG, atomically and without a date, so that equal figures are equal files."""
     with require_matplotlib().rc_context({"svg.hashsalt": "tinylora"}), files.atomic(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "svg", bbox_inches="tight", metadata={"Date": None})
+
+
+def log_ticks(ax, ticks, axis="x"):
+    """Ticks at these whole numbers on a logarithmic axis, and nowhere else."""
+    labels = [f"{t:g}" for t in ticks]
+    ax.set_xticks(ticks, labels) if axis == "x" else ax.set_yticks(ticks, labels)
+    (ax.xaxis if axis == "x" else ax.yaxis).minorticks_off()

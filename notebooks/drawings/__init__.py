@@ -1,0 +1,1 @@
+"""Figures that only one notebook draws: nb07 holds those of notebook 07."""

@@ -1,0 +1,296 @@
+"""Every parameter count that the LoRA paper prints, beside the count that its formula gives.
+
+Each row of the audit has the printed number, the recomputed one and a verdict (see `verdict`): of 116 numbers most round to what is
+printed, some are cut off, and some do not follow. The formulas are those of `costs.parameters`; models and settings are the paper's
+(tables 2 to 5, 7, 13, 15 to 18, and appendix D). `tinylora count` prints it.
+"""
+
+from ..counting import adapter, adapter_h, adapter_l, bitfit, lora_square, prefix_embedding, prefix_layer, transformer
+from .verdict import Row, judge, parse
+
+
+def _row(where, model, method, setting, printed, exact, note="", about=False):
+    """A Row from an exact number in ones (weights, bytes, ratios)."""
+    computed = None if exact is None else exact / parse(printed)[2]
+    return Row(where, model, method, setting, printed, computed, judge(printed, computed, about), note)
+
+
+def _fit(where, model, method, letter, printed, count):
+    """A row whose size the paper leaves out: the whole number that gives the printed count, if there is one."""
+    value, _, unit = parse(printed)
+    fits = [n for n in range(1, 1025) if judge(printed, count(n) / unit) == "rounds to"]
+    n = fits[0] if fits else min(range(1, 1025), key=lambda n: abs(count(n) - value * unit))
+    note = f"no {letter} fits; this is the nearest"
+    if fits:
+        note = f"{letter} is not printed; {fits[0]} fits" + f", as do those up to {fits[-1]}" * (len(fits) > 1)
+    return _row(where, model, method, f"{letter} = {n}", printed, count(n), note)
+
+
+# -------------------------------------------------------------------------------------------------------------------- the models
+#: (layers, width) of the models of the paper
+GPT3, GPT2_M, GPT2_L = (96, 12288), (24, 1024), (36, 1280)
+ROBERTA_BASE, ROBERTA_LARGE, DEBERTA_XXL = (12, 768), (24, 1024), (48, 1536)
+_FULL = {  # all weights
+    "GPT-3": transformer(*GPT3, 50257, 2048),
+    "GPT-2 M": transformer(*GPT2_M, 50257, 1024),
+    "GPT-2 L": transformer(*GPT2_L, 50257, 1024),
+    "RoBERTa base": transformer(*ROBERTA_BASE, 50265, 514, extra=768 * 768 + 2 * 768),
+    "RoBERTa large": transformer(*ROBERTA_LARGE, 50265, 514, extra=1024 * 1024 + 2 * 1024),
+}
+_GPT3_FT = 175_255.8e6  # as printed in table 4
+
+
+def _qv(model, r, matrices=2):
+    layers, d = model
+    return lora_square(matrices * layers, d, r)
+
+
+#: Table 2: model, method, printed count, scores on MNLI, SST-2, MRPC, CoLA, QNLI, QQP, RTE, STS-B, printed average
+_GLUE = [
+    ("RoBERTa base", "FT*", "125.0M", (87.6, 94.8, 90.2, 63.6, 92.8, 91.9, 78.7, 91.2), "86.4"),
+    ("RoBERTa base", "BitFit*", "0.1M", (84.7, 93.7, 92.7, 62.0, 91.8, 84.0, 81.5, 90.8), "85.2"),
+    ("RoBERTa base", "Adapter^D*", "0.3M", (87.1, 94.2, 88.5, 60.8, 93.1, 90.2, 71.5, 89.7), "84.4"),
+    ("RoBERTa base", "Adapter^D*", "0.9M", (87.3, 94.7, 88.4, 62.6, 93.0, 90.6, 75.9, 90.3), "85.4"),
+    ("RoBERTa base", "LoRA", "0.3M", (87.5, 95.1, 89.7, 63.4, 93.3, 90.8, 86.6, 91.5), "87.2"),
+    ("RoBERTa large", "FT*", "355.0M", (90.2, 96.4, 90.9, 68.0, 94.7, 92.2, 86.6, 92.4), "88.9"),
+    ("RoBERTa large", "LoRA", "0.8M", (90.6, 96.2, 90.9, 68.2, 94.9, 91.6, 87.4, 92.6), "89.0"),
+    ("RoBERTa large", "Adapter^P", "3.0M", (90.2, 96.1, 90.2, 68.3, 94.8, 91.9, 83.8, 92.1), "88.4"),
+    ("RoBERTa large", "Adapter^P", "0.8M", (90.5, 96.6, 89.7, 67.8, 94.8, 91.7, 80.1, 91.9), "87.9"),
+    ("RoBERTa large", "Adapter^H", "6.0M", (89.9, 96.2, 88.7, 66.5, 94.7, 92.1, 83.4, 91.0), "87.8"),
+    ("RoBERTa large", "Adapter^H", "0.8M", (90.3, 96.3, 87.7, 66.3, 94.7, 91.5, 72.9, 91.5), "86.4"),
+    ("RoBERTa large", "LoRA (restricted)", "0.8M", (90.6, 96.2, 90.2, 68.2, 94.8, 91.6, 85.2, 92.3), "88.6"),
+    ("DeBERTa XXL", "FT*", "1500.0M", (91.8, 97.2, 92.0, 72.0, 96.0, 92.7, 93.9, 92.9), "91.1"),
+    ("DeBERTa XXL", "LoRA", "4.7M", (91.9, 96.9, 92.6, 72.4, 96.0, 92.9, 94.9, 93.0), "91.3"),
+]
+
+
+def _glue_count(model, method, printed):
+    """(setting, exact count or None, note) of a row of table 2, with the sizes of tables 9 and 10."""
+    if method == "FT*":
+        return "", _FULL.get(model), "a nominal size" if model in _FULL else "a nominal size; shapes not in the paper"
+    if method == "BitFit*":
+        return "", bitfit(*ROBERTA_BASE), ""
+    if method == "Adapter^D*":
+        return "", None, "its bottleneck and dropped layers are not in the paper"
+    if method == "Adapter^P":
+        r = {"3.0M": 64, "0.8M": 16}[printed]
+        return f"r = {r}", adapter(ROBERTA_LARGE[0], ROBERTA_LARGE[1], r), ""
+    if method == "Adapter^H":
+        r = {"6.0M": 64, "0.8M": 8}[printed]
+        return f"r = {r}", adapter_h(*ROBERTA_LARGE, r), ""
+    size = {"RoBERTa base": ROBERTA_BASE, "RoBERTa large": ROBERTA_LARGE, "DeBERTa XXL": DEBERTA_XXL}[model]
+    return "r_q = r_v = 8", _qv(size, 8), "r from table 10" if model == "DeBERTa XXL" else ""
+
+
+#: Table 15: l_p, l_i, printed;  r, printed;  setting, matrices, r, printed
+_PRE_EMBED = [(32, "0.4M"), (64, "0.9M"), (128, "1.7M"), (256, "3.2M"), (512, "6.4M")]
+_PRE_LAYER = [(2, 2, "5.1M"), (8, 0, "10.1M"), (8, 8, "20.2M"), (32, 4, "44.1M"), (64, 0, "76.1M")]
+_ADAPTER_H = [(1, "7.1M"), (4, "21.2M"), (8, "40.1M"), (16, "77.9M"), (64, "304.4M")]
+_LORA = [
+    ("r_v = 2", 1, 2, "4.7M"),
+    ("r_q = r_v = 1", 2, 1, "4.7M"),
+    ("r_q = r_v = 2", 2, 2, "9.4M"),
+    ("r_q = r_k = r_v = r_o = 1", 4, 1, "9.4M"),
+    ("r_q = r_v = 4", 2, 4, "18.8M"),
+    ("r_q = r_k = r_v = r_o = 2", 4, 2, "18.8M"),
+    ("r_q = r_v = 8", 2, 8, "37.7M"),
+    ("r_q = r_k = r_v = r_o = 4", 4, 4, "37.7M"),
+    ("r_q = r_v = 64", 2, 64, "301.9M"),
+    ("r_q = r_k = r_v = r_o = 64", 4, 64, "603.8M"),
+]
+_LORA_PE = [(8, "37.8M"), (32, "151.1M"), (64, "302.1M")]
+#: Table 1: batch × length, fine-tuned or LoRA, (Adapter^L, its percentage), (Adapter^H, its percentage); milliseconds
+_LATENCY = [
+    ("32 × 512", 1449.4, (1482.0, "2.2%"), (1492.2, "3.0%")),
+    ("16 × 256", 338.0, (354.8, "5.0%"), (366.3, "8.4%")),
+    ("1 × 128", 19.8, (23.9, "20.7%"), (25.8, "30.3%")),
+]
+
+
+def audit():
+    """Every number of the paper that arithmetic can reach, printed beside recomputed. -> [Row], in the paper's order"""
+    return [*_section_2_to_4(), *_tables_1_to_5(), *_appendix_d(), *_table_13(), *_table_15(), *_table_7()]
+
+
+def _section_2_to_4():
+    r4 = _qv(GPT3, 4)
+    return [
+        _row(
+            "Abstract", "GPT-3", "LoRA", "q, v, r = 4", "10,000x", _GPT3_FT / r4, "fewer trained parameters", about=True
+        ),
+        _row("§2", "GPT-3", "LoRA", "q, v, r = 4", "0.01%", r4 / _GPT3_FT, "|Θ| as a share of |Φ₀|"),
+        _row("§4.2", "GPT-3", "FT", "2 bytes a weight", "350GB", 2 * _GPT3_FT, "checkpoint", about=True),
+        _row("§4.2", "GPT-3", "LoRA", "q, v, r = 4, 2 bytes", "35MB", 2 * r4, "checkpoint", about=True),
+        _row("§4.2", "GPT-3", "LoRA", "350GB/35MB", "10,000x", 350e9 / 35e6, "checkpoints, of the printed sizes"),
+        _row(
+            "§4.2", "GPT-3", "FT", "memory in training", "1.2TB", None, "16 bytes a weight (Adam, mixed) would be 2.8TB"
+        ),
+        _row("§4.2", "GPT-3", "LoRA", "1.2TB/350GB", "3x", 1.2e12 / 350e9, "abstract: GPU memory by 3 times"),
+        _row("Footnote 4", "GPT-3", "LoRA", "350GB + 100 × 35MB", "354GB", 350e9 + 100 * 35e6),
+        _row("Footnote 4", "GPT-3", "FT", "100 × 350GB", "35TB", 100 * 350e9),
+        _row(
+            "Footnote 5",
+            "GPT-3",
+            "LoRA",
+            "1 − 32.5/43.1",
+            "25%",
+            1 - 32.5 / 43.1,
+            "time; in tokens a second it is +32.6 %",
+        ),
+    ]
+
+
+def _tables_1_to_5():
+    rows = []
+    for printed in ("0.5M", "11M"):
+        rows.append(_fit("Table 1", "GPT-2 M", "Adapter^L", "r", printed, lambda r: adapter_l(*GPT2_M, r)))
+        rows.append(_fit("Table 1", "GPT-2 M", "Adapter^H", "r", printed, lambda r: adapter_h(*GPT2_M, r)))
+    for setting, base, low, high in _LATENCY:
+        for method, (ms, printed) in (("Adapter^L", low), ("Adapter^H", high)):
+            rows.append(_row("Table 1", "GPT-2 M", method, setting, printed, ms / base - 1, "added latency"))
+    for model, method, printed, scores, average in _GLUE:
+        setting, exact, note = _glue_count(model, method, printed)
+        rows.append(_row("Table 2", model, method, setting, printed, exact, note, about=method == "FT*"))
+        rows.append(_row("Table 2", model, method, "average of 8", average, sum(scores) / 8))
+    for model, size, full, adapters, prefix, low_rank in (
+        ("GPT-2 M", GPT2_M, "354.92M", ("0.37M", "11.09M"), "0.35M", "0.35M"),
+        ("GPT-2 L", GPT2_L, "774.03M", ("0.88M", "23.00M"), "0.77M", "0.77M"),
+    ):
+        d = size[1]
+        rows.append(_row("Table 3", model, "FT*", "", full, _FULL[model]))
+        rows += [_fit("Table 3", model, "Adapter^L", "r", p, lambda r, s=size: adapter_l(*s, r)) for p in adapters]
+        if model == "GPT-2 M":
+            rows.append(_fit("Table 3", model, "Adapter^H", "r", "11.09M", lambda r: adapter_h(*GPT2_M, r)))
+            rows.append(_row("Table 3", model, "FT^Top2*", "2 layers", "25.19M", 2 * (12 * d * d + 13 * d)))
+        rows.append(_fit("Table 3", model, "PreLayer*", "l", prefix, lambda n, s=size: prefix_layer(*s, n)))
+        rows.append(_row("Table 3", model, "LoRA", "r_q = r_v = 4", low_rank, _qv(size, 4)))
+    L, d = GPT3
+    rows += [
+        _row("Table 4", "GPT-3", "FT", "", "175,255.8M", _FULL["GPT-3"], "the GPT-3 paper's shapes, tied head"),
+        _row("Table 4", "GPT-3", "BitFit", "11 d a layer", "14.2M", bitfit(L, d), "12 d a layer would be 14.16M"),
+        _row("Table 4", "GPT-3", "PreEmbed", "l_p = 256, l_i = 8", "3.2M", prefix_embedding(d, 256, 8)),
+        _row("Table 4", "GPT-3", "PreLayer", "l_p = 8, l_i = 8", "20.2M", prefix_layer(L, d, 8, 8)),
+        _row("Table 4", "GPT-3", "Adapter^H", "r = 1", "7.1M", adapter_h(L, d, 1)),
+        _row("Table 4", "GPT-3", "Adapter^H", "r = 8", "40.1M", adapter_h(L, d, 8)),
+        _row("Table 4", "GPT-3", "LoRA", "r_v = 2", "4.7M", _qv(GPT3, 2, 1)),
+        _row("Table 4", "GPT-3", "LoRA", "r_q = r_k = r_v = r_o = 4", "37.7M", _qv(GPT3, 4, 4)),
+    ]
+    for names, r in (("q", 8), ("k", 8), ("v", 8), ("o", 8), ("q, k", 4), ("q, v", 4), ("q, k, v, o", 2)):
+        rows.append(_row("Table 5", "GPT-3", "LoRA", f"{names}, r = {r}", "18M", _qv(GPT3, r, len(names.split(", ")))))
+    return rows
+
+
+def _appendix_d():
+    L, d = GPT3
+    return [
+        _row("D.4", "GPT-3", "PreEmbed", "l_p = 256, l_i = 8", "3.2M", prefix_embedding(d, 256, 8)),
+        _row("D.4", "GPT-3", "PreLayer", "l_p = 8, l_i = 8", "20.2M", prefix_layer(L, d, 8, 8)),
+        _row("D.4", "GPT-3", "LoRA", "r_q = r_v = 1", "4.7M", _qv(GPT3, 1)),
+        _row("D.4", "GPT-3", "LoRA", "r_v = 2", "4.7M", _qv(GPT3, 2, 1)),
+        _row("D.4", "GPT-3", "LoRA", "r_q = r_v = 8", "37.7M", _qv(GPT3, 8)),
+        _row(
+            "D.4", "GPT-3", "LoRA", "r_q = r_k = r_v = r_o = 2", "37.7M", _qv(GPT3, 2, 4), "table 15 has r = 4 for it"
+        ),
+    ]
+
+
+def _table_13():
+    d = GPT2_M[1]
+    return [
+        _row("Table 13", "GPT-2 M", "Fine-Tune", "", "354M", _FULL["GPT-2 M"]),
+        _row(
+            "Table 13", "GPT-2 M", "FT^Top2", "2 layers", "24M", 2 * (12 * d * d + 13 * d), "table 3 has 25.19M for it"
+        ),
+        _row("Table 13", "GPT-2 L", "Fine-Tune", "", "774M", _FULL["GPT-2 L"]),
+    ]
+
+
+def _table_15():
+    (L, d), rows = GPT3, []
+    rows.append(_row("Table 15", "GPT-3", "Fine-Tune", "", "175B", _FULL["GPT-3"]))
+    for l_p, printed in _PRE_EMBED:
+        rows.append(
+            _row("Table 15", "GPT-3", "PrefixEmbed", f"l_p = {l_p}, l_i = 8", printed, prefix_embedding(d, l_p, 8))
+        )
+    for l_p, l_i, printed in _PRE_LAYER:
+        setting = f"l_p = {l_p}, l_i = {l_i}"
+        rows.append(_row("Table 15", "GPT-3", "PrefixLayer", setting, printed, prefix_layer(L, d, l_p, l_i)))
+    for r, printed in _ADAPTER_H:
+        rows.append(_row("Table 15", "GPT-3", "Adapter^H", f"r = {r}", printed, adapter_h(L, d, r)))
+    for setting, matrices, r, printed in _LORA:
+        rows.append(_row("Table 15", "GPT-3", "LoRA", setting, printed, _qv(GPT3, r, matrices)))
+    for r, printed in _LORA_PE:
+        exact = _qv(GPT3, r) + prefix_embedding(d, 8, 4)
+        rows.append(_row("Table 15", "GPT-3", "LoRA+PE", f"r_q = r_v = {r}, l_p = 8, l_i = 4", printed, exact))
+    exact = _qv(GPT3, 8) + prefix_layer(L, d, 8, 4)
+    rows.append(_row("Table 15", "GPT-3", "LoRA+PL", "r_q = r_v = 8, l_p = 8, l_i = 4", "52.8M", exact))
+    return rows
+
+
+def _table_7():
+    return [
+        _row("§7.3", "GPT-3", "LoRA", "r = 4: 6.91/0.32", "21.5", 6.91 / 0.32, "amplification, from rounded norms"),
+        _row("H.4", "GPT-3", "LoRA", "r = 64: 3.57/1.90", "2", 3.57 / 1.90, "amplification"),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ as text
+def findings():
+    """What the audit shows, as sentences with their numbers. -> [str]"""
+    L, d = GPT3
+    pre = [
+        (row, l_p + l_i)
+        for row, (l_p, l_i, _) in zip([r for r in _table_15() if r.method == "PrefixLayer"], _PRE_LAYER, strict=True)
+    ]
+    above = ", ".join(f"{100 * (r.value / r.computed - 1):.1f}" for r, _ in pre)
+    vectors = [r.value * 1e6 / d / n for r, n in pre]
+    deb, m, l = _qv(DEBERTA_XXL, 8) / 1e6, _qv(GPT2_M, 4) / 1e6, _qv(GPT2_L, 4) / 1e6
+    four = _qv(GPT3, 64, 4) / 1e6
+    p, h = (n * 2 * ROBERTA_LARGE[1] * 64 / 2**20 for n in (ROBERTA_LARGE[0], 2 * ROBERTA_LARGE[0]))
+    top = 2 * (12 * GPT2_M[1] ** 2 + 13 * GPT2_M[1])
+    return [
+        f"PrefixLayer (tables 4 and 15, D.4): no row follows L d (l_p + l_i); the printed counts are {above} % above it. No "
+        f"fixed number of vectors a token does: (l_p, l_i) = (8, 0) takes {vectors[1]:.1f} and (64, 0) {vectors[4]:.1f}; "
+        f"L = {L}. LoRA+PL inherits it.",
+        f"DeBERTa XXL: table 10 says r = 8, which is {deb:.2f}M; table 2's 4.7M is r = 16 "
+        f"({_qv(DEBERTA_XXL, 16) / 1e6:.2f}M), which the released scripts use.",
+        f"GPT-2 with r = 4 on q and v: {m:.3f}M and {l:.3f}M, printed as 0.35M and 0.77M. No number of prefix tokens gives "
+        f"these for PreLayer either; 0.1 % of 354.92M and 774.03M does ({0.35492:.3f}M, {0.77403:.3f}M), so they look like "
+        "labels of a budget.",
+        f"603.8M (q, k, v, o, r = 64) is {four:.2f}M: twice the 301.9M above it, which is itself truncated.",
+        f"18.8M is {_qv(GPT3, 4) / 1e6:.3f}M truncated, as are 301.9M, PrefixEmbed's 0.4M "
+        f"({prefix_embedding(d, 32, 8) / 1e6:.3f}M), LoRA+PE's 37.8M ({(_qv(GPT3, 8) + prefix_embedding(d, 8, 4)) / 1e6:.3f}M) "
+        "and table 5's 18M; the other rows agree with rounding.",
+        f"D.4 says that r_q = r_k = r_v = r_o = 2 is 37.7M; it is {_qv(GPT3, 2, 4) / 1e6:.2f}M, and table 15 has r = 4 for it.",
+        f"BitFit, GPT-3: the biases of such a block are 11 d, {bitfit(L, d) / 1e6:.2f}M in all; 14.2M is 12 d "
+        f"({12 * L * d / 1e6:.2f}M).",
+        f"Full fine-tuning, GPT-3: the shapes in the GPT-3 paper give {_FULL['GPT-3'] / 1e6:,.1f}M, table 4 has 175,255.8M. "
+        f"GPT-2 M: {_FULL['GPT-2 M'] / 1e6:.2f}M, printed 354.92M.",
+        f"RoBERTa large, Adapter^P and Adapter^H with r = 64: {adapter(*ROBERTA_LARGE, 64) / 1e6:.2f}M and "
+        f"{adapter_h(*ROBERTA_LARGE, 64) / 1e6:.2f}M, printed 3.0M and 6.0M; those are the weights without biases in units of "
+        f"2²⁰ ({p:.2f} and {h:.2f}). So is table 13's 24M for FT^Top2 ({top / 2**20:.2f}; table 3 has 25.19M, which is right).",
+        "Adapter^L on GPT-2 follows its formula with the LayerNorms at r = 6, 224, 8 and 248; Adapter^H's 11.09M does for no r.",
+        f"10,000 times fewer is 350GB/35MB; in parameters it is {_GPT3_FT / _qv(GPT3, 4):,.0f} times, and 35MB is "
+        f"{2 * _qv(GPT3, 4) / 1e6:.1f}MB.",
+    ]
+
+
+def describe():
+    """The audit as aligned text, in the paper's order, and the findings."""
+    head = ("where", "model", "method", "setting", "printed", "computed", "difference", "verdict")
+    table = [head]
+    for r in audit():
+        digits = max(3, len(r.printed.partition(".")[2].rstrip("%MBGTx")) + 1)
+        numbers = ("", "") if r.computed is None else (f"{r.computed:,.{digits}f}", f"{r.difference:+,.{digits}f}")
+        table.append((r.where, r.model, r.method, r.setting, r.printed, *numbers, r.verdict))
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    right = {4, 5, 6}
+    lines = [
+        "  ".join(
+            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    counts = {v: sum(r[-1] == v for r in table[1:]) for v in dict.fromkeys(r[-1] for r in table[1:])}
+    summary = ", ".join(f"{n} {v}" for v, n in counts.items())
+    return "\n".join([*lines, "", f"{len(table) - 1} numbers: {summary}", "", *(f"* {f}" for f in findings())])

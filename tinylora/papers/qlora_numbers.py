@@ -1,0 +1,767 @@
+"""QLoRA's statements about memory, and what else in the paper is arithmetic: printed beside recomputed, with a verdict.
+
+    full fine-tuning    12 bytes a parameter: 16-bit weights and gradients, float32 m and v
+    double quantization 32/64 = .5 bits a weight become 8/64 + 32/(64 · 256) = .127                          (QLoRA §3)
+    figure 6            adapters: L · 64 · 18 h · 2 bytes in MiB; optimizer: 4 times that
+    Elo                 P(win) = 1 / (1 + 10^(−Δ/400))
+
+`audit()` gives `counting.Row`s for "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314), in the paper's order:
+
+    §1, §2       > 780 GB and < 48 GB; equations 1 to 3; 567, 18, 26 and 5,048 MB
+    §3           equations 4 to 6; NF4's bins and its block maximum; the bits of the constants and what 8 of them cost; paged AdamW
+    §4           tables 2 to 4 and figure 3: what is arithmetic in them
+    §5           tables 1 and 5 to 7: footprints, ratings, and where the paper differs from itself
+    appendices   B (hyper-parameters), E (NF4's values), F (normality), figure 6; then the counts that the authors' script prints
+
+A sentence without a number is a `Claim`: what decides it is computed, with the functions that quantize, multiply and update elsewhere in
+this package. Where the paper differs from itself, `computed` is its other number. `describe()` is the same as text, with what does not
+hold. `five_gigabytes()` and `halved_counts()` answer two questions that learners ask.
+
+The verdicts are counting's, and "holds" or "does not hold" for bounds and claims. "not derivable" is what only a run of those models
+could tell (perplexities, accuracies, speed); its note says which part is arithmetic. Figure 6's labels, tables 5 to 7, and appendix F's
+7.5 % are as transcribed by others, the hyper-parameters as in the authors' scripts; all else was read in the paper. What is about training
+at scale alone (figures 2 and 4) has no row. Sizes are the released Llamas' (`memory.MODELS`). GB are 10⁹ bytes, MiB 2²⁰. Only what 8-bit
+constants cost is drawn at random (a fixed seed, 2²⁰ weights, its standard error in the note); equations are checked on fixed draws too.
+"""
+
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from .. import backend, codebooks, nn, optimality, rounding
+from ..counting import llama_shapes, lora_on
+from ..figures.memory import GB, HATCH, PARTS, stacked_bar
+from ..figures.style import canvas
+from ..lora import LoRALinear
+from ..memory import MODELS, PAPER, aligned, block_tape, codes_bytes, in_units, parameters, predict
+from ..optim import AdamW
+from ..paging import Pager
+from ..quant import quantize
+from ..tensor import Tensor
+from . import nf4_construction, normality
+from .verdict import Row, judge
+
+SIZES = ("7b", "13b", "33b", "65b")
+MB, MIB = 1e6, 2**20
+
+#: Figure 6's labels: model, adapters and optimizer in MB as printed, and the total in GB.
+FIGURE_6 = {
+    "7b": ("5,046", "288", "1,152", "6.9"),
+    "13b": ("8,476", "450", "1,800", "11.3"),
+    "33b": ("19,302", "877.5", "3,510", "24.7"),
+    "65b": ("37,074", "1,440", "5,760", "45.0"),
+}
+#: Tables 1 and 6: (table, size, printed).
+FOOTPRINTS = (
+    ("1, 6", "65b", "41GB"),
+    ("1, 6", "33b", "21GB"),
+    ("1, 6", "13b", "10GB"),
+    ("6", "7b", "5GB"),
+    ("1", "7b", "6GB"),
+)
+#: Table 4: mean 5-shot MMLU of 7, 13, 33 and 65B on Alpaca and FLAN v2, and the printed mean.
+TABLE_4 = {
+    "BFloat16": ((38.4, 45.6, 47.2, 50.6, 57.7, 60.5, 61.8, 62.5), "53.0"),
+    "Float4": ((37.2, 44.0, 47.3, 50.0, 55.9, 58.5, 61.3, 63.3), "52.2"),
+    "NFloat4 + DQ": ((39.0, 44.5, 47.5, 50.7, 57.3, 59.2, 61.8, 63.9), "53.1"),
+}
+#: Table 2: mean perplexity on Pile Common Crawl, and the code whose error stands beside it.
+TABLE_2 = {
+    "Int4": ("34.34", "int4"),
+    "Float4 (E2M1)": ("31.07", "fp4_e2m1"),
+    "Float4 (E3M0)": ("29.48", "fp4_e3m0"),
+    "NFloat4 + DQ": ("27.41", "nf4"),
+}
+#: Table 3, its first and last column: full fine-tuning in 16 bits, and adapters on 16, 8, 4 (FP4) and, for T5, 4 bits (NF4 + DQ).
+TABLE_3 = {
+    "RoBERTa-large": (88.6, (88.8, 88.8, 88.6)),
+    "T5-11B": (62.0, (60.7, 60.7, 60.9, 60.9)),
+}
+
+
+def llama(size):
+    return MODELS[f"llama-{size}"]
+
+
+def account(size, **options):
+    """The Account of a published Llama in the paper's setting: NF4 with double quantization, r = 64 on all linear layers, PAPER."""
+    return predict(llama(size), **{"method": "qlora", "r": 64, "precision": PAPER, **options})
+
+
+def base_bytes(size):
+    """Bytes of the frozen base: linear layers in NF4 with double quantization, embedding, head and norms in 16 bits."""
+    a = account(size)
+    return a.weights + a.codes + a.constants
+
+
+def _number(label):
+    return float(label.replace(",", ""))
+
+
+def figure_6_adapters(size, r=64, widths=18):
+    """L · r · 18 h · 2 bytes: a block of four h × h matrices (8 h) and two of h × 4 h (10 h), in 16 bits. Llama's has other shapes."""
+    c = llama(size)
+    return 2 * c.num_hidden_layers * r * widths * c.hidden_size
+
+
+def win_rate(difference):
+    """P = 1 / (1 + 10^(−Δ/400)): the expected score of a player rated Δ above the opponent (Elo 1967)."""
+    return 1 / (1 + 10 ** (-difference / 400))
+
+
+# ------------------------------------------------------------------------------------------------------------------- the audit
+@dataclass(frozen=True)
+class Claim(Row):
+    """A statement in words beside the number that decides it: `printed` has no value, and nothing can be subtracted from it."""
+
+    @property
+    def value(self):
+        """None."""
+
+    @property
+    def difference(self):
+        """None."""
+
+
+def _row(where, size, method, setting, printed, computed, note="", about=False, verdict=None):
+    model = f"Llama {size.upper()}" if size else ""
+    return Row(where, model, method, setting, printed, computed, verdict or judge(printed, computed, about), note)
+
+
+def _claim(where, method, setting, printed, computed, verdict, note=""):
+    """A Claim; verdict True or False is "holds" or "does not hold"."""
+    words = {True: "holds", False: "does not hold"}
+    computed = None if computed is None else float(computed)
+    return Claim(where, "", method, setting, printed, computed, words.get(verdict, verdict), note)
+
+
+def _roughly(difference, bound):
+    """The verdict on what should be 0."""
+    return difference == 0 or (difference < bound and "roughly")
+
+
+def audit():
+    """Every row of the paper that the module's first lines name. -> [counting.Row], in the paper's order"""
+    parts = (
+        *(_section_1, _saved, _equations_1_to_3, _section_2),
+        *(_equation_4, _bins, _constants, _equations_5_and_6, _paged),
+        *(_table_2, _table_3, _table_4),
+        *(_footprints, _scores, _elo),
+        *(_appendices, _figure_6, _counts),
+    )
+    return [row for part in parts for row in part()]
+
+
+# fmt: off
+def _section_1():
+    rows = []
+    for size in SIZES:
+        rows.append(_row("§1", size, "", "weights", size.upper(), parameters(llama(size)) / GB, about=True))
+    full, n = 12 * parameters(llama("65b")) / GB, account("65b", checkpointing=True)
+    rest = (n.total - n.activations) / GB
+    holds = {True: "holds", False: "does not hold"}
+    return [
+        *rows,
+        _row("§1", "65b", "full", "12 bytes a weight", ">780GB", full, verdict=holds[full > 780]),
+        _row("§1", "65b", "QLoRA", "r = 64, no activations", "<48GB", rest, verdict=holds[rest < 48]),
+        _row("§1", "65b", "QLoRA", "the same, 512 tokens, checkpointing", "<48GB", n.total / GB, verdict=holds[n.total / GB < 48]),
+    ]
+
+
+def _section_2():
+    c, n = llama("7b"), parameters(llama("7b"))
+    blocks, base = 567 * inputs_ratio(), base_bytes("7b") / MB
+    return [
+        _row("§2", "7b", "LoRA", "0.2 % of the weights, 2 bytes", "26MB", 0.002 * n * 2 / MB),
+        _row("§2", "7b", "LoRA", "L · 8 · 13 h · 2 bytes, MiB", "26", figure_6_adapters("7b", 8, 13) / MIB, "inferred"),
+        _row("§2", "7b", "LoRA", "input gradients", "567MB", None, "no sequence length is given"),
+        _row("§2", "7b", "LoRA", "567 MB / L: one layer's", "18MB", 567 / c.num_hidden_layers),
+        _row("§2", "7b", "LoRA", "567 MB as inputs of blocks only", "18MB", blocks),
+        _row("§2", "7b", "QLoRA", "NF4 + DQ, rest in 16 bits", "5,048MB", base),
+    ]
+
+
+def inputs_ratio():
+    """h / (h + h + h + f): the input of a Llama-7B block over the inputs of its linear layers (q k v, o, gate up, down)."""
+    c = llama("7b")
+    return c.hidden_size / (3 * c.hidden_size + c.intermediate_size)
+
+
+def _bits():
+    return 32 / 64, 8 / 64 + 32 / (64 * 256)
+
+
+def _saved():
+    (one, two), n = _bits(), parameters(llama("65b"))
+    return [
+        _row("§1", "", "NF4 + DQ", "saved a weight, bits", "0.37", one - two),
+        _row("§1", "65b", "NF4 + DQ", "saved in all", "3GB", (one - two) / 8 * n / GB),
+    ]
+
+
+def _normal(*shape):
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def _equations_1_to_3():
+    x = _normal(1 << 16)
+    codes, absmax = rounding.CUDA.quantize_8bit(x, codebooks.int8(), 64)
+    integers, m = codes.astype(int) - 127, np.repeat(absmax.astype(np.float64), 64)
+    by_c = integers / (127 / m)
+    by_code = codebooks.int8()[codes].astype(np.float64) * m
+    unequal = np.count_nonzero(integers != np.rint(127 / m * x))
+    worst, apart = (np.abs(d / m).max() for d in (by_c - x, by_c - by_code))
+    shapes = {shape for size in SIZES for shape in llama_shapes(llama(size))}
+    left, blocks = sum(o * i % (64 * 256) for o, i in shapes), len(quantize(_normal(5, 13)).absmax)
+    off = _off("dense")
+    note = "NF4's code is multiplied by absmax; this c divides"
+    return [
+        _claim("§2, eq. 1", "Int8", "values that are not the nearest", "round(127/absmax · X)", unequal, unequal == 0),
+        _claim("§2, eq. 1", "Int8", "round trip: largest error / absmax", "<=1/254", worst, worst <= 1 / 254 + 1e-9),
+        _claim("§2, eq. 2", "Int8", "X/c against code · absmax, / absmax", "X/c", apart, apart < 1e-7, note),
+        _claim("§2", "blocks", "b h mod 64 · 256, a Llama's matrices", "b h/B", left, left == 0, f"5 × 13: {blocks} blocks"),
+        _claim("§2, eq. 3", "LoRA", "float32 layer against float64", "XW + s X L1 L2", off, off < 1e-6),
+    ]
+
+
+def _adapted(kind, compute_dtype="float32"):
+    """(layer, x, W): 256 × 128 normal weights with a bypass of r = 64 and α = 16 (the scripts'), and an input; the same at every call."""
+    with backend.using_generator(np.random.default_rng(0)):
+        base = nn.Linear(256, 128)
+        base.weight.data = w = nn.normal((128, 256), 1.0)
+        frozen = base if kind == "dense" else nn.Linear4bit.of(base, compute_dtype=compute_dtype)
+        layer = LoRALinear(frozen, r=64, alpha=16)
+        layer.lora_B.weight.data = nn.normal((128, 64), 1.0)
+        return layer, nn.normal((32, 256), 1.0), w
+
+
+def _off(kind, compute_dtype="float32"):
+    """‖Y − (X W + s X L1 L2)‖ / ‖…‖: a layer's output against eq. 3 (or 5, with the W that dequantizing gives) in float64."""
+    layer, x, _ = _adapted(kind, compute_dtype)
+    factors = layer.base_layer.dense(), layer.lora_A.weight.data, layer.lora_B.weight.data
+    X, (W, L1, L2) = x.astype(np.float64), (a.T.astype(np.float64) for a in factors)
+    wanted = X @ W + layer.scaling * (X @ L1 @ L2)
+    return np.linalg.norm(layer(Tensor(x)).data - wanted) / np.linalg.norm(wanted)
+
+
+def _equation_4():
+    q, nf4 = nf4_construction.equation_4(), codebooks.nf4()
+    rest = q[np.isfinite(q)]
+    least = np.abs(rest).min()
+    note = f"q_0 = {q[0]}, then {rest[0]:.3f} … {rest[-1]:.3f}".replace("-inf", "−∞").replace("-", "−")
+    return [
+        _row("§3, eq. 4", "", "NF4", "i = 0 … 15 as printed: finite values", "16", len(rest), note),
+        _claim("§3, eq. 4", "NF4", "the least magnitude of these", "no exact 0", least, least > 0, "symmetric"),
+        _row("§3", "", "NF4", "2^(k−1) quantiles below: values up to 0", "8", int((nf4 <= 0).sum()), "7, and the 0"),
+        _row("§3", "", "NF4", "2^(k−1) + 1 above: values from 0 on", "9", int((nf4 >= 0).sum()), "the 0, and 8"),
+    ]
+
+
+def normal_usage(scale):
+    """P of each NF4 value for w/scale, w ~ N(0, 1): what a block's usage would be if its absmax were a constant. (16,) float64, sum 1."""
+    bounds = codebooks.midpoints(codebooks.nf4()).astype(np.float64) * scale
+    return np.diff([0.0, *map(NormalDist().cdf, bounds), 1.0])
+
+
+def _bins():
+    nf4 = codebooks.nf4()
+    edge, rows = NormalDist().inv_cdf(codebooks.NF4_OFFSET), []
+    usage = {"B = 64": optimality.usage(nf4, 64), f"N(0, 1) / {edge:.3f}": normal_usage(edge)}
+    for of, P in usage.items():
+        least, most = P.min(), P.max()
+        rows.append(_claim("§3", "NF4", f"entropy of the bins, {of}, bits", "equal bins: 4", -P @ np.log2(P), most - least < 1e-9,
+                           f"P from {least:.4f} to {most:.4f}"))
+    means = {B: optimality.expected_max(B) for B in (16, 64, 256, 4096)}
+    cv = np.sqrt(optimality.expected_max(64, 2) - means[64] ** 2) / means[64]
+    listed = f"mean {', '.join(f'{m:.3f}' for m in means.values())} σ: B = {', '.join(map(str, means))}"
+    return [*rows, _claim("§3", "absmax", "deviation / mean of the maximum, B = 64", "rescales σ", cv, cv < 1e-9, listed)]
+
+
+def constants_cost(nested_code="dynamic8", offset=None, size=1 << 20):
+    """(E|W − Ŵ|² with 8-bit constants) / (the same with exact ones), and its standard error, on `size` normal weights of a fixed seed.
+
+    nested_code, offset as in `quant.quantize`; size a multiple of 64 · 256, the weights of one block of constants, by which the error is
+    estimated (ValueError otherwise).
+    """
+    if size < 1 or size % (64 * 256):
+        raise ValueError(f"constants_cost: size = {size}, expected a multiple of {64 * 256:,}")
+    w = _normal(size)
+    exact, double = (
+        np.square(quantize(w, double_quant=dq, nested_code=nested_code, offset=offset).dequantize().astype(np.float64) - w)
+        .reshape(-1, 64 * 256)
+        .mean(axis=1)
+        for dq in (False, True)
+    )
+    return double.mean() / exact.mean(), (double - exact).std() / np.sqrt(len(exact)) / exact.mean()
+
+
+def _constants():
+    (one, two), rows = _bits(), []
+    for code, name in (("dynamic8", "dynamic map (scripts)"), ("fp8_e4m3", "FP8 E4M3 (text)")):
+        (ratio, error), (bare, _) = constants_cost(code), constants_cost(code, offset=0.0)
+        more, spread, without = (100 * r for r in (ratio - 1, error, bare - 1))
+        note = f"± {spread:.3f}; without the mean {without:.1f}"
+        rows.append(_claim("§3", "NF4 + DQ", f"more squared error, {name}, %", "no loss", more, _roughly(more, 1), note))
+    return [
+        _row("§3", "", "NF4", "32/64 bits a weight", "0.5", one),
+        _row("§3", "", "NF4 + DQ", "8/64 + 32/(64·256) bits a weight", "0.127", two, "and 32 bits a tensor, the mean"),
+        _row("§3", "", "NF4 + DQ", "saved a weight, bits", "0.373", one - two),
+        *rows,
+    ]
+
+
+def _equations_5_and_6():
+    layer, x, w = _adapted("4bit")
+    q, s = layer.weight, layer.scaling
+    absmax = q.constants.code[q.absmax_codes] * np.repeat(q.nested_absmax, 256)[: len(q.absmax_codes)] + q.offset
+    by_hand = codebooks.nf4()[q.indices()] * np.repeat(absmax, 64).reshape(q.shape)
+    unequal = np.count_nonzero(by_hand.view(np.uint32) != q.dequantize("float32").view(np.uint32))
+    near, coarse = _off("4bit"), _off("4bit", "bfloat16")
+    slope, otherwise, trained = _gradients(layer, x, w)
+    only = trained == ["bypasses.default.lora_A.weight", "bypasses.default.lora_B.weight"]
+    return [
+        _claim("§3, eq. 5", "QLoRA", "float32 layer against dense Ŵ", "X Ŵ + X L1 L2", near, near < 1e-6, f"bfloat16: {coarse:.4f}"),
+        _claim("§3, eq. 5", "QLoRA", "eq. 3's s, in the scripts α/r = 16/64", "no s", s, s == 1 or "does not follow"),
+        _claim("§3, eq. 6", "QLoRA", "constants, then weights: unequal values", "equal", unequal, unequal == 0),
+        _claim("§3", "QLoRA", "gradients of X, L1, L2 against differences", "through Ŵ", slope, slope < 1e-5 and only,
+               f"X's with W for Ŵ: {100 * otherwise:.1f} % off; W has none"),
+    ]
+
+
+def _gradients(layer, x, w):
+    """(largest error, error with W for Ŵ, names that have a gradient): E = Σ G ⊙ Y, which is linear in each of X, L1 and L2.
+
+    The derivative along a fixed direction against (E(+1) − E(−1))/2, exact for what is linear but for float32's rounding; relative to the
+    norms of gradient and direction.
+    """
+    rng = np.random.default_rng(1)
+    X, G = Tensor(x, requires_grad=True), rng.standard_normal((len(x), layer.out_features), dtype=np.float32)
+
+    def energy():
+        return (layer(X) * G).sum()
+
+    energy().backward()
+    worst = 0.0
+    for t in (X, layer.lora_A.weight, layer.lora_B.weight):
+        kept, d = t.data, rng.standard_normal(t.shape, dtype=np.float32)
+        ends = []
+        for sign in (1, -1):
+            t.data = kept + np.float32(sign) * d
+            ends.append((layer(X).data.astype(np.float64) * G).sum())
+        t.data = kept
+        slope = (ends[0] - ends[1]) / 2
+        worst = max(worst, abs(slope - np.vdot(t.grad, d)) / (np.linalg.norm(t.grad) * np.linalg.norm(d)))
+    other = G @ (w + layer.delta())
+    return worst, np.linalg.norm(other - X.grad) / np.linalg.norm(X.grad), [name for name, _ in layer.trainable()]
+
+
+def _paged():
+    def trained(pager, steps=5):
+        rng = np.random.default_rng(0)
+        params = [Tensor(rng.standard_normal(n, dtype=np.float32), requires_grad=True) for n in (3000, 1000, 96)]
+        optimizer = AdamW(params, pager=pager)
+        for _ in range(steps):
+            for p in params:
+                p.grad = rng.standard_normal(p.shape, dtype=np.float32)
+            optimizer.step()
+        return np.concatenate([p.data for p in params]).view(np.uint32)
+
+    pager = Pager(budget=8 * 1024, page_bytes=2048)
+    unequal = np.count_nonzero(trained(None) != trained(pager))
+    note = f"{pager.counters.bytes_moved:,} bytes moved in 5 steps, {pager.total_bytes:,} held"
+    return [
+        _claim("§3", "paged AdamW", "a quarter resident: unequal values", "equal", unequal, unequal == 0, note),
+        _claim("§3", "paged AdamW", "speed, 65B, batches of 16", "the same", None, "not derivable", "bytes can be counted, above"),
+    ]
+
+
+def _table_2():
+    errors = {name: optimality.expected_error(codebooks.NAMED[code](), 64) for name, (_, code) in TABLE_2.items()}
+    other = optimality.expected_error(codebooks.fp4(), 64)
+    best, *_ = order = sorted(errors, key=errors.get)
+    nearest = min(errors[name] for name in errors if name != best) / errors[best]
+    notes = {name: f"normal weights' squared error {e:.5f}" for name, e in errors.items()}
+    notes["Float4 (E2M1)"] += f"; bitsandbytes' grid {other:.5f}"
+    place, last = order.index("Float4 (E3M0)") + 1, errors["Float4 (E3M0)"] / errors[best]
+    return [
+        *(_row("Table 2", "", n, "mean perplexity", p, None, notes[n]) for n, (p, _) in TABLE_2.items()),
+        _claim("Table 2", "order", "the nearest rival's error / NF4's", "NF4 first", nearest, best == "NFloat4 + DQ"),
+        _claim("Table 2", "order", "E3M0's place by error", "2nd of 4", place, place == 2 or "does not follow",
+               f"{last:.1f} times NF4's error"),
+    ]
+
+
+def _table_3():
+    one, two = _bits()
+    note = f"its bits axis: {4 + one} a weight, {4 + two:.3f} with DQ"
+    rows = [_claim("Figure 3", "", "mean zero-shot accuracy", "a curve", None, "not derivable", note)]
+    for model, (full, adapters) in TABLE_3.items():
+        apart = np.subtract(adapters, full)
+        note = f"{apart.min():+.1f} to {apart.max():+.1f}; scores as printed".replace("-", "−")
+        rows.append(_claim("Table 3", model, "adapters − full fine-tuning, mean", "replicates", apart.mean(), bool(apart.min() >= 0), note))
+    return rows
+
+
+def _scores():
+    return [
+        _claim("Table 5", "", "MMLU by data set", "accuracies", None, "not derivable", "no arithmetic in it"),
+        _claim("Table 6", "", "scores against ChatGPT", "percentages", None, "not derivable",
+               "one row twice: Open Assistant 33B, Vicuna 13B"),
+        _claim("§1", "Table 6", "7B's points above Alpaca 13B", "> 20", 20, "does not follow", '§5.3: "nearly 20"'),
+    ]
+
+
+def _appendix_e():
+    published = np.array(codebooks.NF4_PUBLISHED, np.uint32)
+
+    def apart(offset):
+        quantiles = nf4_construction.recipe(np.linspace, offset, np.float64)[1]
+        return np.abs(quantiles / quantiles.max() - published.view(np.float32)).max()
+
+    equal = int((codebooks.nf4().view(np.uint32) == published).sum())
+    seven, exact = apart(codebooks.NF4_OFFSET), apart(929 / 960)
+    return [
+        _row("App. E", "", "NF4", "from quantiles in float32: equal bits", "16", equal),
+        _claim("App. E", "NF4", "in float64: largest difference", "equal", seven, _roughly(seven, 1e-6),
+               f"{exact:.1e} with 929/960, not cut to 7 digits"),
+    ]
+
+
+def _appendices():
+    share = 100 * normality.PAPER["rejected"]
+    least = 100 * normality.least_share(normality.PAPER["rejected"])
+    return [
+        _row("App. B", "", "dropout", "7B and 13B: the text; the table has", "0.05", 0.1),
+        _claim("App. B", "warm-up", "steps: 3 % of 1,875", "constant", 0.03 * 1875, "does not follow", "the schedule `constant` has none"),
+        *_appendix_e(),
+        _row("App. F", "", "normality", "Llama 7B's rows rejected at 5 %", "7.5%", None, "others: quantize --normality"),
+        _row("App. F", "", "normality", "not normal, if all of these are found", f"{share:.1f}%", least, "5 % of normal rows are rejected"),
+    ]
+
+
+# fmt: on
+def figure_6_rest(size):
+    """GiB that figure 6's total leaves beside model, adapters and optimizer, if its MB are MiB and its GB are GiB."""
+    model, adapters, optimizer, total = map(_number, FIGURE_6[size])
+    return total - (model + adapters + optimizer) / 1024
+
+
+def _figure_6():
+    rows, small = [], llama("7b").num_hidden_layers * llama("7b").hidden_size
+    for size, (model, adapters, optimizer, total) in FIGURE_6.items():
+        rows.append(_row("Figure 6", size, "model", "NF4 + DQ, rest in 16 bits, MiB", model, base_bytes(size) / MIB))
+        rows.append(
+            _row("Figure 6", size, "adapters", "L · 64 · 18 h · 2 bytes, MiB", adapters, figure_6_adapters(size) / MIB)
+        )
+        real = account(size).adapters / MIB
+        rows.append(_row("Figure 6", size, "adapters", "all 7 matrices of a Llama, MiB", adapters, real))
+        four = 4 * figure_6_adapters(size) / MIB
+        rows.append(_row("Figure 6", size, "optimizer", "4 × the adapters, MiB", optimizer, four))
+        c, labels = llama(size), list(map(_number, (model, adapters, optimizer)))
+        inputs = 567 * c.num_hidden_layers * c.hidden_size / small
+        rows.append(_row("Figure 6", size, "total", "the three labels, GiB", total, sum(labels) / 1024))
+        rows.append(
+            _row("Figure 6", size, "total", "and 567 MB × L h, GiB", total, (sum(labels) + inputs) / 1024, "inferred")
+        )
+    return rows
+
+
+def _footprints():
+    rows = []
+    for table, size, printed in FOOTPRINTS:
+        held = base_bytes(size) + account(size).adapters
+        rows.append(_row(f"Table {table}", size, "4-bit", "NF4 + DQ and adapters of r = 64", printed, held / GB))
+    rows.append(
+        _row("Table 1, 6", "13b", "Vicuna, 16-bit", "2 bytes a weight", "26GB", 2 * parameters(llama("13b")) / GB)
+    )
+    n = 2 * parameters(llama("33b")) / GB
+    return [*rows, _row("Table 6", "33b", "16-bit", "2 bytes a weight", "66GB", n, "2 · 33B, the nominal size, is 66")]
+
+
+def _table_4():
+    behind = np.subtract(TABLE_4["BFloat16"][0], TABLE_4["Float4"][0])
+    note = f"{behind.min():.1f} to {behind.max():.1f}; behind in {(behind > 0).sum()} of 8".replace("-", "−")
+    return [
+        *(_row("Table 4", "", name, "mean of its 8 values", mean, sum(v) / 8) for name, (v, mean) in TABLE_4.items()),
+        _claim(
+            "Table 4",
+            "Float4",
+            "points behind BFloat16, mean of 8",
+            "consistently 1",
+            behind.mean(),
+            behind.min() > 0,
+            note,
+        ),
+    ]
+
+
+def _elo():
+    return [
+        _row("Table 1", "13b", "Elo", "the same model's in table 7", "916", 913),
+        _row("§5.2", "", "Elo", "1100 against 1000", "65%", 100 * win_rate(100), about=True),
+        _row("Table 7", "", "Elo", "10 points", "1.5%", 100 * (win_rate(10) - 0.5), about=True),
+        _row("§5.3", "65b", "Elo", "1023 against GPT-4's 1176", "30%", 100 * win_rate(1023 - 1176), about=True),
+        _row("§5.3", "33b", "Elo", "1009 against GPT-4's 1176", "30%", 100 * win_rate(1009 - 1176), about=True),
+    ]
+
+
+def halved_counts(size="7b", r=64):
+    """(trained, bytes and numbers as torch counts them, weights that there are), for Llama with NF4 and bypasses on all layers.
+
+    A packed 4-bit weight is an array of bytes, each with two weights: whoever adds up `numel` finds half of the linear layers.
+    """
+    shapes = llama_shapes(llama(size))
+    trained, packed = lora_on(shapes, r), sum(codes_bytes(o * i) for o, i in shapes)
+    dense = parameters(llama(size)) - sum(o * i for o, i in shapes)
+    return trained, packed + dense + trained, parameters(llama(size)) + trained
+
+
+def _counts():
+    trained, counted, _ = halved_counts()
+    log = "qlora.py's log"
+    return [
+        _row(log, "7b", "all params", "two 4-bit weights counted as one", "3,660,320,768", counted),
+        _row(log, "7b", "trainable params", "r (in + out), halved", "79,953,920", trained / 2),
+        _row(log, "7b", "trainable %", "the two together", "2.184", 100 * trained / 2 / counted),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ as text
+def by_size():
+    """The four Llamas: bytes of full fine-tuning at 12 and 16 a parameter, of the 4-bit base, of adapters and of a QLoRA step, as text."""
+    head = (
+        "Llama",
+        "parameters",
+        "12 bytes each",
+        "16 bytes each",
+        "NF4 + DQ base",
+        "r = 64 adapters",
+        "QLoRA, 512 tokens",
+    )
+    table = [head]
+    for size in SIZES:
+        n, a = parameters(llama(size)), account(size, checkpointing=True)
+        sums = (12 * n, 16 * n, base_bytes(size), a.adapters, a.total)
+        table.append((size.upper(), f"{n:,}", *(f"{b / GB:,.2f} GB" for b in sums)))
+    return aligned(table)
+
+
+def five_gigabytes(size="7b"):
+    """[(what, bytes so far)]: from half a byte a weight to all that a QLoRA step holds."""
+    c, a = llama(size), account(size, checkpointing=True)
+    n = parameters(c)
+    linear = sum(o * i for o, i in llama_shapes(c))
+    return [
+        ("half a byte for every weight", n // 2),
+        ("embedding, head and norms in 16 bits instead", a.weights + codes_bytes(linear)),
+        ("constants of the blocks of 64, double-quantized", base_bytes(size)),
+        ("adapters of r = 64 on all linear layers, 16 bits", base_bytes(size) + a.adapters),
+        ("their gradients, 16 bits", base_bytes(size) + a.adapters + a.gradients),
+        ("their m and v, 32 bits", base_bytes(size) + a.adapters + a.gradients + a.optimizer),
+        ("activations of 512 tokens, checkpointing", a.total),
+    ]
+
+
+def findings():
+    """What the audit shows, as sentences with their numbers. -> [str]"""
+    return [_f_bounds(), _f_inputs(), *_f_codes(), *_f_bars(), *_f_tables(), _f_five_gigabytes(), _f_halved_counts()]
+
+
+def _each(numbers, digits=0):
+    return ", ".join(f"{n:,.{digits}f}" for n in numbers)
+
+
+def _f_bounds():
+    n, step = parameters(llama("65b")), account("65b", checkpointing=True)
+    return (
+        f"> 780 GB: {n:,} weights at 12 bytes are {12 * n / GB:.1f} GB; with a float32 copy of the weights (16 bytes) "
+        f"{16 * n / GB:,.1f} GB. < 48 GB: {(step.total - step.activations) / GB:.1f} GB beside the activations, "
+        f"{step.total / GB:.1f} GB with those of 512 tokens."
+    )
+
+
+def _f_inputs():
+    c, tokens = llama("7b"), 512
+    stream = 2 * c.num_hidden_layers * c.hidden_size  # bytes a token: the inputs of all blocks in 16 bits
+    linears = stream / inputs_ratio()
+    block = block_tape(c, 1, tokens, ("q_proj", "v_proj"), r=8, number=2)
+    return (
+        "567 MB and 18 MB: no sequence length is given. The inputs of all linear layers are "
+        f"{linears / 1e3:,.0f} kB a token in 16 bits, so 567 MB would be {567e6 / linears:.0f} tokens. 18 is "
+        f"567/{c.num_hidden_layers} = {567 / c.num_hidden_layers:.1f}: one layer's share. What checkpointing keeps are the "
+        f"inputs of the blocks, {stream / 1e3:.0f} kB a token: {567 * inputs_ratio():.0f} MB at that length, and 18 MB only "
+        f"up to {18e6 / stream:.0f} tokens. (This package's tape of the blocks, q and v adapted, {tokens} tokens in 16 bits: "
+        f"{c.num_hidden_layers * sum(block.values()) / MB:,.0f} MB, and {stream * tokens / MB:.0f} MB of inputs.)"
+    )
+
+
+def _f_codes():
+    nf4, fixed = codebooks.nf4(), normal_usage(NormalDist().inv_cdf(codebooks.NF4_OFFSET))
+    usage = optimality.usage(nf4, 64)
+    errors = {n: optimality.expected_error(codebooks.NAMED[code](), 64) for n, (_, code) in TABLE_2.items()}
+    listed = ", ".join(f"{n} {errors[n]:.5f}" for n in sorted(errors, key=errors.get))
+    return [
+        "NF4's bins are not equally full: a block's maximum is not a constant, so dividing by it is no rescaling of σ. In blocks of 64 "
+        f"a bin holds {usage.min():.4f} to {usage.max():.4f} of normal weights; with a constant {fixed.min():.4f} to {fixed.max():.4f}.",
+        f"Table 2's order is not that of the error of normal weights ({listed}): only NF4's place is the same.",
+    ]
+
+
+def _f_bars():
+    c, base = llama("7b"), [base_bytes(s) / MIB for s in SIZES]
+    gaps = [_number(FIGURE_6[s][0]) - b for s, b in zip(SIZES, base, strict=True)]
+    undoubled = [predict(llama(s), double_quant=False).constants - account(s).constants for s in SIZES]
+    wider = [account(s).weights for s in SIZES]
+    left = [g - (u + w) / MIB for g, u, w in zip(gaps, undoubled, wider, strict=True)]
+    return [
+        f"26 MB: 0.2 % of the weights in 16 bits are {0.004 * parameters(c) / MB:.2f} MB; 26 MiB exactly is r = 8 with 13 h a "
+        "layer (four h × h matrices and one of h × 4 h).",
+        "Figure 6's adapters follow one formula to the last digit, L · 64 · 18 h · 2 bytes in MiB: a block with a 4 h MLP. A "
+        f"Llama has gate, up and down of 2.7 h: {_each([account(s).adapters / MIB for s in SIZES], 1)} MiB.",
+        f"Figure 6's model bars (and §2's 5,048 MB) do not follow: weights and constants are {_each(base)} MiB, the bars lie "
+        f"{_each(gaps)} MiB above. Without double quantization and with the rest in 32 bits {_each(left)} MiB remain.",
+        f"Figure 6's totals leave {_each([figure_6_rest(s) for s in SIZES], 2)} GiB beside the three labels. 567 MB, scaled "
+        "by L h, fills it for 7B and 13B, not for 33B and 65B.",
+    ]
+
+
+def _f_tables():
+    bf16, fp4, nf4 = (TABLE_4[name][0] for name in ("BFloat16", "Float4", "NFloat4 + DQ"))
+    behind = [round(a - b, 1) for a, b in zip(bf16, fp4, strict=True)]
+    return [
+        f"Footprints: 41 and 21 GB are 5 bits of 65 and 33 billion weights; 10 GB, and 5 or 6, are not ({13 * 5 / 8:.1f} and "
+        f"{7 * 5 / 8:.1f}). Table 1 has 6 GB and table 6 has 5 GB for the same model.",
+        f"Table 4: NFloat4 + DQ has a mean of {sum(nf4) / 8:.2f}, not 53.1, and so lies below BFloat16's {sum(bf16) / 8:.2f}. FP4 "
+        f'is not "consistently one percentage point behind": by {_each(behind, 1)}, in {sum(x > 0 for x in behind)} of 8 columns.',
+        f"Elo: {100 * win_rate(100):.1f} % and {100 * (win_rate(10) - 0.5):.2f} %, rounded up to 65 and 1.5; Guanaco 65B and 33B "
+        f"against GPT-4 {100 * win_rate(-153):.1f} % and {100 * win_rate(-167):.1f} %, both called 30 %.",
+    ]
+
+
+def _f_five_gigabytes():
+    half, rest, base, _, _, state, whole = (in_units(n) for _, n in five_gigabytes())
+    return (
+        f"Why 5 GB and not 3.5 GB for 7B? {half} are half a byte for every weight. Embedding and head stay in 16 bits ({rest}), "
+        f"each block has a constant ({base}); training adds adapters, gradients, m and v ({state}) and activations ({whole}). "
+        "What lies between the base and 5,048 MB is not derivable: the driver's context and the allocator's reserve are candidates."
+    )
+
+
+def _f_halved_counts():
+    trained, counted, there = halved_counts()
+    return (
+        f"Why are my parameter counts halved? Two 4-bit weights share a byte, and bytes were counted: {counted:,} = {there:,} less "
+        f"half of the linear layers. qlora.py halves the {trained:,} trained 16-bit weights too, though these are not packed. "
+        "`size` counts weights here."
+    )
+
+
+def describe_size(name):
+    """The audit's rows of one model ("llama-65b"): the claims, figure 6's bars and the footprints, printed beside recomputed."""
+    size = name.removeprefix("llama-").upper()
+    rows = [row for part in (_section_1, _saved, _section_2, _footprints, _figure_6, _counts) for row in part()]
+    return f"the paper's numbers for {size}, recomputed (all of them: --audit)\n" + _table(
+        [r for r in rows if r.model == f"Llama {size}"]
+    )
+
+
+def _table(rows):
+    table = [("where", "model", "what", "setting", "printed", "computed", "verdict", "note")]
+    for r in rows:
+        table.append((r.where, r.model, r.method, r.setting, r.printed, _shown(r), r.verdict, r.note))
+    return aligned(table, left=(0, 1, 2, 3, 6, 7))
+
+
+def _shown(row):
+    """The computed number, two digits longer than the printed one; beside words four significant digits, of rounding errors two."""
+    if row.computed is None:
+        return ""
+    if isinstance(row, Claim):
+        return f"{row.computed:.1e}" if 0 < abs(row.computed) < 1e-5 else f"{row.computed:.4g}"
+    digits = len(row.printed.partition(".")[2].rstrip("%MBG")) + 2
+    return f"{row.computed:,.{0 if row.verdict == 'match' and row.computed > 1e6 else digits}f}"
+
+
+def describe():
+    """The audit as aligned text, the four sizes, and the findings."""
+    rows = audit()
+    verdicts = [r.verdict for r in rows]
+    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+    return "\n".join(
+        [_table(rows), "", f"{len(verdicts)} rows: {counts}", "", by_size(), "", *(f"* {f}" for f in findings())]
+    )
+
+
+def figure_6(seq_len=512):
+    """QLoRA's figure 6: our account of the four Llamas (NF4 + DQ, r = 64, checkpointing) over the paper's labels, read as MiB. -> figure
+
+    White is what the printed total, read as GiB, leaves beside the three labels.
+    """
+    figure, ax = canvas(9.2, 5.2)
+    mib = 2**20 / GB
+    ticks, end = [], 0.0
+    for i, size in enumerate(SIZES):
+        a, y = account(size, seq_len=seq_len, checkpointing=True), 2.6 * i
+        base = base_bytes(size)
+        model, adapters, optimizer, total = (float(x.replace(",", "")) for x in FIGURE_6[size])
+        rest = figure_6_rest(size)
+        ours = [
+            (base, "codes"),
+            (a.adapters, "adapters"),
+            (a.gradients, "gradients"),
+            (a.optimizer, "optimizer"),
+            (a.activations, "activations"),
+        ]
+        theirs = [
+            (model * mib, "codes"),
+            (adapters * mib, "adapters"),
+            (optimizer * mib, "optimizer"),
+            (rest * 1024 * mib, None),
+        ]
+        for at, parts, head in (
+            (y, [(n / GB, name) for n, name in ours], f"{a.total / GB:.1f} GB"),
+            (y + 0.95, theirs, f"{total} GiB printed"),
+        ):
+            length = stacked_bar(ax, at, [(n, PARTS[name][1] if name else "white") for n, name in parts], 0.42)
+            ax.barh(at, length, 0.42, fill=False, edgecolor="0.45", lw=0.7)
+            paper = {"fc": "white", "ec": "none", "pad": 0.6}  # so that the line at 48 GB does not cross the number
+            bold = {"va": "center", "fontsize": 9, "weight": "bold", "bbox": paper}
+            ax.annotate(head, (length, at), (5, 0), textcoords="offset points", **bold)
+            end = max(end, length)
+        names = {
+            "codes": "model",
+            "adapters": "adapters",
+            "gradients": "gradients",
+            "optimizer": "optimizer",
+            "activations": "activations",
+        }
+        said = "   ".join(f"{names[name]} {n / GB:.2f}" for n, name in ours)
+        small = {"textcoords": "offset points", "fontsize": 7.5, "color": "0.25", "va": "bottom"}
+        ax.annotate(f"{said} GB", (0, y - 0.25), (2, 0), **small)
+        printed = dict(zip(("model", "adapters", "optimizer"), FIGURE_6[size], strict=False))
+        said = "   ".join(f"{name} {label}" for name, label in printed.items())
+        ax.annotate(f"{said} MiB   not labelled {rest:.2f} GiB", (0, y + 0.7), (2, 0), **small)
+        ticks += [(y, f"{size.upper()}, recomputed"), (y + 0.95, "paper")]
+    ax.axvline(48, color="0.3", lw=0.9, ls=":", zorder=0)
+    ax.annotate("48 GB", (48, -0.55), (4, 0), textcoords="offset points", fontsize=8.5, color="0.3", va="center")
+    for name, text in (
+        ("codes", "model"),
+        ("adapters", None),
+        ("gradients", None),
+        ("optimizer", None),
+        ("activations", None),
+    ):
+        colour = PARTS[name][1]
+        ax.barh(0, 0, facecolor=colour, label=text or PARTS[name][0], **HATCH.get(colour, {}))
+    ax.barh(0, 0, fill=False, edgecolor="0.45", lw=0.7, label="not labelled in the paper")
+    white = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line at 48 GB ends at it
+    ax.legend(**white, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.62))
+    ax.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=9)
+    ax.set(xlim=(0, 1.2 * end), ylim=(9.2, -0.9), xlabel=f"GB, one sequence of {seq_len} tokens")
+    gap = [100 * (float(FIGURE_6[s][0].replace(",", "")) * 2**20 / base_bytes(s) - 1) for s in SIZES]
+    ax.set_title(
+        f"adapters: one formula to the digit; model bars: {min(gap):.0f} to {max(gap):.0f} % above weights and constants",
+        fontsize=10,
+    )
+    return figure
