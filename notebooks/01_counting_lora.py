@@ -30,7 +30,7 @@ from drawings.nb01 import printed_against_recomputed
 from grading import grade
 
 import tinylora as tl
-from tinylora import counting
+from tinylora.costs import parameters
 from tinylora.nn import Linear, Linear4bit
 from tinylora.papers import lora_numbers, verdict
 
@@ -55,7 +55,7 @@ def count(d_out, d_in, r):
 for d_out, d_in, r in ((768, 768, 8), (512, 192, 3), (5, 7, 1)):
     layer = tl.LoRALinear(Linear(d_in, d_out), r=r)
     built = sum(w.size for _, w in layer.trainable())
-    assert count(d_out, d_in, r) == r * (d_in + d_out) == counting.lora(d_in, d_out, r) == built
+    assert count(d_out, d_in, r) == r * (d_in + d_out) == parameters.lora(d_in, d_out, r) == built
     print(f"W₀ {d_out} × {d_in}, r = {r}: {built:,} trained beside {d_out * d_in:,} frozen")
 assert [count(1024, 1024, r) / 1024**2 for r in (512, 1024)] == [1, 2]
 
@@ -81,7 +81,7 @@ for r in theta:
 assert theta == {1: 4_718_592, 4: 18_874_368}
 
 # %% tags=["hide-input"]
-assert all(theta[r] == 2 * L * count(d, d, r) == counting.lora_square(2 * L, d, r) for r in theta)
+assert all(theta[r] == 2 * L * count(d, d, r) == parameters.lora_square(2 * L, d, r) for r in theta)
 assert [f"{theta[r] / full:.4%}" for r in theta] == ["0.0027%", "0.0108%"] and round(full / theta[4]) == 9285
 
 # %% [markdown]
@@ -116,9 +116,11 @@ assert mine == 138_240 and len(shapes) == 35
 
 # %% tags=["hide-input"]
 trainable, total = tl.adapters.count_parameters(model)
-squares = counting.lora_square(35, model.config.hidden_size, 8)
+squares = parameters.lora_square(35, model.config.hidden_size, 8)
 print(f"by shapes {mine:,}; by 2 L̂ d r with d = 192: {squares:,}, which is {1 - squares / mine:.1%} too few")
-assert mine == trainable == counting.lora_on(counting.llama_shapes(model.config), 8) == counting.lora_on(shapes, 8)
+assert (
+    mine == trainable == parameters.lora_on(parameters.llama_shapes(model.config), 8) == parameters.lora_on(shapes, 8)
+)
 assert (total - trainable, total) == (2_078_784, 2_217_024) and squares == 107_520
 assert f"{1 - squares / mine:.1%}" == "22.2%"
 assert tl.adapters.adapter_of(model).nbytes == 4 * mine
@@ -149,18 +151,18 @@ def size(*layers):
 
 
 n, k, bottleneck = 3, 24, size(Linear(24, 5, bias=True), Linear(5, 24, bias=True))
-assert counting.adapter_h(n, k, 5) == n * 2 * bottleneck and counting.adapter_l(n, k, 5) == n * (bottleneck + 2 * k)
+assert parameters.adapter_h(n, k, 5) == n * 2 * bottleneck and parameters.adapter_l(n, k, 5) == n * (bottleneck + 2 * k)
 block = [Linear(k, k, bias=True) for _ in "qkvo"] + [Linear(k, 4 * k, bias=True), Linear(4 * k, k, bias=True)]
 biases = sum(layer.bias.size for layer in block) + 2 * k  # and one for each LayerNorm
-assert biases == 11 * k and counting.bitfit(n, k) == n * biases
-assert counting.transformer(n, k, 0, 0) == n * (size(*block) + 4 * k) + 2 * k  # a LayerNorm has a gain and a bias
+assert biases == 11 * k and parameters.bitfit(n, k) == n * biases
+assert parameters.transformer(n, k, 0, 0) == n * (size(*block) + 4 * k) + 2 * k  # a LayerNorm has a gain and a bias
 costs = {
-    "LoRA, q and v, r = 1": counting.lora_square(2 * L, d, 1),
-    "one prefix embedding": counting.prefix_embedding(d, 1),
-    "one prefix token in all layers": counting.prefix_layer(L, d, 1),
-    "Adapter^H, r = 1": counting.adapter_h(L, d, 1),
-    "Adapter^L, r = 1": counting.adapter_l(L, d, 1),
-    "BitFit": counting.bitfit(L, d),
+    "LoRA, q and v, r = 1": parameters.lora_square(2 * L, d, 1),
+    "one prefix embedding": parameters.prefix_embedding(d, 1),
+    "one prefix token in all layers": parameters.prefix_layer(L, d, 1),
+    "Adapter^H, r = 1": parameters.adapter_h(L, d, 1),
+    "Adapter^L, r = 1": parameters.adapter_l(L, d, 1),
+    "BitFit": parameters.bitfit(L, d),
 }
 for name, numbers in costs.items():
     print(f"{name:32}{numbers:12,}  {numbers / costs['LoRA, q and v, r = 1']:8.4f} × LoRA's")
@@ -253,9 +255,9 @@ seven = tl.LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=32, tie_word_embeddings=False,
 )  # fmt: skip
-llama = counting.llama_shapes(seven)
+llama = parameters.llama_shapes(seven)
 matrices, rest = sum(a * b for a, b in llama), 2 * 32000 * 4096 + (2 * 32 + 1) * 4096
-adapter7 = counting.lora_on(llama, 64)
+adapter7 = parameters.lora_on(llama, 64)
 print(f"LLaMA-7B, r = 64: {adapter7:,}, half of it {adapter7 // 2:,}; {matrices // 2 + rest + adapter7:,}")
 print(f"shares: printed {adapter7 / 2 / (matrices / 2 + rest + adapter7):.3%}, ", end="")
 print(f"in truth {adapter7 / (matrices + rest + adapter7):.3%} of {matrices + rest + adapter7:,}")
@@ -266,9 +268,9 @@ assert (adapter7 // 2, matrices // 2 + rest + adapter7) == (
 assert f"{adapter7 / 2 / (matrices / 2 + rest + adapter7):.3%}" == "2.184%" and adapter7 == 159_907_840
 assert f"{adapter7 / (matrices + rest + adapter7):.3%}" == "2.318%"
 print(
-    f"Llama-2-7B: packed {matrices // 2 + rest:,}, with r = 16 {matrices // 2 + rest + counting.lora_on(llama, 16):,}"
+    f"Llama-2-7B: packed {matrices // 2 + rest:,}, with r = 16 {matrices // 2 + rest + parameters.lora_on(llama, 16):,}"
 )
-assert matrices // 2 + rest + counting.lora_on(llama, 16) == 3_540_389_888 == 3_500_412_928 + 39_976_960
+assert matrices // 2 + rest + parameters.lora_on(llama, 16) == 3_540_389_888 == 3_500_412_928 + 39_976_960
 
 # %% [markdown]
 # - In the first, a notebook's own helper counts the base by bytes, the adapter rightly. PEFT's `print_trainable_parameters`
@@ -366,8 +368,15 @@ half = 24 * 2 * 1024 * 64  # the weights of 24 bottlenecks of RoBERTa large, r =
 two = 2 * (12 * 1024**2 + 13 * 1024)
 suspects = [  # place, printed, its own formula, (what would give it, in the same unit)
     ("T2 DeBERTa XXL, LoRA r = 8", "4.7M", 2 * 96 * 1536 * 8 / 1e6, "r = 16", 2 * 96 * 1536 * 16 / 1e6, 1),
-    ("T2 RoBERTa large, Adapter^P", "3.0M", counting.adapter(24, 1024, 64) / 1e6, "no biases, 2²⁰", half / 2**20, 1),
-    ("T2 RoBERTa large, Adapter^H", "6.0M", counting.adapter_h(24, 1024, 64) / 1e6, "no biases, 2²⁰", half / 2**19, 1),
+    ("T2 RoBERTa large, Adapter^P", "3.0M", parameters.adapter(24, 1024, 64) / 1e6, "no biases, 2²⁰", half / 2**20, 1),
+    (
+        "T2 RoBERTa large, Adapter^H",
+        "6.0M",
+        parameters.adapter_h(24, 1024, 64) / 1e6,
+        "no biases, 2²⁰",
+        half / 2**19,
+        1,
+    ),
     ("T3 GPT-2 M, LoRA, PreLayer", "0.35M", 2 * 48 * 1024 * 4 / 1e6, "0.1 % of 354.92M", 0.35492, 2),
     ("T3 GPT-2 L, LoRA, PreLayer", "0.77M", 2 * 72 * 1280 * 4 / 1e6, "0.1 % of 774.03M", 0.77403, 2),
     ("T4 BitFit", "14.2M", 11 * L * d / 1e6, "12 d a layer", 12 * L * d / 1e6, 1),
@@ -402,14 +411,14 @@ assert (formulas["14.2M"], formulas["603.8M"], formulas["24M"]) == ("12.976", "6
 
 # %% tags=["hide-input"]
 found = lora_numbers.audit()
-assert [r for r in range(1, 193) if verdict.judge("4.7M", counting.lora_square(96, 1536, r) / 1e6) == "rounds to"] == [
-    16
-]
+assert [
+    r for r in range(1, 193) if verdict.judge("4.7M", parameters.lora_square(96, 1536, r) / 1e6) == "rounds to"
+] == [16]
 assert not [
-    r for r in range(1, 1025) if verdict.judge("11.09M", counting.adapter_h(24, 1024, r) / 1e6) != "does not follow"
+    r for r in range(1, 1025) if verdict.judge("11.09M", parameters.adapter_h(24, 1024, r) / 1e6) != "does not follow"
 ]
-assert round(counting.transformer(24, 1024, 50257, 1024) / 1e6, 2) == 354.82
-assert round(counting.transformer(L, d, 50257, 2048) / 1e6, 1) == 174_604.3
+assert round(parameters.transformer(24, 1024, 50257, 1024) / 1e6, 2) == 354.82
+assert round(parameters.transformer(L, d, 50257, 2048) / 1e6, 1) == 174_604.3
 counts = {
     v: sum(r.verdict == v for r in found)
     for v in ("match", "rounds to", "truncated", "roughly", "does not follow", "not derivable")

@@ -31,7 +31,8 @@ from drawings.nb02 import bypass_costs
 from grading import grade
 
 import tinylora as tl
-from tinylora import counting, flops, ops
+from tinylora import ops
+from tinylora.costs import flops, parameters
 from tinylora.lora import LoRAEmbedding
 from tinylora.nn import Embedding, Linear
 
@@ -237,7 +238,7 @@ log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
 by_hand = -sum(log_p[0, t, targets[0, t]] for t in range(4, 7))
 assert abs(ops.softmax_cross_entropy(tl.Tensor(z), targets, mask, reduction="sum").item() - by_hand) < 1e-12
 for r in (4, 1):
-    Θ = counting.lora_square(2 * 96, 12288, r)
+    Θ = parameters.lora_square(2 * 96, 12288, r)
     print(f"r = {r}: |Θ| = {Θ:,}, {Θ / 175_255.8e6:.4%} of 175,255.8 million")
     assert f"{Θ / 175_255.8e6:.4%}" == {4: "0.0108%", 1: "0.0027%"}[r]
 

@@ -29,7 +29,8 @@ from grading import grade
 from threadpoolctl import threadpool_limits
 
 import tinylora as tl
-from tinylora import adapters, codebooks, counting, flops, ops, optimality, quantize
+from tinylora import adapters, codebooks, ops, optimality, quantize
+from tinylora.costs import flops, parameters
 from tinylora.interop import loralib
 from tinylora.nn import Linear, Linear4bit, Linear16bit
 from tinylora.papers import lora_numbers
@@ -304,7 +305,7 @@ for adapter, wanted in ((second, two), (first, one)):
     assert logits(model).tobytes() == wanted.tobytes()
     adapters.detach(model)
 print(f"an adapter: {first.nbytes:,} bytes; the model: {whole:,}, {whole / first.nbytes:.1f} times as many")
-Θ = counting.lora_square(2 * 96, 12288, 4)
+Θ = parameters.lora_square(2 * 96, 12288, 4)
 print(
     f"GPT-3, q and v, r = 4, two bytes a weight: {2 * Θ / 1e6:.1f} MB against 350 GB, {350e9 / (2 * Θ):,.0f} times as many"
 )

@@ -31,7 +31,8 @@ from drawings.nb12 import gradient_by_depth
 from grading import grade
 
 import tinylora as tl
-from tinylora import backend, codebooks, counting, memory, nn, ops, quantize
+from tinylora import backend, codebooks, nn, ops, quantize
+from tinylora.costs import memory, parameters
 from tinylora.dtypes import BFloat16Array, round_to
 from tinylora.nn import Linear, Linear4bit
 from tinylora.tensor import watch_rebuilds
@@ -328,7 +329,7 @@ assert 512**2 // 2 + 512**2 // 64 + 4 * 16 + 64 + 1024 == 136_320
 # few numbers.
 
 # %% tags=["hide-input"]
-shapes = counting.llama_shapes(memory.config_of("llama-7b"))
+shapes = parameters.llama_shapes(memory.config_of("llama-7b"))
 weights = sum(o * i for o, i in shapes)
 stored = sum(memory.codes_bytes(o * i) + memory.constants_bytes(o * i) for o, i in shapes)
 print(

@@ -30,10 +30,12 @@ import numpy as np
 from grading import grade
 
 import tinylora as tl
-from tinylora import cli, counting, finetune, memory, ops
+from tinylora import cli, ops
+from tinylora.costs import memory, parameters
 from tinylora.figures.memory import account_bars
 from tinylora.papers import qlora_numbers
 from tinylora.papers.qlora_numbers import figure_6
+from tinylora.training import finetune
 
 # %% [markdown]
 # ## 1 · What goes with the weights
@@ -66,7 +68,7 @@ assert state == list(memory.predict("base", "qlora", r=16).rows().values())[:6]
 # %% tags=["hide-input"]
 bits = {"base": 8 * (sum(constants) + sum(sizes) // 2) / sum(sizes)}
 seven = memory.predict("llama-7b", "qlora", r=64, precision=memory.PAPER)
-linear = [out * inner for out, inner in counting.llama_shapes(memory.MODELS["llama-7b"])]
+linear = [out * inner for out, inner in parameters.llama_shapes(memory.MODELS["llama-7b"])]
 bits["llama-7b"] = 8 * (seven.codes + seven.constants) / sum(linear)
 print(", ".join(f"{name}: {b:.6f} bits a weight" for name, b in bits.items()))
 print(f"of {sum(state):,} bytes of the small model, {sum(state[3:]):,} are there for the {trained:,} trained numbers")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from grading import HERE, read, sources, tags
 
-from tinylora.files import atomic
+from tinylora.models.files import atomic
 
 BEGIN, END, BLANK = "# BEGIN SOLUTION", "# END SOLUTION", 'raise NotImplementedError("your answer")'
 METADATA = {

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from tinylora.files import atomic
+from tinylora.models.files import atomic
 
 os.environ.setdefault("MPLBACKEND", "agg")  # a notebook's setup cell may import pyplot where there is no screen
 

@@ -36,7 +36,7 @@ def trained(vocab_size=300, digits=True, template=TEMPLATE):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    from tinylora.tokenizers import BPETokenizer
+    from tinylora.models.tokenizers import BPETokenizer
 
     backend = tokenizers.Tokenizer(models.BPE())
     cut = [pre_tokenizers.Digits(individual_digits=True)] if digits else []

@@ -793,35 +793,35 @@ def test_a_layer_whose_start_moved_a_part_of_the_base_is_merged_and_not_taken_of
 
 
 def test_one_of_several_is_saved_as_if_it_were_alone(tmp_path, rng):
-    from tinylora import files
+    from tinylora.models import safetensors
 
     m, _ = two(rng, b={"target_modules": ["fc2"], "bias": "all"})
     peft.save_adapter(m, tmp_path, name="b")
-    keys = files.load_safetensors(tmp_path / "adapter_model.safetensors")[0].keys()
+    keys = safetensors.load_safetensors(tmp_path / "adapter_model.safetensors")[0].keys()
     assert {k for k in keys if "bias" in k} == {f"base_model.model.{p}.bias" for p in ("fc1", "fc2.base_layer", "head")}
 
 
 def test_a_file_without_a_layer_that_its_config_names_is_refused(tmp_path, rng):
-    from tinylora import files
+    from tinylora.models import safetensors
 
     peft.save_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1", "fc2"]), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = {k: v.copy() for k, v in files.load_safetensors(path)[0].items()}
-    files.save_safetensors(path, {k: v for k, v in tensors.items() if "fc2" not in k})
+    tensors = {k: v.copy() for k, v in safetensors.load_safetensors(path)[0].items()}
+    safetensors.save_safetensors(path, {k: v for k, v in tensors.items() if "fc2" not in k})
     with pytest.raises(ValueError, match="the config adapts fc2, and the file has no factors for it"):
         peft.load_adapter(tiny.zoo(), tmp_path)
 
 
 def test_a_base_weight_that_came_along_must_be_the_models(tmp_path, rng):
     """PEFT adds the embedding, or the head, where it is adapted."""
-    from tinylora import files
+    from tinylora.models import safetensors
 
     m = tl.add_lora(tiny.zoo(), r=2, target_modules=["embed", "fc1"])
     peft.save_adapter(m, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = {k: v.copy() for k, v in files.load_safetensors(path)[0].items()}
+    tensors = {k: v.copy() for k, v in safetensors.load_safetensors(path)[0].items()}
     for change, words in ((0, None), (1, "the base weight of embed that came along is not this model's")):
-        files.save_safetensors(
+        safetensors.save_safetensors(
             path, tensors | {"base_model.model.embed.base_layer.weight": tiny.zoo().embed.weight.data + change}
         )
         if words:
@@ -829,7 +829,9 @@ def test_a_base_weight_that_came_along_must_be_the_models(tmp_path, rng):
                 peft.load_adapter(tiny.zoo(), tmp_path)
         else:
             peft.load_adapter(tiny.zoo(), tmp_path)
-    files.save_safetensors(path, tensors | {"base_model.model.head.base_layer.weight": tiny.zoo().head.weight.data})
+    safetensors.save_safetensors(
+        path, tensors | {"base_model.model.head.base_layer.weight": tiny.zoo().head.weight.data}
+    )
     with pytest.raises(ValueError, match="a base weight for head, which is not adapted"):
         peft.load_adapter(tiny.zoo(), tmp_path)
 
@@ -883,12 +885,12 @@ def test_a_name_that_the_model_lacks_survives_the_round_trip(tmp_path):
 
 
 def test_the_base_weight_in_a_file_is_compared_under_another_adapter_too(tmp_path):
-    from tinylora import files
+    from tinylora.models import safetensors
 
     peft.save_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["embed"]), tmp_path)
     path = tmp_path / "adapter_model.safetensors"
-    tensors = {k: v.copy() for k, v in files.load_safetensors(path)[0].items()}
+    tensors = {k: v.copy() for k, v in safetensors.load_safetensors(path)[0].items()}
     key = "base_model.model.embed.base_layer.weight"
-    files.save_safetensors(path, tensors | {key: tiny.zoo().embed.weight.data + 1})
+    safetensors.save_safetensors(path, tensors | {key: tiny.zoo().embed.weight.data + 1})
     with pytest.raises(ValueError, match="is not this model's"):
         peft.load_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["embed"], name="other"), tmp_path)

@@ -7,9 +7,10 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import codebooks, files, quantize
+from tinylora import codebooks, quantize
 from tinylora.dtypes import BFloat16Array, bfloat16_bits
 from tinylora.interop import bitsandbytes as bnb
+from tinylora.models import files, fourbit, safetensors
 
 
 @pytest.mark.parametrize("code", ["nf4", "fp4"])
@@ -18,7 +19,7 @@ from tinylora.interop import bitsandbytes as bnb
 def test_a_weight_comes_back_in_every_bit(code, double_quant, shape, rng):
     w = rng.standard_normal(shape).astype(np.float32)
     q = quantize(w, code, 32, double_quant)
-    tensors = bnb.to_tensors("a.weight", q)
+    tensors = fourbit.to_tensors("a.weight", q)
     assert tensors["a.weight"].shape == ((w.size + 1) // 2, 1) and tensors["a.weight.quant_map"].shape == (16,)
     state = json.loads(tensors[f"a.weight.quant_state.bitsandbytes__{code}"].tobytes())
     order = ["quant_type", "blocksize", "dtype", "shape"] + [
@@ -31,7 +32,7 @@ def test_a_weight_comes_back_in_every_bit(code, double_quant, shape, rng):
         and state["shape"] == list(shape)
         and np.float32(state.get("nested_offset", 0)) == (q.offset or 0)
     )
-    back = bnb.from_tensors("a.weight", dict(tensors))
+    back = fourbit.from_tensors("a.weight", dict(tensors))
     assert back.dequantize().tobytes() == q.dequantize().tobytes() and back.code is q.code
     assert (back.code_name, back.blocksize, back.shape, back.dtype) == (code, 32, shape, "float32")
 
@@ -39,33 +40,33 @@ def test_a_weight_comes_back_in_every_bit(code, double_quant, shape, rng):
 def test_both_maps_are_read_from_the_file(rng):
     """bitsandbytes up to 0.49 put −1 in front of its 8-bit map; weights it wrote mean what its own map says."""
     q = quantize(rng.standard_normal((64, 64)).astype(np.float32), double_quant=True)
-    tensors = bnb.to_tensors("a.weight", q)
+    tensors = fourbit.to_tensors("a.weight", q)
     tensors["a.weight.nested_quant_map"] = tensors["a.weight.nested_quant_map"].copy()
     tensors["a.weight.nested_quant_map"][0] = -1
     tensors["a.weight.quant_map"] = tensors["a.weight.quant_map"] * np.float32(2)
     tensors["a.weight.absmax"] = np.zeros_like(tensors["a.weight.absmax"])
-    back = bnb.from_tensors("a.weight", tensors)
+    back = fourbit.from_tensors("a.weight", tensors)
     assert (back.absmax == np.float32(-1) * q.nested_absmax[0] + q.offset).all()
     assert back.code.max() == 2
 
 
 def test_another_nested_blocksize_is_honoured(rng):
     q = quantize(rng.standard_normal((64, 64)).astype(np.float32), double_quant=True)
-    tensors = bnb.to_tensors("a.weight", q)
+    tensors = fourbit.to_tensors("a.weight", q)
     key = "a.weight.quant_state.bitsandbytes__nf4"
     state = json.loads(tensors[key].tobytes()) | {"nested_blocksize": 32}
     tensors[key] = np.frombuffer(json.dumps(state).encode(), np.uint8)
     tensors["a.weight.nested_absmax"] = np.array([1, 2], np.float32)
-    back = bnb.from_tensors("a.weight", tensors)
+    back = fourbit.from_tensors("a.weight", tensors)
     plain = codebooks.dynamic8()[q.absmax_codes] * np.repeat(np.array([1, 2], np.float32), 32) + q.offset
     assert back.absmax.tobytes() == plain.tobytes()
 
 
 def test_packed_bytes_may_be_stored_as_another_dtype(rng):
     q = quantize(rng.standard_normal((64, 64)).astype(np.float32))
-    tensors = bnb.to_tensors("a.weight", q)
+    tensors = fourbit.to_tensors("a.weight", q)
     for stored in (q.packed.view(np.float32), BFloat16Array(q.packed.view(np.uint16)[:, None])):
-        assert bnb.from_tensors("a.weight", {**tensors, "a.weight": stored}).packed.tobytes() == q.packed.tobytes()
+        assert fourbit.from_tensors("a.weight", {**tensors, "a.weight": stored}).packed.tobytes() == q.packed.tobytes()
 
 
 def test_a_model_folder_comes_back(tmp_path):
@@ -91,10 +92,10 @@ def test_a_model_folder_comes_back(tmp_path):
 def test_dense_weights_are_written_in_the_shortest_exact_form(tmp_path):
     model = tl.quantize_linears(tl.Llama.from_pretrained("base"))  # stored in bfloat16
     bnb.save(model, tmp_path / "a")
-    assert isinstance(files.load_folder(tmp_path / "a")["model.norm.weight"], BFloat16Array)
+    assert isinstance(safetensors.load_folder(tmp_path / "a")["model.norm.weight"], BFloat16Array)
     model.model.norm.weight.data += np.float32(1e-5)
     bnb.save(model, tmp_path / "b")
-    assert files.load_folder(tmp_path / "b")["model.norm.weight"].dtype == np.float32
+    assert safetensors.load_folder(tmp_path / "b")["model.norm.weight"].dtype == np.float32
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def changed(tensors, **entries):
 
 
 def test_damaged_weights_are_refused_by_name(rng):
-    tensors = bnb.to_tensors("a.weight", quantize(rng.standard_normal((8, 64)).astype(np.float32)))
+    tensors = fourbit.to_tensors("a.weight", quantize(rng.standard_normal((8, 64)).astype(np.float32)))
     for spoil, words in (
         ({"a.weight": tensors["a.weight"][:-1]}, "expected 256 uint8"),
         (
@@ -140,12 +141,12 @@ def test_damaged_weights_are_refused_by_name(rng):
         (changed(tensors, quant_type="fp4"), "says fp4 inside"),
     ):
         with pytest.raises(ValueError, match=words):
-            bnb.from_tensors("a.weight", {**tensors, **spoil})
+            fourbit.from_tensors("a.weight", {**tensors, **spoil})
     with pytest.raises(ValueError, match="found 0"):
-        bnb.from_tensors("b.weight", dict(tensors))
+        fourbit.from_tensors("b.weight", dict(tensors))
     del tensors["a.weight.absmax"]
     with pytest.raises(ValueError, match="incomplete"):
-        bnb.from_tensors("a.weight", tensors)
+        fourbit.from_tensors("a.weight", tensors)
 
 
 def folder(path, rng):
@@ -162,7 +163,7 @@ def folder(path, rng):
     names = list(tensors)
     parts = {"model-00001-of-00002.safetensors": names[:3], "model-00002-of-00002.safetensors": names[3:]}
     for file, inside in parts.items():
-        files.save_safetensors(path / file, {n: tensors[n] for n in inside})
+        safetensors.save_safetensors(path / file, {n: tensors[n] for n in inside})
     files.write_json(
         path / "model.safetensors.index.json", {"weight_map": {n: f for f, inside in parts.items() for n in inside}}
     )
@@ -182,10 +183,10 @@ def test_any_folder_can_be_quantized(tmp_path, rng):
         tmp_path / "in", tmp_path / "out", "nf4", 32, skip=("router",), progress=False, force=True
     )
     assert sorted(done) == ["layer.0.dense.weight", "layer.1.dense.weight"]
-    written = files.load_folder(tmp_path / "out")
+    written = safetensors.load_folder(tmp_path / "out")
     for name, w in tensors.items():
         if name in done:
-            q = bnb.from_tensors(name, written)
+            q = fourbit.from_tensors(name, written)
             assert q.dtype == "bfloat16" and q.packed.tobytes() == quantize(w, blocksize=32).packed.tobytes()
         else:
             assert written[name].bits.tobytes() == w.bits.tobytes()

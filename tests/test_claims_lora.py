@@ -9,7 +9,8 @@ import pytest
 from gradcheck import check
 
 import tinylora as tl
-from tinylora import LoRALinear, Tensor, counting, flops, ops
+from tinylora import LoRALinear, Tensor, ops
+from tinylora.costs import flops, parameters
 from tinylora.nn import Linear
 from tinylora.papers import lora_numbers, subspaces, verdict
 
@@ -44,7 +45,7 @@ def test_eq_1_the_loss_is_over_the_targets_only(rng):
 
 
 def test_eq_2_the_parameters_are_a_hundredth_of_a_percent_at_r_4_and_a_quarter_of_that_at_r_1():
-    share = {r: counting.lora_square(2 * 96, 12288, r) / 175_255.8e6 for r in (1, 4)}
+    share = {r: parameters.lora_square(2 * 96, 12288, r) / 175_255.8e6 for r in (1, 4)}
     assert f"{share[4]:.4%}" == "0.0108%" and f"{share[1]:.4%}" == "0.0027%"
 
 
@@ -226,7 +227,7 @@ def test_s4_2_merged_adapters_cannot_be_batched(rng):
 
 
 def test_s4_2_the_checkpoint_is_10000_times_smaller_by_the_printed_sizes_and_9285_times_in_parameters():
-    count = counting.lora_square(2 * 96, 12288, 4)
+    count = parameters.lora_square(2 * 96, 12288, 4)
     assert 350e9 / 35e6 == 10_000 and round(175_255.8e6 / count) == 9285
     assert 2 * count / 1e6 == pytest.approx(37.7, abs=0.05) and 2 * count / 2**20 == 36.0  # MB, MiB
 
@@ -247,15 +248,15 @@ def test_table_2_the_averages_follow_from_the_scores():
 
 def test_s5_1_the_counts_of_lora_and_of_four_baselines():
     L, d = 96, 12288
-    assert counting.lora_square(2 * L, d, 1) == 4_718_592
-    assert counting.prefix_embedding(d, 256, 8) == 3_244_032
-    assert counting.prefix_layer(L, d, 8, 8) == 18_874_368
-    assert counting.adapter_h(L, d, 1) == 7_078_080 and counting.adapter_l(L, d, 1) == 7_078_080 // 2 + 2 * L * d
-    assert counting.lora(3, 5, 2) != 2 * 3 * 2  # 2 d r is for square matrices only
+    assert parameters.lora_square(2 * L, d, 1) == 4_718_592
+    assert parameters.prefix_embedding(d, 256, 8) == 3_244_032
+    assert parameters.prefix_layer(L, d, 8, 8) == 18_874_368
+    assert parameters.adapter_h(L, d, 1) == 7_078_080 and parameters.adapter_l(L, d, 1) == 7_078_080 // 2 + 2 * L * d
+    assert parameters.lora(3, 5, 2) != 2 * 3 * 2  # 2 d r is for square matrices only
 
 
 def test_appendix_E_lora_with_prefix_embedding_adds_its_tokens():
-    total = counting.lora_square(2 * 96, 12288, 8) + counting.prefix_embedding(12288, 8, 4)
+    total = parameters.lora_square(2 * 96, 12288, 8) + parameters.prefix_embedding(12288, 8, 4)
     assert total == 37_896_192 and verdict.judge("37.8M", total / 1e6) == "truncated"
 
 
@@ -320,4 +321,4 @@ def test_s7_1_wq_and_wv_are_not_the_best_of_table_5():
     """ "Adapting both Wq and Wv gives the best performance overall": all four at r = 2 tie on WikiSQL and win on MultiNLI."""
     q_v, all_four = (73.7, 91.3), (73.7, 91.7)
     assert all_four[0] >= q_v[0] and all_four[1] > q_v[1] + 0.1
-    assert counting.lora_square(2 * 96, 12288, 4) == counting.lora_square(4 * 96, 12288, 2)
+    assert parameters.lora_square(2 * 96, 12288, 4) == parameters.lora_square(4 * 96, 12288, 2)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import tinylora as tl
-from tinylora import codebooks, memory, quantize
+from tinylora import codebooks, quantize
+from tinylora.costs import memory
 from tinylora.papers import nf4_construction, normality, qlora_numbers
 from tinylora.papers.qlora_numbers import FIGURE_6, SIZES, TABLE_4
 

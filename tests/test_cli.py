@@ -13,8 +13,9 @@ import fake_cupy
 import pytest
 import tiny
 
-from tinylora import backend, files
+from tinylora import backend
 from tinylora.cli import main
+from tinylora.models import safetensors
 
 TEXT = "\n\n".join(
     f"term {i}\n  n. A word that was made for the {i}th test, and means nothing else." for i in range(60)
@@ -141,7 +142,7 @@ def test_compare_prints_one_table_and_draws_one_figure(setup, tmp_path, capsys, 
     assert len(re.findall(r"^(full|LoRA|QLoRA)", printed, re.M)) == 5
     figure = (tmp_path / "run" / "compare.svg").read_bytes()
     assert figure.startswith(b"<?xml")
-    monkeypatch.setattr("tinylora.finetune.fit", None)  # finished runs are read, not repeated
+    monkeypatch.setattr("tinylora.training.finetune.fit", None)  # finished runs are read, not repeated
     assert main(command) == 0
     assert (tmp_path / "run" / "compare.svg").read_bytes() == figure
 
@@ -199,7 +200,7 @@ def test_a_finished_run_is_reported_and_not_repeated(setup, tmp_path, capsys, mo
     command = ["finetune", *setup, *QUICK, "--steps", "2", "--out", str(tmp_path / "run")]
     assert main(command) == 0
     first = capsys.readouterr().out
-    monkeypatch.setattr("tinylora.finetune.fit", None)
+    monkeypatch.setattr("tinylora.training.finetune.fit", None)
     assert main(command) == 0
     again = capsys.readouterr()
     assert again.out == first and "has ended before" in again.err
@@ -227,7 +228,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(setup, tmp_path):
     full = [sys.executable, "-c", FULL_AFTER_ONE, *command, str(tmp_path / "run")]
     failed = subprocess.run(full, capture_output=True, text=True, timeout=120)
     assert failed.returncode == 2 and "what was there before is untouched" in failed.stderr, failed.stderr
-    tensors, _ = files.load_safetensors(tmp_path / "run" / "checkpoint.safetensors")
+    tensors, _ = safetensors.load_safetensors(tmp_path / "run" / "checkpoint.safetensors")
     assert tensors["optimizer.step"] == 2
     for name in ("run", "undisturbed"):
         assert main([*command, str(tmp_path / name)]) == 0

@@ -5,7 +5,7 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import counting
+from tinylora.costs import parameters
 from tinylora.nn import Linear, Module
 from tinylora.papers import lora_numbers
 from tinylora.papers.verdict import judge
@@ -31,21 +31,23 @@ def verdicts(*args, **kwargs):
 def test_a_count_is_that_of_a_built_layer(rng):
     d_in, d_out, r = (int(n) for n in rng.integers(2, 40, 3))
     layer = tl.LoRALinear(Linear(d_in, d_out), r=r)
-    assert counting.lora(d_in, d_out, r) == sum(w.size for _, w in layer.trainable()) == r * (d_in + d_out)
-    assert counting.lora_square(5, d_in, r) == 5 * counting.lora(d_in, d_in, r)  # the paper's formula: squares only
+    assert parameters.lora(d_in, d_out, r) == sum(w.size for _, w in layer.trainable()) == r * (d_in + d_out)
+    assert parameters.lora_square(5, d_in, r) == 5 * parameters.lora(d_in, d_in, r)  # the paper's formula: squares only
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "down_proj"], None])
 def test_a_count_is_that_of_an_adapted_llama(targets):
     names = {} if targets is None else {"targets": targets}
     model = tl.add_lora(tiny.model(), r=3, target_modules=targets or "all-linear")
-    assert counting.lora_on(counting.llama_shapes(tiny.CONFIG, **names), 3) == sum(w.size for _, w in model.trainable())
+    assert parameters.lora_on(parameters.llama_shapes(tiny.CONFIG, **names), 3) == sum(
+        w.size for _, w in model.trainable()
+    )
     with pytest.raises(ValueError, match="'query' does not exist; a Llama's matrices are q_proj, k_proj"):
-        counting.llama_shapes(tiny.CONFIG, ["query"])
+        parameters.llama_shapes(tiny.CONFIG, ["query"])
 
 
 def test_counts_take_arrays_and_tensors():
-    assert counting.lora_on([np.zeros((3, 5)), tl.Tensor(np.zeros((2, 7))), (4, 4)], 2) == 2 * (8 + 9 + 8)
+    assert parameters.lora_on([np.zeros((3, 5)), tl.Tensor(np.zeros((2, 7))), (4, 4)], 2) == 2 * (8 + 9 + 8)
 
 
 def test_adapters_and_biases_are_those_of_a_block(rng):
@@ -57,13 +59,13 @@ def test_adapters_and_biases_are_those_of_a_block(rng):
             self.down, self.up = Linear(d, r, bias=True), Linear(r, d, bias=True)
 
     one = sum(w.size for w in Bottleneck().parameters())
-    assert counting.adapter_h(layers, d, r) == 2 * layers * one
-    assert counting.adapter_l(layers, d, r) == layers * (one + 2 * d)
+    assert parameters.adapter_h(layers, d, r) == 2 * layers * one
+    assert parameters.adapter_l(layers, d, r) == layers * (one + 2 * d)
     biases = [d, d, d, d, 4 * d, d, d, d]  # q, k, v, o, two of the MLP, two LayerNorms
-    assert counting.bitfit(layers, d) == layers * sum(biases)
+    assert parameters.bitfit(layers, d) == layers * sum(biases)
     weights = 4 * d * d + 2 * 4 * d * d + 2 * d  # and the LayerNorms' gains
-    assert counting.transformer(layers, d, 50, 9) == layers * (weights + sum(biases)) + 59 * d + 2 * d
-    assert counting.prefix_layer(layers, d, 3, 4) == layers * counting.prefix_embedding(d, 3, 4) == layers * 7 * d
+    assert parameters.transformer(layers, d, 50, 9) == layers * (weights + sum(biases)) + 59 * d + 2 * d
+    assert parameters.prefix_layer(layers, d, 3, 4) == layers * parameters.prefix_embedding(d, 3, 4) == layers * 7 * d
 
 
 # ------------------------------------------------------------------------------------------------------------------- the verdict
@@ -170,7 +172,7 @@ def test_table_2_roberta_counts_follow_and_deberta_has_r_16_not_8():
     assert [round(r.computed, 3) for r in rows("Table 2", "LoRA") if r.printed.endswith("M")] == [0.295, 0.786, 2.359]
     row = next(r for r in rows("Table 2", "LoRA", "DeBERTa XXL") if r.printed == "4.7M")
     assert row.verdict == "does not follow" and row.setting == "r_q = r_v = 8"
-    fits = [r for r in range(1, 65) if judge("4.7M", counting.lora_square(2 * 48, 1536, r) / 1e6) == "rounds to"]
+    fits = [r for r in range(1, 65) if judge("4.7M", parameters.lora_square(2 * 48, 1536, r) / 1e6) == "rounds to"]
     assert fits == [16]
 
 
@@ -244,7 +246,7 @@ def test_section_7_3_the_amplification_factors_are_those_of_rounded_norms():
 
 def test_table_18_from_r_512_on_lora_has_as_many_parameters_as_the_matrices_it_changes():
     matrices, d = 48, 1024
-    assert [r for r in (1, 256, 512, 1024) if counting.lora_square(matrices, d, r) >= matrices * d * d] == [512, 1024]
+    assert [r for r in (1, 256, 512, 1024) if parameters.lora_square(matrices, d, r) >= matrices * d * d] == [512, 1024]
 
 
 def test_no_other_row_fails():

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylora import files
 from tinylora.dtypes import BFloat16Array
+from tinylora.models import files, safetensors
 
 
 def test_safetensors_round_trip(tmp_path, rng):
@@ -22,8 +22,8 @@ def test_safetensors_round_trip(tmp_path, rng):
         "t": rng.standard_normal((3, 4)).astype(np.float32).T,
         "scalar": np.array(3, np.int64),
     }
-    files.save_safetensors(tmp_path / "x.safetensors", tensors, {"k": "v"})
-    again, metadata = files.load_safetensors(tmp_path / "x.safetensors")
+    safetensors.save_safetensors(tmp_path / "x.safetensors", tensors, {"k": "v"})
+    again, metadata = safetensors.load_safetensors(tmp_path / "x.safetensors")
     assert metadata == {"k": "v"} and again.keys() == tensors.keys()
     assert again["c"].bits.tobytes() == tensors["c"].bits.tobytes()
     for name in tensors.keys() - {"c"}:
@@ -60,7 +60,7 @@ def test_a_file_that_cannot_grow_leaves_the_old_one(tmp_path):
     """A file-size limit stands in for a full disk: the write fails half way, with the same kind of error."""
     pytest.importorskip("resource")
     path = tmp_path / "w.safetensors"
-    files.save_safetensors(path, {"w": np.zeros(3, np.float32)})
+    safetensors.save_safetensors(path, {"w": np.zeros(3, np.float32)})
     before = path.read_bytes()
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, timeout=60)
     assert "what was there before is untouched" in done.stdout, done.stdout + done.stderr
@@ -72,4 +72,4 @@ def test_json_errors_are_sentences(tmp_path):
     with pytest.raises(ValueError, match="expected a JSON object, found a list"):
         files.read_json(tmp_path / "list.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        files.load_safetensors(tmp_path / "nothing")
+        safetensors.load_safetensors(tmp_path / "nothing")

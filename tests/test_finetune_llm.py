@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import Llama, Tensor, cli, counting, data, memory, nn
-from tinylora.corpus import question_and_answer, read_corpus, scored_bytes
-from tinylora.finetune import Job, finetune, read_trace
-from tinylora.tokenizers import ByteTokenizer
-from tinylora.train import Recipe, bits_per_byte
+from tinylora import Llama, Tensor, cli, data, nn
+from tinylora.costs import memory, parameters
+from tinylora.models.tokenizers import ByteTokenizer
+from tinylora.training.corpus import question_and_answer, read_corpus, scored_bytes
+from tinylora.training.finetune import Job, finetune, read_trace
+from tinylora.training.train import Recipe, bits_per_byte
 
 FAST = Recipe(steps=3, batch_size=2, seq_len=32, lr=1e-2, warmup=0)
 
@@ -105,7 +106,7 @@ def test_eight_bit_states_are_smaller_and_learn(folder, text):
     recipe = replace(FAST, steps=12)
     wide = finetune(Job(model=folder, text=text, r=64), recipe, progress=False)
     narrow = finetune(Job(model=folder, text=text, r=64, optimizer="adamw8bit"), recipe, progress=False)
-    sizes = [64 * n for block in range(2) for o, i in counting.llama_shapes(tiny.model(hidden_size=64, intermediate_size=64).config)[:7]
+    sizes = [64 * n for block in range(2) for o, i in parameters.llama_shapes(tiny.model(hidden_size=64, intermediate_size=64).config)[:7]
              for n in (i, o)]  # fmt: skip
     assert (
         narrow.bytes["optimizer state"]
@@ -190,18 +191,18 @@ def test_a_trace_of_nothing_is_refused_before_the_work(option, words, folder, te
 
 def test_a_run_goes_on_with_another_pool_and_budget(folder, text, tmp_path):
     """What changes no bit does not make it another run; nor does an option that the checkpoint is too old to name."""
-    from tinylora import files
+    from tinylora.models import safetensors
 
     job, plan = Job(model=folder, text=text, r=4, page_budget=2048, page_bytes=1024), replace(FAST, steps=2)
     finetune(job, plan, tmp_path / "run", checkpoint_every=1, progress=False)
     (tmp_path / "run" / "report.json").unlink()
     path = tmp_path / "run" / "checkpoint.safetensors"
-    tensors, metadata = files.load_safetensors(path)
+    tensors, metadata = safetensors.load_safetensors(path)
     about = json.loads(metadata["tinylora"])
     for name in ("optimizer", "use_dora"):
         del about["identity"]["job"][name]
     about["identity"]["job"]["heldout"] = 5  # written by a version that named it
-    files.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
+    safetensors.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
     report = finetune(replace(job, pool="file", page_budget=None, heldout=1), plan, tmp_path / "run", progress=False)
     assert report.first_step == 2
     (tmp_path / "run" / "report.json").unlink()
@@ -210,7 +211,7 @@ def test_a_run_goes_on_with_another_pool_and_budget(folder, text, tmp_path):
 
 
 def test_a_pool_that_cannot_be_is_said_before_anything_is_evaluated(folder, text, monkeypatch):
-    monkeypatch.setattr("tinylora.finetune.bits_per_byte", lambda *a, **k: pytest.fail("evaluated first"))
+    monkeypatch.setattr("tinylora.training.finetune.bits_per_byte", lambda *a, **k: pytest.fail("evaluated first"))
     with pytest.raises(ValueError, match="'managed' is CUDA managed memory"):
         finetune(Job(model=folder, text=text, pool="managed"), FAST, progress=False)
 
@@ -324,7 +325,7 @@ def test_an_adapter_of_smollm2_opens_in_peft_and_transformers(tmp_path, rng):
     torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     from tinylora.interop.peft import load_adapter
-    from tinylora.llama import convert
+    from tinylora.models.llama import convert
 
     gguf = os.environ["TINYLORA_LLM"]
     run_smol(tmp_path / "run", "--steps", "2", "--batch-size", "1", "--shards", "1", "--seq-len", "64", "--heldout", "1",

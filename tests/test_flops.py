@@ -5,7 +5,8 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import Tensor, flops, ops
+from tinylora import Tensor, ops
+from tinylora.costs import flops
 from tinylora.nn import Linear, Linear4bit, Linear16bit
 
 

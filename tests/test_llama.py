@@ -9,7 +9,7 @@ from gradcheck import check
 
 import tinylora as tl
 from tinylora import KVCache, Llama, LlamaConfig, no_grad, ops
-from tinylora.tokenizers import ByteTokenizer
+from tinylora.models.tokenizers import ByteTokenizer
 
 
 def loss(m, x, t):

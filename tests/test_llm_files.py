@@ -14,9 +14,10 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import Llama, LlamaConfig, checkpoints, files, llama, no_grad
+from tinylora import Llama, LlamaConfig, no_grad
 from tinylora.dtypes import BFloat16Array, round_to
 from tinylora.interop import bitsandbytes
+from tinylora.models import files, folders, llama, safetensors
 from tinylora.quant import QuantizedTensor
 
 SIZES = {"intermediate_size": 64}  # whole blocks of 32, as GGUF's types need
@@ -34,12 +35,12 @@ def rewrite(folder, **changes):
 
 def shard(folder, parts):
     """Cut a folder's model.safetensors into several files with an index, as large models come."""
-    tensors, _ = files.load_safetensors(folder / "model.safetensors")
+    tensors, _ = safetensors.load_safetensors(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     names, where = sorted(tensors), {}
     for i in range(parts):
         file = f"model-{i + 1:05d}-of-{parts:05d}.safetensors"
-        files.save_safetensors(folder / file, {name: tensors[name] for name in names[i::parts]})
+        safetensors.save_safetensors(folder / file, {name: tensors[name] for name in names[i::parts]})
         where |= dict.fromkeys(names[i::parts], file)
     files.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
 
@@ -48,20 +49,20 @@ def shard(folder, parts):
 def test_writing_one_tensor_at_a_time_gives_the_same_bytes(tmp_path, rng):
     tensors = {f"t{i}": rng.standard_normal((3, i)).astype(np.float32) for i in range(4)}
     tensors |= {f"é{i}": BFloat16Array.of(rng.standard_normal(5).astype(np.float32)) for i in range(3)}
-    files.save_safetensors(tmp_path / "a", tensors)
+    safetensors.save_safetensors(tmp_path / "a", tensors)
     plan = {n: ("BF16" if isinstance(w, BFloat16Array) else "F32", w.shape) for n, w in tensors.items()}
-    files.write_safetensors(tmp_path / "b", plan, tensors.__getitem__)
+    safetensors.write_safetensors(tmp_path / "b", plan, tensors.__getitem__)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with pytest.raises(ValueError, match=r"t1 is F32 \(3, 1\), planned was F32 \(1, 3\)"):
-        files.write_safetensors(tmp_path / "b", plan | {"t1": ("F32", (1, 3))}, tensors.__getitem__)
+        safetensors.write_safetensors(tmp_path / "b", plan | {"t1": ("F32", (1, 3))}, tensors.__getitem__)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_each_tensor_is_read_when_it_is_asked_for(tmp_path, rng):
     w = rng.standard_normal((40, 50)).astype(np.float32)
     stored = {"a": w, "h": w.astype(np.float16), "b": BFloat16Array.of(w), "d": w.astype(np.float64), "i": np.arange(3)}
-    files.save_safetensors(tmp_path / "x", stored)
-    opened = files.Safetensors(tmp_path / "x")
+    safetensors.save_safetensors(tmp_path / "x", stored)
+    opened = safetensors.Safetensors(tmp_path / "x")
     assert sorted(opened) == sorted(stored) and opened.kind("b") == ("BF16", (40, 50)) and "c" not in opened
     for name in "ahbd":
         expected = stored[name].dequantize("float32") if name == "b" else stored[name].astype(np.float32)
@@ -76,11 +77,11 @@ def test_each_tensor_is_read_when_it_is_asked_for(tmp_path, rng):
 
 def test_widening_in_pieces_changes_nothing(tmp_path, rng, monkeypatch):
     w = BFloat16Array.of(rng.standard_normal((7, 9)).astype(np.float32))
-    files.save_safetensors(tmp_path / "x", {"w": w})
-    monkeypatch.setattr(files, "_PIECE", 8)
-    assert files.Safetensors(tmp_path / "x").float32("w").tobytes() == w.dequantize("float32").tobytes()
+    safetensors.save_safetensors(tmp_path / "x", {"w": w})
+    monkeypatch.setattr(safetensors, "_PIECE", 8)
+    assert safetensors.Safetensors(tmp_path / "x").float32("w").tobytes() == w.dequantize("float32").tobytes()
     dense = w.dequantize("float32") * np.float32(1.001)
-    assert (checkpoints.rounded(dense.copy(), "bfloat16") == round_to(dense, "bfloat16")).all()
+    assert (folders.rounded(dense.copy(), "bfloat16") == round_to(dense, "bfloat16")).all()
 
 
 def header(change):
@@ -110,27 +111,27 @@ def header(change):
 )
 def test_a_header_that_does_not_describe_its_file(change, words, tmp_path):
     (tmp_path / "x").write_bytes(header(lambda e: None))
-    assert sorted(files.Safetensors(tmp_path / "x")) == ["a", "b"]
+    assert sorted(safetensors.Safetensors(tmp_path / "x")) == ["a", "b"]
     (tmp_path / "x").write_bytes(header(change))
     with pytest.raises(ValueError, match=words) as caught:
-        files.load_safetensors(tmp_path / "x")
+        safetensors.load_safetensors(tmp_path / "x")
     assert "is not a whole safetensors file" in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_whatever_is_cut_off_or_changed_gives_a_sentence(tmp_path, rng):
     """Every cut is refused; a changed byte of the header is refused or harmless, and never another kind of error."""
-    files.save_safetensors(tmp_path / "x", {"w": np.ones((4, 3), np.float32), "v": np.ones(5, np.uint8)})
+    safetensors.save_safetensors(tmp_path / "x", {"w": np.ones((4, 3), np.float32), "v": np.ones(5, np.uint8)})
     data = (tmp_path / "x").read_bytes()
     for n in range(len(data)):
         (tmp_path / "x").write_bytes(data[:n])
         with pytest.raises(ValueError, match="not a whole safetensors file"):
-            files.Safetensors(tmp_path / "x")
+            safetensors.Safetensors(tmp_path / "x")
     for _ in range(300):
         changed = bytearray(data)
         changed[int(rng.integers(len(data)))] = int(rng.integers(256))
         (tmp_path / "x").write_bytes(changed)
         try:
-            files.load_safetensors(tmp_path / "x")
+            safetensors.load_safetensors(tmp_path / "x")
         except ValueError as error:
             assert str(tmp_path) in str(error)
 
@@ -142,8 +143,8 @@ def test_a_sharded_folder_is_one_model(dtype, tmp_path, rng):
     whole = Llama.from_pretrained(tmp_path)
     shard(tmp_path, 3)
     assert (logits(Llama.from_pretrained(tmp_path), x) == logits(whole, x)).all()
-    assert files.load_folder(tmp_path).keys() == m.state_dict().keys()
-    assert "of-00003" in str(files.open_folder(tmp_path).where("lm_head.weight"))
+    assert safetensors.load_folder(tmp_path).keys() == m.state_dict().keys()
+    assert "of-00003" in str(safetensors.open_folder(tmp_path).where("lm_head.weight"))
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00002-of-00003\.safetensors does not exist"):
         Llama.from_pretrained(tmp_path)
@@ -244,18 +245,18 @@ def test_open_model_takes_the_options_and_refuses_to_quantize_twice(tmp_path):
 def test_tensors_that_may_and_may_not_be_there(tmp_path):
     m = tiny.model()
     m.save_pretrained(tmp_path, "float32")
-    tensors = files.load_folder(tmp_path)
+    tensors = safetensors.load_folder(tmp_path)
     spare = {
         "lm_head.weight": tensors["model.embed_tokens.weight"],
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
     }
-    files.save_safetensors(tmp_path / "model.safetensors", tensors | spare)
+    safetensors.save_safetensors(tmp_path / "model.safetensors", tensors | spare)
     Llama.from_pretrained(tmp_path)
-    files.save_safetensors(tmp_path / "model.safetensors", tensors | {"model.bias": np.ones(4, np.float32)})
+    safetensors.save_safetensors(tmp_path / "model.safetensors", tensors | {"model.bias": np.ones(4, np.float32)})
     with pytest.raises(ValueError, match=r"it holds model\.bias, which the model does not have"):
         Llama.from_pretrained(tmp_path)
     whole = {"model.norm.weight": np.ones(32, np.int32)}
-    files.save_safetensors(tmp_path / "model.safetensors", tensors | whole)
+    safetensors.save_safetensors(tmp_path / "model.safetensors", tensors | whole)
     with pytest.raises(ValueError, match=r"model\.norm\.weight has dtype I32, expected floats"):
         Llama.from_pretrained(tmp_path)
 
@@ -325,7 +326,7 @@ def test_a_gguf_is_the_model_that_was_written(changes, tmp_path, rng):
 @pytest.mark.parametrize("kinds", [("Q4_0",), ("Q4_1", "Q8_0"), ("F16", "BF16", "F32"), ("Q5_0", "Q5_1")])
 def test_a_gguf_in_few_bits_is_what_the_bits_stand_for(kinds, tmp_path, rng, monkeypatch):
     pytest.importorskip("gguf")
-    from tinylora import gguf
+    from tinylora.models import gguf
 
     monkeypatch.setattr(gguf, "_PIECE", int(rng.integers(1, 2000)))
     m = tiny.model(int(rng.integers(1000)), **SIZES)
@@ -338,8 +339,8 @@ def test_a_gguf_in_few_bits_is_what_the_bits_stand_for(kinds, tmp_path, rng, mon
 
 def test_a_permutation_that_is_not_undone_would_be_seen(tmp_path, rng, monkeypatch):
     pytest.importorskip("gguf")
-    from tinylora import gguf
-    from tinylora.gguf import halves
+    from tinylora.models import gguf
+    from tinylora.models.gguf import halves
 
     m, x = tiny.model(**SIZES), tiny.ids(rng, 1, 20)
     llm_files.write_gguf(tmp_path / "m.gguf", m)
@@ -403,7 +404,7 @@ def test_a_gguf_that_is_cut_or_changed_gives_a_sentence(tmp_path, rng):
     """Every cut of the header and of the data is refused; a changed byte is refused or harmless, and no other error comes."""
     pytest.importorskip("gguf")
     pytest.importorskip("tokenizers")
-    from tinylora.gguf import GGUF
+    from tinylora.models.gguf import GGUF
 
     m, path = tiny.model(**SIZES, num_hidden_layers=1, vocab_size=300), tmp_path / "m.gguf"
     llm_files.write_gguf(path, m, ("Q8_0",), llm_files.trained())
@@ -490,7 +491,7 @@ def test_the_chat_prompt_is_chatml():
 
 def test_a_vocabulary_without_marks_has_no_chat_prompt():
     tokenizers = pytest.importorskip("tokenizers")
-    from tinylora.tokenizers import BPETokenizer
+    from tinylora.models.tokenizers import BPETokenizer
 
     t = BPETokenizer(
         tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "</s>": 1}, merges=[])),
@@ -504,7 +505,7 @@ def test_a_vocabulary_without_marks_has_no_chat_prompt():
 def test_a_sentencepiece_vocabulary_in_a_tokenizer_json(tmp_path):
     """Llama 2's kind: a mark for spaces, and bytes for what is not in the vocabulary."""
     tokenizers = pytest.importorskip("tokenizers")
-    from tinylora.tokenizers import load_tokenizer
+    from tinylora.models.tokenizers import load_tokenizer
 
     letters = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "\u2581", "a", "b", "\u2581a"]
     model = tokenizers.models.BPE(
@@ -567,7 +568,7 @@ def test_a_vocabulary_that_does_not_fit(tmp_path):
 )
 def test_a_gguf_vocabulary_that_is_not_known(changes, words):
     pytest.importorskip("tokenizers")
-    from tinylora.tokenizers import BPETokenizer
+    from tinylora.models.tokenizers import BPETokenizer
 
     entries = {"model": "gpt2", "pre": "smollm", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
     named = {f"tokenizer.ggml.{name}": value for name, value in (entries | changes).items()}
@@ -610,12 +611,12 @@ def test_the_command_converts(tmp_path, capsys):
     import argparse
 
     pytest.importorskip("gguf")
-    from tinylora.cli import convert
+    from tinylora.cli import models
 
     m = tiny.model(**SIZES)
     llm_files.write_gguf(tmp_path / "m.gguf", m)
     parser = argparse.ArgumentParser()
-    convert.convert_parser(parser.add_subparsers())
+    models.convert_parser(parser.add_subparsers())
     args = parser.parse_args(
         ["convert", str(tmp_path / "m.gguf"), "--out", str(tmp_path / "out"), "--dtype", "float32"]
     )

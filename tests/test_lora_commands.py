@@ -11,7 +11,7 @@ import tiny
 from tinylora import adapters
 from tinylora.cli import main
 from tinylora.interop import bitsandbytes, peft
-from tinylora.llama import Llama
+from tinylora.models.llama import Llama
 from tinylora.papers import ranks, switching
 
 QUICK = ["--batch-size", "2", "--seq-len", "32", "--warmup", "2", "--steps", "3"]
@@ -44,7 +44,9 @@ def test_switch_prints_scores_pieces_and_the_price_of_each_way(folder, capsys, m
     assert "the base's bits are unchanged" in printed
     error = float(re.search(r"largest difference (\S+)$", printed, re.M)[1])
     assert error < 1e-4
-    monkeypatch.setattr("tinylora.finetune.fit", None)  # the adapters are there: only the switching is done again
+    monkeypatch.setattr(
+        "tinylora.training.finetune.fit", None
+    )  # the adapters are there: only the switching is done again
     assert switch(folder, "--prompts", "x", "y") == 0
     pieces = re.findall(r"^--- (\w+)", capsys.readouterr().out, re.M)
     assert pieces == ["one", "two", "one", "two"]
@@ -102,7 +104,7 @@ def test_ranks_prints_one_line_a_rank_and_reads_finished_runs(folder, capsys, mo
     qv = c.num_hidden_layers * (c.hidden_size * 2 + c.hidden_size + c.num_key_value_heads * c.head_dim)
     assert f"({qv:,})" in first and f"({2 * qv:,})" in first
     assert (folder / "ranks" / "ranks.svg").is_file()
-    monkeypatch.setattr("tinylora.finetune.fit", None)
+    monkeypatch.setattr("tinylora.training.finetune.fit", None)
     assert main(command) == 0
     assert capsys.readouterr().out == first
 

@@ -8,14 +8,16 @@ import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import backend, finetune, memory, train
-from tinylora.cli.memory import memory_parser
-from tinylora.corpus import Text
-from tinylora.llama import LlamaConfig
+from tinylora import backend
+from tinylora.cli.costs import memory_parser
+from tinylora.costs import memory, tables
+from tinylora.models.llama import LlamaConfig
 from tinylora.nn import quantize_linears
 from tinylora.optim import AdamW
 from tinylora.paging import Pager
 from tinylora.papers import qlora_numbers
+from tinylora.training import finetune, train
+from tinylora.training.corpus import Text
 
 
 def batch(rng, b, t, vocab=256):
@@ -252,7 +254,7 @@ def test_an_account_is_printed_with_its_parts_and_its_sum():
     for a in accounts:
         assert f"{a.total:,}" in text and a.label in text
         assert a.total == sum(v for k, v in asdict(a).items() if k != "label")
-    assert [memory.in_units(n) for n in (7, 1500, 12_345_678, 783_427_928_064)] == [
+    assert [tables.in_units(n) for n in (7, 1500, 12_345_678, 783_427_928_064)] == [
         "7 bytes",
         "1.50 kB",
         "12.3 MB",
@@ -324,7 +326,7 @@ def test_the_bars_are_the_accounts_and_carry_their_numbers():
         widths = [p.get_width() for p in ax.patches if abs(p.get_y() + p.get_height() / 2 - i) < 1e-9]
         assert sum(widths) == pytest.approx(a.total / 1e6)
         for n in [a.total, *a.rows().values()]:
-            assert not n or memory.in_units(n) in text
+            assert not n or tables.in_units(n) in text
     assert f"{accounts[0].total / accounts[2].total:.1f} times" in ax.get_title()
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import cli, codebooks, files, laws, optimality
+from tinylora import cli, codebooks, laws, optimality
+from tinylora.models import safetensors
 from tinylora.papers import codes_on_weights, normality
 
 LLM, MINILM = os.environ.get("TINYLORA_LLM"), os.environ.get("TINYLORA_MINILM")
@@ -222,7 +223,7 @@ def test_the_command_on_a_folder_with_odd_rows(tmp_path, rng, capsys):
         "c.weight": rng.standard_normal((8, 33)).astype(np.float16),
         "d.weight": rng.standard_normal((3, 6000)).astype(np.float32),
     }
-    files.save_safetensors(tmp_path / "in" / "model.safetensors", tensors)
+    safetensors.save_safetensors(tmp_path / "in" / "model.safetensors", tensors)
     assert run("quantize", tmp_path / "in", "--normality", "--draws", 20, "--out", tmp_path / "out") == 0
     out = capsys.readouterr().out
     assert "left out, rows below 8 values: b.weight" in out and "rows of 6,000 values, 4,096 of them tested" in out
@@ -250,7 +251,7 @@ def test_bad_input_gets_a_sentence_and_writes_nothing(arguments, words, tmp_path
 
 
 def test_nan_is_named(tmp_path, rng, capsys):
-    files.save_safetensors(tmp_path / "model.safetensors", {"bad.weight": np.full((4, 64), np.nan, np.float32)})
+    safetensors.save_safetensors(tmp_path / "model.safetensors", {"bad.weight": np.full((4, 64), np.nan, np.float32)})
     assert run("quantize", tmp_path, "--normality", "--out", tmp_path / "out") == 2
     assert "bad.weight holds NaN or Inf" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -269,7 +270,7 @@ def test_a_missing_matplotlib_costs_only_the_figure(tmp_path, monkeypatch, capsy
     def absent():
         raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'")
 
-    monkeypatch.setattr("tinylora.figures.require_matplotlib", absent)
+    monkeypatch.setattr("tinylora.figures.style.require_matplotlib", absent)
     tiny.model().save_pretrained(tmp_path / "in", dtype="float32")
     assert run("quantize", tmp_path / "in", "--normality", "--draws", 10, "--out", tmp_path / "out") == 0
     assert "no figure: figures need matplotlib" in capsys.readouterr().out

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from goldens.make_optim8bit_goldens import gradient, start
 
-from tinylora import AdamW, Pager, Tensor, backend, codebooks, optim8bit
-from tinylora.optim8bit import AdamW8bit, adamw8bit_step, fma
+from tinylora import AdamW, Pager, Tensor, backend, codebooks
 from tinylora.rounding import cpu_quantize_8bit, cuda_quantize_8bit
+from tinylora.training import adamw8bit
+from tinylora.training.adamw8bit import AdamW8bit, adamw8bit_step, fma
 
 f32 = np.float32
 FILE = Path(__file__).parent / "goldens" / "optim8bit.npz"
@@ -122,11 +123,11 @@ def test_rounding_to_8_bits_is_that_of_the_rules(xp, signed, rng):
     x[5, :255], x[5, 255] = np.nextafter(bounds, f32(2)), -1
     x = x if signed else np.abs(x)
     with np.errstate(all="ignore"):
-        ours = on_host(optim8bit._cpu_round(xp.asarray(x), signed))
+        ours = on_host(adamw8bit._cpu_round(xp.asarray(x), signed))
         codes, absmax = cpu_quantize_8bit(x.reshape(-1), codebooks.dynamic8(signed))
         assert same(ours[0].reshape(-1), codes) and same(ours[1], absmax)
         x[1, 7], x[3] = 1, 0  # the kernel's m and v are no NaN, and were flushed
-        ours = on_host(optim8bit._cuda_round(xp.asarray(x), signed))
+        ours = on_host(adamw8bit._cuda_round(xp.asarray(x), signed))
         codes, absmax = cuda_quantize_8bit(x.reshape(-1), codebooks.dynamic8(signed))
         assert same(ours[0].reshape(-1), codes) and same(ours[1], absmax)
 
@@ -302,7 +303,7 @@ def test_pieces_of_whole_blocks_give_the_bits_of_the_whole(xp, rule, rng, monkey
     n = 5 * 256 + 77
     p = rng.standard_normal(n).astype(f32)
     whole, pieces, w_state, p_state = xp.asarray(p), xp.asarray(p), fresh(xp, n), fresh(xp, n)
-    monkeypatch.setattr(optim8bit, "_CHUNK", 512)
+    monkeypatch.setattr(adamw8bit, "_CHUNK", 512)
     for t in range(1, 4):
         g = xp.asarray(gradients(rng, n))
         adamw8bit_step(whole, g, *w_state, t, 1e-2, rule=rule)

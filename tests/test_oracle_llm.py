@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import Llama, llama, no_grad
+from tinylora import Llama, no_grad
+from tinylora.models import llama
 
 pytestmark = pytest.mark.oracle
 

@@ -10,8 +10,9 @@ import types
 import numpy as np
 import pytest
 
-from tinylora import AdamW, Tensor, optim8bit
-from tinylora.optim8bit import AdamW8bit, adamw8bit_step
+from tinylora import AdamW, Tensor
+from tinylora.training import adamw8bit
+from tinylora.training.adamw8bit import AdamW8bit, adamw8bit_step
 
 pytestmark = pytest.mark.oracle
 
@@ -135,7 +136,7 @@ def with_torchs_square_root(monkeypatch):
     """Let the step take torch's square root: the NumPy it sees is one in which `sqrt` is torch's."""
     numpy = types.ModuleType("numpy_with_torchs_square_root")
     numpy.__dict__.update(vars(np), sqrt=lambda x, out: np.copyto(out, torch.from_numpy(x).sqrt().numpy()))
-    monkeypatch.setattr(optim8bit, "array_module", lambda _: numpy)
+    monkeypatch.setattr(adamw8bit, "array_module", lambda _: numpy)
 
 
 @pytest.mark.parametrize("kind", GRADIENTS)

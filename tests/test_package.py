@@ -15,48 +15,13 @@ import tinylora
 ROOM = Path(tinylora.__file__).parent
 
 #: Each module may import those before it, whether at the top or inside a function.
-ARROWS = [
-    "backend",
-    "dtypes",
-    "tensor",
-    "ops",
-    "laws",
-    "optimality",
-    "counting",
-    "codebooks",
-    "rounding",
-    "quant",
-    "pools",
-    "paging",
-    "optim",
-    "optim8bit",
-    "nn",
-    "conv",
-    "lora",
-    "adapters",
-    "flops",
-    "variants",
-    "files",
-    "data",
-    "tokenizers",
-    "gguf",
-    "checkpoints",
-    "llama",
-    "interop",
-    "corpus",
-    "train",
-    "paging_costs",
-    "memory",
-    "pretrain",
-    "finetune",
-    "figures",
-    "papers",
-    "cli",
-]
+ARROWS = (
+    "backend dtypes tensor ops laws optimality codebooks rounding quant pools paging optim nn conv lora adapters "
+    "variants data models interop training costs figures papers cli"
+).split()
 NUMBERS_ONLY = {
     "laws",
     "optimality",
-    "counting",
     "codebooks",
     "rounding",
     "quant",

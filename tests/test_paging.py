@@ -10,7 +10,7 @@ import tiny
 
 from tinylora import AdamW, Pager, Tensor
 from tinylora.paging import WHOLE_TENSORS_FROM
-from tinylora.train import Recipe, fit
+from tinylora.training.train import Recipe, fit
 
 POOLS = ["host", "file", "managed"]
 

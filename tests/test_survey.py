@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import cli, codebooks, files, optimality, quantize
-from tinylora.interop import bitsandbytes
+from tinylora import cli, codebooks, optimality, quantize
+from tinylora.models import files, fourbit, safetensors
 from tinylora.papers import codes_on_weights, nf4_construction
 
 
@@ -24,7 +24,7 @@ def folder(tmp_path, rng):
         "b.weight": rng.standard_t(3, (128, 256)).astype(np.float32),
         "norm.weight": np.ones(64, np.float32),
     }
-    files.save_safetensors(tmp_path / "in" / "model.safetensors", tensors)
+    safetensors.save_safetensors(tmp_path / "in" / "model.safetensors", tensors)
     files.write_json(tmp_path / "in" / "config.json", {"model_type": "something"})
     return tmp_path / "in", tensors
 
@@ -69,7 +69,7 @@ def test_odd_tensors_are_left_out_or_named(tmp_path, capsys, rng):
         "a.weight": rng.standard_normal((16, 64)).astype(np.float16),
         "bad.weight": np.full((4, 64), np.nan, np.float32),
     }
-    files.save_safetensors(tmp_path / "model.safetensors", tensors)
+    safetensors.save_safetensors(tmp_path / "model.safetensors", tensors)
     files.write_json(tmp_path / "config.json", {"model_type": "something"})
     assert run("quantize", tmp_path, "--codes", "nf4") == 2
     assert "bad.weight holds NaN or Inf; leave it out (--skip bad.weight)" in capsys.readouterr().err
@@ -120,8 +120,8 @@ def test_quantize_writes_a_folder_that_opens(folder, tmp_path, capsys):
         == 0
     )
     assert "1 weights written" in capsys.readouterr().out
-    written = files.load_folder(tmp_path / "out")
-    q = bitsandbytes.from_tensors("a.weight", written)
+    written = safetensors.load_folder(tmp_path / "out")
+    q = fourbit.from_tensors("a.weight", written)
     assert q.dequantize().tobytes() == quantize(tensors["a.weight"], "fp4", double_quant=True).dequantize().tobytes()
     assert written["b.weight"].tobytes() == tensors["b.weight"].tobytes()
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -185,7 +185,7 @@ def test_a_missing_matplotlib_costs_only_the_figure(folder, tmp_path, capsys, mo
     def absent():
         raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'")
 
-    monkeypatch.setattr("tinylora.figures.require_matplotlib", absent)
+    monkeypatch.setattr("tinylora.figures.style.require_matplotlib", absent)
     monkeypatch.setattr(style, "require_matplotlib", absent)
     monkeypatch.chdir(tmp_path)
     assert run("nf4", "--blocksizes", "64") == 0

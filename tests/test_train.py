@@ -9,9 +9,9 @@ import tiny
 
 import tinylora as tl
 from tinylora import ops
-from tinylora.corpus import Pairs, Text, read_corpus, read_text
-from tinylora.tokenizers import ByteTokenizer
-from tinylora.train import Recipe, bits_per_byte, fit
+from tinylora.models.tokenizers import ByteTokenizer
+from tinylora.training.corpus import Pairs, Text, read_corpus, read_text
+from tinylora.training.train import Recipe, bits_per_byte, fit
 
 RECIPE = Recipe(steps=6, batch_size=4, seq_len=16, lr=1e-2, warmup=2, shards=2)
 TEXT = Text([np.frombuffer(b"the quick brown fox jumps over the lazy dog. " * 40, np.uint8)])
@@ -61,7 +61,7 @@ def test_the_same_seed_gives_the_same_bytes():
 
 def grads(m, data, recipe):
     """The gradients of one step, before the optimizer."""
-    from tinylora.train import _step, workers
+    from tinylora.training.train import _step, workers
 
     with workers(recipe.shards) as pool:
         loss, _, _ = _step(m, data, recipe, 0, pool, m.trainable(), None)
@@ -142,7 +142,7 @@ def test_a_diverging_run_says_so():
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(tmp_path, monkeypatch):
     m = adapted()
     before = state(m)
-    monkeypatch.setattr("tinylora.train.clip_grad_norm", lambda params, limit: math.nan)
+    monkeypatch.setattr("tinylora.training.train.clip_grad_norm", lambda params, limit: math.nan)
     with pytest.raises(FloatingPointError, match="norm of its gradient nan"):
         fit(m, TEXT, RECIPE, out=tmp_path, checkpoint_every=1, progress=False)
     assert state(m) == before and not (tmp_path / "checkpoint.safetensors").exists()
@@ -271,7 +271,7 @@ def test_bad_recipes(change):
 
 def test_padding_behind_the_last_target_is_not_computed(rng):
     """Trimmed or not, the loss and the gradients are the same; only the columns that count are read."""
-    from tinylora.train import trimmed
+    from tinylora.training.train import trimmed
 
     pairs = Pairs([(rng.integers(0, 256, 5).tolist(), rng.integers(0, 256, 4).tolist()) for _ in range(3)])
     whole = pairs.windows(30)

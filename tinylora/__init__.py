@@ -11,6 +11,7 @@ Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported
 """
 
 import importlib
+import types
 
 from . import adapters, backend, codebooks, conv, dtypes, lora, nn, ops, optim, paging, quant
 from .adapters import (
@@ -25,14 +26,14 @@ from .adapters import (
     unmerge,
 )
 from .backend import seed
-from .llama import KVCache, Llama, LlamaConfig
 from .lora import LoRALinear
+from .models.llama import KVCache, Llama, LlamaConfig
 from .nn import quantize_linears
 from .optim import AdamW
-from .optim8bit import AdamW8bit
 from .paging import Pager
 from .quant import QuantizedTensor, quantize
 from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
+from .training.adamw8bit import AdamW8bit
 
 __version__ = "0.1.0"
 
@@ -44,41 +45,43 @@ __all__ = ["AdamW", "AdamW8bit", "KVCache", "Llama", "LlamaConfig", "LoRALinear"
 # fmt: on
 
 
-#: Where a module that had a place of its own lies now. One release of aliases: `tinylora.laws` still works.
+#: Where a module that had a place of its own lies now: one release of aliases, so that `tinylora.laws` still works.
 MOVED = {
-    "subspaces": "papers.subspaces",
-    "intrinsic": "papers.intrinsic",
-    "ranks": "papers.ranks",
-    "switching": "papers.switching",
-    "experiments": "papers.claims",
-    "survey": "papers.codes_on_weights",
+    "checkpoints": "models.folders",
+    "corpus": "training.corpus",
+    "counting": "costs.parameters papers.lora_numbers papers.verdict",
     "derivation": "papers.nf4_construction",
-    "normality": "papers.normality",
+    "experiments": "papers.claims",
+    "files": "models.files models.safetensors",
+    "finetune": "training.finetune training.compare",
+    "flops": "costs.flops",
     "footprints": "papers.qlora_numbers",
+    "gguf": "models.gguf",
+    "intrinsic": "papers.intrinsic",
+    "llama": "models.llama",
+    "memory": "costs.memory costs.tables",
+    "normality": "papers.normality",
+    "optim8bit": "training.adamw8bit",
+    "paging_costs": "costs.paging",
+    "pretrain": "training.pretrain",
+    "ranks": "papers.ranks",
+    "subspaces": "papers.subspaces",
+    "survey": "papers.codes_on_weights",
+    "switching": "papers.switching",
+    "tokenizers": "models.tokenizers",
+    "train": "training.train",
 }
+ROOMS = ("cli", "costs", "data", "figures", "interop", "models", "papers", "training", "variants", "laws", "optimality")
 
 
 def __getattr__(name):
-    """Heavier rooms are opened when they are asked for: tinylora.interop, tinylora.train, …"""
-    if name in (
-        "papers",
-        "interop",
-        "counting",
-        "flops",
-        "variants",
-        "train",
-        "corpus",
-        "finetune",
-        "pretrain",
-        "figures",
-        "data",
-        "laws",
-        "optimality",
-        "memory",
-        "paging_costs",
-        "optim8bit",
-    ):
-        return importlib.import_module(f"{__name__}.{name}")
-    if name in MOVED:
-        return importlib.import_module(f"{__name__}.{MOVED[name]}")
-    raise AttributeError(f"module 'tinylora' has no attribute {name!r}")
+    """Rooms are opened when they are asked for, and so is what has moved into one: tinylora.interop, tinylora.experiments, …"""
+    if name not in MOVED and name not in ROOMS:
+        raise AttributeError(f"module 'tinylora' has no attribute {name!r}")
+    found = [importlib.import_module(f"{__name__}.{place}") for place in MOVED.get(name, name).split()]
+    if len(found) == 1:
+        return found[0]
+    together = types.ModuleType(f"{__name__}.{name}", found[0].__doc__)  # a module that was split
+    for module in reversed(found):
+        vars(together).update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+    return together

@@ -4,7 +4,7 @@ import numpy as np
 from grading import check
 
 import tinylora as tl
-from tinylora import counting
+from tinylora.costs import parameters
 from tinylora.nn import Linear, Linear4bit, Module
 
 
@@ -63,12 +63,12 @@ def _(answer, rng):
 
 def _count(method, setting, layers, d):
     if method == "LoRA":
-        return counting.lora_square(setting[0] * layers, d, setting[1])
+        return parameters.lora_square(setting[0] * layers, d, setting[1])
     if method == "PrefixEmbed":
-        return counting.prefix_embedding(d, *setting)
+        return parameters.prefix_embedding(d, *setting)
     if method == "PrefixLayer":
-        return counting.prefix_layer(layers, d, *setting)
-    return counting.adapter_h(layers, d, setting)
+        return parameters.prefix_layer(layers, d, *setting)
+    return parameters.adapter_h(layers, d, setting)
 
 
 def _digits(exact, decimals, rule):

@@ -6,7 +6,8 @@ import numpy as np
 from grading import check
 
 import tinylora as tl
-from tinylora import flops, ops
+from tinylora import ops
+from tinylora.costs import flops
 from tinylora.nn import Linear
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from grading import check
 
 from tinylora import AdamW, Pager, Tensor
-from tinylora.optim8bit import adamw8bit_step
+from tinylora.training.adamw8bit import adamw8bit_step
 
 
 def _whole(got, what):

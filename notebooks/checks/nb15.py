@@ -6,8 +6,8 @@ import numpy as np
 from grading import check
 
 import tinylora as tl
-from tinylora import memory
-from tinylora.llama import MLP, LlamaConfig
+from tinylora.costs import memory
+from tinylora.models.llama import MLP, LlamaConfig
 
 NAMES = ("gate", "up", "down")
 

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tinylora import backend, flops
+from tinylora import backend
+from tinylora.costs import flops
 from tinylora.figures.style import COLOURS, SMALL, canvas
 from tinylora.lora import LoRALinear
 from tinylora.nn import Linear

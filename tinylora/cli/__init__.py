@@ -1,9 +1,9 @@
 """The command line: `tinylora COMMAND --help` says what each command does to a model.
 
-    training   finetune, ranks, switch, pretrain
+    training   finetune, pretrain
     models     generate, merge, quantize, convert
-    memory     memory, paging
-    papers     nf4, count, experiments
+    costs      memory, paging
+    papers     nf4, count, experiments, ranks, switch
 
 Expected errors (a missing file, a value out of range, no GPU) are one sentence on stderr and exit status 2.
 """
@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from . import convert, memory, models, paging, papers, training
+from . import costs, models, papers, training
 from .options import FORMAT
 
 
@@ -49,11 +49,11 @@ def _parser():
         models.generate_parser,
         models.merge_parser,
         models.quantize_parser,
-        convert.convert_parser,
-        memory.memory_parser,
-        paging.paging_parser,
-        training.switch_parser,
-        training.ranks_parser,
+        models.convert_parser,
+        costs.memory_parser,
+        costs.paging_parser,
+        papers.switch_parser,
+        papers.ranks_parser,
         papers.count_parser,
         papers.experiments_parser,
         papers.nf4_parser,

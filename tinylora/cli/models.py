@@ -44,7 +44,7 @@ def generate_parser(commands):
 def _generate(args):
     import codecs
 
-    from .. import files
+    from ..models import files
 
     model = _open(args.model, args.quantize, args.adapter)
     model.to(args.device).eval()
@@ -129,8 +129,8 @@ def _quantize(args):
         return _normality(args)
     from tqdm import tqdm
 
-    from .. import files
     from ..interop import bitsandbytes
+    from ..models import files
     from ..papers import codes_on_weights
 
     folder = _folder(args.path)
@@ -172,12 +172,14 @@ def _folder(path):
 
 def _linear_weights(folder, args):
     """{name: array} of a folder's dense linear weights."""
-    from .. import files
     from ..interop import bitsandbytes
+    from ..models import files, safetensors
 
     if (folder / "config.json").is_file() and files.read_json(folder / "config.json").get("quantization_config"):
         raise ValueError(f"{args.path} is quantized already; measure the dense model")
-    weights = {n: w for n, w in files.load_folder(folder).items() if bitsandbytes.is_linear_weight(n, w, args.skip)}
+    weights = {
+        n: w for n, w in safetensors.load_folder(folder).items() if bitsandbytes.is_linear_weight(n, w, args.skip)
+    }
     if not weights:
         raise ValueError(
             f"{args.path} holds no linear weights (matrices named *.weight that are neither embeddings nor lm_head)"
@@ -190,9 +192,9 @@ def _normality(args):
 
     from tqdm import tqdm
 
-    from .. import files
-    from ..gguf import GGUF
     from ..interop import bitsandbytes
+    from ..models import files
+    from ..models.gguf import GGUF
     from ..papers import normality
     from ..papers.codes_on_weights import CODES
     from ..papers.normality import rejected_against_length
@@ -297,3 +299,30 @@ def _open(path, quantize, adapter=None):
 
     model = open_model(path, quantize=None if quantize == "none" else quantize)
     return load_adapter(model, adapter) if adapter else model
+
+
+def convert_parser(commands):
+    p = command(
+        commands,
+        "convert",
+        _convert,
+        "write a GGUF file as a Hugging Face folder",
+        "Write config.json, model.safetensors, the tokenizer and the ids that end a text, which AutoModelForCausalLM and\n"
+        "AutoTokenizer open. One weight is in memory at a time. Needs the packages of tinylora[llm].\n\n"
+        "A GGUF's 4- and 8-bit weights are dequantized: float32 holds them exactly, bfloat16 rounds them once more.",
+        "examples:\n"
+        "  tinylora convert SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2\n"
+        "  tinylora convert model.gguf --out model --dtype float32      exact, and twice the size\n",
+        device=False,
+        seed=False,
+    )
+    p.add_argument("path", help="FILE.gguf, a model folder, or 'base' (embedded)")
+    p.add_argument("--out", required=True, help="the model folder to write")
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the file (bfloat16)")
+
+
+def _convert(args):
+    from ..models.llama import convert
+
+    written = convert(args.path, args.out, args.dtype)
+    print(f"{written:,} weights written to {args.out} in {args.dtype}")

@@ -1,8 +1,7 @@
-"""finetune, ranks, switch, pretrain: the commands that train."""
+"""finetune, pretrain: the commands that train."""
 
-import re
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 from .options import budget, can_draw, command, positive, recipe, recipe_options, size
@@ -10,7 +9,7 @@ from .options import budget, can_draw, command, positive, recipe, recipe_options
 
 # ------------------------------------------------------------------------------------------------------------- finetune
 def finetune_parser(commands):
-    from ..finetune import LORA_RECIPE, METHODS, OPTIMIZERS, Job
+    from ..training.finetune import LORA_RECIPE, METHODS, OPTIMIZERS, Job
 
     p = command(
         commands,
@@ -132,7 +131,8 @@ def finetune_parser(commands):
 
 def _finetune(args):
     from ..figures import runs, style
-    from ..finetune import FULL_RECIPE, LORA_RECIPE, Job, compare, describe, describe_comparison, finetune, finished
+    from ..training.compare import compare, describe_comparison
+    from ..training.finetune import FULL_RECIPE, LORA_RECIPE, Job, describe, finetune, finished
 
     targets = args.target_modules
     if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
@@ -193,7 +193,7 @@ def _finetune(args):
 def _timeline(out, budget):
     from ..figures import style
     from ..figures.paging import timeline
-    from ..finetune import read_trace
+    from ..training.finetune import read_trace
 
     path, trace = Path(out) / "paging.svg", read_trace(out) if (Path(out) / "paging.csv").is_file() else []
     if not trace:
@@ -207,8 +207,8 @@ def _timeline(out, budget):
 
 # ------------------------------------------------------------------------------------------------------------- pretrain
 def pretrain_parser(commands):
-    from ..llama import LlamaConfig
-    from ..pretrain import RECIPE
+    from ..models.llama import LlamaConfig
+    from ..training.pretrain import RECIPE
 
     p = command(
         commands,
@@ -219,7 +219,7 @@ def pretrain_parser(commands):
         "The finished folder (config.json, model.safetensors in bfloat16, README.md with the measured bits per byte)\n"
         "opens in tinylora and in transformers. The embedded base model was made by this command with its defaults.",
         "example: the embedded base model, a good hour on two cores\n"
-        "  python -m tinylora.data.texts texts\n"
+        "  python -m tinylora.data.make_texts texts\n"
         "  tinylora pretrain texts/shakespeare.txt texts/bible.txt texts/factbook.txt --out base\n",
     )
     p.add_argument("texts", nargs="+", help="UTF-8 text files")
@@ -233,114 +233,11 @@ def pretrain_parser(commands):
 
 
 def _pretrain(args):
-    from ..llama import LlamaConfig
-    from ..pretrain import RECIPE, pretrain
+    from ..models.llama import LlamaConfig
+    from ..training.pretrain import RECIPE, pretrain
 
     config = LlamaConfig(**{f.name: getattr(args, f.name) for f in fields(LlamaConfig) if hasattr(args, f.name)})
     scores = pretrain(args.texts, args.out, recipe(args, RECIPE), config, args.checkpoint_every, device=args.device)
     for name, bits in scores.items():
         print(f"{name:<24}{bits:.4f} bits per byte, held out")
     print(f"{'mean':<24}{sum(scores.values()) / len(scores):.4f}\nthe model lies in {args.out}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------- ranks
-def ranks_parser(commands):
-    from ..papers.ranks import JOB, RANKS, RECIPE
-
-    p = command(
-        commands,
-        "ranks",
-        _ranks,
-        "which rank is enough: table 6 of the LoRA paper on this model",
-        "Fine-tune with several ranks, on W_q and W_v alone and on every linear layer, for several seeds, and print held-out\n"
-        "bits per byte. alpha, steps and learning rate stay the same for every rank. The base is held in bfloat16 (LoRA).",
-        "examples:\n"
-        "  tinylora ranks                            5 ranks x 2 sets of layers x 3 seeds, about half an hour on two cores\n"
-        "  tinylora ranks -r 1 8 --seeds 0 --steps 50 --out quick\n\n"
-        "A sweep that was stopped goes on where it was when the same command is given again.",
-        seed=False,
-    )
-    p.add_argument(
-        "--model", default=JOB.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
-    )
-    p.add_argument(
-        "--text", default=None, help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the Jargon File)"
-    )
-    p.add_argument("-r", type=positive, nargs="+", default=RANKS, help=f"the ranks ({' '.join(map(str, RANKS))})")
-    p.add_argument("--alpha", type=float, default=JOB.alpha, help=f"the same for every rank ({JOB.alpha})")
-    p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="(0 1 2)")
-    p.add_argument("--out", default="ranks", help="folder for the runs and ranks.svg (ranks)")
-    recipe_options(p, RECIPE)
-
-
-def _ranks(args):
-    from ..figures import runs, style
-    from ..papers.ranks import JOB, RECIPE, describe, sweep
-
-    job = replace(JOB, model=args.model, text=args.text, alpha=args.alpha, device=args.device)
-    reports = sweep(job, recipe(args, RECIPE), args.r, seeds=args.seeds, out=args.out)
-    print(describe(reports))
-    if can_draw():
-        path = Path(args.out) / "ranks.svg"
-        style.save(runs.rank_table({key: [r.after for r in rs] for key, rs in reports.items()}), path)
-        print(f"figure: {path}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------- switch
-def switch_parser(commands):
-    from ..papers.switching import JOB, RECIPE
-
-    p = command(
-        commands,
-        "switch",
-        _switch,
-        "two adapters on one base, swapped while generating",
-        "Train one adapter on each of two texts, put both on one quantized base, and write a text whose pieces come from one and the\n"
-        "other in turn. Printed beside it: which adapter predicts which text, the bytes and the time that each way of switching\n"
-        "takes, and a batch whose rows go through different adapters. The base's bits are checked in the end.",
-        "examples:\n"
-        "  tinylora switch                              the Jargon File and tinylora's own source, about three minutes on two cores\n"
-        "  tinylora switch --texts mine.txt yours.txt   your own\n\n"
-        "The adapters stay in the folder: the same command again only switches.",
-    )
-    p.add_argument(
-        "--model", default=JOB.model, help="'base' (embedded) or a folder with config.json and model.safetensors"
-    )
-    p.add_argument(
-        "--texts",
-        nargs=2,
-        default=None,
-        metavar="FILE",
-        help="two UTF-8 text files (the Jargon File and this package's source)",
-    )
-    p.add_argument(
-        "--method", choices=("qlora", "lora"), default=JOB.method, help="the base in NF4, or in bfloat16 (qlora)"
-    )
-    p.add_argument("-r", type=positive, default=JOB.r, help=f"rank of both adapters ({JOB.r})")
-    p.add_argument("--alpha", type=float, default=JOB.alpha, help=f"({JOB.alpha})")
-    p.add_argument(
-        "--prompts", nargs=2, default=None, metavar="TEXT", help="what the pieces of each adapter begin with"
-    )
-    p.add_argument("--pieces", type=positive, default=4, help="pieces of text, each under the next adapter (4)")
-    p.add_argument("--max-new-tokens", type=positive, default=160, help="tokens a piece (160)")
-    p.add_argument("--out", default="tinylora-switch", help="folder for the adapters (tinylora-switch)")
-    recipe_options(p, RECIPE)
-
-
-def _switch(args):
-    from ..papers.switching import JOB, PROMPTS, RECIPE, demonstrate, describe, own_source, train
-
-    if args.texts:
-        texts = {re.sub(r"[^\w-]", "-", Path(t).stem): Path(t) for t in args.texts}
-        if len(texts) < 2 or "base" in texts:
-            raise ValueError(
-                "switch: the adapters are called after the texts, which need two names, neither of them 'base'"
-            )
-    else:
-        texts = {"jargon": None, "source": own_source(args.out)}
-    job = replace(JOB, model=args.model, method=args.method, r=args.r, alpha=args.alpha, device=args.device)
-    plan = recipe(args, RECIPE)
-    prompts = dict(zip(texts, args.prompts, strict=True)) if args.prompts else {} if args.texts else PROMPTS
-    folders = train(texts, args.out, job, plan)
-    shown = demonstrate(texts, folders, job, plan, prompts, args.max_new_tokens, args.pieces, seed=args.seed)
-    print(describe(shown, list(texts)))

@@ -1,6 +1,7 @@
 """Figures of the memory account: a step's bytes by method, and figure 6 of QLoRA recomputed beside its own labels."""
 
-from ..memory import ROWS, in_units
+from ..costs.memory import ROWS
+from ..costs.tables import in_units
 from .style import COLOURS, canvas
 
 #: Account's fields: (name in the figures, colour). Neighbours differ in lightness, so that the bars can be told apart in grey.

@@ -7,7 +7,7 @@ from .style import COLOURS, SMALL, canvas, log_ticks, require_matplotlib, save
 
 def comparison(reports, path):
     """Held-out bits per byte of each method (dots: seeds, bar: their mean) beside the bytes of weights, state and tape."""
-    from ..finetune import METHODS
+    from ..training.finetune import METHODS
 
     require_matplotlib()
     names = [
@@ -49,7 +49,7 @@ def loss_curves(reports, title=None):
 
     reports: {method: [Report for each seed]} of runs with eval_every; the value before training is the first seed's.
     """
-    from ..finetune import METHODS
+    from ..training.finetune import METHODS
 
     figure, (left, right) = canvas(9.2, 3.6, ncols=2, width_ratios=(1.7, 1))
     ends = {}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import files
+from ..models import files
 
 COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3")
 

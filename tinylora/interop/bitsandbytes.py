@@ -14,25 +14,21 @@ and config.json gains a `quantization_config`. Both maps are read from the file 
 bitsandbytes knows the codes NF4 and FP4, in blocks of 32 to 4096; other codes are refused with a sentence. Left out: LLM.int8().
 """
 
-import json
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 
-from .. import codebooks, files
 from ..backend import move
 from ..dtypes import BFloat16Array, as_float32
-from ..llama import Llama, LlamaConfig
+from ..models import files, safetensors
+from ..models.fourbit import _STATE, from_tensors, is_quantized, to_tensors
+from ..models.llama import Llama, LlamaConfig
+from ..models.tokenizers import load_tokenizer
 from ..nn import Linear, Linear4bit
-from ..quant import DoubleQuantized, QuantizedTensor, quantize
+from ..quant import QuantizedTensor, quantize
 from ..tensor import Tensor
-from ..tokenizers import load_tokenizer
-
-_BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_STATE = ".quant_state.bitsandbytes__"
-_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 #: Matrices that are not linear layers, and heads, which transformers leaves in 16 bits.
 NOT_LINEAR = (
@@ -45,97 +41,6 @@ _HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder")
 #: model_types whose 4-bit copies were opened and run in transformers (tests/test_oracle.py). Others may store a linear weight as (in, out),
 #: as GPT-2 does, or fuse experts on loading, and would come out wrong.
 OPENED = ("llama", "mistral", "qwen2", "qwen3", "bert", "gpt_neox", "whisper")
-
-
-# ---------------------------------------------------------------------------------------------------------------- one weight
-def to_tensors(name, q):
-    """The tensors under which bitsandbytes stores a QuantizedTensor. {name: array}"""
-    if q.code_name not in ("nf4", "fp4") or q.blocksize not in _BLOCKSIZES:
-        raise ValueError(
-            f"{name}: bitsandbytes opens the codes nf4 and fp4 in blocks of {', '.join(map(str, _BLOCKSIZES))}, "
-            f"this is {q.code_name} in blocks of {q.blocksize}"
-        )
-    q = q.to(lambda a: move(a, "cpu"))
-    state = {"quant_type": q.code_name, "blocksize": q.blocksize, "dtype": q.dtype, "shape": list(q.shape)}
-    tensors = {name: q.packed[:, None], f"{name}.quant_map": q.code}
-    if q.double_quant:
-        c = q.constants
-        tensors[f"{name}.absmax"], tensors[f"{name}.nested_absmax"] = c.codes, c.absmax
-        tensors[f"{name}.nested_quant_map"] = np.pad(c.code, (0, 256 - len(c.code)), mode="edge")
-        state |= {"nested_blocksize": c.blocksize, "nested_dtype": "float32", "nested_offset": float(c.offset)}
-    else:
-        tensors[f"{name}.absmax"] = q.constants
-    packed_state = np.frombuffer(json.dumps(state).encode("utf-8"), np.uint8)
-    return {**tensors, f"{name}{_STATE}{q.code_name}": packed_state}
-
-
-def from_tensors(name, tensors, where="the file"):
-    """The QuantizedTensor that bitsandbytes stored under `name`; takes its tensors out of the dict."""
-    keys = [key for key in tensors if key.startswith(name + _STATE)]
-    if len(keys) != 1:
-        raise ValueError(f"{where}: expected one {name}{_STATE}nf4 or …fp4, found {len(keys)}")
-    try:
-        state = json.loads(tensors.pop(keys[0]).tobytes())
-        parts = {part: tensors.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in tensors}
-        q = _read(state, parts, _bytes(tensors.pop(name)))
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{where}: the 4-bit weight {name} is incomplete or damaged ({error})") from None
-    if keys[0] != f"{name}{_STATE}{q.code_name}":
-        raise ValueError(f"{where}: {keys[0]} says {q.code_name} inside")
-    return q
-
-
-def _read(state, parts, packed):
-    """A QuantizedTensor from the JSON and the arrays of one weight; everything is checked before it is believed."""
-    kind, blocksize, shape = (
-        state["quant_type"],
-        _whole(state["blocksize"], 1),
-        tuple(_whole(n, 0) for n in state["shape"]),
-    )
-    size = int(np.prod(shape, dtype=np.int64))
-    blocks = -(-size // blocksize)
-    if kind not in ("nf4", "fp4") or state["dtype"] not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"it says quant_type {kind!r}, blocksize {blocksize}, dtype {state['dtype']!r}")
-    nested = "nested_absmax" in parts
-    _expect(packed, "the weight", (size + 1) // 2, np.uint8)
-    _expect(parts["quant_map"], "quant_map", 16, np.float32)
-    _expect(parts["absmax"], "absmax", blocks, np.uint8 if nested else np.float32)
-    absmax, code = parts["absmax"], _same_or(codebooks.get(kind)[1], parts["quant_map"])
-    if not nested:
-        return QuantizedTensor(packed, absmax, code, kind, blocksize, shape, state["dtype"])
-    second, offset = _whole(state["nested_blocksize"], 1), np.float32(float(state["nested_offset"]))
-    if not np.isfinite(offset):
-        raise ValueError(f"nested_offset is {offset}")
-    _expect(parts["nested_quant_map"], "nested_quant_map", 256, np.float32)
-    _expect(parts["nested_absmax"], "nested_absmax", -(-blocks // second), np.float32)
-    nested_code = _same_or(codebooks.get_nested("dynamic8"), parts["nested_quant_map"])
-    constants = DoubleQuantized(absmax, parts["nested_absmax"], offset, nested_code, second)
-    return QuantizedTensor(packed, constants, code, kind, blocksize, shape, state["dtype"])
-
-
-def _whole(n, least):
-    if type(n) is not int or not least <= n < 1 << 48:
-        raise ValueError(f"expected a whole number, {least} or more, found {n!r}")
-    return n
-
-
-def _expect(array, what, length, dtype):
-    found = getattr(array, "dtype", None)
-    if found != dtype or array.shape != (length,):
-        raise ValueError(
-            f"{what}: expected {length} {np.dtype(dtype).name}, found {found} of shape {tuple(array.shape)}"
-        )
-
-
-def _bytes(stored):
-    """The packed bytes, in whichever dtype they were stored (bnb_4bit_quant_storage)."""
-    stored = stored.bits if isinstance(stored, BFloat16Array) else stored
-    return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
-
-
-def _same_or(ours, theirs):
-    """Our shared array where the file's is the same in every bit, else the file's."""
-    return ours if ours.tobytes() == theirs.tobytes() else theirs
 
 
 # ------------------------------------------------------------------------------------------------------------------- one model
@@ -166,7 +71,7 @@ def save(model, folder, compute_dtype="float32"):
     kept = sorted(path for path, layer in model.named_modules() if isinstance(layer, Linear))
     config = {**model.config.to_dict(), "dtype": "bfloat16" if exact else "float32"}
     config["quantization_config"] = quantization_config(quantized, compute_dtype, kept or ["lm_head"])
-    files.save_safetensors(Path(folder) / "model.safetensors", tensors | (half if exact else dense))
+    safetensors.save_safetensors(Path(folder) / "model.safetensors", tensors | (half if exact else dense))
     model.tokenizer.save(Path(folder))
     files.write_json(Path(folder) / "config.json", config)
 
@@ -194,7 +99,7 @@ def load(folder, compute_dtype="float32"):
             f"{folder / 'config.json'} has no quantization_config of bitsandbytes; Llama.from_pretrained opens dense folders"
         )
     shape = LlamaConfig.from_dict(config, folder / "config.json")
-    tensors = files.load_folder(folder)
+    tensors = safetensors.load_folder(folder)
     model = Llama(shape, load_tokenizer(folder, shape.vocab_size), draw=False)
     layers, state = dict(model.named_modules()), {}
     for key in [key for key in tensors if _STATE in key]:
@@ -211,12 +116,6 @@ def load(folder, compute_dtype="float32"):
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder} does not fit its config.json: {error.args[0]}") from None
     return model.requires_grad_(False)
-
-
-def is_quantized(path):
-    """Whether a path is a folder whose config.json says that it is quantized."""
-    config = Path(path) / "config.json"
-    return str(path) != "base" and config.is_file() and bool(files.read_json(config).get("quantization_config"))
 
 
 def open_model(path, compute_dtype="float32", dtype="float32", quantize=None):
@@ -263,7 +162,7 @@ def quantize_folder(
 
     source, target = Path(source), Path(target)
     config = _check_folders(source, target, force)
-    tensors, done = files.load_folder(source), {}
+    tensors, done = safetensors.load_folder(source), {}
     linear = [name for name, w in tensors.items() if is_linear_weight(name, w, skip)]
     if not linear:
         raise ValueError(f"{source} holds no linear weights that are to be quantized")
@@ -280,7 +179,7 @@ def quantize_folder(
         if path.is_file() and _goes_along(path.name):
             with files.atomic(target / path.name) as temporary:
                 shutil.copyfile(path, temporary)
-    files.save_safetensors(target / "model.safetensors", tensors)
+    safetensors.save_safetensors(target / "model.safetensors", tensors)
     files.write_json(target / "config.json", config)
     return done
 
@@ -325,17 +224,3 @@ def _goes_along(name):
     return (
         not name.endswith(_WEIGHTS) and not name.startswith(".") and name not in ("config.json", "adapter_config.json")
     )
-
-
-__all__ = [
-    "OPENED",
-    "from_tensors",
-    "is_linear_weight",
-    "load",
-    "is_quantized",
-    "open_model",
-    "quantization_config",
-    "quantize_folder",
-    "save",
-    "to_tensors",
-]

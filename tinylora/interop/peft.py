@@ -27,11 +27,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import adapters, files
+from .. import adapters
 from ..backend import move
 from ..dtypes import BFloat16Array
-from ..llama import Llama
 from ..lora import LoRAConv, LoRAEmbedding
+from ..models import files, safetensors
+from ..models.llama import Llama
 
 _PREFIX = "base_model.model."
 
@@ -87,7 +88,7 @@ def save_adapter(model, folder, base_model=None, name=None):
     }
     json.dumps(config)  # what cannot be written is said before anything is
     folder = Path(folder)
-    files.save_safetensors(folder / "adapter_model.safetensors", tensors)
+    safetensors.save_safetensors(folder / "adapter_model.safetensors", tensors)
     files.write_json(folder / "adapter_config.json", config)
 
 
@@ -157,7 +158,7 @@ def _read(folder):
     )
     where = folder / "adapter_model.safetensors"
     weights, saved, bases = {}, {}, {}
-    for key, value in files.load_safetensors(where)[0].items():
+    for key, value in safetensors.load_safetensors(where)[0].items():
         if not key.startswith(_PREFIX):
             raise ValueError(f"{where}: did not expect the tensor {key}")
         value = value.dequantize("float32") if isinstance(value, BFloat16Array) else value.astype(np.float32)

@@ -5,7 +5,16 @@ printed, some are cut off, and some do not follow. The formulas are those of `co
 (tables 2 to 5, 7, 13, 15 to 18, and appendix D). `tinylora count` prints it.
 """
 
-from ..counting import adapter, adapter_h, adapter_l, bitfit, lora_square, prefix_embedding, prefix_layer, transformer
+from ..costs.parameters import (
+    adapter,
+    adapter_h,
+    adapter_l,
+    bitfit,
+    lora_square,
+    prefix_embedding,
+    prefix_layer,
+    transformer,
+)
 from .verdict import Row, judge, parse
 
 

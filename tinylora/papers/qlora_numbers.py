@@ -30,11 +30,12 @@ from statistics import NormalDist
 import numpy as np
 
 from .. import backend, codebooks, nn, optimality, rounding
-from ..counting import llama_shapes, lora_on
+from ..costs.memory import MODELS, PAPER, block_tape, codes_bytes, parameters, predict
+from ..costs.parameters import llama_shapes, lora_on
+from ..costs.tables import aligned, in_units
 from ..figures.memory import GB, HATCH, PARTS, stacked_bar
 from ..figures.style import canvas
 from ..lora import LoRALinear
-from ..memory import MODELS, PAPER, aligned, block_tape, codes_bytes, in_units, parameters, predict
 from ..optim import AdamW
 from ..paging import Pager
 from ..quant import quantize

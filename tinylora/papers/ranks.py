@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..finetune import LORA_RECIPE, Job, finetune, finished
+from ..training.finetune import LORA_RECIPE, Job, finetune, finished
 
 RANKS = (1, 2, 4, 8, 64)
 TARGETS = {"q_proj, v_proj": ("q_proj", "v_proj"), "all-linear": "all-linear"}

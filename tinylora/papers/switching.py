@@ -15,12 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import adapters, files
+from .. import adapters
 from ..backend import move
-from ..finetune import LORA_RECIPE, Job, corpus, finetune, prepare
 from ..interop import peft
+from ..models import files
 from ..tensor import Tensor
-from ..train import bits_per_byte
+from ..training.finetune import LORA_RECIPE, Job, corpus, finetune, prepare
+from ..training.train import bits_per_byte
 
 JOB = Job(r=8, alpha=16)
 RECIPE = replace(LORA_RECIPE, steps=150)

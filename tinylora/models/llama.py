@@ -18,11 +18,12 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from . import backend, checkpoints, ops
-from .backend import array_module, move
-from .dtypes import BFloat16Array
-from .nn import Embedding, Linear, Linear4bit, Linear16bit, Module, RMSNorm, normal, stored_array
-from .tensor import Tensor, checkpoint, no_grad
+from .. import backend, ops
+from ..backend import array_module, move
+from ..dtypes import BFloat16Array
+from ..nn import Embedding, Linear, Linear4bit, Linear16bit, Module, RMSNorm, normal, stored_array
+from ..tensor import Tensor, checkpoint, no_grad
+from . import folders
 from .tokenizers import ByteTokenizer
 
 
@@ -341,7 +342,7 @@ class Llama(Module):
         for name in [name for name, _ in model.named_parameters()]:
             path = name.removesuffix(".weight")
             layer = model.get(path)
-            layer.weight.data = checkpoints.rounded(opened.weights.float32(name), dtype)
+            layer.weight.data = folders.rounded(opened.weights.float32(name), dtype)
             if options is not None and isinstance(layer, Linear):
                 model.replace(path, _quantized(path, layer, dtype, **options))
         return model if options is None else model.requires_grad_(False)
@@ -355,7 +356,7 @@ class Llama(Module):
                 "interop.peft.save_adapter (only dense weights are written here)"
             )
         weights = dict(self.named_parameters())
-        checkpoints.write_folder(
+        folders.write_folder(
             folder,
             {**self.config.to_dict(), **(extra_config or {})},
             {name: w.shape for name, w in weights.items()},
@@ -367,7 +368,7 @@ class Llama(Module):
 
 def _open(cls, path):
     """(a model of zeros, the Checkpoint it is to be filled from): names, shapes and tokens fit, and nothing has been loaded."""
-    opened = checkpoints.open_checkpoint(path)
+    opened = folders.open_checkpoint(path)
     config = LlamaConfig.from_dict(opened.config, opened.config_path)
     tokenizer = opened.tokenizer()
     opened.check({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}, whole=False)
@@ -386,7 +387,7 @@ def convert(path, folder, dtype="bfloat16"):
     if opened.path.resolve() == Path(folder).resolve():
         raise ValueError(f"{folder} would overwrite its source")
     shapes = {name: w.shape for name, w in model.named_parameters()}
-    checkpoints.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype)
+    folders.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype)
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -439,6 +440,3 @@ def _draw(logits, temperature, top_k, top_p, rng):
     if top_p is not None:
         p = p[: int(np.searchsorted(np.cumsum(p), top_p * p.sum())) + 1]
     return int(order[rng.choice(len(p), p=p / p.sum())])
-
-
-__all__ = ["KVCache", "Llama", "LlamaConfig", "convert"]

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .tensor import Node, Tensor
+from ..tensor import Node, Tensor
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,3 @@ def lora(n_in, r, n_out=None, input_gradient=True):
     if input_gradient:
         return 2 * n_in * n_out + 3 * r * (n_in + n_out)
     return n_in * n_out + r * (2 * n_in + 3 * n_out)
-
-
-# fmt: off
-__all__ = ["Product", "Count", "counting", "full", "lora"]
-# fmt: on

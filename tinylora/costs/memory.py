@@ -25,16 +25,18 @@ import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from . import data, files, ops
-from .backend import array_module, move
-from .counting import llama_shapes, lora_on
-from .dtypes import BITS
-from .gguf import GGUF
-from .llama import LlamaConfig
-from .optim import AdamW
-from .optim8bit import BLOCKSIZE, MIN_8BIT_SIZE
-from .quant import NESTED_BLOCKSIZE, QuantizedTensor
-from .tensor import tape_bytes, watch_rebuilds
+from .. import data, ops
+from ..backend import array_module, move
+from ..dtypes import BITS
+from ..models import files
+from ..models.gguf import GGUF
+from ..models.llama import LlamaConfig
+from ..optim import AdamW
+from ..quant import NESTED_BLOCKSIZE, QuantizedTensor
+from ..tensor import tape_bytes, watch_rebuilds
+from ..training.adamw8bit import BLOCKSIZE, MIN_8BIT_SIZE
+from .parameters import llama_shapes, lora_on
+from .tables import aligned, in_units
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -368,16 +370,6 @@ def measure(model, batch, optimizer=None, label="measured"):
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- as text
-def in_units(nbytes):
-    """1234567 -> "1.23 MB": three digits or more, decimal units."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if nbytes >= scale:
-            value = nbytes / scale
-            return f"{value:,.{max(2 - int(math.log10(value)), 0)}f} {unit}"
-    return f"{nbytes:,} bytes"
-
-
 def describe(accounts):
     """The accounts side by side, as text: a row for each part, bytes, and a last row in GB, MB or kB."""
     accounts = list(accounts)
@@ -394,21 +386,3 @@ def describe_agreement(predicted, measured):
     for name, (p, m) in {**pairs, "total": (predicted.total, measured.total)}.items():
         table.append((name, f"{p:,}", f"{m:,}", "0" if p == m else f"{100 * (p / m - 1) if m else math.inf:+.4f} %"))
     return aligned(table)
-
-
-def aligned(table, left=(0,)):
-    """Rows of strings as lines, columns aligned: those in `left` to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    )
-
-
-# fmt: off
-__all__ = ["MODELS", "METHODS", "MATRICES", "ROWS", "Precision", "ENGINE", "PAPER", "MASTER", "PRECISIONS", "Account", "config_of",
-           "parameters", "codes_bytes", "constants_bytes", "optimizer_bytes", "block_tape", "tape", "predict", "measure", "in_units",
-           "aligned", "describe", "describe_agreement"]
-# fmt: on

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import backend, files
+from .. import backend
+from ..models import files
+from ..models.llama import Llama, LlamaConfig
 from .corpus import Text, read_text
-from .llama import Llama, LlamaConfig
 from .train import Recipe, bits_per_byte, fit
 
 HELD_OUT = 0.05

@@ -10,9 +10,9 @@ and `llama.convert` are built on it.
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import files
-from .data import base_folder
-from .dtypes import BFloat16Array
+from ..data import base_folder
+from ..dtypes import BFloat16Array
+from . import files, safetensors
 from .gguf import GGUF
 from .tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
 
@@ -81,7 +81,7 @@ def open_checkpoint(path):
         config |= {name: ids[name] for name in _TOKENS if ids.get(name) is not None}
     if config.get("quantization_config"):
         raise ValueError(f"{path} is quantized already; interop.bitsandbytes.load opens 4-bit folders of bitsandbytes")
-    return Checkpoint(folder, config, folder / "config.json", files.open_folder(folder))
+    return Checkpoint(folder, config, folder / "config.json", safetensors.open_folder(folder))
 
 
 def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16"):
@@ -91,7 +91,7 @@ def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16"):
     folder = Path(folder)
     if isinstance(tokenizer, ByteTokenizer) and (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} holds the vocabulary of another model (tokenizer.json); choose another folder")
-    files.write_safetensors(
+    safetensors.write_safetensors(
         folder / "model.safetensors",
         {name: (DTYPES[dtype], tuple(shape)) for name, shape in shapes.items()},
         (lambda name: BFloat16Array.of(read(name))) if dtype == "bfloat16" else read,
@@ -114,6 +114,3 @@ def rounded(w, dtype):
     elif dtype != "float32":
         raise ValueError(f"dtype {dtype!r} is unknown: expected 'float32' or 'bfloat16'")
     return w
-
-
-__all__ = ["Checkpoint", "open_checkpoint", "rounded", "write_folder"]

@@ -293,6 +293,3 @@ class _Bytes:
         if inner != _STRING:
             raise ValueError(f"an array holds values of type {inner}")
         return [self.string() for _ in range(n)]
-
-
-__all__ = ["GGUF", "halves"]

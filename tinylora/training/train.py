@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 
-from . import backend, files, ops
-from .backend import move
+from .. import backend, ops
+from ..backend import move
+from ..models import safetensors
+from ..optim import AdamW, clip_grad_norm, schedule
+from ..tensor import no_grad, tape_bytes, watch_rebuilds
 from .corpus import scored_bytes
-from .optim import AdamW, clip_grad_norm, schedule
-from .tensor import no_grad, tape_bytes, watch_rebuilds
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _save(path, identity, trainable, optimizer, result):
     tensors = {f"param.{name}": move(p.data, "cpu") for name, p in trainable}
     tensors |= {f"optimizer.{name}": a for name, a in optimizer.state_dict().items()}
     about = {"identity": identity, "history": result.history, "tape_bytes": result.tape_bytes}
-    files.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
+    safetensors.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
 
 
 def check_run(out, data, recipe, about=None, defaults=None):
@@ -301,7 +302,7 @@ def check_run(out, data, recipe, about=None, defaults=None):
     path = Path(out) / "checkpoint.safetensors" if out else None
     if path is None or not path.exists():
         return identity, path, False
-    _, metadata = files.load_safetensors(path)
+    _, metadata = safetensors.load_safetensors(path)
     theirs = json.loads(metadata.get("tinylora", "{}")).get("identity", {})
     for key, values in json.loads(
         json.dumps(defaults or {})
@@ -323,7 +324,7 @@ def check_run(out, data, recipe, about=None, defaults=None):
 
 def _resume(path, trainable, optimizer, result):
     """Load a checkpoint of the same run; returns the step to go on from."""
-    tensors, metadata = files.load_safetensors(path)
+    tensors, metadata = safetensors.load_safetensors(path)
     about = json.loads(metadata["tinylora"])
     for name, p in trainable:
         saved = tensors.get(f"param.{name}")

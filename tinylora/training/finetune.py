@@ -15,17 +15,16 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
-from . import adapters, backend, data, files
+from .. import adapters, backend, data
+from ..interop import bitsandbytes, peft
+from ..models import files, fourbit
+from ..nn import STORED
+from ..optim import AdamW
+from ..paging import Pager
+from ..quant import QuantizedTensor
+from ..tensor import Tensor
+from .adamw8bit import AdamW8bit
 from .corpus import question_and_answer, read_corpus, read_text, running_text
-from .interop import bitsandbytes, peft
-from .nn import STORED
-from .optim import AdamW
-from .optim8bit import AdamW8bit
-from .paging import Pager
-from .quant import QuantizedTensor
-from .tensor import Tensor
 from .train import Recipe, bits_per_byte, check_run, fit
 
 #: What `method` may be: (label, the code of the frozen linear layers or None, whether LoRA is put on)
@@ -111,7 +110,7 @@ def prepare(job, seed=0):
     """The model of a job, on its device: loaded, quantized, with LoRA on it, frozen except for what is to be trained."""
     backend.module_for(job.device)  # a missing GPU is said before anything is read
     _, code, adapt = METHODS[job.method]
-    stored = bitsandbytes.is_quantized(job.model)
+    stored = fourbit.is_quantized(job.model)
     wanted = {"code": code, "blocksize": job.blocksize, "double_quant": True, "compute_dtype": job.compute_dtype}
     model = bitsandbytes.open_model(job.model, job.compute_dtype, quantize=wanted if code and not stored else None)
     found = {w.code_name for _, w in model.named_weights() if isinstance(w, QuantizedTensor)}
@@ -311,27 +310,6 @@ def describe(report):
     return "\n".join(lines)
 
 
-# ------------------------------------------------------------------------------------------------------------------- comparing
-def compare(
-    job, recipe, seeds=(0, 1, 2), out=None, methods=tuple(METHODS), full_lr=FULL_RECIPE.lr, progress=True, eval_every=0
-):
-    """{method: [Report for each seed]}: the same text, steps and batches for every method; full fine-tuning at its own rate.
-
-    Finished runs in `out` are read instead of repeated, so that a comparison can be resumed.
-    """
-    reports = {}
-    for method in methods:
-        for seed in seeds:
-            this = replace(job, method=method)
-            plan = replace(recipe, seed=seed, lr=full_lr if method == "full" else recipe.lr)
-            folder = Path(out) / f"{method}-seed{seed}" if out else None
-            if progress and finished(this, plan, folder) is None:
-                print(f"{METHODS[method][0]}, seed {seed}", file=sys.stderr)
-            report = finetune(this, plan, folder, eval_every, measure_before=seed == seeds[0], progress=progress)
-            reports.setdefault(method, []).append(report)
-    return reports
-
-
 def finished(job, recipe, out):
     """The Report of a run that ended in `out` with the same job, recipe, model and text; None if there is none."""
     path = Path(out) / "report.json" if out else None
@@ -342,44 +320,3 @@ def finished(job, recipe, out):
     wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
     same = all(saved.get(name) == value for name, value in wanted.items())
     return Report(**saved) if same and Path(saved["adapter"]).is_dir() else None
-
-
-def describe_comparison(reports):
-    """One line a method, as text. ± is the standard deviation over seeds; differences are taken seed by seed.
-
-    before: the base as the method holds it, not yet fine-tuned. weights, optimizer, tape: bytes.
-    """
-
-    def spread(values):
-        return f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else f"{values[0]:.4f}"
-
-    def against(method, other):
-        if other not in reports or other == method:
-            return ""
-        pairs = zip(reports[method], reports[other], strict=False)
-        text = spread([a.after - b.after for a, b in pairs])
-        return text if text.startswith("-") else "+" + text
-
-    rows = [("method", "seeds", "before", "after", "minus LoRA's", "minus full's", "weights", "optimizer", "tape")]
-    for method, rs in reports.items():
-        b = rs[0].bytes
-        rows.append(
-            (
-                METHODS[method][0],
-                str(len(rs)),
-                "" if rs[0].before is None else f"{rs[0].before:.4f}",
-                spread([r.after for r in rs]),
-                against(method, "lora"),
-                against(method, "full"),
-                f"{b['frozen weights'] + b['trained weights']:,}",
-                f"{b['optimizer state']:,}",
-                f"{b['tape, peak']:,}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )

@@ -215,6 +215,3 @@ def _package():
     except ModuleNotFoundError:
         raise ValueError("this model's vocabulary needs the tokenizers package: pip install 'tinylora[llm]'") from None
     return tokenizers
-
-
-__all__ = ["PRE", "BPETokenizer", "ByteTokenizer", "fitting", "load_tokenizer"]

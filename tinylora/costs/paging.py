@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import backend
-from .optim import AdamW
-from .paging import Pager
-from .tensor import Tensor
+from .. import backend
+from ..optim import AdamW
+from ..paging import Pager
+from ..tensor import Tensor
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.1, 0.05)
 

@@ -1,0 +1,8 @@
+"""What training costs, predicted beside measured.
+
+memory       the bytes of a training step
+paging       what a paged optimizer costs against its budget
+flops        floating-point operations, counted in the engine
+parameters   how many numbers LoRA and its rivals train
+tables       numbers in units, and aligned columns
+"""

@@ -1,0 +1,10 @@
+"""A Llama, and every format that it is read from. The one door is `Llama.from_pretrained`.
+
+llama         the model: configuration, forward pass, generation
+folders       model folders, opened without loading them and written one tensor at a time
+fourbit       a 4-bit weight as bitsandbytes stores it
+safetensors   the file format of folders, with bfloat16
+gguf          the file format of llama.cpp
+tokenizers    bytes, and byte-pair vocabularies
+files         files that are written whole or not at all
+"""
