@@ -213,10 +213,11 @@ class LoRALayer(Module):
     """
 
     rows = None
+    kind = None  # the class of bypass that a subclass makes
 
     def __init__(self, base, *args, name="default", bypass=None, **kwargs):
         """The arguments after `base` are Bypass's (r, alpha, dropout, init, …); or give one that is made already."""
-        made = bypass_for(base)(base, *args, **kwargs) if bypass is None else bypass
+        made = self.kind(base, *args, **kwargs) if bypass is None else bypass
         self.base_layer, self.bypasses, self.active = base.requires_grad_(False), {name: made}, (name,)
 
     def _only(self, what):
@@ -316,6 +317,7 @@ def with_weight(base, wanted, bias):
 class LoRALinear(LoRALayer):
     """h = base(x) + s B(A(dropout(x))), s = α/r, around a Linear, Linear4bit or Linear16bit. See LoRALayer and LinearBypass."""
 
+    kind = LinearBypass
     in_features = property(lambda self: self.base_layer.in_features)
     out_features = property(lambda self: self.base_layer.out_features)
 
@@ -323,9 +325,13 @@ class LoRALinear(LoRALayer):
 class LoRAEmbedding(LoRALayer):
     """h = W[ids] + s (A[:, ids])ᵀ Bᵀ around an Embedding. See LoRALayer and EmbeddingBypass."""
 
+    kind = EmbeddingBypass
+
 
 class LoRAConv(LoRALayer):
     """h = conv(x, W₀) + s conv₁(conv(x, A), B) around a Conv1d, Conv2d or Conv3d. See LoRALayer and ConvBypass."""
+
+    kind = ConvBypass
 
 
 #: Which layers can be adapted, by what, and how: (base classes, LoRALayer, Bypass).
@@ -349,7 +355,11 @@ def bypass_for(base):
 
 def lora_layer(base, *args, **kwargs):
     """The LoRALinear, LoRAEmbedding or LoRAConv around a base layer, with LoRALayer's arguments."""
-    wrapper = next((wrapper for bases, wrapper, _ in KINDS if isinstance(base, bases)), LoRALayer)
+    wrapper = next((wrapper for bases, wrapper, _ in KINDS if isinstance(base, bases)), None)
+    if wrapper is None:
+        raise TypeError(
+            f"lora: a {type(base).__name__} cannot be adapted; expected a linear layer, an embedding or a convolution"
+        )
     return wrapper(base, *args, **kwargs)
 
 
