@@ -109,7 +109,7 @@ assert (f"{4 / (3 * 12288):.4%}", f"{4 / (3 * 1024):.2%}") == ("0.0109%", "0.13%
 
 # %%
 model = tl.add_lora(tl.Llama.from_pretrained("base"), r=8, target_modules="all-linear")
-shapes = [layer.base_layer.weight.shape for _, layer in tl.adapters.adapters(model)]
+shapes = [layer.base_layer.weight.shape for _, layer in tl.adapters.lora_layers(model)]
 mine = sum(count(*shape, 8) for shape in shapes)
 tl.print_trainable_parameters(model)
 assert mine == 138_240 and len(shapes) == 35

@@ -32,8 +32,8 @@ from grading import grade
 
 import tinylora as tl
 from tinylora import ops
+from tinylora.adapters.kinds import LoRAEmbedding
 from tinylora.costs import flops, parameters
-from tinylora.lora import LoRAEmbedding
 from tinylora.nn import Embedding, Linear
 
 clock = itertools.count()  # 0, 1, 2, …: the age of a value

@@ -261,7 +261,7 @@ def logits(model, rows=text[:, :64]):
 def drawn(model, name, seed):
     """Give every B of an adapter values, as if it had been trained."""
     rng = np.random.default_rng(seed)
-    for _, layer in adapters.adapters(model, name):
+    for _, layer in adapters.lora_layers(model, name):
         b = layer.bypasses[name].lora_B.weight
         b.data = (0.02 * rng.standard_normal(b.shape)).astype(f32)
 
@@ -272,12 +272,12 @@ alone = logits(model)
 tl.add_lora(model, r=8, alpha=16, name="one")
 drawn(model, "one", seed=1)
 one = logits(model)
-targets = sum(layer.base_layer.weight.nbytes for _, layer in adapters.adapters(model))
+targets = sum(layer.base_layer.weight.nbytes for _, layer in adapters.lora_layers(model))
 tl.merge(model, keep=True)
 print(
     f"merged logits differ by {np.abs(logits(model) - one).max():.0e}, of {np.abs(one).max():.0f}; W0 kept beside W: {targets:,} bytes"
 )
-assert np.abs(logits(model) - one).max() < 1e-3 and not adapters.adapters(model)
+assert np.abs(logits(model) - one).max() < 1e-3 and not adapters.lora_layers(model)
 tl.unmerge(model)
 assert logits(model).tobytes() == one.tobytes()
 with tl.disable_adapter(model):
@@ -397,7 +397,7 @@ for m in (2, 3, 4):
     for kind in ("linear", "cat", "svd"):
         tl.add_weighted_adapter(model, every[:m], [1 / m] * m, f"{kind}{m}", kind)
         found[kind] = []
-        for _, layer in adapters.adapters(model):
+        for _, layer in adapters.lora_layers(model):
             delta = {n: layer.bypasses[n].delta(layer.base_layer) for n in (*every[:m], f"{kind}{m}")}
             wanted = sum(delta[n] for n in every[:m]) / m
             found[kind].append(np.linalg.norm(delta[f"{kind}{m}"] - wanted) / np.linalg.norm(wanted))
@@ -513,7 +513,7 @@ for step, batch in enumerate(batches):
 bpb = {"adapter beside the base": bits_per_byte(model)}
 with tl.disable_adapter(model):
     bpb = {"base, 4 bits": bits_per_byte(model)} | bpb
-parts = {path: (layer.delta(), layer.base_layer.dense()) for path, layer in adapters.adapters(model)}
+parts = {path: (layer.delta(), layer.base_layer.dense()) for path, layer in adapters.lora_layers(model)}
 
 # %% tags=["hide-input"]
 tl.merge(model, keep=True)
@@ -529,7 +529,7 @@ for path, (delta, w0) in parts.items():
     assert 0.03 < ratio < 0.2 and 0.03 < errors[path] < 0.1
 print(f"all 35 layers: merge_error {min(errors.values()):.3f} to {max(errors.values()):.3f}")
 tl.unmerge(model)
-for _, layer in adapters.adapters(model):
+for _, layer in adapters.lora_layers(model):
     layer.base_layer = Linear16bit.of(layer.base_layer)
 bpb["merged, 16 bits"] = bits_per_byte(tl.merge(model))
 for name, value in bpb.items():

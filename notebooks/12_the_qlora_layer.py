@@ -32,6 +32,7 @@ from grading import grade
 
 import tinylora as tl
 from tinylora import backend, codebooks, nn, ops, quantize
+from tinylora.adapters import kbit
 from tinylora.costs import memory, parameters
 from tinylora.dtypes import BFloat16Array, round_to
 from tinylora.nn import Linear, Linear4bit
@@ -509,9 +510,9 @@ assert abs(different["float16", "bfloat16"][0] - 0.06) < 0.01
 
 # %% tags=["hide-input"]
 ready = tl.Llama.from_pretrained("base").untie()  # with a head of its own, as large models have
-nn.store_in_16_bits(nn.quantize_linears(ready))
+kbit.store_in_16_bits(nn.quantize_linears(ready))
 before = {name: w.nbytes for name, w in ready.named_weights()}
-nn.prepare_for_kbit_training(ready)
+kbit.prepare_for_kbit_training(ready)
 after = {name: w.nbytes for name, w in ready.named_weights()}
 grown = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 for name, (a, b) in grown.items():
@@ -520,7 +521,7 @@ print(f"{'all weights':28}{sum(before.values()):9,} -> {sum(after.values()):9,} 
 assert list(grown) == ["model.embed_tokens.weight", "lm_head.weight"] and set(grown.values()) == {(98_304, 196_608)}
 assert (sum(before.values()), sum(after.values())) == (1_251_196, 1_447_804) and ready.gradient_checkpointing
 first = len(ready.trainable()), len(tl.add_lora(ready, r=8).trainable())
-second = len(nn.prepare_for_kbit_training(ready).trainable())
+second = len(kbit.prepare_for_kbit_training(ready).trainable())
 print(f"trainable: {first[0]} when prepared, {first[1]} with bypasses, {second} if prepared once more")
 assert (*first, second) == (0, 70, 0)
 big = memory.config_of("llama-7b")

@@ -24,14 +24,15 @@ from tinylora.nn import Linear4bit
     ],
 )
 def test_targets(targets, count):
-    assert len(adapters.adapters(tl.add_lora(tiny.model(), r=2, target_modules=targets))) == count
+    assert len(adapters.lora_layers(tl.add_lora(tiny.model(), r=2, target_modules=targets))) == count
 
 
 def test_all_linear_leaves_the_head_out():
     m = tl.add_lora(tiny.model(tie_word_embeddings=False), r=2)
-    assert "lm_head" not in [path for path, _ in adapters.adapters(m)]
+    assert "lm_head" not in [path for path, _ in adapters.lora_layers(m)]
     assert (
-        len(adapters.adapters(tl.add_lora(tiny.model(tie_word_embeddings=False), r=2, target_modules=["lm_head"]))) == 1
+        len(adapters.lora_layers(tl.add_lora(tiny.model(tie_word_embeddings=False), r=2, target_modules=["lm_head"])))
+        == 1
     )
 
 
@@ -54,7 +55,7 @@ def test_bad_choices_get_a_sentence_and_change_nothing(options, words):
     m = tiny.model()
     with pytest.raises(ValueError, match=words):
         tl.add_lora(m, **options)
-    assert not adapters.adapters(m) and all(p.requires_grad for p in m.parameters()) and len(m.parameters()) == 20
+    assert not adapters.lora_layers(m) and all(p.requires_grad for p in m.parameters()) and len(m.parameters()) == 20
 
 
 def test_a_second_adapter_of_the_same_name_is_refused():
@@ -70,7 +71,7 @@ def test_counts_are_of_weights_and_not_of_bytes():
     plain, m = tiny.model(), tiny.model()
     total = sum(p.size for p in plain.parameters())
     tl.add_lora(tl.quantize_linears(m), r=2)
-    added = sum(2 * (layer.in_features + layer.out_features) for _, layer in adapters.adapters(m))
+    added = sum(2 * (layer.in_features + layer.out_features) for _, layer in adapters.lora_layers(m))
     assert adapters.count_parameters(m) == (added, total + added)
     assert tl.trainable_parameters(m) == (
         f"trainable params: {added:,d} || all params: {total + added:,d} || "
@@ -168,7 +169,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, rng):
         other = tiny.model(**changes)
         with pytest.raises(ValueError, match=words):
             peft.load_adapter(other, tmp_path)
-        assert not adapters.adapters(other)
+        assert not adapters.lora_layers(other)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_merge_of_a_model(xp, rng):
     x = tiny.ids(rng, 2, 10)
     before = tiny.logits(m, x)
     tl.merge(m)
-    assert not adapters.adapters(m)
+    assert not adapters.lora_layers(m)
     np.testing.assert_allclose(tiny.logits(m, x), before, rtol=1e-3, atol=1e-4)
 
 
@@ -242,7 +243,7 @@ def test_unmerging_puts_the_base_back_bit_for_bit(xp, rng):
     m, x = tiny.randomize_trainable(m, rng).to(xp), tiny.ids(rng, 3, 4) % 20
     before, base = host(m, x), _base_output(m, x)
     adapters.merge(m, keep=True)
-    assert not adapters.adapters(m) and not m.trainable()
+    assert not adapters.lora_layers(m) and not m.trainable()
     np.testing.assert_allclose(host(m, x), before, rtol=1e-3, atol=1e-4)
     adapters.unmerge(m)
     assert host(m, x).tobytes() == before.tobytes() and _base_output(m, x).tobytes() == base.tobytes()
@@ -369,7 +370,7 @@ def test_deleting_the_active_adapter_falls_back_to_the_first_in_the_alphabet(rng
     adapters.delete_adapter(m, "a")
     assert adapters.active_adapters(m) == ("c",) and host(m, x).tobytes() == c.tobytes()
     adapters.delete_adapter(m, "c")
-    assert not adapters.adapters(m) and host(m, x).tobytes() == host(tiny.zoo(), x).tobytes()
+    assert not adapters.lora_layers(m) and host(m, x).tobytes() == host(tiny.zoo(), x).tobytes()
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}])
@@ -402,7 +403,9 @@ def test_gradients_reach_each_rows_adapter(rng):
 # ------------------------------------------------------------------------------------------------------------------- combining
 def test_cat_is_exact_and_svd_the_best_of_its_rank(rng):
     m = several(rng)
-    parts = {n: {p: layer.bypasses[n].delta(layer.base_layer) for p, layer in adapters.adapters(m, n)} for n in "abc"}
+    parts = {
+        n: {p: layer.bypasses[n].delta(layer.base_layer) for p, layer in adapters.lora_layers(m, n)} for n in "abc"
+    }
     weights = {"a": 0.7, "b": -0.4, "c": 1.5}
     wanted = {}
     for n, w in weights.items():
@@ -412,7 +415,7 @@ def test_cat_is_exact_and_svd_the_best_of_its_rank(rng):
     tl.add_weighted_adapter(m, "abc", weights.values(), "full", "svd", svd_rank=7)
     tl.add_weighted_adapter(m, "abc", weights.values(), "best", "svd")
     assert adapters.active_adapters(m) == ("a",)
-    for path, layer in adapters.adapters(m):
+    for path, layer in adapters.lora_layers(m):
         delta = {n: layer.bypasses[n].delta(layer.base_layer) for n in ("cat", "full", "best")}
         np.testing.assert_allclose(delta["cat"], wanted[path], rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(delta["full"], wanted[path], rtol=1e-4, atol=1e-5)
@@ -432,7 +435,7 @@ def test_linear_combination_has_cross_terms_as_large_as_what_was_asked_for(rng):
         tiny.randomize_trainable(m, rng)
     tl.add_weighted_adapter(m, ["a", "b"], [0.5, 0.5], "both", "linear")
     tl.add_weighted_adapter(m, ["a"], [-0.5], "one", "cat")  # one adapter: always linear, as in PEFT
-    for _, layer in adapters.adapters(m):
+    for _, layer in adapters.lora_layers(m):
         a, b, both, one = (layer.bypasses[n].delta(layer.base_layer) for n in ("a", "b", "both", "one"))
         wanted = 0.5 * a + 0.5 * b
         errors.append(np.linalg.norm(both - wanted) / np.linalg.norm(wanted))
@@ -469,7 +472,7 @@ def test_patterns_override_rank_and_alpha_by_the_end_of_a_path():
     m = tl.add_lora(
         tiny.model(), r=4, alpha=8, rank_pattern={"q_proj": 2, r"layers\.1\.mlp\..*": 3}, alpha_pattern={"down_proj": 1}
     )
-    ranks = {path: layer.r for path, layer in adapters.adapters(m)}
+    ranks = {path: layer.r for path, layer in adapters.lora_layers(m)}
     assert ranks["model.layers.0.self_attn.q_proj"] == 2 and ranks["model.layers.0.mlp.up_proj"] == 4
     assert ranks["model.layers.1.mlp.up_proj"] == 3
     with pytest.raises(ValueError, match="the pattern 'qproj' matches none of the adapted layers"):
@@ -537,7 +540,7 @@ def test_bad_choices_of_what_is_trained_whole(options, words):
     m = tiny.zoo()
     with pytest.raises(ValueError, match=words):
         tl.add_lora(m, r=2, target_modules=["fc1"], **options)
-    assert not adapters.adapters(m) and all(p.requires_grad for p in m.parameters())
+    assert not adapters.lora_layers(m) and all(p.requires_grad for p in m.parameters())
 
 
 @pytest.mark.parametrize(
@@ -734,7 +737,7 @@ def test_bad_options_get_a_sentence_before_anything_changes(options, words):
     m = tiny.zoo()
     with pytest.raises(ValueError, match=words):
         tl.add_lora(m, **{"r": 2, "target_modules": ["fc1"], **options})
-    assert not adapters.adapters(m) and len(m.trainable()) == 8
+    assert not adapters.lora_layers(m) and len(m.trainable()) == 8
 
 
 def test_a_module_in_few_bits_cannot_be_saved_whole():
@@ -754,7 +757,7 @@ def test_all_linear_needs_a_layer_beside_the_head():
 
 
 def test_combinations_are_checked_layer_by_layer_and_change_nothing(rng):
-    from tinylora.conv import Conv2d
+    from tinylora.adapters.conv import Conv2d
 
     class Grouped(tl.nn.Module):
         def __init__(self):
@@ -872,7 +875,7 @@ def test_another_adapter_beside_one_that_moved_the_base_can_be_taken_off(rng):
     with pytest.raises(ValueError, match="was started by pissa"):
         adapters.detach(m)
     adapters.delete_adapter(m, "default")  # for good, and knowingly: the base keeps the residual
-    assert not adapters.adapters(m)
+    assert not adapters.lora_layers(m)
 
 
 def test_a_name_that_the_model_lacks_survives_the_round_trip(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from gradcheck import check
 
 import tinylora as tl
-from tinylora import Tensor, backend, conv, ops
+from tinylora import Tensor, backend
+from tinylora.adapters import conv
 
 
 def each_axis(value, n):
@@ -57,7 +58,7 @@ CASES = {  # x, w, options
 def test_value_and_gradients(case, xp, rng):
     x, w, options = case
     x, w = rng.standard_normal(x), rng.standard_normal(w)
-    check(lambda x, w: ops.conv(x, w, **options), x, w, xp=xp, value=lambda x, w: plain(x, w, **options), rng=rng)
+    check(lambda x, w: conv.conv(x, w, **options), x, w, xp=xp, value=lambda x, w: plain(x, w, **options), rng=rng)
 
 
 def test_options_drawn_at_random(rng):
@@ -72,7 +73,7 @@ def test_options_drawn_at_random(rng):
         x = rng.standard_normal((int(rng.integers(1, 3)), groups * int(rng.integers(1, 3)), *space))
         w = rng.standard_normal((groups * int(rng.integers(1, 3)), x.shape[1] // groups, *kernel))
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-        y = ops.conv(Tensor(x), Tensor(w), **options).data
+        y = conv.conv(Tensor(x), Tensor(w), **options).data
         np.testing.assert_allclose(y, plain(x, w, **options), rtol=1e-12, atol=1e-12, err_msg=str(options))
 
 
@@ -80,21 +81,21 @@ def test_options_drawn_at_random(rng):
 def test_inputs_that_are_not_contiguous(options, xp, rng):
     x, w = rng.standard_normal((6, 5, 3, 2)).T, rng.standard_normal((3, 2, 3, 4)).T
     assert not x.flags.c_contiguous and not w.flags.c_contiguous
-    check(lambda x, w: ops.conv(x, w, **options), x, w, xp=xp, value=lambda x, w: plain(x, w, **options), rng=rng)
+    check(lambda x, w: conv.conv(x, w, **options), x, w, xp=xp, value=lambda x, w: plain(x, w, **options), rng=rng)
     strided = rng.standard_normal((2, 6, 10, 6))[:, ::2, ::-1, 1:]
-    y, expected = ops.conv(Tensor(strided), Tensor(w), **options), plain(strided, w, **options)
+    y, expected = conv.conv(Tensor(strided), Tensor(w), **options), plain(strided, w, **options)
     np.testing.assert_allclose(y.data, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_an_empty_batch_and_a_shared_input(xp, rng):
     w = rng.standard_normal((3, 2, 3))
-    check(ops.conv, np.zeros((0, 2, 5)), w, xp=xp, value=plain, rng=rng)
-    check(lambda x: ops.conv(x, x), rng.standard_normal((3, 3, 3)), xp=xp, rng=rng)
+    check(conv.conv, np.zeros((0, 2, 5)), w, xp=xp, value=plain, rng=rng)
+    check(lambda x: conv.conv(x, x), rng.standard_normal((3, 3, 3)), xp=xp, rng=rng)
 
 
 def test_options_may_stand_by_position(rng):
     x, w = Tensor(rng.standard_normal((1, 4, 8)), True), Tensor(rng.standard_normal((4, 2, 3)), True)
-    a, b = ops.conv(x, w, 2, (1,), 2, 2), ops.conv(x, w, stride=2, padding=1, dilation=2, groups=2)
+    a, b = conv.conv(x, w, 2, (1,), 2, 2), conv.conv(x, w, stride=2, padding=1, dilation=2, groups=2)
     assert (a.data == b.data).all()
     a.backward(np.ones_like(a.data))
     assert x.grad.shape == x.shape and w.grad.shape == w.shape
@@ -105,12 +106,12 @@ def test_the_tape_does_not_hold_x_when_w_is_frozen(rng):
     x = Tensor(rng.standard_normal((2, 4, 9, 9), dtype=np.float32), requires_grad=True)
     w = Tensor(rng.standard_normal((8, 2, 3, 3), dtype=np.float32))
     options = {"padding": 1, "stride": 2, "dilation": 2, "groups": 2}
-    assert tl.tape_bytes(ops.conv(x, w, **options)) == w.nbytes
+    assert tl.tape_bytes(conv.conv(x, w, **options)) == w.nbytes
     w.requires_grad = True
-    assert tl.tape_bytes(ops.conv(x, w, **options)) == w.nbytes + x.nbytes
-    assert tl.tape_bytes(ops.conv(x.detach(), w, **options)) == x.nbytes
+    assert tl.tape_bytes(conv.conv(x, w, **options)) == w.nbytes + x.nbytes
+    assert tl.tape_bytes(conv.conv(x.detach(), w, **options)) == x.nbytes
     x.requires_grad = w.requires_grad = False
-    assert not ops.conv(x, w, **options).requires_grad
+    assert not conv.conv(x, w, **options).requires_grad
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_the_tape_does_not_hold_x_when_w_is_frozen(rng):
 )
 def test_errors_are_sentences(x, w, options, words):
     with pytest.raises(ValueError) as error:
-        ops.conv(Tensor(np.zeros(x)), Tensor(np.zeros(w)), **options)
+        conv.conv(Tensor(np.zeros(x)), Tensor(np.zeros(w)), **options)
     assert words in str(error.value)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import Llama, Tensor, cli, data, nn
+from tinylora import Llama, Tensor, cli, data, dtypes, nn
+from tinylora.adapters import kbit
 from tinylora.costs import memory, parameters
 from tinylora.models.tokenizers import ByteTokenizer
 from tinylora.training.corpus import question_and_answer, read_corpus, scored_bytes
@@ -230,7 +231,7 @@ def test_an_answer_out_of_reach_is_a_sentence(folder):
 
 # ----------------------------------------------------------------------------------------------------------- 16 bits, and prepare
 def test_a_sixteen_bit_embedding_checks_its_ids_and_can_be_untied(rng):
-    m = nn.store_in_16_bits(tiny.model())
+    m = kbit.store_in_16_bits(tiny.model())
     ids = tiny.ids(rng, 1, 5)
     before = tiny.logits(m, ids)
     for bad in (-1, 256):
@@ -242,28 +243,28 @@ def test_a_sixteen_bit_embedding_checks_its_ids_and_can_be_untied(rng):
 def test_sixteen_bits_hold_half_the_bytes_and_give_the_same_logits(xp, rng):
     m = tiny.model()
     for w in m.parameters():
-        w.data = nn.BFloat16Array.of(w.data).dequantize("float32")
+        w.data = dtypes.BFloat16Array.of(w.data).dequantize("float32")
     ids = tiny.ids(rng, 2, 9)
     before, dense = tiny.logits(m, ids), sum(w.nbytes for _, w in m.named_weights())
-    nn.store_in_16_bits(m).to(xp)
+    kbit.store_in_16_bits(m).to(xp)
     held, norms = sum(w.nbytes for _, w in m.named_weights()), sum(w.nbytes for w in m.parameters())
     assert held - norms == (dense - norms) / 2 and not m.trainable()
     np.testing.assert_allclose(tiny.logits(m, ids), before, rtol=1e-5, atol=1e-5)
 
 
 def test_prepare_makes_16_bits_32_again_and_checkpoints(rng):
-    m = nn.store_in_16_bits(nn.quantize_linears(tiny.model(hidden_size=64, intermediate_size=64)))
+    m = kbit.store_in_16_bits(nn.quantize_linears(tiny.model(hidden_size=64, intermediate_size=64)))
     held = sum(w.nbytes for _, w in m.named_weights())
     ids = tiny.ids(rng, 1, 9)
     before = tiny.logits(m, ids)
-    nn.prepare_for_kbit_training(m)
+    kbit.prepare_for_kbit_training(m)
     assert m.gradient_checkpointing and not m.trainable()
     assert isinstance(m.model.embed_tokens.weight, Tensor) and isinstance(m.model.layers[0].mlp.up_proj, nn.Linear4bit)
     assert sum(w.nbytes for _, w in m.named_weights()) - held == 2 * 256 * 64, (
         "the embedding takes two bytes a weight more"
     )
     np.testing.assert_allclose(tiny.logits(m, ids), before, rtol=1e-5, atol=1e-5)
-    assert not nn.prepare_for_kbit_training(m, gradient_checkpointing=False).gradient_checkpointing
+    assert not kbit.prepare_for_kbit_training(m, gradient_checkpointing=False).gradient_checkpointing
 
 
 # ------------------------------------------------------------------------------------------------------------------ a real LLM

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from tinylora import LoRALinear, Tensor, backend, codebooks, ops, quantize
-from tinylora.conv import Conv1d, Conv2d, Conv3d
-from tinylora.lora import LinearBypass, LoRAConv, LoRAEmbedding, lora_layer
+from tinylora.adapters.conv import Conv1d, Conv2d, Conv3d
+from tinylora.adapters.kinds import LoRAConv, LoRAEmbedding, lora_layer
+from tinylora.lora import LinearBypass
 from tinylora.nn import Embedding, Linear, Linear4bit, Linear16bit
 
 BASES = {"dense": lambda w: w, "4 bits": Linear4bit.of, "16 bits": Linear16bit.of}

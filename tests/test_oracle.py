@@ -609,7 +609,7 @@ def in_peft(name):
 
 def randomize(model, rng):
     """B, which starts at zero, becomes random."""
-    for _, layer in adapters.adapters(model):
+    for _, layer in adapters.lora_layers(model):
         layer.lora_B.weight.data = (rng.standard_normal(layer.lora_B.weight.shape) * 0.1).astype(np.float32)
     return model
 

@@ -8,6 +8,7 @@ import pytest
 from test_oracle import agree, array, same_bits
 
 from tinylora import Tensor, nn
+from tinylora.adapters import kbit
 from tinylora.dtypes import BFloat16Array, round_to
 from tinylora.quant import quantize
 
@@ -95,7 +96,7 @@ def test_prepare_does_what_pefts_prepare_does(tmp_path, rng):
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
     theirs = prepare_model_for_kbit_training(theirs)
-    ours = nn.prepare_for_kbit_training(nn.store_in_16_bits(nn.quantize_linears(own)))
+    ours = kbit.prepare_for_kbit_training(kbit.store_in_16_bits(nn.quantize_linears(own)))
     assert not any(p.requires_grad for p in theirs.parameters()) and not ours.trainable()
     kinds = {
         name: "4bit" if isinstance(p, bnb.nn.Params4bit) else str(p.dtype) for name, p in theirs.named_parameters()

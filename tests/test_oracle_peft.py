@@ -14,7 +14,7 @@ import tiny
 
 import tinylora as tl
 from tinylora import adapters, backend, nn
-from tinylora.conv import Conv1d, Conv2d, Conv3d
+from tinylora.adapters.conv import Conv1d, Conv2d, Conv3d
 from tinylora.interop import peft as adapter_files
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched
@@ -171,7 +171,7 @@ def test_gradients_are_pefts(options, rng, tmp_path):
     ours(x).backward(g)
     named = dict(theirs.named_parameters())
     compared = 0
-    for path, layer in adapters.adapters(ours):
+    for path, layer in adapters.lora_layers(ours):
         embedding = path == "embed"
         bypass = layer.bypasses["default"]
         for factor in ("lora_A", "lora_B"):

@@ -15,10 +15,9 @@ import tinylora
 ROOM = Path(tinylora.__file__).parent
 
 #: Each module may import those before it, whether at the top or inside a function.
-ARROWS = (
-    "backend dtypes tensor ops laws optimality codebooks rounding quant pools paging optim nn conv lora adapters "
-    "variants data models interop training costs figures papers cli"
-).split()
+ARROWS = """
+backend dtypes tensor ops laws optimality codebooks rounding quant pools paging optim nn lora adapters variants data
+models interop training costs figures papers cli""".split()  # noqa: SIM905
 NUMBERS_ONLY = {
     "laws",
     "optimality",

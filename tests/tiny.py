@@ -34,9 +34,9 @@ def logits(m, x):
 
 def randomize_lora(m, rng):
     """Give every B random values, so that the bypass does something."""
-    from tinylora.adapters import adapters
+    from tinylora.adapters.targets import lora_layers
 
-    for _, layer in adapters(m):
+    for _, layer in lora_layers(m):
         b = layer.lora_B.weight
         random = (0.1 * rng.standard_normal(b.shape)).astype(np.float32)
         b.data = backend.move(random, backend.array_module(b.data))

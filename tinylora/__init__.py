@@ -13,12 +13,15 @@ Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported
 import importlib
 import types
 
-from . import adapters, backend, codebooks, conv, dtypes, lora, nn, ops, optim, paging, quant
+from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant
 from .adapters import (
     adapter_rows,
     add_lora,
     add_weighted_adapter,
+    conv,
     disable_adapter,
+    kbit,
+    kinds,
     merge,
     print_trainable_parameters,
     set_adapter,
@@ -71,6 +74,14 @@ MOVED = {
     "tokenizers": "models.tokenizers",
     "train": "training.train",
 }
+#: Names that left a file that stayed, likewise for one release.
+for _old, _new, _names in (
+    (ops, conv, "conv"),
+    (nn, kbit, "store_in_16_bits prepare_for_kbit_training"),
+    (lora, kinds, "LoRAEmbedding LoRAConv EmbeddingBypass ConvBypass KINDS ADAPTABLE LINEAR bypass_for lora_layer"),
+):
+    for _name in _names.split():
+        setattr(_old, _name, getattr(_new, _name))
 ROOMS = ("cli", "costs", "data", "figures", "interop", "models", "papers", "training", "variants", "laws", "optimality")
 
 

@@ -276,7 +276,7 @@ def _merge(args):
     from ..nn import Linear4bit
 
     model = _open(args.model, args.quantize, args.adapter)
-    if any(f"{path}.weight" in model.tied_parameters for path, _ in adapters.adapters(model)):
+    if any(f"{path}.weight" in model.tied_parameters for path, _ in adapters.lora_layers(model)):
         model.untie()  # the head keeps the embedding's own weights, as it had them beside the adapter
     adapters.merge(model)
     errors = {path: e for path, e in adapters.merge_errors(model).items() if isinstance(model.get(path), Linear4bit)}

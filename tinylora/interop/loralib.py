@@ -34,7 +34,8 @@ import math
 
 import numpy as np
 
-from .. import backend, conv, ops
+from .. import backend, ops
+from ..adapters import conv
 from ..nn import Module, normal, uniform
 from ..tensor import Tensor, no_grad
 

@@ -28,9 +28,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import adapters
+from ..adapters.kinds import LoRAConv, LoRAEmbedding
 from ..backend import move
 from ..dtypes import BFloat16Array
-from ..lora import LoRAConv, LoRAEmbedding
 from ..models import files, safetensors
 from ..models.llama import Llama
 

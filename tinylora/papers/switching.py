@@ -149,7 +149,7 @@ def _ways(model, names, folders):
 
     def by_merging():
         adapters.set_adapter(model, b)
-        merged.extend(layer.merge() for _, layer in adapters.adapters(model))
+        merged.extend(layer.merge() for _, layer in adapters.lora_layers(model))
 
     adapter = adapters.adapter_of(model, b)
     moved = {
@@ -187,7 +187,7 @@ def _batch(model, names, heldout):
 def _restored(model):
     """The share of weights that float32 W₀ + ΔW − ΔW gives back exactly, over all adapted layers."""
     same = total = 0
-    for _, layer in adapters.adapters(model):
+    for _, layer in adapters.lora_layers(model):
         w, delta = layer.base_layer.dense(), layer.delta()
         same += int(((w + delta) - delta == w).sum())
         total += w.size

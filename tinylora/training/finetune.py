@@ -230,7 +230,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     }
     if out:
         folder = Path(out)
-        if adapters.adapters(model):
+        if adapters.lora_layers(model):
             report.adapter = str(folder / "adapter")
             peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)))
         else:

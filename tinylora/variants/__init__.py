@@ -12,8 +12,7 @@ They change one thing each: how the factors are trained, where they start, or wh
                            QA-LoRA    s B A (sums of x over groups), merges into integers    QALoRALinear
                            IR-QLoRA   entropy-maximizing offsets; a bypass with short cuts   information_calibration, IECLinear
 
-(rsLoRA and DoRA are options of LoRALinear.) `starts` holds the first two kinds, which leave the layer as it is, `bypasses`
-VeRA, AdaLoRA and IR-QLoRA's bypass, `integers` the two that choose the quantization along with the adapter.
+(rsLoRA and DoRA are options of LoRALinear.) A file a method, named after the method; `bypass` and `svd` hold what several share.
 
 Each docstring says in which text its equation was read: the paper, the authors' released code, or PEFT 0.21.2, and where
 these disagree. Left out: everything around the equation (which layers, which data, learning rates), fast randomized
@@ -21,14 +20,25 @@ SVDs (these are exact, on the host, in float64), and PEFT's files for these meth
 """
 
 from ..lora import LoRALayer
-from .bypasses import AdaLoRALinear, Beside, IECLinear, RankAllocator, VeRALinear, add_adalora, add_vera, orthogonality
-from .integers import Calibrated, IntegerLinear, QALoRALinear, block_entropy, information_calibration
-from .starts import correct_gradients, freeze_A, loftq, lora_ga, lora_plus_groups, pissa
+from .adalora import AdaLoRALinear, RankAllocator, add_adalora, orthogonality
+from .bypass import AdditiveBypass
+from .ir_qlora import Calibrated, IECLinear, block_entropy, information_calibration
+from .loftq import loftq
+from .lora_fa import correct_gradients, freeze_A
+from .lora_ga import lora_ga
+from .lora_plus import lora_plus_groups
+from .pissa import pissa
+from .qa_lora import IntegerLinear, QALoRALinear
+from .vera import VeRALinear, add_vera
+
+Beside = AdditiveBypass  # the name until 0.1
 
 
 def merge(model):
     """Replace every VeRALinear, AdaLoRALinear, IECLinear and QALoRALinear by its merged layer, in place; returns the model."""
-    found = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, (Beside, QALoRALinear))]
+    found = [
+        (path, layer) for path, layer in model.named_modules() if isinstance(layer, (AdditiveBypass, QALoRALinear))
+    ]
     for path, layer in found:
         if isinstance(layer.base_layer, LoRALayer):
             raise ValueError(f"variants: {path} carries a LoRA adapter inside; tl.merge(model) first")
@@ -39,7 +49,7 @@ def merge(model):
 
 
 # fmt: off
-__all__ = ["lora_plus_groups", "freeze_A", "correct_gradients", "pissa", "loftq", "lora_ga", "merge", "Beside", "VeRALinear", "add_vera",
-           "AdaLoRALinear", "add_adalora", "orthogonality", "RankAllocator", "IECLinear", "IntegerLinear", "QALoRALinear",
-           "block_entropy", "Calibrated", "information_calibration"]
+__all__ = ["AdaLoRALinear", "AdditiveBypass", "Beside", "Calibrated", "IECLinear", "IntegerLinear", "QALoRALinear", "RankAllocator",
+           "VeRALinear", "add_adalora", "add_vera", "block_entropy", "correct_gradients", "freeze_A", "information_calibration",
+           "loftq", "lora_ga", "lora_plus_groups", "merge", "orthogonality", "pissa"]
 # fmt: on

@@ -1,19 +1,12 @@
-"""Variants that choose the quantization along with the adapter: QA-LoRA (integers that a bypass merges into) and IR-QLoRA's ICQ.
-
-`optimality.entropy` is the theory beside the second: the entropy of a code over all blocks of Gaussian weights.
-"""
+"""QA-LoRA: a bypass that reads sums over groups, so that it merges into the zero points of an integer code."""
 
 import math
-from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
 from .. import backend, ops
 from ..backend import array_module
-from ..codebooks import NF4_OFFSET
 from ..nn import Module, uniform
-from ..quant import QuantizedTensor, quantize
 from ..tensor import Tensor
 
 
@@ -93,59 +86,3 @@ class QALoRALinear(Module):
         base = self.base_layer
         moved = base.zero.data - self.scaling * (self.lora_B.data @ self.lora_A.data) / base.scale.data
         return IntegerLinear(base.codes, base.scale, Tensor(moved), base.bias)
-
-
-# ----------------------------------------------------------------------------------------------- information: IR-QLoRA
-def block_entropy(indices, blocksize, levels=16):
-    """H_b = −Σ_q P_b(q) log₂ P_b(q), P_b the shares of the codes within block b. indices (…) ints -> (blocks,) bits.
-
-    Within a block of 64 this is less than the entropy of all blocks together (`optimality.entropy`), by 0.20 bits for NF4 and
-    Gaussian weights: 64 draws do not show 16 shares (to first order they miss 15/(2 · 64 ln 2) = 0.17 bits).
-    """
-    blocks = backend.move(indices, "cpu").reshape(-1, blocksize).astype(np.int64)
-    where = blocks + levels * np.arange(len(blocks))[:, None]
-    share = np.bincount(where.reshape(-1), minlength=levels * len(blocks)).reshape(len(blocks), levels) / blocksize
-    return -(share * np.log2(np.where(share > 0, share, 1))).sum(axis=1)
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Ŵ = dequantize(quantized) + τ of its block. quantized: a QuantizedTensor of w − τ; tau (blocks,) float32."""
-
-    quantized: QuantizedTensor
-    tau: np.ndarray
-
-    shape = property(lambda self: self.quantized.shape)
-    dtype = "float32"
-
-    def dequantize(self, dtype=None):
-        """Ŵ in float32."""
-        flat = self.quantized.dequantize("float32").reshape(len(self.tau), -1) + self.tau[:, None]
-        return flat.reshape(self.shape)
-
-
-def information_calibration(w, code="nf4", blocksize=64, reach=0.1, n=50):
-    """τ* = argmax_τ H(q(w − τ)) for each block, over τ₀ ± reach · σ.   IR-QLoRA (Qin et al. 2024, arXiv 2402.05445) eq. 8–10.
-
-    w       float array whose size is a multiple of blocksize. -> Calibrated
-    reach   λ, and n candidates on either side of the block's median τ₀ (the paper: λ = 0.1, n = 100; its code: 0.1, 51)
-    σ       max |w − τ₀| / 1.848: the paper's σ = 1 on the scale where NF4's largest value is Φ⁻¹(0.9677) = 1.848, as its code has it
-    What changes against QLoRA: one number more a block, chosen for entropy and not for the error. Of equal entropies the τ
-    nearest to the median wins (the code: the smallest). τ is kept in float32 here; paper and code store it in 8 bits.
-    """
-    flat = np.ascontiguousarray(backend.move(w, "cpu"), np.float32).reshape(-1)
-    if not flat.size or flat.size % blocksize:
-        raise ValueError(f"information_calibration: {flat.size} weights do not split into blocks of {blocksize}")
-    blocks = flat.reshape(-1, blocksize)
-    middle = np.median(blocks, axis=1).astype(np.float32)
-    sigma = abs(blocks - middle[:, None]).max(axis=1) / NormalDist().inv_cdf(NF4_OFFSET)
-
-    def quantized(tau):
-        return quantize((blocks - tau[:, None]).reshape(w.shape), code, blocksize)
-
-    best, most = middle, np.full(len(blocks), -1.0)
-    for step in sorted(range(-n, n + 1), key=abs):
-        tau = (middle + reach * step / max(n, 1) * sigma).astype(np.float32)
-        entropy = block_entropy(quantized(tau).indices(), blocksize)
-        best, most = np.where(entropy > most + 1e-9, tau, best), np.maximum(entropy, most)
-    return Calibrated(quantized(best), best)

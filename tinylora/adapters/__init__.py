@@ -1,0 +1,34 @@
+"""Adapters on a whole model: put on, switched, combined, taken off, merged.
+
+    add_lora(model, r=8, alpha=16)              freeze the model and put a bypass on its linear layers
+    add_lora(model, …, name="b")                one more, on the same base
+    set_adapter(model, "b")                     which one computes and trains; a list: their bypasses add up
+    with disable_adapter(model): …              the base, bit for bit
+    with adapter_rows(model, ["a", "b"]): …     row i of a batch through its own adapter (LoRA §4.2's limitation, unmerged)
+    add_weighted_adapter(model, ["a", "b"], [0.7, 0.3], "c", "cat")
+    merge(model) / unmerge(model)               W₀ + s B A as plain layers, and back
+    detach(model) / attach(model, adapter)      take an adapter off; put it, or another one, on
+
+An adapter is its bypasses and, if asked for, copies of parameters that it trains whole: biases (`bias`) and modules such
+as a head (`modules_to_save`). Active, its copies stand in the model; otherwise the base's own parameters do.
+
+Compared with PEFT: the same vocabulary and the same numbers. The base's biases are kept, so a disabled or detached
+adapter leaves the base as it was (PEFT trains them in place and warns); unmerging puts W₀ back instead of subtracting;
+`linear` combination is there because PEFT has it, with its cross terms said. Left out: ties, dare and magnitude pruning.
+"""
+
+from ..lora import count_parameters, print_trainable_parameters, trainable_parameters
+from .combine import add_weighted_adapter
+from .config import BASE, BIASES, Adapter, LoRAConfig
+from .merge import merge, merge_errors, unmerge
+from .switch import adapter_of, adapter_rows, add_lora, attach, delete_adapter, detach, disable_adapter, set_adapter
+from .targets import active_adapters, base_of, configs, find_targets, lora_layers
+
+adapters = lora_layers  # the name until 0.1
+
+# fmt: off
+__all__ = ["LoRAConfig", "Adapter", "BASE", "BIASES", "add_lora", "set_adapter", "disable_adapter", "adapter_rows", "delete_adapter",
+           "detach", "attach", "adapter_of", "add_weighted_adapter", "merge", "unmerge", "merge_errors", "lora_layers", "adapters",
+           "configs", "active_adapters", "base_of", "find_targets", "count_parameters", "trainable_parameters",
+           "print_trainable_parameters"]
+# fmt: on

@@ -1,0 +1,30 @@
+"""A model made ready for training on a base of few bits."""
+
+from ..nn import Embedding, Embedding16bit, Linear, Linear16bit
+from ..tensor import Tensor
+
+
+def store_in_16_bits(model):
+    """Hold every Linear and Embedding that is not in 4 bits in bfloat16, frozen, in place: what a 16-bit checkpoint takes. Norms stay."""
+    for path, layer in list(model.named_modules()):
+        if type(layer) in (Linear, Embedding):
+            model.replace(path, (Linear16bit if isinstance(layer, Linear) else Embedding16bit).of(layer))
+    return model.requires_grad_(False)
+
+
+def prepare_for_kbit_training(model, gradient_checkpointing=True):
+    """What PEFT's prepare_model_for_kbit_training does: freeze all, 16-bit weights to float32, checkpoint each block. In place.
+
+    4-bit layers stay. Everything else that is stored in 16 bits (embedding, head) then takes twice the bytes. PEFT lets the embedding's
+    output ask for a gradient besides, which torch's reentrant checkpoint needs and `tensor.checkpoint` does not. Returns the model.
+    """
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, (Linear16bit, Embedding16bit)):
+            dense = object.__new__(Linear if isinstance(layer, Linear16bit) else Embedding)  # no weights are drawn
+            dense.weight, dense.training = Tensor(layer.dense()), layer.training
+            if isinstance(layer, Linear16bit):
+                dense.bias = layer.bias
+            model.replace(path, dense)
+    if hasattr(model, "gradient_checkpointing"):
+        model.gradient_checkpointing = gradient_checkpointing
+    return model.requires_grad_(False)

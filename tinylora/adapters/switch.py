@@ -1,0 +1,334 @@
+"""Adapters put on a model, switched, given to single rows of a batch, and taken off."""
+
+import contextlib
+import re
+
+import numpy as np
+
+from .. import backend
+from ..backend import array_module, move
+from ..lora import LoRALayer
+from ..nn import STORED
+from ..tensor import Tensor
+from .config import BASE, Adapter, LoRAConfig, matches
+from .kinds import bypass_for, lora_layer
+from .targets import (
+    active_adapters,
+    adaptable_layers,
+    base_of,
+    configs,
+    find_targets,
+    lora_layers,
+    named,
+    parents,
+    plain,
+)
+
+
+# --------------------------------------------------------------------------------------------------------------- add and switch
+def add_lora(
+    model, r=8, alpha=16, dropout=0.0, target_modules="all-linear", init="kaiming", *, name="default", **options
+):
+    """Put an adapter on the model, in place; returns the model. options: the other fields of LoRAConfig.
+
+    The first adapter freezes the base, computes and is trained. A further one waits, frozen, until `set_adapter` names it
+    (as PEFT's add_adapter). Nothing changes if anything does not fit.
+    """
+    if isinstance(target_modules, (list, tuple, set, frozenset)) and all(isinstance(t, str) for t in target_modules):
+        target_modules = tuple(sorted(set(target_modules)))  # a set to PEFT; sorted, so that files are reproducible
+    elif not isinstance(target_modules, str):
+        raise ValueError(
+            f"lora: target_modules = {target_modules!r}, expected 'all-linear', a regular expression, or a list of names"
+        )
+    config = LoRAConfig(r, alpha, dropout, target_modules, init, **options)
+    targets = find_targets(model, target_modules)
+    for key in [*config.rank_pattern, *config.alpha_pattern]:
+        if not any(matches(key, path) for path in targets):
+            raise ValueError(
+                f"lora: the pattern {key!r} matches none of the adapted layers ({', '.join(targets[:3])}, …)"
+            )
+    return put_on(model, name, config, targets)
+
+
+def put_on(model, name, config, targets):
+    """Wrap or extend the layers at the paths `targets`, copy what is to be trained whole, and activate a first adapter."""
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name) or name == BASE:
+        raise ValueError(f"lora: an adapter cannot be called {name!r} (letters, digits, - and _, and not {BASE!r})")
+    if name in configs(model):
+        raise ValueError(
+            f"lora: the model carries an adapter already that is called {name!r}; give another name, or detach or merge it first"
+        )
+    layers, first = adaptable_layers(model), not configs(model)
+    whole = trained_whole(model, config, targets)
+    both = [t for t in targets if f"{t}.weight" in whole]
+    if both:
+        raise ValueError(
+            f"lora: {both[0]} is a target and among modules_to_save; it can have a bypass or be trained whole"
+        )
+    with _active(model, ()):  # the base's own parameters are in place: DoRA starts from its norms
+        made = {
+            path: bypass_for(base_of(layers[path]))(base_of(layers[path]), **config.options(path)) for path in targets
+        }
+    if first:
+        model.requires_grad_(False)
+    for path, bypass in made.items():
+        wrapper = layers[path]
+        if not isinstance(wrapper, LoRALayer):
+            wrapper = lora_layer(layers[path], name=name, bypass=bypass)
+            wrapper.training, wrapper.active = layers[path].training, ()
+            model.replace(path, wrapper)
+        wrapper.bypasses[name] = bypass.requires_grad_(False).train(wrapper.training)
+    if whole:
+        trained_copies(model).update({(name, path): Tensor(w.data.copy()) for path, w in whole.items()})
+    configs(model)[name] = config
+    return set_adapter(model, name) if first else model
+
+
+def trained_whole(model, config, targets):
+    """{path: the base's Tensor} of the parameters that the config wants trained whole."""
+    own = {plain(p): w for p, w in model.named_parameters() if ".bypasses." not in f".{p}"}
+    own |= {path: w for (owner, path), w in trained_copies(model).items() if owner == BASE}
+    found = {}
+    if config.bias != "none":
+        biases = {p: w for p, w in own.items() if p.rpartition(".")[2] == "bias"}
+        found |= {p: w for p, w in biases.items() if config.bias == "all" or p.removesuffix(".bias") in targets}
+    for wanted in config.modules_to_save:
+        here = {p: w for p, w in own.items() if any(named(m, wanted) for m in parents(p))}
+        stored = [
+            p
+            for p, w in model.named_weights()
+            if isinstance(w, STORED) and any(named(m, wanted) for m in parents(plain(p)))
+        ]
+        if stored:
+            raise ValueError(
+                f"lora: modules_to_save names {wanted!r}, but {plain(stored[0])} is stored in few bits and cannot be trained"
+            )
+        if not here:
+            raise ValueError(
+                f"lora: modules_to_save names {wanted!r}, which is no module with parameters of this model"
+            )
+        found |= here
+    tied = [p for p in found if p in getattr(model, "tied_parameters", ())]
+    if tied:
+        raise ValueError(
+            f"lora: {tied[0]} is tied to the model's head, which would change along with it (in PEFT it would not); "
+            "call model.untie() first"
+        )
+    return found
+
+
+def trained_copies(model):
+    """{(adapter, path): Tensor}: trained copies of parameters; (BASE, path) is the base's own while a copy stands in for it."""
+    return vars(model).setdefault("lora_spares", {})
+
+
+def set_adapter(model, names, inference_mode=False):
+    """Let these adapters (a name, or a list whose bypasses add up) compute; they alone are trained unless inference_mode.
+
+    Adapters that train parameters whole (`bias`, `modules_to_save`) cannot be active beside each other.
+    """
+    names = activate(model, names)
+    for _, layer in lora_layers(model):
+        for name, bypass in layer.bypasses.items():
+            for p in bypass.parameters():
+                p.requires_grad = name in names and not inference_mode
+    for (owner, _), tensor in trained_copies(model).items():
+        if owner != BASE:
+            tensor.requires_grad = owner in names and not inference_mode
+    return model
+
+
+def activate(model, names):
+    """Let these adapters compute, and leave alone what is trained; returns the names. Everything is checked first."""
+    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    for name in names:
+        check_name(model, name)
+    spares = trained_copies(model)
+    wanted = [key for key in spares if key[0] in names]
+    if len({path for _, path in wanted}) < len(wanted):
+        raise ValueError(
+            f"lora: of {', '.join(names)} more than one trains the same parameters whole; activate one of them"
+        )
+    for _, layer in lora_layers(model):
+        layer.active, layer.rows = tuple(n for n in names if n in layer.bypasses), None
+    for key in [key for key in spares if key[0] == BASE]:
+        _place(model, key[1], spares.pop(key))
+    for owner, path in wanted:
+        spares[BASE, path] = _place(model, path, spares[owner, path])
+    model.lora_active = names
+    return names
+
+
+def _place(model, path, tensor):
+    """Let this Tensor be the parameter at the path; returns the one that was."""
+    parent, _, leaf = path.rpartition(".")
+    module = base_of(model.get(parent))
+    before = getattr(module, leaf)
+    setattr(module, leaf, tensor)
+    return before
+
+
+def check_name(model, name):
+    if name not in configs(model):
+        there = ", ".join(configs(model)) or "none"
+        raise ValueError(f"lora: the model carries no adapter called {name!r}; it carries {there}")
+
+
+@contextlib.contextmanager
+def _active(model, names, rows=None):
+    """Within the block these adapters compute (and rows, if given, go their own ways); afterwards those of before that are still there."""
+    before, rows_before = active_adapters(model), {id(layer): layer.rows for _, layer in lora_layers(model)}
+    activate(model, names)
+    for _, layer in lora_layers(model):
+        layer.rows = rows
+    try:
+        yield model
+    finally:
+        activate(model, [n for n in before if n in configs(model)])
+        for _, layer in lora_layers(model):
+            layer.rows = rows_before.get(id(layer))
+
+
+def disable_adapter(model):
+    """Within the block the model computes what its base computes, bit for bit; biases and saved modules included.
+
+    With gradient checkpointing run the backward pass inside the block too: it computes each block anew, with the adapters
+    that are active then. The same holds for `adapter_rows`.
+    """
+    return _active(model, ())
+
+
+@contextlib.contextmanager
+def adapter_rows(model, names):
+    """Within the block, row i of a batch goes through the adapter names[i]; "__base__" is the base alone.
+
+    h_i = W₀ x_i + s_i B_i A_i x_i: one product with W₀ for the whole batch, one small one for each adapter. This is what
+    merging makes impossible (LoRA §4.2), and what PEFT does with `adapter_names`; DoRA works here as well. Adapters that
+    train parameters whole are refused.
+    """
+    names = list(names)
+    for name in sorted(set(names) - {BASE}):
+        check_name(model, name)
+        if any(owner == name for owner, _ in trained_copies(model)):
+            raise ValueError(f"lora: {name!r} trains parameters whole, so it cannot be one of several in a batch")
+    with _active(model, (), names):
+        yield model
+
+
+def delete_adapter(model, name):
+    """Take an adapter off for good. If it was active alone, the first in the alphabet of those that remain becomes active (as in PEFT).
+
+    A layer that pissa or lora_ga started keeps the base that they left: W without the part that was in the factors.
+    """
+    check_name(model, name)
+    _take_off(model, name)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------------ off and on
+def detach(model, name=None):
+    """Take an adapter off (without a name, the only one); returns an Adapter. With none left the model is its plain base."""
+    if not configs(model):
+        raise ValueError("lora: the model carries no adapter")
+    if name is None and len(configs(model)) > 1:
+        raise ValueError(f"lora: the model carries {', '.join(configs(model))}; say which one")
+    name = next(iter(configs(model))) if name is None else name
+    check_name(model, name)
+    off = adapter_of(model, name)
+    _take_off(model, name)
+    return off
+
+
+def _take_off(model, name):
+    """Remove an adapter; if it was active alone, activate the first in the alphabet of the others."""
+    alone = active_adapters(model) == (name,)
+    activate(model, [n for n in active_adapters(model) if n != name])
+    for key in [key for key in trained_copies(model) if key[0] == name]:
+        del trained_copies(model)[key]
+    for path, layer in lora_layers(model, name):
+        del layer.bypasses[name]
+        if not layer.bypasses:
+            model.replace(path, layer.base_layer)
+    del configs(model)[name]
+    if alone and configs(model):
+        set_adapter(model, min(configs(model)))
+
+
+def adapter_of(model, name=None):
+    """The Adapter (config and arrays, not copies) under a name, still on the model; without a name the active one."""
+    if not configs(model):
+        raise ValueError("lora: the model carries no adapter")
+    if name is None and len(active_adapters(model)) != 1:
+        raise ValueError(f"lora: the model carries {', '.join(configs(model))}; say which one")
+    name = active_adapters(model)[0] if name is None else name
+    check_name(model, name)
+    weights = {}
+    for path, layer in lora_layers(model, name):
+        if layer.bypasses[name].started_by:
+            raise ValueError(
+                f"lora: {path} was started by {layer.bypasses[name].started_by}, which moved a part of W into the factors: "
+                "they mean nothing off this base; merge(model) instead"
+            )
+        weights[path] = {factor: tensor.data for factor, tensor in _tensors(layer.bypasses[name]).items()}
+    saved = {path: tensor.data for (owner, path), tensor in trained_copies(model).items() if owner == name}
+    return Adapter(configs(model)[name], weights, saved)
+
+
+def attach(model, adapter, name="default"):
+    """Put an Adapter on the model and let it compute. Every path and shape is checked before anything changes."""
+    if not adapter.weights:
+        raise ValueError("lora: the adapter holds no weights")
+    layers, c = adaptable_layers(model), adapter.config
+    for path, arrays in adapter.weights.items():
+        if path not in layers:
+            names = sorted({p.rpartition(".")[2] for p in layers})
+            raise ValueError(
+                f"lora: the adapter has weights for {path}, which the model lacks; its layers are {', '.join(names)}"
+            )
+        expected = _shapes(base_of(layers[path]), c, path)
+        got = {factor: tuple(a.shape) for factor, a in arrays.items()}
+        if got != expected:
+            raise ValueError(
+                f"lora: the adapter's arrays for {path} are {_say(got)}; this model with r = {c.options(path)['r']} needs {_say(expected)}"
+            )
+    whole = trained_whole(model, c, list(adapter.weights))
+    expected, got = ({p: tuple(w.shape) for p, w in ws.items()} for ws in (whole, adapter.saved))
+    if expected != got:
+        raise ValueError(
+            f"lora: the adapter holds these parameters trained whole: {_say(got) or 'none'}; "
+            f"on this model its bias = {c.bias!r} and modules_to_save = {list(c.modules_to_save)} mean {_say(expected) or 'none'}"
+        )
+    put_on(model, name, c, list(adapter.weights))
+    for path, layer in lora_layers(model, name):
+        for factor, tensor in _tensors(layer.bypasses[name]).items():
+            tensor.data = _like(tensor.data, adapter.weights[path][factor])
+    for path, array in adapter.saved.items():
+        tensor = trained_copies(model)[name, path]
+        tensor.data = _like(tensor.data, array)
+    return set_adapter(model, name)
+
+
+def _like(old, new):
+    return move(np.array(new, np.float32) if isinstance(new, np.ndarray) else new.astype(np.float32), array_module(old))
+
+
+def _tensors(bypass):
+    """{name in files: Tensor} of a bypass."""
+    found = {"lora_A": bypass.lora_A.weight, "lora_B": bypass.lora_B.weight}
+    if bypass.lora_B.bias is not None:
+        found["lora_B.bias"] = bypass.lora_B.bias
+    if bypass.magnitude is not None:
+        found["lora_magnitude_vector"] = bypass.magnitude
+    return found
+
+
+def _shapes(base, config, path):
+    """{name in files: shape} of a bypass for this base."""
+    with backend.using_generator(np.random.default_rng(0)):  # what is drawn here is thrown away
+        bypass = bypass_for(base)(base, **config.options(path) | {"use_dora": False})
+    shapes = {factor: tuple(t.shape) for factor, t in _tensors(bypass).items()}
+    return shapes | ({"lora_magnitude_vector": (bypass.factors()[0].shape[0],)} if config.use_dora else {})
+
+
+def _say(shapes):
+    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
