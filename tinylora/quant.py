@@ -272,7 +272,8 @@ def _quantize(w, settings, check_finite, name):
             _refuse(flat, np.shape(w), name)
         if c.signed:
             absmax = signed_absmax(flat, absmax, size)
-        packed = _pack(how.indices(flat, absmax, size, c.code))
+        bounds, order = codebooks.midpoints(c.code), codebooks.sorted_order(c.code)
+        packed = _pack(how.indices(flat, absmax, size, bounds, order, fp4=c.code_name == "fp4"))
         constants = absmax if c.nested_code is None else quantize_constants(absmax, c.offset, c.nested_code, how)
     shape = tuple(np.shape(w))
     q = QuantizedTensor(packed, constants, c.code, c.code_name, size, shape, dtype, c.rule, bool(c.signed))

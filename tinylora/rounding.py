@@ -4,8 +4,11 @@ Blockwise quantization leaves much open that decides single bits: the scale as a
 blocks of zeros, a last partial block, NaN, and the nearest 8-bit code. A `Rule` settles it:
 
     absmax(w, blocksize)                   the constants m_b
-    indices(w, absmax, blocksize, code)    the nearest code of each w_i / m_b, in the code's own numbering; a pad is added to odd lengths
-    quantize_8bit(x, code, blocksize)      codes and constants in 8 bits, for double quantization
+    indices(w, absmax, blocksize, bounds, order, fp4)    the nearest code of each w_i / m_b; a pad is added to odd lengths
+    quantize_8bit(x, code, blocksize)      codes and constants in 8 bits, for double quantization; code is ascending
+
+bounds are the midpoints between the code's values in ascending order, and order[k] is the index of the k-th of them
+(`codebooks.midpoints`, `codebooks.sorted_order`); fp4 says that the code is bitsandbytes' FP4, for which the GPU has a rule of its own.
 
 | | "bitsandbytes-cpu" (0.50.2, run and compared) | "bitsandbytes-cuda" (0.50.2's kernels.cu, read, not run) |
 |---|---|---|
@@ -26,8 +29,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-
-from . import codebooks
 
 _CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
 _TINY = np.float32(2.0**-126)  # the smallest normal float32
@@ -70,21 +71,21 @@ def cpu_absmax(flat, blocksize):
     return out
 
 
-def cpu_indices(flat, absmax, blocksize, values):
+def cpu_indices(flat, absmax, blocksize, bounds, order, fp4=False):
     """The code indices, uint8, of even length. Counts the midpoints below x: a tie goes to the lower value, NaN above all of them.
 
     A whole block is multiplied by the float32 reciprocal of its absmax, a last partial block is divided by it: the two
     differ in the last bit. absmax below 1e-38 counts as 1e-38.
     """
     n, whole = len(flat), len(flat) // blocksize
-    bounds, last = codebooks.midpoints(values), len(values) - 1
+    last = len(bounds)
     index = np.empty(n, np.uint8)
     reciprocal = np.float32(1) / np.copysign(np.maximum(np.abs(absmax[:whole]), _LEAST), absmax[:whole])
     for part, x in _scaled(flat, reciprocal, blocksize):
         _count_from_above(x, bounds, last, index[part])
     if whole * blocksize < n:
         _count_from_above(flat[whole * blocksize :] / absmax[-1], bounds, last, index[whole * blocksize :])
-    order = codebooks.sorted_order(values).astype(np.uint8)
+    order = order.astype(np.uint8)
     if (order != np.arange(len(order))).any():
         index = order[index]
     if n % 2:  # the number 0 is appended before the code is looked up
@@ -130,10 +131,15 @@ def cpu_quantize_8bit(x, code, blocksize=256):
     )  # one fused multiply-add there; exact in float64 here
     position = np.where(np.isnan(position), np.float32(0), position).astype(np.int32) & 0xFFFF
     grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
-    table = np.searchsorted(codebooks.midpoints(code), grid, "left").astype(np.uint8)
+    table = np.searchsorted(_midpoints(code), grid, "left").astype(np.uint8)
     codes = table[position]
     codes[absmax == 0] = 0
     return codes.reshape(-1)[: len(x)], absmax
+
+
+def _midpoints(code):
+    """The boundaries between neighbours of an ascending code, float32."""
+    return (code[:-1] + code[1:]) / np.float32(2)
 
 
 def _rows(x, blocksize):
@@ -166,7 +172,7 @@ def cuda_absmax(flat, blocksize):
     return out
 
 
-def cuda_indices(flat, absmax, blocksize, values):
+def cuda_indices(flat, absmax, blocksize, bounds, order, fp4=False):
     """The code indices, uint8, of even length: x = w·(1/absmax), then the number of midpoints strictly below x, so that NaN gives 0.
 
     FP4 compares |x| with its own pivots and takes the sign from x < 0. A code that bitsandbytes lacks is treated as NF4 is.
@@ -175,9 +181,7 @@ def cuda_indices(flat, absmax, blocksize, values):
     padded = np.zeros(-(-n // blocksize) * blocksize, np.float32)
     padded[:n] = flat
     reciprocal = _flush(np.float32(1) / absmax)
-    fp4 = values is codebooks.get("fp4")[1]
-    bounds = _FP4_PIVOTS if fp4 else codebooks.midpoints(values)
-    order = _FP4_PATTERNS if fp4 else codebooks.sorted_order(values).astype(np.uint8)
+    bounds, order = (_FP4_PIVOTS, _FP4_PATTERNS) if fp4 else (bounds, order.astype(np.uint8))
     index = np.empty(len(padded), np.uint8)
     for part, x in _scaled(_flush(padded), reciprocal, blocksize):
         x = _flush(x)
@@ -205,7 +209,7 @@ def cuda_quantize_8bit(x, code, blocksize=256):
     """
     rows, absmax = _rows(_flush(x), blocksize)
     s = _flush(rows * _flush(np.float32(1) / absmax)[:, None])
-    bounds = codebooks.midpoints(code)
+    bounds = _midpoints(code)
     codes = np.searchsorted(bounds, s, "left")
     tie = (codes < len(bounds)) & (bounds[np.minimum(codes, len(bounds) - 1)] == s)
     codes = np.where(np.isnan(s), 0, codes + (tie & (codes % 2 == 1)))
