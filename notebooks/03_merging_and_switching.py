@@ -29,10 +29,11 @@ from grading import grade
 from threadpoolctl import threadpool_limits
 
 import tinylora as tl
-from tinylora import adapters, codebooks, ops, optimality, quantize
+from tinylora import adapters, codebooks, ops, quantize
 from tinylora.costs import flops, parameters
 from tinylora.interop import loralib
 from tinylora.nn import Linear, Linear4bit, Linear16bit
+from tinylora.numerics import optimality
 from tinylora.papers import lora_numbers
 from tinylora.papers.claims import dynamics
 from tinylora.papers.claims.dynamics import draw_merge_ulps

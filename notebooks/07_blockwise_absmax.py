@@ -21,7 +21,8 @@ from grading import grade
 from scipy.special import erf, polygamma
 
 import tinylora as tl
-from tinylora import codebooks, laws, optimality
+from tinylora import codebooks
+from tinylora.numerics import distributions, optimality
 
 # %% [markdown]
 # ## 1. One absmax for the whole tensor
@@ -180,7 +181,7 @@ block_maximum()
 # of them, within four standard errors.
 
 # %% tags=["hide-input"]
-price = {k: optimality.expected_error(nf4, 64, law=laws.Outlier(k)) for k in (3, 4, 6, 10, 20, 1000)}
+price = {k: optimality.expected_error(nf4, 64, law=distributions.Outlier(k)) for k in (3, 4, 6, 10, 20, 1000)}
 for k, error in price.items():
     print(f"k = {k:4}: {error:.4f} σ², {error / blockwise:6.2f} times the undisturbed {blockwise:.6f}")
 assert [round(e, 4) for e in price.values()] == [0.0097, 0.0126, 0.0238, 0.0617, 0.2399, 0.9844]
@@ -220,7 +221,7 @@ assert round(22 * 32 / (96 * 192), 2) == 0.04 and np.log2(22) + 22 * 32 / (96 * 
 # %% tags=["hide-input"]
 ratio = {}
 for τ in (0, 0.2, 0.3, 0.5, 1.0):
-    law = laws.ScaleMixture.lognormal(τ)  # scaled to variance 1
+    law = distributions.ScaleMixture.lognormal(τ)  # scaled to variance 1
     ratio[τ] = optimality.distortion(optimality.optimal_levels(16, 2, law), 2, law) / blockwise
     print(f"τ = {τ}: the best 16 values for the tensor cost {ratio[τ]:.2f} times NF4's blocks")
 assert [round(r, 2) for r in ratio.values()] == [1.12, 1.33, 1.56, 2.23, 5.0]
@@ -231,7 +232,7 @@ assert [round(r, 2) for r in ratio.values()] == [1.12, 1.33, 1.56, 2.23, 5.0]
 # %% tags=["hide-input"]
 even = {}
 for τ in (0.38, 0.39):
-    law = laws.ScaleMixture.lognormal(τ)
+    law = distributions.ScaleMixture.lognormal(τ)
     even[τ] = optimality.distortion(optimality.optimal_levels(22, 2, law), 2, law) / blockwise
     print(f"τ = {τ}: the best 22 values cost {even[τ]:.3f} times NF4's blocks")
 assert even[0.38] < 1 < even[0.39]

@@ -25,7 +25,8 @@ import numpy as np
 from drawings.nb08 import nf4_on_the_normal
 from grading import grade
 
-from tinylora import codebooks, optimality, quantize
+from tinylora import codebooks, quantize
+from tinylora.numerics import optimality
 
 Φ, Φ_inverse = NormalDist().cdf, NormalDist().inv_cdf
 

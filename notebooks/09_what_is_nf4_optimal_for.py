@@ -24,8 +24,9 @@ import numpy as np
 from grading import grade
 from scipy.special import ndtr as Phi
 
-from tinylora import codebooks, laws, quantize
-from tinylora.optimality import entropy, expected_error, expected_max, optimal_code, usage
+from tinylora import codebooks, quantize
+from tinylora.numerics import distributions
+from tinylora.numerics.optimality import entropy, expected_error, expected_max, optimal_code, usage
 from tinylora.papers.nf4_construction import nf4_optimal_for
 
 NF4 = codebooks.nf4().astype(float)
@@ -400,13 +401,13 @@ assert f"{worst:.2%}" == "0.32%" and round(100 * excess(16, 2), 1) == 17.5
 # for *these* weights is 6.6 % in absolute error, not 0.025 %.
 
 # %% tags=["hide-input"]
-t5 = laws.StudentT(5)
+t5 = distributions.StudentT(5)
 for name, q, signed in (
     ("NF4", NF4, False),
     ("BOF4", codebooks.bof4(64, "mse"), False),
     ("BOF4-S", codebooks.bof4(64, "mse", signed=True), True),
 ):
-    normal, heavy = (expected_error(q, 64, 2, signed, law=f) for f in (laws.Normal(), t5))
+    normal, heavy = (expected_error(q, 64, 2, signed, law=f) for f in (distributions.Normal(), t5))
     print(f"{name:6}   normal {normal:.6f}   t5 {heavy:.5f}")
     assert f"{heavy:.5f}" == {"NF4": "0.01097", "BOF4": "0.01183", "BOF4-S": "0.01089"}[name]
 t5_excess = expected_error(NF4, 64, 1, law=t5) / expected_error(optimal_code(64, 1, law=t5), 64, 1, law=t5) - 1

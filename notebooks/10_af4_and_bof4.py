@@ -31,8 +31,8 @@ from scipy.special import erf
 
 import tinylora as tl
 from tinylora import codebooks, quantize
-from tinylora.laws import StudentT
-from tinylora.optimality import block_law, expected_error, expected_max, optimal_code, usage
+from tinylora.numerics.distributions import StudentT
+from tinylora.numerics.optimality import block_law, expected_error, expected_max, optimal_code, usage
 
 NF4 = codebooks.nf4()
 

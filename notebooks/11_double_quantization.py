@@ -26,9 +26,10 @@ from drawings.nb11 import bits_against_error
 from grading import grade
 
 import tinylora as tl
-from tinylora import codebooks, optimality, quantize
+from tinylora import codebooks, quantize
+from tinylora.kernels.rounding import CPU, CUDA, torch_mean
+from tinylora.numerics import optimality
 from tinylora.quant import quantize_constants
-from tinylora.rounding import CPU, CUDA, torch_mean
 
 NF4 = codebooks.nf4()
 

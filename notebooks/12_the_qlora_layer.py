@@ -36,7 +36,7 @@ from tinylora.adapters import kbit
 from tinylora.costs import memory, parameters
 from tinylora.dtypes import BFloat16Array, round_to
 from tinylora.nn import Linear, Linear4bit
-from tinylora.tensor import watch_rebuilds
+from tinylora.tape import watch_rebuilds
 
 NF4 = codebooks.nf4()
 

@@ -34,7 +34,7 @@ from tinylora import AdamW, AdamW8bit, Pager, Tensor, codebooks
 from tinylora.figures.paging import timeline
 from tinylora.optim import adamw_step
 from tinylora.paging import WHOLE_TENSORS_FROM
-from tinylora.tensor import tape_bytes
+from tinylora.tape import tape_bytes
 from tinylora.training.adamw8bit import adamw8bit_step
 
 f32 = np.float32

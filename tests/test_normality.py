@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import cli, codebooks, laws, optimality
+from tinylora import cli, codebooks
 from tinylora.models import safetensors
+from tinylora.numerics import distributions, optimality
 from tinylora.papers import codes_on_weights, normality
 
 LLM, MINILM = os.environ.get("TINYLORA_LLM"), os.environ.get("TINYLORA_MINILM")
@@ -122,7 +123,7 @@ def test_the_kurtosis_of_a_student_t_names_its_nu(rng):
 
 def test_nf4_costs_what_the_quadrature_says_for_each_law(rng):
     rows = rng.standard_t(12, (200, 2048)).astype(np.float32)
-    expected = optimality.expected_error(codebooks.nf4(), 64, law=laws.StudentT(12))
+    expected = optimality.expected_error(codebooks.nf4(), 64, law=distributions.StudentT(12))
     assert abs(normality.nf4_error(rows).mean() / expected - 1) < 0.01
     line = codes_on_weights.measure("w", rows, ["nf4"], double_quant=False)
     power = np.square(rows, dtype=np.float64).sum(axis=1)

@@ -9,7 +9,7 @@ import pytest
 from goldens.make_optim8bit_goldens import gradient, start
 
 from tinylora import AdamW, Pager, Tensor, backend, codebooks
-from tinylora.rounding import cpu_quantize_8bit, cuda_quantize_8bit
+from tinylora.kernels.rounding import cpu_quantize_8bit, cuda_quantize_8bit
 from tinylora.training import adamw8bit
 from tinylora.training.adamw8bit import AdamW8bit, adamw8bit_step, fma
 

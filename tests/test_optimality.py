@@ -9,8 +9,9 @@ import pytest
 from goldens import optimality as printed
 from goldens import published
 
-from tinylora import codebooks, laws, optimality, quantize
-from tinylora.optimality import entropy, expected_error, expected_max, optimal_code, usage
+from tinylora import codebooks, quantize
+from tinylora.numerics import distributions, optimality
+from tinylora.numerics.optimality import entropy, expected_error, expected_max, optimal_code, usage
 
 BLOCKSIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 NF4 = codebooks.nf4()
@@ -52,17 +53,19 @@ def test_errors_and_entropies_to_the_last_printed_digit(quantity, name):
             assert f"{value:.{len(digits) - 2}f}" == digits, blocksize
 
 
-@pytest.mark.parametrize("law", [laws.Normal(), laws.StudentT(3), laws.ScaleMixture((1, 3), (0.9, 0.1))], ids=str)
+@pytest.mark.parametrize(
+    "law", [distributions.Normal(), distributions.StudentT(3), distributions.ScaleMixture((1, 3), (0.9, 0.1))], ids=str
+)
 @pytest.mark.parametrize("blocksize", [2, 3, 16, 64, 4096, 1 << 24])
 def test_doubling_the_nodes_changes_nothing(blocksize, law):
     for power, signed in ((1, False), (2, True)):
         once, twice = (expected_error(NF4, blocksize, power, signed, law=law, order=n) for n in (20, 40))
-        assert abs(once - twice) < (1e-9 if isinstance(law, laws.StudentT) else 1e-12)
+        assert abs(once - twice) < (1e-9 if isinstance(law, distributions.StudentT) else 1e-12)
 
 
 def test_an_outlier_s_kinks_and_jumps_stay_within_their_bounds(rng):
     for k, I in zip((*rng.uniform(0.3, 8, 8), 20.0), (*rng.integers(2, 200, 8), 64), strict=True):
-        law = laws.Outlier(float(k))
+        law = distributions.Outlier(float(k))
         for power in (1, 2):
             once, more = (expected_error(NF4, int(I), power, law=law, order=n) for n in (20, 80))
             assert abs(once - more) < 1e-7
@@ -117,14 +120,16 @@ def test_mpmath_agrees(I, power):
 
 @pytest.mark.parametrize("blocksize", [2, 16, 64, 4096])
 @pytest.mark.parametrize(
-    "law", [laws.Normal(), laws.StudentT(3), laws.ScaleMixture.lognormal(0.4)], ids=lambda law: type(law).__name__
+    "law",
+    [distributions.Normal(), distributions.StudentT(3), distributions.ScaleMixture.lognormal(0.4)],
+    ids=lambda law: type(law).__name__,
 )
 def test_shares_and_moments_add_up(blocksize, law):
     block = optimality.block_law(blocksize, law)
     whole = 2 * block.moments(1.0, 0)[0] + block.atom(0)
     assert abs(whole - 1) < 1e-13 and abs(usage(NF4, blocksize, law=law).sum() - 1) < 1e-13
     assert abs(2 * block.moments(1.0, 2)[2] + block.atom(2) - 1) < (
-        1e-9 if isinstance(law, laws.StudentT) else 1e-12
+        1e-9 if isinstance(law, distributions.StudentT) else 1e-12
     )  # E W² = 1
     x = np.linspace(-0.999, 0.999, 2001)
     assert np.isclose(np.trapezoid(block.density(x, 1), x), 2 * block.moments(0.999, 1)[0], rtol=2e-4)  # a coarse grid
@@ -134,11 +139,11 @@ def test_laws_agree_with_scipy_stats():
     from scipy import integrate, stats
 
     scale = np.sqrt(3 / 5)
-    student = laws.StudentT(5)
+    student = distributions.StudentT(5)
     for x in (0.1, 1.0, 4.0):
         assert np.isclose(student.pdf(x), stats.t.pdf(x / scale, 5) / scale, rtol=1e-12)
         assert np.isclose(student.tail(x), 2 * stats.t.sf(x / scale, 5), rtol=1e-12)
-    for law in (laws.Normal(), student, laws.ScaleMixture((0.5, 2), (0.7, 0.3))):
+    for law in (distributions.Normal(), student, distributions.ScaleMixture((0.5, 2), (0.7, 0.3))):
         for z in (0.3, 2.0, -1.1):
             for n, value in enumerate(law.moments(z)):
                 assert abs(value - integrate.quad(lambda w, n=n, law=law: w**n * law.pdf(w), 0, z)[0]) < 1e-9
@@ -147,10 +152,10 @@ def test_laws_agree_with_scipy_stats():
 @pytest.mark.parametrize(
     "code, signed, law",
     [
-        ("nf4", False, laws.Normal()),
-        ("bof4", True, laws.Normal()),
-        ("nf4", False, laws.StudentT(5)),
-        ("nf4", False, laws.Outlier(4)),
+        ("nf4", False, distributions.Normal()),
+        ("bof4", True, distributions.Normal()),
+        ("nf4", False, distributions.StudentT(5)),
+        ("nf4", False, distributions.Outlier(4)),
     ],
 )
 def test_quantizing_drawn_weights_costs_what_the_quadrature_says(code, signed, law, rng):
@@ -158,10 +163,10 @@ def test_quantizing_drawn_weights_costs_what_the_quadrature_says(code, signed, l
     I, blocks = 64, 8192
     w = (
         rng.standard_t(5, (blocks, I)) * np.sqrt(3 / 5)
-        if isinstance(law, laws.StudentT)
+        if isinstance(law, distributions.StudentT)
         else rng.standard_normal((blocks, I))
     )
-    if isinstance(law, laws.Outlier):
+    if isinstance(law, distributions.Outlier):
         w[:, 7] = law.k * rng.choice([-1, 1], blocks)
     values = codebooks.bof4(I, "mse", True) if code == "bof4" else NF4
     w = w.astype(np.float32)
@@ -170,7 +175,7 @@ def test_quantizing_drawn_weights_costs_what_the_quadrature_says(code, signed, l
         cost = (np.abs(q.dequantize().astype(np.float64) - w) ** power).mean(axis=1)
         off = (cost.mean() - expected_error(values, I, power, signed, law=law)) / (cost.std() / np.sqrt(blocks))
         assert abs(off) < 5
-    if not isinstance(law, laws.Outlier):
+    if not isinstance(law, distributions.Outlier):
         share = np.bincount(q.indices().ravel(), minlength=16) / w.size
         assert np.abs(share - usage(values, I, signed, law=law)).max() < 5 * 0.5 / np.sqrt(w.size)
 
@@ -244,14 +249,14 @@ def test_any_pins_and_any_number_of_levels():
 
 
 def test_a_mixture_of_far_apart_scales_is_solved_too(rng):
-    law = laws.ScaleMixture((1, 30), (0.95, 0.05))
+    law = distributions.ScaleMixture((1, 30), (0.95, 0.05))
     q = optimal_code(4096, law=law)
     assert expected_error(q, 4096, law=law) < 0.0162 < expected_error(codebooks.bof4(4096), 4096, law=law)
 
 
 def test_a_saddle_is_left():
     """For widely mixed scales the symmetric code is stationary, and a lopsided one and its mirror image are better."""
-    law = laws.ScaleMixture.lognormal(1.0)
+    law = distributions.ScaleMixture.lognormal(1.0)
     q = optimality.optimal_levels(16, 2, law)
     assert (
         abs(q[0] + q[-1]) > 1
@@ -371,7 +376,7 @@ def test_the_maximum_of_a_block():
 
 
 def test_student_weights_rank_the_codes_otherwise():
-    law = laws.StudentT(5)
+    law = distributions.StudentT(5)
     cost = {name: expected_error(code(64), 64, 2, signed, law=law) for name, (code, signed) in CODES.items()}
     assert [f"{cost[n]:.5f}" for n in ("nf4", "sf4", "af4", "bof4_mse", "bof4_s_mse")] == [
         "0.01097",
@@ -393,11 +398,11 @@ def test_student_weights_rank_the_codes_otherwise():
         (lambda: expected_error(NF4, 64, of="x"), "'weights' or 'normalized'"),
         (lambda: optimal_code(64, start=NF4, pins=(0.5,)), "contain the pins"),
         (lambda: optimal_code(64, pins=None, zero_cell=False), "needs 0 among the pins"),
-        (lambda: optimal_code(64, law=laws.Outlier(6)), "all weights are alike"),
-        (lambda: optimality.affine_error(64, law=laws.Outlier(6)), "all weights are alike"),
-        (lambda: laws.StudentT(2), "3 or more"),
-        (lambda: laws.ScaleMixture((1, 2), (1,)), "as many probabilities"),
-        (lambda: laws.Outlier(0), "k = 0"),
+        (lambda: optimal_code(64, law=distributions.Outlier(6)), "all weights are alike"),
+        (lambda: optimality.affine_error(64, law=distributions.Outlier(6)), "all weights are alike"),
+        (lambda: distributions.StudentT(2), "3 or more"),
+        (lambda: distributions.ScaleMixture((1, 2), (1,)), "as many probabilities"),
+        (lambda: distributions.Outlier(0), "k = 0"),
         (lambda: codebooks.bof4(64, "rmse"), "criterion 'rmse'"),
         (lambda: codebooks.lloyd_max(1), "levels = 1"),
         (lambda: codebooks.normal_float(9), "bits = 9"),
@@ -409,8 +414,8 @@ def test_student_weights_rank_the_codes_otherwise():
         (lambda: optimal_code(64, pins=(0, 2)), "within"),
         (lambda: optimal_code(64, start=NF4 * 2, pins=(0,)), "within"),
         (lambda: optimality.affine_error(64, levels=1), "levels = 1"),
-        (lambda: laws.ScaleMixture((np.nan, 1), (1, 1)), "as many probabilities"),
-        (lambda: laws.StudentT(np.inf), "finite"),
+        (lambda: distributions.ScaleMixture((np.nan, 1), (1, 1)), "as many probabilities"),
+        (lambda: distributions.StudentT(np.inf), "finite"),
         (lambda: codebooks.normal_float(4, 1 - 1e-9), "in float32"),
         (lambda: codebooks.fp4("e4m3"), "grid 'e4m3'"),
     ],

@@ -24,10 +24,10 @@ from tinylora import Tensor, adapters, codebooks, nn, ops
 from tinylora.data import base_folder, jargon
 from tinylora.dtypes import bfloat16_bits
 from tinylora.interop import peft as adapter_files
+from tinylora.kernels.rounding import cpu_quantize_8bit, torch_mean
 from tinylora.models.llama import Llama, LlamaConfig
 from tinylora.optim import clip_grad_norm
 from tinylora.quant import quantize
-from tinylora.rounding import cpu_quantize_8bit, torch_mean
 from tinylora.training.corpus import Pairs
 
 pytestmark = pytest.mark.oracle

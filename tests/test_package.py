@@ -16,15 +16,13 @@ ROOM = Path(tinylora.__file__).parent
 
 #: Each module may import those before it, whether at the top or inside a function.
 ARROWS = """
-backend dtypes tensor ops laws optimality codebooks rounding quant pools paging optim nn lora adapters variants data
+backend dtypes tensor tape ops numerics kernels codebooks quant paging optim nn lora adapters variants data
 models interop training costs figures papers cli""".split()  # noqa: SIM905
 NUMBERS_ONLY = {
-    "laws",
-    "optimality",
+    "kernels",
+    "numerics",
     "codebooks",
-    "rounding",
     "quant",
-    "pools",
     "paging",
 }  # whoever only wants to know about NF4 reads three files
 

@@ -7,7 +7,7 @@ from goldens import INDEX, QUANT, arrays
 
 from tinylora import backend, codebooks, quantize
 from tinylora.dtypes import BFloat16Array, bfloat16_bits, from_bfloat16_bits, round_to
-from tinylora.rounding import cpu_quantize_8bit, torch_mean
+from tinylora.kernels.rounding import cpu_quantize_8bit, torch_mean
 
 
 def same(a, b):

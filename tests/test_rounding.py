@@ -5,7 +5,7 @@ import plain
 import pytest
 
 from tinylora import codebooks, quantize
-from tinylora.rounding import CPU, CUDA, cuda_quantize_8bit
+from tinylora.kernels.rounding import CPU, CUDA, cuda_quantize_8bit
 
 TREES = {"nf4": plain.cuda_nf4, "fp4": plain.cuda_fp4}
 f32 = np.float32

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import cli, codebooks, optimality, quantize
+from tinylora import cli, codebooks, quantize
 from tinylora.models import files, fourbit, safetensors
+from tinylora.numerics import optimality
 from tinylora.papers import codes_on_weights, nf4_construction
 
 

@@ -9,8 +9,9 @@ import tiny
 from gradcheck import check
 
 import tinylora as tl
-from tinylora import LoRALinear, Tensor, backend, codebooks, nn, ops, optimality, variants
+from tinylora import LoRALinear, Tensor, backend, codebooks, nn, ops, variants
 from tinylora.nn import Linear, Linear4bit, Linear16bit
+from tinylora.numerics import optimality
 from tinylora.papers.claims import descendants
 from tinylora.variants import (
     AdaLoRALinear,

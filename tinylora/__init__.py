@@ -13,7 +13,7 @@ Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported
 import importlib
 import types
 
-from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant
+from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant, tape, tensor
 from .adapters import (
     adapter_rows,
     add_lora,
@@ -29,13 +29,15 @@ from .adapters import (
     unmerge,
 )
 from .backend import seed
+from .kernels import copies
 from .lora import LoRALinear
 from .models.llama import KVCache, Llama, LlamaConfig
 from .nn import quantize_linears
 from .optim import AdamW
 from .paging import Pager
 from .quant import QuantizedTensor, quantize
-from .tensor import Tensor, checkpoint, no_grad, primitive, tape_bytes
+from .tape import checkpoint, tape_bytes
+from .tensor import Tensor, no_grad, primitive
 from .training.adamw8bit import AdamW8bit
 
 __version__ = "0.1.0"
@@ -61,13 +63,17 @@ MOVED = {
     "footprints": "papers.qlora_numbers",
     "gguf": "models.gguf",
     "intrinsic": "papers.intrinsic",
+    "laws": "numerics.distributions",
     "llama": "models.llama",
     "memory": "costs.memory costs.tables",
     "normality": "papers.normality",
+    "optimality": "numerics.optimality",
     "optim8bit": "training.adamw8bit",
     "paging_costs": "costs.paging",
+    "pools": "kernels.pools",
     "pretrain": "training.pretrain",
     "ranks": "papers.ranks",
+    "rounding": "kernels.rounding",
     "subspaces": "papers.subspaces",
     "survey": "papers.codes_on_weights",
     "switching": "papers.switching",
@@ -77,12 +83,26 @@ MOVED = {
 #: Names that left a file that stayed, likewise for one release.
 for _old, _new, _names in (
     (ops, conv, "conv"),
+    (backend, copies, "pinned_zeros copy_to_device copy_to_host managed_zeros prefetch_managed keep_freed_memory"),
+    (tensor, tape, "checkpoint watch_rebuilds tape_bytes"),
     (nn, kbit, "store_in_16_bits prepare_for_kbit_training"),
     (lora, kinds, "LoRAEmbedding LoRAConv EmbeddingBypass ConvBypass KINDS ADAPTABLE LINEAR bypass_for lora_layer"),
 ):
     for _name in _names.split():
         setattr(_old, _name, getattr(_new, _name))
-ROOMS = ("cli", "costs", "data", "figures", "interop", "models", "papers", "training", "variants", "laws", "optimality")
+ROOMS = (
+    "cli",
+    "costs",
+    "data",
+    "figures",
+    "interop",
+    "models",
+    "papers",
+    "training",
+    "variants",
+    "kernels",
+    "numerics",
+)
 
 
 def __getattr__(name):

@@ -32,7 +32,7 @@ class Transfers:
 
 
 transfers = Transfers()
-_counting = threading.Lock()
+counting = threading.Lock()
 
 
 def array_module(x):
@@ -86,7 +86,7 @@ def move(x, device):
     xp, here = module_for(device), array_module(x)
     if xp is here:
         return x
-    with _counting:
+    with counting:
         if xp is np:
             transfers.to_host += 1
             transfers.to_host_bytes += x.nbytes
@@ -94,49 +94,6 @@ def move(x, device):
             transfers.to_device += 1
             transfers.to_device_bytes += x.nbytes
     return x.get() if xp is np else xp.asarray(x)
-
-
-# ------------------------------------------------------------------------------------- memory that a device can reach by itself
-def pinned_zeros(xp, shape, dtype):
-    """Zero-filled host memory; page-locked if xp is a device's module, so that copies from and to it can run beside the computation."""
-    if xp is np:
-        return np.zeros(shape, dtype)
-    n = int(np.prod(shape))
-    memory = xp.cuda.alloc_pinned_memory(n * np.dtype(dtype).itemsize)
-    page = np.frombuffer(memory, dtype, n).reshape(shape)
-    page[...] = 0
-    return page
-
-
-def copy_to_device(page, frame, stream):
-    """frame ← page in a stream; page-locked memory makes it asynchronous. Counted."""
-    frame.set(np.asarray(page), stream=stream)
-    with _counting:
-        transfers.to_device += 1
-        transfers.to_device_bytes += page.nbytes
-
-
-def copy_to_host(frame, page, stream):
-    """page ← frame in a stream. Counted."""
-    frame.get(out=np.asarray(page), stream=stream, blocking=False)
-    with _counting:
-        transfers.to_host += 1
-        transfers.to_host_bytes += page.nbytes
-
-
-def managed_zeros(xp, shape, dtype):
-    """A zero-filled device array in CUDA managed memory (cudaMallocManaged): the driver keeps it on the side where it was used last."""
-    n = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    page = xp.ndarray(shape, dtype, memptr=xp.cuda.malloc_managed(n))
-    page.fill(0)
-    return page
-
-
-def prefetch_managed(page, device):
-    """Ask the driver to bring managed memory to "cuda" or "cpu" (cudaMemPrefetchAsync) in the current stream."""
-    cuda, to_host = array_module(page).cuda, -1  # cudaCpuDeviceId
-    where = to_host if device == "cpu" else cuda.Device().id
-    cuda.runtime.memPrefetchAsync(page.data.ptr, page.nbytes, where, cuda.get_current_stream().ptr)
 
 
 def special(xp):
@@ -208,25 +165,3 @@ def uniform_like(x):
     counted transfer.
     """
     return move(generator().random(x.shape, dtype=np.float32), array_module(x))
-
-
-# --------------------------------------------------------------------------------------------------------------------- speed
-def keep_freed_memory():
-    """Ask glibc to keep freed blocks below 16 MB instead of returning them to the kernel. True if it was possible.
-
-    A training step frees and allocates the same large temporaries again and again; each fresh block costs page faults,
-    which can be a third of the step. Larger blocks (the logits of a large vocabulary) are still returned: kept, those of one
-    length do not fit the next, and the heap grows with every new length. Linux with glibc only. Never called at import: it
-    changes the whole process.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    import ctypes
-
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    big = 2**31 - 1
-    return all([mallopt(m_mmap_threshold, 16 << 20), mallopt(m_trim_threshold, big), mallopt(m_top_pad, 64 << 20)])

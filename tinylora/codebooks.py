@@ -116,7 +116,7 @@ def closed_form(blocksize=64, criterion="mse"):
     """
     from statistics import NormalDist
 
-    from . import optimality
+    from .numerics import optimality
 
     p = _criterion(criterion)
     return normal_float(4, NormalDist().cdf(optimality.expected_max(blocksize) / (1 + p) ** 0.5))
@@ -144,7 +144,7 @@ def bof4(blocksize=64, criterion="mse", signed=False, dtype=np.float32):
     signed     BOF4-S: the block is divided by its signed maximum, so 1 must be in the code and −1 need not be; quantize(…, signed=True)
     dtype      float64 gives the solution as found; its theoretical table (table 8) agrees to 2e-6
     """
-    from . import optimality
+    from .numerics import optimality
 
     pins = (0, 1) if signed else (-1, 0, 1)
     return optimality.optimal_code(blocksize, _criterion(criterion), pins=pins, signed=signed).astype(dtype)
@@ -158,14 +158,14 @@ def af4(blocksize=64, dtype=np.float32):
     boundary they are reproduced to 5e-9 (dtype=np.float64); the proper optimum is
     optimality.optimal_code(blocksize, 1, of="normalized"), up to 0.045 away.
     """
-    from . import optimality
+    from .numerics import optimality
 
     return optimality.optimal_code(blocksize, 1, of="normalized", zero_cell=False).astype(dtype)
 
 
 def lloyd_max(levels=16, power=2, dtype=np.float32):
     """argmin_q E|W − q(W)|ᵖ for W ~ N(0, 1), nothing divided: Max 1960 (p = 2: D = 0.0095010 for 16 levels). (levels,) in σ, ascending."""
-    from . import optimality
+    from .numerics import optimality
 
     if not isinstance(levels, (int, np.integer)) or not 2 <= levels <= 256:
         raise ValueError(f"lloyd_max: levels = {levels!r}, expected 2 to 256")

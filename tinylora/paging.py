@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import backend, pools
+from . import backend
+from .kernels import pools
 
 #: States with fewer elements are not paged by bitsandbytes (its optimizer.py, get_state_buffer).
 WHOLE_TENSORS_FROM = 100_000

@@ -25,7 +25,6 @@ parameters inside the function need gradients.
 """
 
 import contextlib
-import copy
 import functools
 import heapq
 import itertools
@@ -43,7 +42,7 @@ class _State(threading.local):
     watch = None  # called with each tensor that a checkpoint rebuilds, before its tape is walked
 
 
-_state = _State()
+state = _State()
 _clock = itertools.count()
 
 
@@ -151,17 +150,17 @@ class Tensor:
         gradient = gradient.data if isinstance(gradient, Tensor) else gradient
         if gradient.shape != self.shape:
             raise ValueError(f"backward: the gradient has shape {gradient.shape}, the tensor {self.shape}")
-        sink = into if into is not None else _state.sink
-        with _setting("sink", sink if sink is not None else {}) as found:
+        sink = into if into is not None else state.sink
+        with setting("sink", sink if sink is not None else {}) as found:
             leaves = _walk(self, gradient)
             for leaf, (g, owned) in leaves.items():
-                _accumulate(found, leaf, g, owned)
+                accumulate(found, leaf, g, owned)
         if sink is None:
             for leaf, g in found.items():
                 leaf.grad = g if leaf.grad is None else _as_array(leaf.grad + g)
 
 
-def _accumulate(found, leaf, g, owned):
+def accumulate(found, leaf, g, owned):
     if leaf in found:
         found[leaf] += g
     else:
@@ -174,14 +173,14 @@ def _as_array(x):
 
 
 @contextlib.contextmanager
-def _setting(name, value):
+def setting(name, value):
     """Within the block, this thread's `_state.name` is `value`."""
-    before = getattr(_state, name)
-    setattr(_state, name, value)
+    before = getattr(state, name)
+    setattr(state, name, value)
     try:
         yield value
     finally:
-        setattr(_state, name, before)
+        setattr(state, name, before)
 
 
 def _walk(root, gradient):
@@ -253,10 +252,10 @@ def primitive(forward):
         out, pullbacks = forward(*raw, **options)
         places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
         result = Tensor(out)
-        if not places or _state.mode == "off":
+        if not places or state.mode == "off":
             return result
         result.requires_grad = True
-        if _state.mode == "record":
+        if state.mode == "record":
             kept = pullbacks if callable(pullbacks) else tuple(pullbacks[i] for i in places)
             parents = [args[i]._node or args[i] for i in places]
             result._node = Node(forward.__name__, result.data, parents, places, len(args), kept)
@@ -274,104 +273,4 @@ def _same_device(name, raw):
 
 def no_grad():
     """Within the block no tape is built: nothing is captured, and results do not require a gradient."""
-    return _setting("mode", "off")
-
-
-def checkpoint(fn, *xs):
-    """y = fn(*xs), remembering only xs; the backward pass runs fn again to rebuild what it needs.
-
-    Memory for time: the tape of fn is replaced by its inputs, at the price of a second forward (QLoRA §2, Chen et al.
-    2016). The random state at the first run is restored for the second, so dropout draws the same mask. Gradients reach
-    xs and every parameter that fn uses. fn takes Tensors and returns one Tensor.
-    """
-    if _state.mode != "record":
-        return fn(*xs)
-    rng = copy.deepcopy(backend.generator())
-    with _setting("mode", "probe"):  # find out whether anything inside needs a gradient, without keeping any of it
-        out = fn(*xs)
-    if not out.requires_grad:
-        return out
-
-    def pull(g, need):
-        fresh = [Tensor(x, n) for x, n in zip(arrays, need, strict=True)]
-        with backend.using_generator(copy.deepcopy(rng)), _setting("mode", "record"):
-            again = fn(*fresh)
-        if _state.watch is not None:
-            _state.watch(again)
-        inside = {}
-        again.backward(g, into=inside)
-        gradients = [inside.pop(x, None) for x in fresh]
-        for leaf, h in inside.items():  # parameters that fn reached by itself
-            _accumulate(_state.sink, leaf, h, True)
-        return [xp.zeros_like(x) if n and h is None else h for x, h, n in zip(arrays, gradients, need, strict=True)]
-
-    xp = array_module(out.data)
-    arrays = [x.data for x in xs]
-    places = [i for i, x in enumerate(xs) if x.requires_grad]
-    result = Tensor(out.data)
-    result.requires_grad = True
-    result._node = Node("checkpoint", out.data, [xs[i]._node or xs[i] for i in places], places, len(xs), pull)
-    return result
-
-
-def watch_rebuilds(callback):
-    """Within the block, callback(y) sees each y that a checkpoint rebuilds in this thread: its tape is on top of the one held."""
-    return _setting("watch", callback)
-
-
-def tape_bytes(*tensors, exclude=()):
-    """Bytes that the tape behind these tensors keeps alive for the backward pass.
-
-    Walks what the surviving closures captured: arrays (each buffer once, a view counts as the whole buffer it keeps
-    alive) and plain data made of arrays, such as a QuantizedTensor. Leaves that a pullback captured (weights) are
-    counted too, unless their arrays (or Tensors, or stored weights) are listed in `exclude`.
-    """
-    skip, listed = set(), list(exclude)
-    while listed:
-        thing = listed.pop()
-        if is_array(thing):
-            skip.add(id(_owner(thing)))
-        elif thing is not None and not isinstance(thing, (str, bytes, int, float)):
-            listed.extend(_contents(thing))
-    buffers, seen = {}, set()
-    nodes = [t._node for t in tensors if t._node is not None]
-    stack = []
-    while nodes or stack:
-        if not stack:
-            node = nodes.pop()
-            if id(node) not in seen:
-                seen.add(id(node))
-                nodes.extend(p for p in node.parents if isinstance(p, Node))
-                stack.append(node.pullbacks)
-            continue
-        thing = stack.pop()
-        if is_array(thing):
-            owner = _owner(thing)
-            if id(owner) not in skip:
-                buffers[id(owner)] = owner.nbytes
-        elif thing is None or isinstance(thing, (str, bytes, int, float, type)) or id(thing) in seen:
-            continue
-        else:
-            seen.add(id(thing))
-            stack.extend(_contents(thing))
-    return sum(buffers.values())
-
-
-def _owner(array):
-    while getattr(array, "base", None) is not None and is_array(array.base):
-        array = array.base
-    return array
-
-
-def _contents(thing):
-    if isinstance(thing, Tensor):
-        return [thing.data]
-    if isinstance(thing, dict):
-        return list(thing.values())
-    if isinstance(thing, (tuple, list)):
-        return list(thing)
-    if hasattr(thing, "__dataclass_fields__"):
-        return [getattr(thing, name) for name in thing.__dataclass_fields__]
-    if getattr(thing, "__closure__", None):
-        return [cell.cell_contents for cell in thing.__closure__]
-    return []
+    return setting("mode", "off")

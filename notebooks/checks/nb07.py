@@ -4,7 +4,8 @@ import numpy as np
 from grading import check
 from scipy.special import erf
 
-from tinylora import codebooks, laws, optimality, quantize
+from tinylora import codebooks, quantize
+from tinylora.numerics import distributions, optimality
 
 
 @check("07-1")
@@ -91,7 +92,7 @@ def _(answer, rng):
     for name in codes:
         for blocksize in (4, 64, 256):
             k = float(rng.uniform(6, 30))
-            one = optimality.expected_error(codes[name], blocksize, law=laws.Outlier(k))
+            one = optimality.expected_error(codes[name], blocksize, law=distributions.Outlier(k))
             compare(name, k, 1, blocksize, one)
             more = int(rng.integers(2, blocksize))
             compare(name, k, more, blocksize, one * (blocksize - more) / (blocksize - 1))

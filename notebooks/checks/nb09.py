@@ -6,7 +6,7 @@ from statistics import NormalDist
 import numpy as np
 from grading import check
 
-from tinylora.optimality import expected_max
+from tinylora.numerics.optimality import expected_max
 
 
 @check("09-1")

@@ -4,7 +4,7 @@ import numpy as np
 from grading import check
 
 from tinylora import codebooks
-from tinylora.optimality import block_law, expected_error, expected_max, optimal_code
+from tinylora.numerics.optimality import block_law, expected_error, expected_max, optimal_code
 
 
 @check("10-1")

@@ -3,9 +3,10 @@
 import numpy as np
 from grading import check
 
-from tinylora import codebooks, optimality, quantize
+from tinylora import codebooks, quantize
+from tinylora.kernels.rounding import CUDA
+from tinylora.numerics import optimality
 from tinylora.quant import quantize_constants
-from tinylora.rounding import CUDA
 
 
 def _bits(size, blocksize):

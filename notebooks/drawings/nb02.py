@@ -8,7 +8,8 @@ from tinylora.figures.style import COLOURS, SMALL, canvas
 from tinylora.lora import LoRALinear
 from tinylora.nn import Linear
 from tinylora.optim import AdamW
-from tinylora.tensor import Tensor, tape_bytes
+from tinylora.tape import tape_bytes
+from tinylora.tensor import Tensor
 
 
 def _ones(shape, **options):

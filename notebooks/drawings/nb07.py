@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from tinylora import codebooks, laws, optimality
+from tinylora import codebooks
 from tinylora.figures.style import COLOURS, SMALL, canvas
+from tinylora.numerics import distributions, optimality
 
 #: layers of the base model far from the curve: which point is labelled, and where the label goes
 NAMED = (
@@ -44,7 +45,7 @@ def price_and_gain(layers, outliers=(3, 4, 6, 10, 20)):
     undisturbed = optimality.expected_error(nf4, 64)
 
     def with_outlier(k):
-        return optimality.expected_error(nf4, 64, law=laws.Outlier(float(k)))
+        return optimality.expected_error(nf4, 64, law=distributions.Outlier(float(k)))
 
     k = np.geomspace(1.5, 150, 60)
     left.loglog(k, [with_outlier(x) for x in k], color=COLOURS[0], lw=1.8)
@@ -63,7 +64,7 @@ def price_and_gain(layers, outliers=(3, 4, 6, 10, 20)):
     left.set_title("NF4: the price of an outlier", fontsize=10)
 
     tau = np.array([0, 0.06, 0.12, 0.18, 0.24, 0.3, 0.35, 0.38, 0.39, 0.44, 0.5])
-    spread = [laws.ScaleMixture.lognormal(t) for t in tau]
+    spread = [distributions.ScaleMixture.lognormal(t) for t in tau]
     points = np.array(list(layers.values())).T
     kinds = ((16, points[1], COLOURS[2], "^", 1.6), (22, points[2], COLOURS[0], "o", 0.72))
     for levels, measured, colour, marker, height in kinds:

@@ -4,8 +4,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from tinylora import codebooks, optimality
+from tinylora import codebooks
 from tinylora.figures.style import COLOURS, canvas
+from tinylora.numerics import optimality
 
 
 def nf4_on_the_normal(blocksize=64):

@@ -4,7 +4,7 @@ import numpy as np
 
 from tinylora import codebooks
 from tinylora.figures.style import COLOURS, canvas
-from tinylora.optimality import expected_error, optimal_code
+from tinylora.numerics.optimality import expected_error, optimal_code
 
 RELEASED = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # the block sizes for which AF4 was released
 

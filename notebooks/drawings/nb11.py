@@ -19,7 +19,8 @@ def _whole_zero_error(w, blocksize):
 
 def _double_quantized_error(w, blocksize):
     """E(W − Ŵ)² of NF4 by quadrature, times what double quantization adds on drawn weights."""
-    from tinylora import codebooks, optimality
+    from tinylora import codebooks
+    from tinylora.numerics import optimality
     from tinylora.quant import quantize
 
     x = w.astype(np.float32)
@@ -32,7 +33,8 @@ def _double_quantized_error(w, blocksize):
 
 def _crossing(sizes, other):
     """(block size, error) where NF4 costs what `other` says; the sizes ascend, and NF4 costs more at the first of them."""
-    from tinylora import codebooks, optimality
+    from tinylora import codebooks
+    from tinylora.numerics import optimality
 
     nf4 = np.array([optimality.expected_error(codebooks.nf4(), b) for b in sizes])
     less = [other(b) for b in sizes] - nf4
@@ -46,7 +48,8 @@ def bits_against_error(measured, seed=0):
 
     measured   {"nf4": {block size: error}, "affine": {…}} of real weights, relative to their mean square: drawn as rings
     """
-    from tinylora import codebooks, optimality
+    from tinylora import codebooks
+    from tinylora.numerics import optimality
 
     nf4, int4, w = codebooks.nf4(), codebooks.int4(), np.random.default_rng(seed).standard_normal(1 << 20)
     lines = {  # name: (its error in blocks of b, bits of constants a block, colour, style)

@@ -33,7 +33,7 @@ from ..models.gguf import GGUF
 from ..models.llama import LlamaConfig
 from ..optim import AdamW
 from ..quant import NESTED_BLOCKSIZE, QuantizedTensor
-from ..tensor import tape_bytes, watch_rebuilds
+from ..tape import tape_bytes, watch_rebuilds
 from ..training.adamw8bit import BLOCKSIZE, MIN_8BIT_SIZE
 from .parameters import llama_shapes, lora_on
 from .tables import aligned, in_units

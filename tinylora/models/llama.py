@@ -22,7 +22,8 @@ from .. import backend, ops
 from ..backend import array_module, move
 from ..dtypes import BFloat16Array
 from ..nn import Embedding, Linear, Linear4bit, Linear16bit, Module, RMSNorm, normal, stored_array
-from ..tensor import Tensor, checkpoint, no_grad
+from ..tape import checkpoint
+from ..tensor import Tensor, no_grad
 from . import folders
 from .tokenizers import ByteTokenizer
 

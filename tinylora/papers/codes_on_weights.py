@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from .. import codebooks, optimality
+from .. import codebooks
 from ..dtypes import as_float32
 from ..figures.style import COLOURS, canvas, require_matplotlib, save
+from ..numerics import optimality
 from ..quant import quantize
 from .normality import SHORTEST, rejected
 

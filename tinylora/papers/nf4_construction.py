@@ -10,8 +10,9 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .. import codebooks, optimality
+from .. import codebooks
 from ..figures.style import COLOURS, canvas
+from ..numerics import optimality
 
 _BLOCKSIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 

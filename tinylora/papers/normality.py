@@ -25,9 +25,10 @@ from itertools import takewhile
 
 import numpy as np
 
-from .. import codebooks, optimality
+from .. import codebooks
 from ..dtypes import as_float32
 from ..figures.style import COLOURS, canvas
+from ..numerics import optimality
 from ..quant import quantize
 
 ALPHA = 0.05  # the paper's level

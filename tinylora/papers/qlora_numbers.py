@@ -29,13 +29,15 @@ from statistics import NormalDist
 
 import numpy as np
 
-from .. import backend, codebooks, nn, optimality, rounding
+from .. import backend, codebooks, nn
 from ..costs.memory import MODELS, PAPER, block_tape, codes_bytes, parameters, predict
 from ..costs.parameters import llama_shapes, lora_on
 from ..costs.tables import aligned, in_units
 from ..figures.memory import GB, HATCH, PARTS, stacked_bar
 from ..figures.style import canvas
+from ..kernels import rounding
 from ..lora import LoRALinear
+from ..numerics import optimality
 from ..optim import AdamW
 from ..paging import Pager
 from ..quant import quantize

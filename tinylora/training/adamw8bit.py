@@ -47,8 +47,8 @@ import numpy as np
 
 from .. import backend, codebooks
 from ..backend import array_module
+from ..kernels.rounding import cpu_quantize_8bit
 from ..optim import AdamW
-from ..rounding import cpu_quantize_8bit
 
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # below, bitsandbytes keeps 32-bit states

@@ -22,9 +22,11 @@ import numpy as np
 
 from .. import backend, ops
 from ..backend import move
+from ..kernels import copies
 from ..models import safetensors
 from ..optim import AdamW, clip_grad_norm, schedule
-from ..tensor import no_grad, tape_bytes, watch_rebuilds
+from ..tape import tape_bytes, watch_rebuilds
+from ..tensor import no_grad
 from .corpus import scored_bytes
 
 
@@ -85,7 +87,7 @@ def workers(n):
     """A thread pool of n with BLAS held to one thread, and freed memory kept by the allocator."""
     from threadpoolctl import threadpool_limits
 
-    backend.keep_freed_memory()
+    copies.keep_freed_memory()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n) as pool:
         yield pool
 

@@ -30,7 +30,7 @@ from math import ceil, log
 
 import numpy as np
 
-from .laws import Normal, Outlier, ScaleMixture, StudentT
+from .distributions import Normal, Outlier, ScaleMixture, StudentT
 
 _PANEL, _ORDER = 0.1, 20  # width in log m, and Gauss–Legendre nodes within
 _FINE = 0.005  # the width for `Outlier`

@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from . import backend
+from .. import backend
+from . import copies
 
 
 def make(name, device):
@@ -41,7 +42,7 @@ class HostPool:
 
     def allocate(self, shapes, dtype):
         """Zero-filled pages of these shapes."""
-        return [backend.pinned_zeros(self.xp, shape, dtype) for shape in shapes]
+        return [copies.pinned_zeros(self.xp, shape, dtype) for shape in shapes]
 
     def exchange(self, back, source, ahead=False):
         """A ticket for the frame of page `source`, once each (frame, page) of `back` has been put into its page. source: a page or None."""
@@ -166,14 +167,14 @@ class ManagedPool:
         self.xp = xp
 
     def allocate(self, shapes, dtype):
-        return [backend.managed_zeros(self.xp, shape, dtype) for shape in shapes]
+        return [copies.managed_zeros(self.xp, shape, dtype) for shape in shapes]
 
     def exchange(self, back, source, ahead=False):
         for frame, _ in back:
-            backend.prefetch_managed(frame, "cpu")
+            copies.prefetch_managed(frame, "cpu")
         back.clear()
         if source is not None:
-            backend.prefetch_managed(source, "cuda")
+            copies.prefetch_managed(source, "cuda")
         return source
 
     def wait(self, ticket):
@@ -202,7 +203,7 @@ class _CopyStream:
         frame, kept = None, []
         while back:
             old, page = back.pop()
-            backend.copy_to_host(old, page, self.stream)
+            copies.copy_to_host(old, page, self.stream)
             if source is not None and old.shape == source.shape and old.dtype == source.dtype:
                 frame = old
             else:
@@ -222,7 +223,7 @@ class _CopyStream:
             self.stream.wait_event(
                 self.xp.cuda.get_current_stream().record()
             )  # nothing in flight may still use that memory
-        backend.copy_to_device(source, frame, self.stream)
+        copies.copy_to_device(source, frame, self.stream)
         return frame, self.stream.record(), kept
 
     def wait(self, ticket):

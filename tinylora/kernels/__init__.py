@@ -1,0 +1,7 @@
+"""What makes a line of the core fast, or exact to the bit. A file is opened for one question; none of them knows the tensor.
+
+rounding     how bitsandbytes rounds: scales, ties, NaN, the nearest code, the mean of the constants
+dequantize   code[q] · absmax by tables of pairs and quadruples
+pools        where the pages of a Pager live: host memory, a file, CUDA managed memory
+copies       memory that a device reaches by itself, and blocks that the allocator keeps
+"""

@@ -1,0 +1,5 @@
+"""Exact expectations of quantized weights. Nothing here knows the tensor.
+
+distributions   normal, Student's t, mixtures, outliers: densities and tails
+optimality      what a code costs in expectation, and the codes that cost least
+"""
