@@ -104,7 +104,7 @@ assert (f"{4 / (3 * 12288):.4%}", f"{4 / (3 * 1024):.2%}") == ("0.0109%", "0.13%
 #
 # The embedded Llama has 2,078,784 weights in 5 layers of width 192. Few of its matrices are square: keys and values have
 # half the heads (96 × 192), and the MLP is 512 wide. All 35 of them get a bypass with $r = 8$. The bypasses are counted in
-# four ways: from the shapes, by `counting.llama_shapes` from the configuration alone, by `count_parameters`, which adds up
+# four ways: from the shapes, by `parameters.llama_shapes` from the configuration alone, by `count_parameters`, which adds up
 # the tensors that ask for a gradient, and by the paper's formula.
 
 # %%
@@ -127,7 +127,7 @@ assert tl.adapters.adapter_of(model).nbytes == 4 * mine
 
 # %% [markdown]
 # The paper's formula is 22.2 % too low here, because it holds for square matrices. In GPT-3's attention all are square, so
-# in the paper's tables nothing is lost by it. `counting.lora_on` and PEFT's "trainable params" are the general count.
+# in the paper's tables nothing is lost by it. `parameters.lora_on` and PEFT's "trainable params" are the general count.
 #
 # ## 4. The rivals
 #
@@ -283,7 +283,7 @@ assert matrices // 2 + rest + parameters.lora_on(llama, 16) == 3_540_389_888 == 
 # ## 7. The audit: do the tables follow the formulas?
 #
 # A printed number is an interval. "18.8M" means 18.75 to 18.85 million if it was rounded, 18.8 to 18.9 if its other digits
-# were cut off. So `counting.audit()` compares each printed number $p$ with the exact count $c$ by the step $\delta$ of its last
+# were cut off. So `lora_numbers.audit()` compares each printed number $p$ with the exact count $c$ by the step $\delta$ of its last
 # digit:
 #
 # $$c = p\ \text{(match)}, \qquad |c - p| \le \delta/2\ \text{(rounds to)}, \qquad 0 < c - p < \delta\ \text{(truncated)}, \qquad
@@ -569,9 +569,9 @@ _ = grade("01-3", exercise_3)
 # ## Summary
 #
 # - LoRA trains $r\,(d_{in} + d_{out})$ numbers a matrix, $2\hat L d r$ for square ones: 18,874,368 for GPT-3 with $r = 4$ on
-#   $q, v$, 0.0108 %, about $r/3d$. `counting.lora`, `lora_on`, `llama_shapes`; `adapters.count_parameters` on a model.
+#   $q, v$, 0.0108 %, about $r/3d$. `parameters.lora`, `lora_on`, `llama_shapes`; `adapters.count_parameters` on a model.
 # - A checkpoint of it has 37.7 MB, 1/9,285 of GPT-3's.
 # - Halved counts are packed bytes; three posted logs are recomputed to the unit.
-# - Of the paper's 116 numbers 71 follow by rounding, 14 by truncation, 5 roughly, 22 do not, 4 cannot be derived. `counting.audit()`,
-#   `describe()`; `tests/test_counting.py` holds each.
+# - Of the paper's 116 numbers 71 follow by rounding, 14 by truncation, 5 roughly, 22 do not, 4 cannot be derived. `lora_numbers.audit()`,
+#   `describe()`; `tests/papers/test_counting.py` holds each.
 # - Next: notebook 02, the bypass and its gradients.

@@ -661,6 +661,6 @@ _ = grade("02-3", exercise_3)
 #   no gradient: `tests/test_lora.py`. Either factor may be the zero one, not both.
 # - LoRA saves the gradients and Adam's moments ($12N^2 → 24Nr$ bytes), not the tape (× (1 + r/N) in an adapted layer):
 #   `tl.tape_bytes`.
-# - It saves a third of the multiply-adds at most ($2N^2 + 6Nr$ against $3N^2$) and moves more numbers: `tinylora.flops`,
+# - It saves a third of the multiply-adds at most ($2N^2 + 6Nr$ against $3N^2$) and moves more numbers: `tinylora.costs.flops`,
 #   `tests/test_flops.py`.
 # - Next: notebook 03, what merging the bypass does to $W_0$.

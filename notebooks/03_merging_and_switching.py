@@ -98,7 +98,7 @@ for name, net in (("base", layer.base_layer), ("adapted", layer), ("merged", mer
 # The table gives milliseconds of a forward pass of GPT-2 medium. Its six percentages are recomputed below, and beside each the
 # adapters' share of the multiply-adds (of the matrices in the blocks; attention and the head left out, so the true share is
 # smaller). The sizes are 0.5M parameters in the first setting and 11M in the others; the widths $r$ that fit them come from
-# `tinylora.counting`.
+# `parameters`.
 
 # %% tags=["hide-input"]
 L, d = lora_numbers.GPT2_M
@@ -653,9 +653,9 @@ _ = grade("03-3", exercise_3)
 # ## Summary
 #
 # - $W = W_0 + s B A$ is exact to rounding and costs one product; table 1's percentages are right, and come from depth rather
-#   than work. `tl.merge`, `tests/test_claims_lora.py`.
+#   than work. `tl.merge`, `tests/papers/test_claims_lora.py`.
 # - Subtracting does not give $W_0$ back: 46 % of the entries at $‖ΔW‖ = \sqrt 8\,‖W_0‖$, one in $2^k$ where the exponent grew
-#   by $k$. Keep $W_0$ (`merge(keep=True)`, `unmerge`); `tests/test_experiments.py`. loralib's `eval()` drifts
+#   by $k$. Keep $W_0$ (`merge(keep=True)`, `unmerge`); `tests/papers/test_experiments.py`. loralib's `eval()` drifts
 #   (`tests/test_loralib.py`).
 # - Unmerged adapters switch by moving the factors alone, 4 r (in + out) bytes a matrix in float32; they share a batch
 #   (`tl.adapter_rows`) and combine exactly by stacking, not by PEFT's "linear" (`tests/test_adapters.py`).

@@ -92,7 +92,7 @@ def predicted(s, r, noise, n, d=96):
 
 
 # %% [markdown]
-# LoRA is trained on 4,096 examples, 200 steps of AdamW, three seeds (`experiments.planted.rank_sweep`).
+# LoRA is trained on 4,096 examples, 200 steps of AdamW, three seeds (`claims.planted.rank_sweep`).
 
 # %% tags=["hide-input"]
 low = claims.run("rank_sweep", seeds=(0, 1, 2))["rank_sweep"]
@@ -542,5 +542,5 @@ _ = grade("04-3", exercise_3)
 # assumption is right (2.3 times at $n = 2d$), and intrinsic dimension is another property than rank: LoRA learns with 384 numbers
 # an update of which 384 random directions leave 96 %.
 #
-# Library: `subspaces`, `intrinsic.RandomSubspace`, `experiments.planted`, `tinylora ranks`. Tests: `tests/test_experiments.py`,
-# `tests/test_subspaces.py`, `tests/test_intrinsic.py`. Next: notebook 05, which directions an update takes.
+# Library: `subspaces`, `intrinsic.RandomSubspace`, `claims.planted`, `tinylora ranks`. Tests: `tests/papers/test_experiments.py`,
+# `tests/papers/test_subspaces.py`, `tests/papers/test_intrinsic.py`. Next: notebook 05, which directions an update takes.

@@ -549,7 +549,7 @@ _ = grade("06-3", exercise_3)
 #
 # - At the first step only B moves. Its gain goes as $s^2r$ under SGD and as $sr$ under Adam, so α/√r makes it flat in
 #   r under SGD (1.03 at $r = 256$), and α/r under Adam (1.02); its norm goes as $s^2\sqrt r$ and $s\sqrt r$ while
-#   $r ≪ d$, so that there, under Adam, the norm is flat with α/√r. `dynamics.first_step`, `tests/test_experiments.py`.
+#   $r ≪ d$, so that there, under Adam, the norm is flat with α/√r. `dynamics.first_step`, `tests/papers/test_experiments.py`.
 # - In a toy, runs at a small rate stay together with α/r, and the best rate stays with α/√r. Neither scale fits all
 #   purposes.
 # - Under Adam with $ε = 0$ and no decay the exchange α/(pq), pA₀, pη_A, qη_B changes no bit for powers of two, and the 16th digit

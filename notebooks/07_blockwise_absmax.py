@@ -131,7 +131,7 @@ assert held[96, 200] == held[1024, 1024] == 4.5 and held[5, 133] == 8 * (333 + 4
 # %% [markdown]
 # ## 3. The law of the block's maximum
 #
-# $M$ is the largest of $I$ independent magnitudes. (The BOF4 paper and `tinylora.optimality` write $I$ for the block
+# $M$ is the largest of $I$ independent magnitudes. (The BOF4 paper and `tinylora.numerics.optimality` write $I$ for the block
 # size.) It is at most $m$ if each of them is, so for normal weights
 #
 # $$F_M(m) = (2Φ(m) − 1)^I,\qquad E[M] = \int_0^\infty (1 − F_M(m))\,dm,\qquad E[M^2] = \int_0^\infty 2m\,(1 − F_M(m))\,dm.$$
@@ -173,7 +173,7 @@ block_maximum()
 # %% [markdown]
 # ## 4. The price of an outlier
 #
-# Let one weight in each block of 64 be ±k σ and the others normal (`laws.Outlier`). If $k$ is well above 3, the
+# Let one weight in each block of 64 be ±k σ and the others normal (`distributions.Outlier`). If $k$ is well above 3, the
 # outlier is the absmax and is stored exactly, as ±1 times it. The others are coded with steps that are $k/2.6$ times
 # as wide. For large $k$ they all round to 0, and what remains is their variance, 63/64.
 #

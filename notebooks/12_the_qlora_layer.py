@@ -671,7 +671,7 @@ _ = grade("12-3", exercise_3)
 #
 # - Ŵ = doubleDequant(c₁, c₂, W), done by hand, equals `QuantizedTensor.dequantize` to the bit, and the layer
 #   (`nn.Linear4bit` in `tl.LoRALinear`) is LoRA on a dense Ŵ to the bit, gradients included.
-#   `tests/test_oracle_linear4bit.py` compares it with bitsandbytes.
+#   `tests/oracle/test_oracle_linear4bit.py` compares it with bitsandbytes.
 # - x̄ = ȳ Ŵ: finite differences of a real loss agree to seven digits; with W the gradient is wrong by 6 % near the loss
 #   and 16 % at the bottom. No straight-through is involved (`ops.linear_frozen`; `tests/test_lora.py`).
 # - The tape holds `q` and not Ŵ: 147,520 bytes instead of 1,048,576 (`tests/test_tensor.py`). Checkpointing brings the

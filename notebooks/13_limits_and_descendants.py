@@ -579,7 +579,7 @@ assert abs(mean["kept_more"] + 0.05) < 0.03 and 3 < mean["rank_full"] / mean["ra
 # ## Where paper and code differ
 #
 # 1. **LoftQ in PEFT does not divide by $s$.** The model computes $Q + s\,BA$ with the factors of $s = 1$: from $α = 2r$ on it
-#    starts farther from $W$ than NF4 alone (below, and with PEFT itself in `tests/test_oracle_variants.py`).
+#    starts farther from $W$ than NF4 alone (below, and with PEFT itself in `tests/oracle/test_oracle_variants.py`).
 # 2. **LoRA-GA in PEFT** multiplies $B$ by its singular values and scales $B$ only: the first step's cosine falls from .90, the best
 #    of its rank, to .85 (section 5).
 # 3. **AdaLoRA's penalty** is a sum of *squared* norms in eq. 4; the authors' code and PEFT take the mean of the norms. For one layer
@@ -734,7 +734,7 @@ _ = grade("13-4", exercise_4)
 # - LoRA+'s λ is a larger start under gradient descent and a larger α under Adam: λ = 16 leaves .033 and .034, and so does 16 times the α.
 # - AdaLoRA finds the planted 1 and 6. QA-LoRA merges exactly.
 # - What did not come out: full fine-tuning's ΔM and ΔD (either sign), less forgetting (−.05), less error from more entropy (1.00 times).
-# - All of them: `experiments.describe(experiments.run([...]))`; beside PEFT: `tests/test_oracle_variants.py`.
+# - All of them: `claims.describe(claims.run([...]))`; beside PEFT: `tests/oracle/test_oracle_variants.py`.
 #
 # ## How the papers were read
 #

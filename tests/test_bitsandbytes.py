@@ -1,4 +1,4 @@
-"""4-bit folders in bitsandbytes' format, as far as it can be told without bitsandbytes; tests/test_oracle.py opens them there."""
+"""4-bit folders in bitsandbytes' format, as far as it can be told without bitsandbytes; tests/oracle/test_oracle.py opens them there."""
 
 import json
 

@@ -30,7 +30,7 @@ def _step(printed):
 
 
 def printed_against_recomputed():
-    """Printed over recomputed, in per cent above or below 1, of `counting.audit`'s rows in the paper's order.
+    """Printed over recomputed, in per cent above or below 1, of `lora_numbers.audit`'s rows in the paper's order.
 
     Bars are what rounding to the printed digits allows; what lies outside its bar is truncated (triangle) or does not
     follow (square). The axis is symmetric-logarithmic: linear within ± 0.1 %, logarithmic outside.

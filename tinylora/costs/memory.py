@@ -18,7 +18,7 @@ Adam: 12 bytes a parameter in full fine-tuning), MASTER the same with a float32 
 
 What torch holds differs in the activations: there a fused attention keeps no probabilities, and autocast keeps copies. Not
 counted: the working memory of an operation, dequantized weights (rebuilt and dropped one at a time), the process itself.
-The paper's own numbers, recomputed with this, are in `footprints`.
+The paper's own numbers, recomputed with this, are in `qlora_numbers`.
 """
 
 import math

@@ -5,7 +5,7 @@
     logits = W_head rms_norm(x)            (W_head is the embedding where `tie_word_embeddings` is true)
 
 (Touvron et al. 2023, Llama 2.) `from_pretrained` reads the embedded model, Hugging Face folders and GGUF files, one weight
-at a time; `save_pretrained` writes a folder that transformers opens as LlamaForCausalLM. See `checkpoints`.
+at a time; `save_pretrained` writes a folder that transformers opens as LlamaForCausalLM. See `folders`.
 
 Left out, with a sentence if a config asks for it: biases, rope scaling, activations other than silu, other
 architectures.

@@ -14,7 +14,7 @@ g₀ decides usage, entropy and errors of X; g₁ the absolute error of W = M·X
 
     E|W − Ŵ|ᵖ = ∫ |x − q(x)|ᵖ g_p(x) dx + E[Mᵖ]/(2I)·(|1 − q(1)|ᵖ + |1 + q(−1)|ᵖ).
 
-Over a cell every inner integral is closed (`laws`), so one Gauss–Legendre rule in log m is all the quadrature there is. Nothing is
+Over a cell every inner integral is closed (`distributions`), so one Gauss–Legendre rule in log m is all the quadrature there is. Nothing is
 drawn at random. Stated bound, for codes within [−1, 1]: 1e-12 absolute (1e-9 for `StudentT`, nu ≥ 3). `Outlier` has kinks and jumps in its
 integrand: 1e-7 for errors, 1e-4 for usage. Tests double the nodes, for blocks of 2 to 2²⁴, and compare with mpmath.
 
@@ -176,7 +176,7 @@ def expected_error(code, blocksize, power=2, signed=False, of="weights", law=Nor
     power      2: mean squared error, 1: mean absolute error
     signed     divide by the signed maximum (BOF4-S), so that it is always +1
     of         "weights": of W, what a layer feels. "normalized": of X = W/M, which is what AF4 (2306.06965) minimizes
-    law        of one weight, see `laws`; order: Gauss–Legendre nodes a panel, for those who want to double them
+    law        of one weight, see `distributions`; order: Gauss–Legendre nodes a panel, for those who want to double them
     """
     return _error(_values(code), block_law(blocksize, law, order), _power(power), signed, _weighting(of, power))
 

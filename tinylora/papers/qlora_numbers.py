@@ -5,7 +5,7 @@
     figure 6            adapters: L · 64 · 18 h · 2 bytes in MiB; optimizer: 4 times that
     Elo                 P(win) = 1 / (1 + 10^(−Δ/400))
 
-`audit()` gives `counting.Row`s for "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314), in the paper's order:
+`audit()` gives `verdict.Row`s for "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314), in the paper's order:
 
     §1, §2       > 780 GB and < 48 GB; equations 1 to 3; 567, 18, 26 and 5,048 MB
     §3           equations 4 to 6; NF4's bins and its block maximum; the bits of the constants and what 8 of them cost; paged AdamW
