@@ -484,5 +484,5 @@ _ = grade("05-3", exercise_3)
 # projection metric. Adapters of rank 8 and 64 share the two planted directions ($\varphi(2, 2) > 0.99$) and, beyond them, chance:
 # 0.31 at (8, 8), predicted 0.298. Table 7's random column is $\|W\| r/d$; by it a random $\Delta W$ has a factor of 343, so 21.5
 # is no evidence, while 0.32 against 0.02 is, of some relation to $W$ and not of which. Library: `subspaces.similarity`,
-# `expected_similarity`, `amplification`, `expected_projection`; tests: `tests/papers/test_subspaces.py`, `tests/papers/test_experiments.py`.
-# Next: notebook 06, scales and learning rates.
+# `expected_similarity`, `amplification`, `expected_projection`; tests: `tests/papers/test_subspaces.py`,
+# `tests/papers/test_experiments.py`. Next: notebook 06, scales and learning rates.

@@ -38,8 +38,8 @@ NOT_LINEAR = (
 #: Heads that are tied to an embedding are in no file; transformers must still be told that they are dense.
 _HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder")
 
-#: model_types whose 4-bit copies were opened and run in transformers (tests/oracle/test_oracle.py). Others may store a linear weight as (in, out),
-#: as GPT-2 does, or fuse experts on loading, and would come out wrong.
+#: model_types whose 4-bit copies were opened and run in transformers (tests/oracle/test_oracle.py). Others may store a
+#: linear weight as (in, out), as GPT-2 does, or fuse experts on loading, and would come out wrong.
 OPENED = ("llama", "mistral", "qwen2", "qwen3", "bert", "gpt_neox", "whisper")
 
 
