@@ -32,8 +32,8 @@ from grading import grade
 import tinylora as tl
 from tinylora import AdamW, AdamW8bit, Pager, Tensor, codebooks
 from tinylora.figures.paging import timeline
+from tinylora.kernels.pools import WHOLE_TENSORS_FROM
 from tinylora.optim import adamw_step
-from tinylora.paging import WHOLE_TENSORS_FROM
 from tinylora.tape import tape_bytes
 from tinylora.training.adamw8bit import adamw8bit_step
 

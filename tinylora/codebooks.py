@@ -1,17 +1,27 @@
-"""Codes: the values that a 4-bit or 8-bit index stands for, each built from its definition.
+"""Codes: the 16 values that a 4-bit index stands for, or the 256 of an 8-bit index, each built from its definition.
 
-A code is a float32 vector. Index i of a 4-bit number stands for code[i], to be multiplied by its block's absmax. Codes
-are returned in the order of their indices: ascending, except `fp4`, whose index is the bit pattern of a small float.
+A code is a float32 vector. A weight that is stored as index i means code[i], times the largest magnitude (absmax) of
+its block. NF4's values are quantiles of the normal distribution, divided by the largest (QLoRA §3 and appendix E):
 
-    from quantiles       nf4, normal_float(bits), sf4(nu), and closed_form(blocksize, criterion), which moves NF4's offset to the block
+    above 0    Φ⁻¹(p) at 8 evenly spaced probabilities p from o down towards ½
+    below 0    −Φ⁻¹(p) at 7 evenly spaced probabilities p from o down towards ½
+    and an exact 0;      o = 0.9677083, which is 1 − ½(1/32 + 1/30) cut to seven digits
+
+QLoRA's equation 4 is another code: taken literally, its first value is −∞.
+
+    from quantiles       nf4, normal_float(bits), sf4(nu); closed_form(blocksize, criterion) moves NF4's offset o to the block size
     evenly spaced        int4, int8
-    small floats         fp4 (bitsandbytes' grid, OCP E2M1, E3M0), fp8_e4m3, fp8_e5m2
-    solved for           bof4(blocksize, criterion, signed), af4(blocksize), lloyd_max(levels)
-    8 bits, by decades   dynamic8, which bitsandbytes' double quantization uses for its constants
+    small floats         fp4 (the grid of bitsandbytes, OCP's E2M1, E3M0), fp8_e4m3, fp8_e5m2
+    least error          bof4(blocksize, criterion, signed), af4(blocksize), lloyd_max(levels)
+    8 bits, by decades   dynamic8, which bitsandbytes uses for the constants of double quantization
 
-The codes that are solved for come from `optimality`, and with sf4 they need scipy; the others need NumPy and the standard
-library. Differs from bitsandbytes: the values are computed, not listed; a test holds them equal to the published float32
-tables in every bit.
+The values stand in ascending order. The one exception is `fp4`, whose index is the bit pattern of a small float.
+
+Differs from bitsandbytes: the values are computed and not listed. A test holds NF4, FP4 and dynamic8 equal to the
+published float32 tables in every bit.
+
+Leaves out: codes that are fitted to given weights. The codes of least error come from `numerics.optimality`, for weights
+whose distribution is known. They and `sf4` need scipy; the others need NumPy and the standard library.
 """
 
 from functools import cache
@@ -48,8 +58,8 @@ def linspace_f32(start, stop, n):
 def _normal_inverse(probabilities):
     """Φ⁻¹(p) in float64, rounded to float32."""
     from statistics import (
-        NormalDist,
-    )  # accurate to the last bits, without scipy; imported here since it is slow to load
+        NormalDist,  # accurate to the last bits, without scipy; imported here since it is slow to load
+    )
 
     inverse = NormalDist().inv_cdf
     return np.array([inverse(float(p)) for p in probabilities], np.float32)
@@ -247,14 +257,9 @@ def dynamic8(signed=True):
     return _dynamic8(bool(signed)).copy()
 
 
-NAMED = {
-    "nf4": nf4,
-    "fp4": fp4,
-    "int4": int4,
-    "sf4": sf4,
-    "fp4_e2m1": lambda: fp4("e2m1"),
-    "fp4_e3m0": lambda: fp4("e3m0"),
-}
+# fmt: off
+NAMED = {"nf4": nf4, "fp4": fp4, "int4": int4, "sf4": sf4, "fp4_e2m1": lambda: fp4("e2m1"), "fp4_e3m0": lambda: fp4("e3m0")}
+# fmt: on
 NESTED = {"dynamic8": dynamic8, "fp8_e4m3": fp8_e4m3, "fp8_e5m2": fp8_e5m2, "int8": int8}
 
 
@@ -267,9 +272,8 @@ def get(code):
     """(name, values by index) of a 4-bit code given by name, or of a custom code: up to 16 ascending values."""
     if isinstance(code, str):
         if code not in NAMED:
-            raise ValueError(
-                f"code {code!r} is unknown: expected one of {', '.join(NAMED)}, or a sorted array of up to 16 values"
-            )
+            known = ", ".join(NAMED)
+            raise ValueError(f"code {code!r} is unknown: expected one of {known}, or a sorted array of up to 16 values")
         return code, _shared(code)
     values = np.array(code, np.float32)
     if values.ndim != 1 or not 2 <= len(values) <= 16 or not np.isfinite(values).all() or (np.diff(values) <= 0).any():

@@ -1,15 +1,19 @@
-"""Sixteen-bit floats on NumPy: rounding, and storage that is really two bytes.
+"""Sixteen-bit floats on NumPy: how a number is rounded to them, and how a weight is stored in two bytes.
 
-NumPy has float16 but no bfloat16. A bfloat16 is the upper half of a float32 (sign, the same 8 exponent bits, 7 of the
-23 mantissa bits), so
+NumPy has float16 but no bfloat16. A bfloat16 is the upper half of a float32: the sign, the same 8 exponent bits, and 7
+of the 23 mantissa bits. So
 
-    bf16(x) = the float32 whose lower 16 bits are zero and that is nearest to x, ties to even.
+    bf16(x) = the float32 whose lower 16 bits are zero and that is nearest to x; ties go to the even one
 
-In arithmetic tinylora holds a bfloat16 number as a float32 that happens to be representable; a product of two such
-matrices accumulates in float32 and is rounded once at the end, which is what tensor cores do. In storage it is a
-uint16.
+In arithmetic, a bfloat16 number is held as a float32 whose lower half is zero. A product of two such matrices is summed
+in float32 and rounded once at the end; QLoRA's equation 5 has such products. In storage, a bfloat16 is a uint16.
 
 The logical dtypes are named by strings: "float32", "float16", "bfloat16".
+
+Differs from torch: rounding is an explicit call (`round_to`), and there is no autocast. A product of bfloat16 matrices
+is rounded as tensor cores round it, and takes the time of a float32 product, because NumPy has no other.
+
+Leaves out: dtypes of 8 bits. Those are codes here (`codebooks.fp8_e4m3`).
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,27 @@
 """Modules: named parameters, and the layers that a Llama is made of.
 
-A Module is a plain object. Its parameters are the Tensors, stored weights and sub-modules found among its attributes,
-in the order in which they were assigned, named by the path to them: `model.layers.0.self_attn.q_proj.weight`. Nothing
-is registered.
+A Module is a plain object. Its parameters are the Tensors, the stored weights and the sub-modules among its attributes,
+in the order in which they were assigned. A parameter's name is the path to it, such as
+`model.layers.0.self_attn.q_proj.weight`. Nothing is registered.
 
-A frozen weight need not be a Tensor: Linear4bit and Linear16bit hold plain data that can be dequantized
-(QuantizedTensor, BFloat16Array), through which no gradient flows into the weight.
+    Linear         y = x Wᵀ + b
+    Linear4bit     y = x Ŵᵀ + b with Ŵ = doubleDequant(weight)                (QLoRA eq. 5 without its adapter, eq. 6)
+    Linear16bit    y = x Wᵀ + b with W stored in bfloat16
+    Embedding      y = W[ids];   Embedding16bit: the same with W stored in bfloat16
+    RMSNorm        y = w x / √(mean(x²) + ε)
 
-Differs from torch.nn: modules take plain integer arrays as token ids; Linear has no bias unless asked; `eval()`
-switches dropout and nothing else.
+A frozen weight need not be a Tensor. Linear4bit, Linear16bit and Embedding16bit hold plain data that can be dequantized
+(QuantizedTensor, BFloat16Array), and no gradient flows into it. `quantize_linears` puts such layers into a model.
+
+Differs from torch.nn: token ids are plain integer arrays, and Linear has no bias unless asked for one. Differs from
+bitsandbytes: the compute dtype is given and never guessed from the first input, and `eval()` switches dropout off and
+changes no weight.
+
+Leaves out: buffers, hooks, and moving a single layer between dtypes. What PEFT does to prepare a model for 4-bit training is
+in `adapters.kbit`.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -26,13 +37,26 @@ STORED = (QuantizedTensor, BFloat16Array)
 
 def stored_array(weight):
     """The array that a weight is held in, whichever kind it is: it tells on which device the weight lives."""
-    return (
-        weight.data
-        if isinstance(weight, Tensor)
-        else weight.packed
-        if isinstance(weight, QuantizedTensor)
-        else weight.bits
-    )
+    held_in = {QuantizedTensor: "packed", BFloat16Array: "bits"}
+    return getattr(weight, held_in.get(type(weight), "data"))
+
+
+def move_tensor(tensor, device):
+    """Move a Tensor's data and gradient to a device, in place."""
+    tensor.data = move(tensor.data, device)
+    tensor.grad = None if tensor.grad is None else move(tensor.grad, device)
+
+
+def is_adapter_weight(path):
+    """Whether a dotted path leads into an adapter: through the bypasses of a LoRALayer, or to a name that begins with lora_."""
+    return any(part == "bypasses" or part.startswith("lora_") for part in path.split("."))
+
+
+def _child(parent, name):
+    """What a part of a dotted path means: an item of a list or dict, or an attribute."""
+    if isinstance(parent, dict):
+        return parent[name]
+    return parent[int(name)] if isinstance(parent, list) else getattr(parent, name)
 
 
 class Module:
@@ -121,16 +145,7 @@ class Module:
 
     def get(self, path):
         """The sub-module (or attribute) at a dotted path; "" is this module."""
-        here = self
-        for name in path.split(".") if path else []:
-            here = (
-                here[int(name)]
-                if isinstance(here, list)
-                else here[name]
-                if isinstance(here, dict)
-                else getattr(here, name)
-            )
-        return here
+        return functools.reduce(_child, path.split(".") if path else [], self)
 
     def train(self, mode=True):
         """Dropout on (or off). No weight changes."""
@@ -151,25 +166,18 @@ class Module:
         for w in self.parameters():
             w.grad = None
 
-    def to(self, device):
-        """Move every weight to "cpu" or "cuda", in place."""
-        xp = backend.module_for(device)
-        moved = {}
-        for _, module in self.named_modules():
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor):
-                    value.data = move(value.data, xp)
-                    value.grad = None if value.grad is None else move(value.grad, xp)
-                elif isinstance(value, STORED):
-                    moved.setdefault(id(value), value.to(lambda a: move(a, xp)))
-                    setattr(module, name, moved[id(value)])
-        kept = vars(self).get("lora_kept")
-        for thing in [*vars(self).get("lora_spares", {}).values(), *(kept.aside() if kept else ())]:  # see adapters
-            if isinstance(thing, Module):
-                thing.to(device)
-            else:
-                thing.data = move(thing.data, xp)
-                thing.grad = None if thing.grad is None else move(thing.grad, xp)
+    def to(self, device, memo=None):
+        """Move every weight to "cpu" or "cuda", in place. memo: {id of a stored weight: the moved one}, so that shared ones stay shared."""
+        xp, memo = backend.module_for(device), {} if memo is None else memo
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Tensor):
+                move_tensor(value, xp)
+            elif isinstance(value, STORED):
+                if id(value) not in memo:
+                    memo[id(value)] = value.to(lambda a: move(a, xp))
+                setattr(self, name, memo[id(value)])
+        for _, child in self.named_children():
+            child.to(xp, memo)
         return self
 
 
@@ -183,6 +191,12 @@ def normal(shape, std):
     return (backend.generator().standard_normal(shape, dtype=np.float32) * np.float32(std)).astype(np.float32)
 
 
+def _holding(cls, **attributes):
+    layer = cls.__new__(cls)
+    vars(layer).update(attributes)
+    return layer
+
+
 class Linear(Module):
     """y = x Wᵀ + b.   weight (out, in) ~ U(−1/√in, 1/√in), which is torch's kaiming_uniform(a=√5); bias (out,) or None."""
 
@@ -191,6 +205,11 @@ class Linear(Module):
             uniform((out_features, in_features), 1 / math.sqrt(max(in_features, 1))), requires_grad=True
         )
         self.bias = Tensor(np.zeros(out_features, np.float32), requires_grad=True) if bias else None
+
+    @classmethod
+    def of(cls, weight, bias=None):
+        """A layer that holds these Tensors; nothing is drawn."""
+        return _holding(cls, weight=weight, bias=bias)
 
     in_features = property(lambda self: self.weight.shape[1])
     out_features = property(lambda self: self.weight.shape[0])
@@ -210,20 +229,16 @@ class _FrozenLinear(Module):
 
     def __init__(self, weight, bias=None, compute_dtype="float32"):
         self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
+        name = type(self).__name__
         if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(
-                f"{type(self).__name__}: compute_dtype {compute_dtype!r}, expected 'float32' or 'bfloat16'"
-            )
+            raise ValueError(f"{name}: compute_dtype {compute_dtype!r}, expected 'float32' or 'bfloat16'")
         if len(weight.shape) != 2:
-            raise ValueError(f"{type(self).__name__}: the weight must be (out, in), got {tuple(weight.shape)}")
+            raise ValueError(f"{name}: the weight must be (out, in), got {tuple(weight.shape)}")
 
-    in_features = property(lambda self: self.weight.shape[1])
-    out_features = property(lambda self: self.weight.shape[0])
+    in_features, out_features = Linear.in_features, Linear.out_features
 
     def forward(self, x):
-        return ops.linear_frozen(
-            x, self.weight, self.bias, compute_dtype=self.compute_dtype, backward_weight=self.backward_weight
-        )
+        return ops.linear_frozen(x, self.weight, self.bias, self.compute_dtype, self.backward_weight)
 
     def dense(self):
         """Ŵ as a float32 array (out, in), freshly dequantized."""
@@ -268,6 +283,11 @@ class Embedding(Module):
     def __init__(self, n, d):
         self.weight = Tensor(normal((n, d), 0.02), requires_grad=True)
 
+    @classmethod
+    def of(cls, weight):
+        """A layer that holds this Tensor; nothing is drawn."""
+        return _holding(cls, weight=weight)
+
     def forward(self, ids):
         return ops.embedding(ids, self.weight)
 
@@ -305,25 +325,42 @@ class RMSNorm(Module):
         return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
-def quantize_linears(
-    model, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", skip=("lm_head",), **options
-):
-    """Replace every Linear of the model by a frozen Linear4bit, in place; returns the model.
+def quantize_linears(model, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", **options):
+    """Replace every Linear of the model by a frozen Linear4bit, in place; returns the model. All other parameters are frozen.
 
     As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` keep their 16 or 32 bits.
-    code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base). All other parameters are frozen.
+    code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base). options: see `quantized_linear`.
     """
-    if any(path.rpartition(".")[2] in ("lora_A", "lora_B") for path, _ in model.named_modules()):
+    if any(is_adapter_weight(path) for path, _ in model.named_modules()):
         raise ValueError("quantize_linears: the model carries an adapter; quantize first, then add_lora (or merge)")
-    new = {}
-    for path, layer in model.named_modules():
-        if isinstance(layer, Linear) and not any(path == s or path.endswith("." + s) for s in skip):
-            if isinstance(code, str) and code == "bfloat16":
-                new[path] = Linear16bit.of(layer, compute_dtype)
-            else:
-                new[path] = Linear4bit.of(
-                    layer, code, blocksize, double_quant, compute_dtype, name=f"{path}.weight", **options
-                )
+    linears = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, Linear)]
+    new = {
+        p: quantized_linear(p, layer, code, blocksize, double_quant, compute_dtype, **options) for p, layer in linears
+    }
     for path, layer in new.items():  # only now that every weight was found fit
         model.replace(path, layer)
     return model.requires_grad_(False)
+
+
+def quantized_linear(
+    path,
+    layer,
+    code="nf4",
+    blocksize=64,
+    double_quant=True,
+    compute_dtype="float32",
+    skip=("lm_head",),
+    dtype="float32",
+    **options,
+):
+    """The frozen layer that takes the place of a Linear at this path; the layer itself if a name in `skip` ends the path.
+
+    dtype     "bfloat16": the weight is rounded to it first, and says so; options: those of `quant.quantize`
+    """
+    if any(path == s or path.endswith("." + s) for s in skip):
+        return layer
+    if isinstance(code, str) and code == "bfloat16":
+        return Linear16bit.of(layer, compute_dtype)
+    w = BFloat16Array.of(layer.dense()) if dtype == "bfloat16" else layer.dense()
+    q = quantize(w, code, blocksize, double_quant, name=f"{path}.weight", **options)
+    return Linear4bit(q, layer.bias, compute_dtype)

@@ -1,12 +1,26 @@
-"""The operations: a forward equation, and beside it one pullback per argument.
+"""The operations: a forward equation, and beside it one pullback for each argument.
 
-Notation: ḡ is the gradient of the loss with respect to the output, x̄ the one with respect to x. A pullback maps ḡ to
-x̄. Where the arguments share the work (normalization, attention), one function returns all of them. Broadcasting is
-undone by the engine, so every rule reads as if shapes matched.
+ḡ is the gradient of the loss with respect to the output, and x̄ the one with respect to the input x. A pullback maps ḡ to
+x̄. Where arguments share the work (normalization, attention), one function returns all of their gradients. The engine
+undoes broadcasting, so every rule is written as if the shapes matched.
 
-Shapes: the last axis is the feature axis, as in torch. Every operation keeps the dtype of its inputs: float32 in,
-float32 out. Differs from torch.nn.functional: no autocast, no in-place versions, no integer tensors (ids, masks and
+Three operations are the papers' own:
+
+    softmax_cross_entropy    L = −Σ m log p(target) / Σ m: what LoRA eq. 1 maximizes, as a mean and with its sign changed.
+                             The mask m is 1 for the tokens of the answer and 0 for those of the prompt
+    linear                   y = x Wᵀ + b;   x̄ = ḡ W,   W̄ = ḡᵀ x
+    linear_frozen            y = x Ŵᵀ + b with Ŵ = dequantize(q);   x̄ = ḡ Ŵ, and no W̄         (QLoRA eq. 5 without its adapter)
+
+The pullback of `linear_frozen` captures the 4-bit q and never Ŵ. The dense weight is rebuilt for the backward pass and
+dropped again.
+
+Shapes: the last axis is the feature axis, as in torch. float32 in gives float32 out.
+
+Differs from torch.nn.functional: there is no autocast, no in-place version, and no integer tensor (token ids, masks and
 indices are plain arrays).
+
+Leaves out: convolutions (`adapters.conv`), and operations that a Llama does not need. `causal_attention` is the short
+form of its equation; `kernels.attention` has the one that works on blocks of queries and skips hidden keys.
 """
 
 import math
@@ -16,13 +30,8 @@ import numpy as np
 from . import backend
 from .backend import array_module, rowdot
 from .dtypes import round_to
+from .kernels.attention import in_blocks
 from .tensor import Tensor, primitive
-
-# fmt: off
-__all__ = ["add", "sub", "mul", "div", "neg", "power", "exp", "log", "tanh", "sqrt", "sum", "mean", "max", "reshape", "transpose",
-           "swapaxes", "index", "concatenate", "matmul", "linear", "linear_frozen", "embedding", "softmax", "softmax_cross_entropy",
-           "relu", "gelu", "sigmoid", "silu", "rms_norm", "layer_norm", "rope", "causal_attention", "dropout"]
-# fmt: on
 
 
 # ---------------------------------------------------------------------------------------------------------------- arithmetic
@@ -344,22 +353,6 @@ def relu(x):
     return x * on, (lambda g: g * on,)
 
 
-@primitive
-def gelu(x, approximate=False):
-    """y = x Φ(x);   x̄ = ḡ (Φ(x) + x φ(x)).   approximate=True: Φ(x) ≈ ½ (1 + tanh u), u = √(2/π) (x + 0.044715 x³).
-
-    Hendrycks & Gimpel 2016. The exact form needs erf (scipy on the host).
-    """
-    xp = array_module(x)
-    if approximate:
-        c = math.sqrt(2 / math.pi)
-        t = xp.tanh(c * (x + 0.044715 * (x * x * x)))
-        return 0.5 * x * (1 + t), (
-            lambda g: g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (c * (1 + 3 * 0.044715 * (x * x)))),)
-    cdf = 0.5 * (1 + backend.special(xp).erf(x * math.sqrt(0.5)))
-    return x * cdf, (lambda g: g * (cdf + x * (xp.exp(-0.5 * (x * x)) * (1 / math.sqrt(2 * math.pi)))),)
-
-
 def _sigmoid(x):
     """1 / (1 + e⁻ˣ), written as ½ (1 + tanh(x/2)): nothing overflows, in one transcendental pass."""
     xp = array_module(x)
@@ -419,38 +412,12 @@ def rms_norm(x, w, eps=1e-5):
     return y, pull
 
 
-@primitive
-def layer_norm(x, w, b, eps=1e-5):
-    """y = w x̂ + b, x̂ = (x − mean x) ρ, ρ = 1/√(var x + ε);   x̄ = ρ (h − mean h − x̂ mean(h x̂)) with h = ḡ w.
-
-    x (..., d), w and b (d,);   w̄ = Σ ḡ x̂,   b̄ = Σ ḡ over rows. Ba et al. 2016.
-    """
-    xp, d = array_module(x), x.shape[-1]
-    xhat = x - x.mean(axis=-1, keepdims=True)
-    rho = 1 / xp.sqrt(rowdot(xhat, xhat)[..., None] / d + eps)
-    xhat *= rho
-
-    def pull(g, need):
-        gx = None
-        if need[0]:
-            h = g * w
-            gx = rho * (h - h.mean(axis=-1, keepdims=True) - xhat * (rowdot(h, xhat)[..., None] / d))
-        return (gx,
-                _rows(g * xhat).sum(0) if need[1] else None,
-                _rows(g).sum(0) if need[2] else None)
-
-    return xhat * w + b, pull
-
-
 # --------------------------------------------------------------------------------------------------------------------- attention
 def rope_table(positions, head_dim, theta=10000.0, dtype=np.float32):
     """(cos, sin) of m θ^(−2i/d): position m, pair i of d/2. positions (t,) -> two arrays (t, d/2). RoFormer eq. 15."""
     frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angle = np.asarray(positions, dtype=np.float64)[:, None] * frequency
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
-
-
-QUERY_BLOCK = 64  # queries that attention handles at a time
 
 
 def _rotate(x, cos, sin):
@@ -479,56 +446,46 @@ def causal_attention(q, k, v):
 
     q (b, t, heads, d), k and v (b, s, kv_heads, d) with s ≥ t: query i sees the keys 0 … s − t + i. heads must be a
     multiple of kv_heads: query heads share a key head in groups (grouped-query attention, Ainslie et al. 2023). -> (b,
-    t, heads, d).
+    t, heads, d). `_attend` is the equation; `in_blocks` runs it on 64 queries at a time, which never look at the keys after them.
     """
-    b, t, heads, d = q.shape
-    _, s, groups, _ = k.shape
+    (b, t, heads, d), (_, s, groups, _) = q.shape, k.shape
     if heads % groups or k.shape != v.shape or k.shape[0] != b or k.shape[3] != d or s < t:
         raise ValueError(f"causal_attention: q is (b, t, heads, d) = {q.shape}, k is {k.shape}, v is {v.shape}; k and v must be "
                          "(b, s, kv_heads, d) with s >= t and heads a multiple of kv_heads")
+    return in_blocks(_attend, q, k, v)
+
+
+def _attend(q, k, v):
+    """causal_attention in one piece."""
+    (b, t, heads, d), (s, groups) = q.shape, k.shape[1:3]
     xp, m, scale = array_module(q), heads // groups, 1 / math.sqrt(d)
 
-    def split(x):  # (b, n, heads, d) -> (b, kv_heads, m n, d): the m query heads of a group stand on top of each other
-        n = x.shape[1]
-        return x.reshape(b, n, groups, m, d).transpose(0, 2, 3, 1, 4).reshape(b, groups, m * n, d)
+    def split(x):  # (b, t, heads, d) -> (b, groups, m t, d): the m query heads of a group stand on top of each other
+        return x.reshape(b, t, groups, m, d).transpose(0, 2, 3, 1, 4).reshape(b, groups, m * t, d)
 
-    def join(x):  # back to (b, n, heads, d)
-        n = x.shape[2] // m
-        return x.reshape(b, groups, m, n, d).transpose(0, 3, 1, 2, 4).reshape(b, n, heads, d)
+    def join(x):  # back to (b, t, heads, d)
+        return x.reshape(b, groups, m, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, d)
 
-    ks, vs = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    shapes, dtype = (q.shape, ks.shape, vs.shape), q.dtype  # the pullback needs q's shape and not q
-    y, parts = xp.empty_like(q), []
-    for start in range(0, t, QUERY_BLOCK):  # a block of queries needs no key after its last: a third of the work is never done
-        rows = slice(start, min(start + QUERY_BLOCK, t))
-        end, n = s - t + rows.stop, rows.stop - start
-        qs = split(q[:, rows])
-        scores = (qs * scale) @ ks[:, :, :end].swapaxes(-1, -2)  # (b, kv_heads, m n, end)
-        if n > 1:
-            hidden = xp.triu(xp.full((n, end), -np.inf, dtype=q.dtype), k=end - n + 1)
-            scores.reshape(b, groups, m, n, end)[...] += hidden
-        p = _softmax(scores)
-        y[:, rows] = join(p @ vs[:, :, :end])
-        parts.append((rows, end, qs, p))
+    q, k, v = split(q), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = (q * scale) @ k.swapaxes(-1, -2)  # (b, groups, m t, s)
+    if t > 1:
+        scores.reshape(b, groups, m, t, s)[...] += xp.triu(xp.full((t, s), -np.inf, dtype=q.dtype), k=s - t + 1)
+    p = _softmax(scores)
 
     def pull(g, need):
-        dq, dk, dv = (xp.zeros(shape, dtype) if n else None for shape, n in zip(shapes, need, strict=True))
-        for rows, end, qs, p in parts:
-            gs = split(g[:, rows])
-            if need[2]:
-                dv[:, :, :end] += p.swapaxes(-1, -2) @ gs
-            if need[0] or need[1]:
-                ds = gs @ vs[:, :, :end].swapaxes(-1, -2)
-                ds -= rowdot(ds, p)[..., None]
-                ds *= p
-                ds *= scale
-                if need[0]:
-                    dq[:, rows] = join(ds @ ks[:, :, :end])
-                if need[1]:
-                    dk[:, :, :end] += ds.swapaxes(-1, -2) @ qs
-        return dq, *(x if x is None else x.transpose(0, 2, 1, 3) for x in (dk, dv))
+        g = split(g)
+        gv = p.swapaxes(-1, -2) @ g if need[2] else None
+        if not (need[0] or need[1]):
+            return None, None, gv.transpose(0, 2, 1, 3)
+        gs = g @ v.swapaxes(-1, -2)  # P̄, and in place S̄
+        gs -= rowdot(gs, p)[..., None]
+        gs *= p
+        gs *= scale
+        return (join(gs @ k) if need[0] else None,
+                (gs.swapaxes(-1, -2) @ q).transpose(0, 2, 1, 3) if need[1] else None,
+                None if gv is None else gv.transpose(0, 2, 1, 3))
 
-    return y, pull
+    return join(p @ v), pull
 
 
 @primitive

@@ -1,11 +1,21 @@
-"""AdamW as one elementwise equation that runs page by page; clipping; learning-rate schedules.
+"""AdamW as one elementwise equation that runs page by page; clipping of gradients; learning-rate schedules.
+
+For a parameter p with gradient g, at step t = 1, 2, … with the learning rate η and the weight decay λ,
 
     m ← β₁ m + (1 − β₁) g          v ← β₂ v + (1 − β₂) g²
-    p ← p − η λ p                  p ← p − η m̂ / (√v̂ + ε),     m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
+    p ← p − η λ p
+    p ← p − η m̂ / (√v̂ + ε),        m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
 
-Loshchilov & Hutter 2019, algorithm 2 (as in torch: the decay is scaled by η and applied first). Because each element is
-on its own, the update of a tensor is the update of its pieces, and m and v can be paged. A page holds m in its first
-row and v in its second.
+This is algorithm 2 of Loshchilov & Hutter 2019 in the form that torch has: the decay is scaled by η and comes first.
+
+No element depends on another. So the update of a tensor is the update of its pieces, one after the other, and m and v can
+be kept in pages (QLoRA §3, "Paged Optimizers"; see `paging`). A page holds m in its first row and v in its second. For every
+budget the parameters end with the same bits.
+
+Differs from torch and bitsandbytes: there is no fused kernel. Every second step goes through the pages from the last to the
+first, so that the pages that are still resident are used first.
+
+Leaves out: AMSGrad, and sparse gradients. AdamW with its state in 8 bits is `training.adamw8bit`.
 """
 
 import itertools

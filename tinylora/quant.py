@@ -1,26 +1,29 @@
 """Blockwise quantization to 4 bits, and double quantization of its constants.
 
-The flattened weight is cut into blocks of `blocksize`. With c the code and m_b = max |w| over block b (its absmax),
+The weight is flattened and cut into blocks of `blocksize` weights. Let c be the code (see `codebooks`), and m_b the
+largest magnitude in block b, its absmax. Then, for a weight w_i of block b (QLoRA §2),
 
-    quantize:     q_i = the index of the code value nearest to w_i / m_b
-    dequantize:   ŵ_i = c[q_i] · m_b                                            (QLoRA §2)
+    quantize      q_i = the index of the code value nearest to w_i / m_b
+    dequantize    ŵ_i = c[q_i] · m_b
 
-(QLoRA's equations 1 and 2 are the special case of 8-bit integers, and their c is the factor 127/m_b, by which they
-divide to come back; here c is the code, and absmax multiplies.)
+QLoRA's equations 1 and 2 are the special case of 8-bit integers. There the letter c means the factor 127/m_b, and
+dequantizing divides by it. Here c is the code, and dequantizing multiplies by absmax.
 
-Double quantization (QLoRA §3) stores the m_b in 8 bits as well, in blocks of 256 and around their mean μ:
+Double quantization stores the m_b in 8 bits as well (QLoRA §3). Their mean μ is subtracted, and the rest is quantized
+in blocks of 256, with an 8-bit code d and a float32 constant n for each of these blocks:
 
-    m_b ≈ d[k_b] · n_⌊b/256⌋ + μ,      d an 8-bit code, n = max |m − μ| over 256 blocks
+    m_b ≈ d[k_b] · n_⌊b/256⌋ + μ                                            (QLoRA eq. 6 is both steps, one after the other)
 
-    4 + 32/64 = 4.5 bits a weight become 4 + 8/64 + 32/(64·256) = 4.127.
+    bits a weight, in blocks of 64:   4 + 32/64 = 4.5   becomes   4 + 8/64 + 32/(64 · 256) = 4.127
 
-How ties, zeros, partial blocks and NaN are rounded is bitsandbytes' own rule, on a CPU or on a GPU: see `rounding`. The mean μ
-is torch's float32 sum in torch's order. (From 32,768 blocks on, torch's sum depends on its number of threads; here it is that
-of one thread, and `offset=` takes another.)
+Differs from bitsandbytes: any code and any block size are possible, and four 8-bit codes for the constants. A
+QuantizedTensor is plain data, and its `size` counts weights, not bytes. NaN and Inf are refused unless they are asked
+for. The bits are the same as there, on a CPU: how ties, zeros, partial blocks and NaN are rounded is bitsandbytes' own
+rule (`kernels.rounding`), and μ is torch's float32 sum in torch's order on one thread. From 32,768 blocks on, torch's
+sum depends on its number of threads; `offset=` takes another μ.
 
-Differs from bitsandbytes: any code, any block size, four 8-bit codes for the constants; a QuantizedTensor is plain data; NaN
-and Inf are refused unless asked for; `size` counts weights, not bytes. This file never imports the tensor: whoever only wants to
-know about NF4 reads codebooks.py, rounding.py and this one.
+Leaves out: gradients. A quantized weight is never trained. This file does not import the tensor. Whoever only wants to
+know NF4 reads `codebooks` and this file; what makes dequantizing fast is in `kernels.dequantize`.
 """
 
 from dataclasses import dataclass, replace
@@ -29,8 +32,8 @@ import numpy as np
 
 from . import codebooks
 from .backend import array_module, is_array, move
-from .dtypes import as_float32, dtype_name, round_to
-from .kernels.dequantize import scaled, scaled_on_host
+from .dtypes import as_float32, dtype_name
+from .kernels.dequantize import dequantized
 from .kernels.rounding import CPU, RULES, signed_absmax, torch_mean
 
 NESTED_BLOCKSIZE = 256
@@ -124,23 +127,24 @@ class QuantizedTensor:
         return xp.stack([self.packed >> 4, self.packed & 15], axis=1).reshape(-1)[: self.size].reshape(self.shape)
 
     def dequantize(self, dtype=None):
-        """Ŵ = c[q] · absmax in float32, rounded once to `dtype` (default: the weight's own). bfloat16 comes in float32 storage."""
-        xp, dtype = array_module(self.packed), dtype_name(dtype or self.dtype)
+        """The bits of `dequantize(self)`, rounded once to `dtype` (default: the weight's own). bfloat16 comes in float32 storage."""
         with np.errstate(all="ignore"):
-            if xp is not np:
-                return round_to(scaled(self)[: self.size].reshape(self.shape), dtype)
-            absmax = self.absmax
-            in_chunks = dtype == "bfloat16" and bool(
-                np.isfinite(absmax).all()
-            )  # while they are in the cache; no NaN can arise
-            flat = scaled_on_host(self, absmax, in_chunks)[: self.size].reshape(self.shape)
-            return flat if in_chunks else round_to(flat, dtype)
+            return dequantized(self, self.absmax, dtype_name(dtype or self.dtype))
 
     def to(self, move):
         """The same weight with its arrays passed through `move` (see backend.move)."""
         c = self.constants
         c = replace(c, codes=move(c.codes), absmax=move(c.absmax), code=move(c.code)) if self.double_quant else move(c)
         return replace(self, packed=move(self.packed), constants=c, code=move(self.code))
+
+
+def dequantize(q):
+    """Ŵ = code[q] · absmax: each weight is its code value times the absmax of its block (QLoRA §2), in float32.
+
+    This is the equation. `QuantizedTensor.dequantize` gives the same bits faster (`kernels.dequantize`).
+    """
+    absmax = array_module(q.packed).repeat(q.absmax, q.blocksize)[: q.size].reshape(q.shape)
+    return q.code[q.indices()] * absmax
 
 
 def quantize(
@@ -161,7 +165,7 @@ def quantize(
     code           a name in codebooks.NAMED ("nf4", "fp4", "int4", …), or up to 16 ascending values
     blocksize      weights a block, 1 or more; None: the whole tensor is one block
     double_quant   store absmax in 8 bits, around its float32 mean or around `offset` if that is given (0: without the mean)
-    rule           "bitsandbytes-cpu", confirmed to the bit, or "bitsandbytes-cuda", read from the source and not run (see `rounding`).
+    rule           "bitsandbytes-cpu", confirmed to the bit, or "bitsandbytes-cuda", read from the source (see `kernels.rounding`).
                    The mean is torch's on a CPU under either; a GPU adds in another order, so give its `offset` to have its bits
     check_finite   True: NaN or Inf raises ValueError with the tensor's `name`; False: do what bitsandbytes does with them
     nested_code    the 8-bit code of double quantization: "dynamic8" (bitsandbytes), "fp8_e4m3", "fp8_e5m2" or "int8"
@@ -177,8 +181,8 @@ def quantize(
         )
     code_name, values = codebooks.get(code)
     nested = codebooks.get_nested(nested_code)  # looked up first, so that a wrong name is said in any case
-    settings = _Settings(code_name, values, blocksize, nested if double_quant else None, offset, rule, signed)
-    return _quantize(w, settings, check_finite, name)
+    form = QuantizedTensor(None, None, values, code_name, blocksize, (), "", rule, bool(signed))
+    return _quantize(w, form, nested if double_quant else None, offset, check_finite, name)
 
 
 def quantize_like(w, q, name="weight"):
@@ -187,44 +191,29 @@ def quantize_like(w, q, name="weight"):
     The mean of the constants is taken anew, unless q has none (offset 0). NaN and Inf raise ValueError.
     """
     q = q.to(lambda a: move(a, "cpu"))
-    nested = q.constants.code if q.double_quant else None
-    uncentred = (
-        q.double_quant and q.offset == 0 and bool((q.nested_absmax != 0).any())
-    )  # and not just a weight of zeros
-    offset = 0.0 if uncentred else None
-    return _quantize(w, _Settings(q.code_name, q.code, q.blocksize, nested, offset, q.rule, q.signed), True, name)
+    if not q.double_quant:
+        return _quantize(w, q, None, None, True, name)
+    uncentred = q.offset == 0 and bool((q.nested_absmax != 0).any())  # and not just a weight of zeros
+    return _quantize(w, q, q.constants.code, 0.0 if uncentred else None, True, name)
 
 
-@dataclass(frozen=True)
-class _Settings:
-    code_name: str
-    code: np.ndarray
-    blocksize: int | None
-    nested_code: np.ndarray | None
-    offset: float | None
-    rule: str
-    signed: bool
-
-
-def _quantize(w, settings, check_finite, name):
-    """Quantizing happens once, and on the host; what comes from a device goes back to it."""
+def _quantize(w, form, nested_code, offset, check_finite, name):
+    """form: a QuantizedTensor whose code, blocksize, rule and sign are taken. Quantizing happens once, on the host."""
     xp = array_module(w) if is_array(w) else np
     w = w if xp is np else move(w, "cpu")
     floats, dtype = as_float32(w)
-    flat = np.ascontiguousarray(floats).reshape(-1)
-    c, how = settings, RULES[settings.rule]
-    size = int(c.blocksize or max(len(flat), 1))
+    flat, rule = np.ascontiguousarray(floats).reshape(-1), RULES[form.rule]
+    size = int(form.blocksize or max(len(flat), 1))
     with np.errstate(all="ignore"):
-        absmax = how.absmax(flat, size)
-        if check_finite and not np.isfinite(absmax if how is CPU else CPU.absmax(flat, size)).all():
+        absmax = rule.absmax(flat, size)
+        if check_finite and not np.isfinite(absmax if rule is CPU else CPU.absmax(flat, size)).all():
             _refuse(flat, np.shape(w), name)
-        if c.signed:
+        if form.signed:
             absmax = signed_absmax(flat, absmax, size)
-        bounds, order = codebooks.midpoints(c.code), codebooks.sorted_order(c.code)
-        packed = _pack(how.indices(flat, absmax, size, bounds, order, fp4=c.code_name == "fp4"))
-        constants = absmax if c.nested_code is None else quantize_constants(absmax, c.offset, c.nested_code, how)
-    shape = tuple(np.shape(w))
-    q = QuantizedTensor(packed, constants, c.code, c.code_name, size, shape, dtype, c.rule, bool(c.signed))
+        bounds, order = codebooks.midpoints(form.code), codebooks.sorted_order(form.code)
+        packed = _pack(rule.indices(flat, absmax, size, bounds, order, fp4=form.code_name == "fp4"))
+        constants = absmax if nested_code is None else quantize_constants(absmax, offset, nested_code, rule)
+    q = replace(form, packed=packed, constants=constants, blocksize=size, shape=tuple(np.shape(w)), dtype=dtype)
     return q if xp is np else q.to(lambda a: move(a, xp))
 
 

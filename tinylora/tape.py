@@ -1,4 +1,29 @@
-"""What the tape holds, measured; and a tape that is rebuilt instead of held."""
+"""The tape: the memory that the forward pass leaves for the backward pass. Here it is measured, and traded for time.
+
+The tape behind a tensor is what the surviving pullbacks captured (see `tensor`). `tape_bytes` walks their closures and adds
+up the arrays that they keep alive, each buffer once:
+
+    tape_bytes(loss, exclude=model.parameters())
+
+`checkpoint` makes the tape smaller (QLoRA §2; Chen et al. 2016). It runs a function, keeps only the function's inputs, and
+runs it again in the backward pass:
+
+    y = fn(x)                    # the tape holds all that fn's operations captured
+    y = checkpoint(fn, x)        # the tape holds x
+
+For n equal blocks, the tape is then the inputs of the n blocks and, at any time in the backward pass, the tape of one
+block. The price is a second forward pass. The state of the random generator is restored for it, so dropout draws the
+same mask.
+
+`watch_rebuilds` calls a function with each output that a checkpoint rebuilds. It measures the tape that comes on top while
+one block is rebuilt.
+
+Differs from torch: torch's reentrant checkpoint passes no gradient on if none of the inputs needs one. Here it is
+enough that a parameter inside fn needs one, as under LoRA.
+
+Leaves out: checkpoints that keep a part of what fn captured, and moving the tape to the host. fn takes Tensors and
+returns one Tensor.
+"""
 
 import copy
 
@@ -32,7 +57,7 @@ def checkpoint(fn, *xs):
         again.backward(g, into=inside)
         gradients = [inside.pop(x, None) for x in fresh]
         for leaf, h in inside.items():  # parameters that fn reached by itself
-            accumulate(state.sink, leaf, h, True)
+            accumulate(state.sink, leaf, h)
         return [xp.zeros_like(x) if n and h is None else h for x, h, n in zip(arrays, gradients, need, strict=True)]
 
     xp = array_module(out.data)
@@ -56,52 +81,33 @@ def tape_bytes(*tensors, exclude=()):
     alive) and plain data made of arrays, such as a QuantizedTensor. Leaves that a pullback captured (weights) are
     counted too, unless their arrays (or Tensors, or stored weights) are listed in `exclude`.
     """
-    skip, listed = set(), list(exclude)
-    while listed:
-        thing = listed.pop()
-        if is_array(thing):
-            skip.add(id(_owner(thing)))
-        elif thing is not None and not isinstance(thing, (str, bytes, int, float)):
-            listed.extend(_contents(thing))
-    buffers, seen = {}, set()
-    nodes = [t._node for t in tensors if t._node is not None]
-    stack = []
-    while nodes or stack:
-        if not stack:
-            node = nodes.pop()
-            if id(node) not in seen:
-                seen.add(id(node))
-                nodes.extend(p for p in node.parents if isinstance(p, Node))
-                stack.append(node.pullbacks)
-            continue
+    held, left_out = _buffers([t._node for t in tensors]), _buffers(exclude)
+    return sum(buffer.nbytes for key, buffer in held.items() if key not in left_out)
+
+
+def _buffers(things):
+    """{id: array} of the buffers that these things keep alive."""
+    found, seen, stack = {}, set(), list(things)
+    while stack:
         thing = stack.pop()
         if is_array(thing):
-            owner = _owner(thing)
-            if id(owner) not in skip:
-                buffers[id(owner)] = owner.nbytes
-        elif thing is None or isinstance(thing, (str, bytes, int, float, type)) or id(thing) in seen:
-            continue
-        else:
+            while getattr(thing, "base", None) is not None and is_array(thing.base):
+                thing = thing.base
+            found[id(thing)] = thing
+        elif id(thing) not in seen:
             seen.add(id(thing))
             stack.extend(_contents(thing))
-    return sum(buffers.values())
-
-
-def _owner(array):
-    while getattr(array, "base", None) is not None and is_array(array.base):
-        array = array.base
-    return array
+    return found
 
 
 def _contents(thing):
+    """What a step of the tape, a closure, a container or a dataclass holds."""
+    if isinstance(thing, Node):
+        return [thing.pullbacks, *(parent for parent in thing.parents if isinstance(parent, Node))]
     if isinstance(thing, Tensor):
         return [thing.data]
-    if isinstance(thing, dict):
-        return list(thing.values())
-    if isinstance(thing, (tuple, list)):
-        return list(thing)
-    if hasattr(thing, "__dataclass_fields__"):
+    if isinstance(thing, (tuple, list, dict)):
+        return list(thing.values() if isinstance(thing, dict) else thing)
+    if hasattr(type(thing), "__dataclass_fields__"):
         return [getattr(thing, name) for name in thing.__dataclass_fields__]
-    if getattr(thing, "__closure__", None):
-        return [cell.cell_contents for cell in thing.__closure__]
-    return []
+    return [cell.cell_contents for cell in getattr(thing, "__closure__", None) or ()]

@@ -1,6 +1,8 @@
 """A tensor that remembers how it was made, and the walk that turns a loss into gradients.
 
-An operation is written once, as a forward equation with its pullbacks beside it:
+Write x̄ = ∂L/∂x for the gradient of the loss L with respect to x. An operation y = f(x) has a pullback, the function that
+maps ȳ to x̄. It is written once, as a forward equation with one pullback for each argument beside it; in a pullback, g is
+the gradient of the output:
 
     @primitive
     def mul(x, y):
@@ -8,20 +10,19 @@ An operation is written once, as a forward equation with its pullbacks beside it
         return x * y, (lambda g: g * y,
                        lambda g: g * x)
 
-`primitive` runs the forward on plain arrays and keeps a pullback only for an input that needs a gradient. The other
-closures are dropped together with all they captured. So the tape *is* the set of surviving closures: a frozen weight
-has no weight-gradient pullback at all, `tape_bytes` measures what is held by walking the closures, and LoRA's saving
-can be asserted instead of believed.
+`primitive` runs the forward equation on plain arrays. It keeps a pullback only for an input that needs a gradient, and
+drops the other pullbacks together with all that they captured. The tape is the set of pullbacks that are left. A frozen
+weight has no weight-gradient pullback, so what LoRA saves can be measured (`tape.tape_bytes`).
 
-Three things are done here once so that no operation has to:
-  * broadcasting is undone: the adjoint of broadcasting is summation (`unbroadcast`);
-  * a tensor that is used twice receives the sum of what comes back (b = a + a gives ā = 2 b̄);
-  * the order is the order of creation, backwards: an operation is always younger than its inputs, so no recursion and no
-    sort is needed, and a model deeper than Python's stack is no problem.
+Three things are done here once, so that no operation has to do them:
+  * Broadcasting is undone. If an input was stretched, its gradient is summed over the stretched axes (`unbroadcast`).
+  * A tensor that is used twice receives the sum of what comes back: b = a + a gives ā = 2 b̄.
+  * The walk visits operations from the youngest to the oldest. An operation is younger than its inputs, so its gradient
+    is complete when it is visited. There is no recursion, so a deep model cannot hit Python's recursion limit.
 
-Compared with torch: no double backward (nothing in LoRA or QLoRA needs one), no views that share a gradient, no
-in-place operations on tensors. `checkpoint` is torch's reentrant checkpoint without its trap: it works when only
-parameters inside the function need gradients.
+Differs from torch: gradients are plain arrays. Views do not share a gradient, and no operation works in place.
+
+Leaves out: double backward (the gradient of a gradient), which nothing in LoRA or QLoRA needs.
 """
 
 import contextlib
@@ -61,14 +62,31 @@ class Node:
         self.name, self.shape, self.dtype = name, out.shape, out.dtype
         self.parents, self.places, self.arity, self.pullbacks = parents, places, arity, pullbacks
 
-    def gradients(self, g):
-        """[(parent, gradient)] for this step's output gradient g; the pullbacks are released on the way."""
+    def __lt__(self, other):
+        return self.order > other.order  # the youngest comes first
+
+    def contributions(self, g):
+        """(parent, gradient, whether its memory is used by nothing else) for this step's output gradient g; releases the pullbacks."""
         pullbacks, self.pullbacks = self.pullbacks, None
+        if pullbacks is None:
+            raise RuntimeError(
+                f"backward: the tape behind this {self.name} was already walked and released; "
+                "run the forward again before a second backward"
+            )
         if callable(pullbacks):
-            need = tuple(i in self.places for i in range(self.arity))
-            every = pullbacks(g, need)
-            return [(p, every[i]) for p, i in zip(self.parents, self.places, strict=True)]
-        return [(p, pull(g)) for p, pull in zip(self.parents, pullbacks, strict=True)]
+            every = pullbacks(g, tuple(i in self.places for i in range(self.arity)))
+            found = [every[i] for i in self.places]
+        else:
+            found = (pull(g) for pull in pullbacks)
+        for parent, h in zip(self.parents, found, strict=True):
+            h = _as_array(h)
+            summed = unbroadcast(h, parent.shape)
+            if summed.shape != parent.shape:
+                raise RuntimeError(
+                    f"{self.name}: a pullback returned shape {h.shape} for an input of shape {parent.shape}"
+                )
+            fresh = summed is not h or (h is not g and h.base is None)
+            yield parent, summed.astype(parent.dtype, copy=False), fresh or summed.dtype != parent.dtype
 
 
 class Tensor:
@@ -139,32 +157,70 @@ class Tensor:
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor was not computed from anything with requires_grad=True")
-        xp = array_module(self.data)
         if gradient is None:
             if self.size != 1:
                 raise ValueError(
                     f"backward: the tensor has shape {self.shape}; give a gradient of that shape, "
                     "or reduce it to one number first"
                 )
-            gradient = xp.ones(self.shape, dtype=self.dtype)
+            gradient = array_module(self.data).ones(self.shape, dtype=self.dtype)
         gradient = gradient.data if isinstance(gradient, Tensor) else gradient
         if gradient.shape != self.shape:
             raise ValueError(f"backward: the gradient has shape {gradient.shape}, the tensor {self.shape}")
         sink = into if into is not None else state.sink
         with setting("sink", sink if sink is not None else {}) as found:
-            leaves = _walk(self, gradient)
-            for leaf, (g, owned) in leaves.items():
-                accumulate(found, leaf, g, owned)
+            for leaf, g in chain_rule(self, gradient).items():
+                accumulate(found, leaf, g)
         if sink is None:
             for leaf, g in found.items():
                 leaf.grad = g if leaf.grad is None else _as_array(leaf.grad + g)
 
 
-def accumulate(found, leaf, g, owned):
+def chain_rule(y, gradient):
+    """x̄ = Σ (∂z/∂x)ᵀ z̄ over every operation z that x went into, from y down to the leaves. -> {leaf: gradient}
+
+    The operations are visited from the youngest to the oldest. An operation is older than everything that was computed
+    from its result, so its gradient is complete when it is visited. A visit has three steps:
+
+        look up      the gradient z̄ of the operation's output
+        contribute   its pullbacks turn z̄ into one gradient for each input
+        sum          an input that went into several operations receives the sum of what comes back
+    """
+    sums = _Sums()
+    sums.add(y._node or y, gradient, fresh=False)
+    waiting = [y._node] if y._node else []  # a heap, the youngest operation first
+    while waiting:
+        node = heapq.heappop(waiting)
+        g = sums.pop(node)
+        for parent, h, fresh in node.contributions(g):
+            if isinstance(parent, Node) and parent not in sums:
+                heapq.heappush(waiting, parent)
+            sums.add(parent, h, fresh)
+    return {leaf: g if leaf in sums.ours else g.copy() for leaf, g in sums.items()}
+
+
+class _Sums(dict):
+    """{operation or leaf: the sum of what was added}. `ours` has the keys whose array nothing else uses: it may be written to."""
+
+    def __init__(self):
+        self.ours = set()
+
+    def add(self, key, g, fresh):
+        """Add g; fresh says that g's memory is used by nothing else."""
+        if key in self and key in self.ours:
+            self[key] += g
+            return
+        self[key] = _as_array(self[key] + g) if key in self else g
+        if fresh or self[key] is not g:
+            self.ours.add(key)
+
+
+def accumulate(found, leaf, g):
+    """found[leaf] += g, where g belongs to nobody else."""
     if leaf in found:
         found[leaf] += g
     else:
-        found[leaf] = g if owned else g.copy()
+        found[leaf] = g
 
 
 def _as_array(x):
@@ -174,52 +230,13 @@ def _as_array(x):
 
 @contextlib.contextmanager
 def setting(name, value):
-    """Within the block, this thread's `_state.name` is `value`."""
+    """Within the block, this thread's `state.name` is `value`."""
     before = getattr(state, name)
     setattr(state, name, value)
     try:
         yield value
     finally:
         setattr(state, name, before)
-
-
-def _walk(root, gradient):
-    """{leaf: (gradient, owned)}: visit nodes youngest first; each passes what it received on to its parents."""
-    leaves, waiting, heap = {}, {}, []
-
-    def receive(key, table, h, owned):
-        if key not in table:
-            table[key] = (h, owned)
-            if table is waiting:
-                heapq.heappush(heap, (-key.order, key))
-            return
-        so_far, ours = table[key]
-        if ours:
-            so_far += h
-        else:
-            table[key] = (_as_array(so_far + h), True)
-
-    receive(root if root.is_leaf else root._node, leaves if root.is_leaf else waiting, gradient, False)
-    while heap:
-        _, node = heapq.heappop(heap)
-        g, _ = waiting.pop(node)
-        if node.pullbacks is None:
-            raise RuntimeError(
-                f"backward: the tape behind this {node.name} was already walked and released; "
-                "run the forward again before a second backward"
-            )
-        for parent, h in node.gradients(g):
-            h = _as_array(h)
-            fresh = h is not g and h.base is None  # else h may share memory with something that is still in use
-            summed = unbroadcast(h, parent.shape)
-            if summed.shape != parent.shape:
-                raise RuntimeError(
-                    f"{node.name}: a pullback returned shape {h.shape} for an input of shape {parent.shape}"
-                )
-            if summed.dtype != parent.dtype:
-                summed = summed.astype(parent.dtype)
-            receive(parent, waiting if isinstance(parent, Node) else leaves, summed, fresh or summed is not h)
-    return leaves
 
 
 def unbroadcast(g, shape):

@@ -319,8 +319,6 @@ ACTIVATIONS = {
     "relu": (ops.relu, F.relu),
     "sigmoid": (ops.sigmoid, torch.sigmoid),
     "silu": (ops.silu, F.silu),
-    "gelu": (ops.gelu, F.gelu),
-    "gelu-tanh": (lambda x: ops.gelu(x, approximate=True), lambda t: F.gelu(t, approximate="tanh")),
     "softmax": (ops.softmax, lambda t: F.softmax(t, -1)),
 }
 
@@ -331,21 +329,13 @@ def test_activations_are_torchs(name, rng):
 
 
 def test_normalizations_and_linear_are_torchs(rng):
-    x, w, b = rng.standard_normal((3, 7, 24)) * 3, rng.standard_normal(24), rng.standard_normal(24)
+    x, w = rng.standard_normal((3, 7, 24)) * 3, rng.standard_normal(24)
     for eps in (1e-5, 1e-6, 0.1):
         compare(
             lambda x, w, eps=eps: ops.rms_norm(x, w, eps=eps),
             lambda x, w, eps=eps: F.rms_norm(x, (24,), w, eps),
             x,
             w,
-            rng=rng,
-        )
-        compare(
-            lambda x, w, b, eps=eps: ops.layer_norm(x, w, b, eps=eps),
-            lambda x, w, b, eps=eps: F.layer_norm(x, (24,), w, b, eps),
-            x,
-            w,
-            b,
             rng=rng,
         )
     compare(ops.linear, F.linear, x, rng.standard_normal((5, 24)), rng.standard_normal(5), rng=rng)

@@ -17,17 +17,19 @@ adapter leaves the base as it was (PEFT trains them in place and warns); unmergi
 `linear` combination is there because PEFT has it, with its cross terms said. Left out: ties, dare and magnitude pruning.
 """
 
-from ..lora import count_parameters, print_trainable_parameters, trainable_parameters
+from ..lora import LoRALayer, count_parameters, print_trainable_parameters, trainable_parameters
+from . import dora  # noqa: F401 (use_dora makes its classes)
 from .combine import add_weighted_adapter
 from .config import BASE, BIASES, Adapter, LoRAConfig
 from .merge import merge, merge_errors, unmerge
+from .state import active_adapters, configs
 from .switch import adapter_of, adapter_rows, add_lora, attach, delete_adapter, detach, disable_adapter, set_adapter
-from .targets import active_adapters, base_of, configs, find_targets, lora_layers
+from .targets import base_of, find_targets, lora_layers
 
 adapters = lora_layers  # the name until 0.1
 
 # fmt: off
-__all__ = ["LoRAConfig", "Adapter", "BASE", "BIASES", "add_lora", "set_adapter", "disable_adapter", "adapter_rows", "delete_adapter",
+__all__ = ["LoRAConfig", "LoRALayer", "Adapter", "BASE", "BIASES", "add_lora", "set_adapter", "disable_adapter", "adapter_rows", "delete_adapter",
            "detach", "attach", "adapter_of", "add_weighted_adapter", "merge", "unmerge", "merge_errors", "lora_layers", "adapters",
            "configs", "active_adapters", "base_of", "find_targets", "count_parameters", "trainable_parameters",
            "print_trainable_parameters"]

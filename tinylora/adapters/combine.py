@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 
 from ..backend import array_module
-from .switch import check_name, put_on, trained_copies
-from .targets import configs, lora_layers
+from .state import configs, state
+from .switch import check_name, put_on
+from .targets import lora_layers
 
 # ------------------------------------------------------------------------------------------------------------------- combining
 COMBINATIONS = ("cat", "svd", "linear")
@@ -38,7 +39,7 @@ def add_weighted_adapter(model, names, weights, new_name, combination_type="svd"
     for name in names:
         check_name(model, name)
         c = configs(model)[name]
-        if c.use_dora or c.lora_bias or any(owner == name for owner, _ in trained_copies(model)):
+        if c.use_dora or c.lora_bias or any(owner == name for owner, _ in state(model).copies):
             raise ValueError(f"add_weighted_adapter: {name!r} does more than add s B A (DoRA, biases or saved modules)")
         grouped = [path for path, layer in lora_layers(model, name) if getattr(layer.base_layer, "groups", 1) > 1]
         if grouped:

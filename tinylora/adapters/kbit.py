@@ -16,14 +16,13 @@ def prepare_for_kbit_training(model, gradient_checkpointing=True):
     """What PEFT's prepare_model_for_kbit_training does: freeze all, 16-bit weights to float32, checkpoint each block. In place.
 
     4-bit layers stay. Everything else that is stored in 16 bits (embedding, head) then takes twice the bytes. PEFT lets the embedding's
-    output ask for a gradient besides, which torch's reentrant checkpoint needs and `tensor.checkpoint` does not. Returns the model.
+    output ask for a gradient besides, which torch's reentrant checkpoint needs and `tape.checkpoint` does not. Returns the model.
     """
     for path, layer in list(model.named_modules()):
         if isinstance(layer, (Linear16bit, Embedding16bit)):
-            dense = object.__new__(Linear if isinstance(layer, Linear16bit) else Embedding)  # no weights are drawn
-            dense.weight, dense.training = Tensor(layer.dense()), layer.training
-            if isinstance(layer, Linear16bit):
-                dense.bias = layer.bias
+            weight = Tensor(layer.dense())
+            dense = Linear.of(weight, layer.bias) if isinstance(layer, Linear16bit) else Embedding.of(weight)
+            dense.training = layer.training
             model.replace(path, dense)
     if hasattr(model, "gradient_checkpointing"):
         model.gradient_checkpointing = gradient_checkpointing

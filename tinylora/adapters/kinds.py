@@ -1,15 +1,30 @@
-"""Bypasses of embeddings and convolutions, and which layer is adapted by which."""
+"""Bypasses of embeddings and convolutions, and which layer is adapted by which.
+
+embedding      h = W[ids] + s A[:, ids]ᵀ Bᵀ, where A starts at zero and B at random: an embedding's gradient reaches A only through B
+convolution    h = conv(x, W₀) + s conv₁(conv(x, A), B), where B mixes the r channels that A makes
+"""
 
 import math
 
 import numpy as np
 
 from .. import ops
-from ..lora import Bypass, LinearBypass, LoRALayer, LoRALinear
+from ..lora import LinearBypass, LoRALayer, LoRALinear
 from ..nn import Embedding, Linear, Linear4bit, Linear16bit, Module, normal, uniform
 from ..tensor import Tensor
 from . import conv
 from .conv import Conv1d, Conv2d, Conv3d
+
+
+def factor_shapes(base, r):
+    """The shapes of A and B, as files hold them, in a bypass of rank r beside this base."""
+    if isinstance(base, Embedding):
+        n, d = base.weight.shape
+        return (r, n), (d, r)
+    if isinstance(base, conv.Conv):
+        kernel = base.weight.shape[2:]
+        return (r, base.in_channels, *kernel), (base.out_channels, r // base.groups, *(1,) * len(kernel))
+    return (r, base.in_features), (base.out_features, r)
 
 
 class _Factor(Module):
@@ -20,14 +35,17 @@ class _Factor(Module):
         self.bias = None if bias is None else Tensor(bias, requires_grad=True)
 
 
-class EmbeddingBypass(Bypass):
+class EmbeddingBypass(LinearBypass):
     """W[ids] + s A[:, ids]ᵀ Bᵀ: A (r, vocabulary) of zeros, B (d, r) ~ N(0, 1). The other way round than for a linear layer."""
 
     def build(self, base, init, lora_bias):
         if lora_bias:
             raise ValueError("lora: lora_bias is for linear layers and convolutions, not for an embedding")
-        n, d = base.weight.shape
-        self.lora_A, self.lora_B = _Factor(np.zeros((self.r, n), np.float32)), _Factor(normal((d, self.r), 1.0))
+        a, b = factor_shapes(base, self.r)
+        self.lora_A, self.lora_B = _Factor(np.zeros(a, np.float32)), _Factor(normal(b, 1.0))
+
+    def dropped(self, ids):
+        return ids
 
     def through(self, ids, base):
         return ops.linear(ops.embedding(ids, self.lora_A.weight.T), self.lora_B.weight)
@@ -36,7 +54,7 @@ class EmbeddingBypass(Bypass):
         return matrix.T
 
 
-class ConvBypass(Bypass):
+class ConvBypass(LinearBypass):
     """A (r, in, *kernel): the base's own kernel, stride and padding with r outputs; B (out, r/groups, 1, …) mixes them.
 
     As PEFT has it, except that A has the base's dilation too (PEFT leaves it out, and then fails on the shapes). A reads
@@ -44,15 +62,12 @@ class ConvBypass(Bypass):
     """
 
     def build(self, base, init, lora_bias):
-        out, kernel, g = base.weight.shape[0], base.weight.shape[2:], base.groups
-        if self.r % g:
-            raise ValueError(f"lora: r = {self.r} must be a multiple of the convolution's groups = {g}")
-        shape, ones = (self.r, base.in_channels, *kernel), (1,) * len(kernel)
-        n = math.prod(shape[1:])
-        self.lora_A = _Factor(uniform(shape, 1 / math.sqrt(n)) if init == "kaiming" else normal(shape, 1 / self.r))
-        self.lora_B = _Factor(
-            np.zeros((out, self.r // g, *ones), np.float32), np.zeros(out, np.float32) if lora_bias else None
-        )
+        if self.r % base.groups:
+            raise ValueError(f"lora: r = {self.r} must be a multiple of the convolution's groups = {base.groups}")
+        a, b = factor_shapes(base, self.r)
+        n = math.prod(a[1:])
+        self.lora_A = _Factor(uniform(a, 1 / math.sqrt(n)) if init == "kaiming" else normal(a, 1 / self.r))
+        self.lora_B = _Factor(np.zeros(b, np.float32), np.zeros(b[0], np.float32) if lora_bias else None)
 
     def through(self, x, base):
         h = conv.conv(x, self.lora_A.weight, stride=base.stride, padding=base.padding, dilation=base.dilation)
@@ -90,7 +105,7 @@ class LoRAConv(LoRALayer):
     kind = ConvBypass
 
 
-#: Which layers can be adapted, by what, and how: (base classes, LoRALayer, Bypass).
+#: Which layers can be adapted, by what, and how: (base classes, layer, bypass).
 KINDS = (
     ((Linear, Linear4bit, Linear16bit), LoRALinear, LinearBypass),
     ((Embedding,), LoRAEmbedding, EmbeddingBypass),
@@ -99,21 +114,20 @@ KINDS = (
 LINEAR, ADAPTABLE = KINDS[0][0], tuple(base for kind in KINDS for base in kind[0])
 
 
-def bypass_for(base):
-    """The class of bypass that fits a base layer."""
-    for bases, _, bypass in KINDS:
+def _kind(base):
+    for bases, layer, bypass in KINDS:
         if isinstance(base, bases):
-            return bypass
+            return layer, bypass
     raise TypeError(
         f"lora: a {type(base).__name__} cannot be adapted; expected a linear layer, an embedding or a convolution"
     )
 
 
-def lora_layer(base, *args, **kwargs):
+def bypass_for(base):
+    """The class of bypass that fits a base layer."""
+    return _kind(base)[1]
+
+
+def lora_layer(base, *args, **options):
     """The LoRALinear, LoRAEmbedding or LoRAConv around a base layer, with LoRALayer's arguments."""
-    wrapper = next((wrapper for bases, wrapper, _ in KINDS if isinstance(base, bases)), None)
-    if wrapper is None:
-        raise TypeError(
-            f"lora: a {type(base).__name__} cannot be adapted; expected a linear layer, an embedding or a convolution"
-        )
-    return wrapper(base, *args, **kwargs)
+    return _kind(base)[0](base, *args, **options)

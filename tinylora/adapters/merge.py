@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-from .switch import activate, check_name, trained_copies
-from .targets import active_adapters, configs, lora_layers
+from .state import active_adapters, configs, state
+from .switch import activate, check_name
+from .targets import lora_layers
 
 
 # --------------------------------------------------------------------------------------------------------------------- merging
@@ -18,7 +19,7 @@ def merge(model, names=None, keep=False):
     """
     if not configs(model):
         raise ValueError("merge: the model carries no adapter")
-    if keep and vars(model).get("lora_kept") is not None:
+    if keep and state(model).kept is not None:
         raise ValueError("merge: the base's weights of an earlier merge are kept; unmerge first, or merge without keep")
     names = (
         active_adapters(model) if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
@@ -36,7 +37,7 @@ def merge(model, names=None, keep=False):
         )
     before, flags = (
         active_adapters(model),
-        [(p, p.requires_grad) for p in (*model.parameters(), *trained_copies(model).values())],
+        [(p, p.requires_grad) for p in (*model.parameters(), *state(model).copies.values())],
     )
     activate(model, names)  # so that the biases that these adapters trained are the ones that are merged
     try:
@@ -44,14 +45,14 @@ def merge(model, names=None, keep=False):
     except Exception:
         activate(model, before)
         raise
-    kept = Kept(before, names, lora_layers(model), dict(configs(model)), dict(trained_copies(model)), flags)
+    kept = Kept(before, names, lora_layers(model), dict(configs(model)), dict(state(model).copies), flags)
     for path, layer in merged:
         layer.training = model.get(path).training
         model.replace(path, layer)
     configs(model).clear()
-    trained_copies(model).clear()
-    model.lora_active = ()
-    model.lora_kept = kept if keep else None  # what an earlier merge kept is no longer what lies below
+    state(model).copies.clear()
+    state(model).active = ()
+    state(model).kept = kept if keep else None  # what an earlier merge kept is no longer what lies below
     return model.requires_grad_(False)
 
 
@@ -63,17 +64,13 @@ class Kept:
     merged: tuple
     layers: list
     configs: dict
-    spares: dict
+    copies: dict
     flags: list
-
-    def aside(self):
-        """What has to move along with the model."""
-        return [*(layer for _, layer in self.layers), *self.spares.values()]
 
 
 def unmerge(model):
     """Undo merge(model, keep=True): the wrapped layers with their own W₀ are put back. Nothing is subtracted."""
-    kept = vars(model).get("lora_kept")
+    kept = state(model).kept
     if kept is None:
         raise ValueError("unmerge: there is nothing to undo; only merge(model, keep=True) keeps the base's weights")
     if configs(model):
@@ -82,8 +79,8 @@ def unmerge(model):
         layer.train(model.get(path).training)
         model.replace(path, layer)
     configs(model).update(kept.configs)
-    trained_copies(model).update(kept.spares)
-    model.lora_active, model.lora_kept = kept.merged, None
+    state(model).copies.update(kept.copies)
+    state(model).active, state(model).kept = kept.merged, None
     activate(model, kept.active)
     for p, flag in kept.flags:
         p.requires_grad = flag

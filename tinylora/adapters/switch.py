@@ -1,22 +1,22 @@
 """Adapters put on a model, switched, given to single rows of a batch, and taken off."""
 
 import contextlib
+import functools
 import re
 
 import numpy as np
 
-from .. import backend
+from .. import ops
 from ..backend import array_module, move
 from ..lora import LoRALayer
-from ..nn import STORED
+from ..nn import STORED, is_adapter_weight
 from ..tensor import Tensor
 from .config import BASE, Adapter, LoRAConfig, matches
-from .kinds import bypass_for, lora_layer
+from .kinds import bypass_for, factor_shapes, lora_layer
+from .state import active_adapters, configs, state
 from .targets import (
-    active_adapters,
     adaptable_layers,
     base_of,
-    configs,
     find_targets,
     lora_layers,
     named,
@@ -79,15 +79,15 @@ def put_on(model, name, config, targets):
             model.replace(path, wrapper)
         wrapper.bypasses[name] = bypass.requires_grad_(False).train(wrapper.training)
     if whole:
-        trained_copies(model).update({(name, path): Tensor(w.data.copy()) for path, w in whole.items()})
+        state(model).copies.update({(name, path): Tensor(w.data.copy()) for path, w in whole.items()})
     configs(model)[name] = config
     return set_adapter(model, name) if first else model
 
 
 def trained_whole(model, config, targets):
     """{path: the base's Tensor} of the parameters that the config wants trained whole."""
-    own = {plain(p): w for p, w in model.named_parameters() if ".bypasses." not in f".{p}"}
-    own |= {path: w for (owner, path), w in trained_copies(model).items() if owner == BASE}
+    own = {plain(p): w for p, w in model.named_parameters() if not is_adapter_weight(p)}
+    own |= {path: w for (owner, path), w in state(model).copies.items() if owner == BASE}
     found = {}
     if config.bias != "none":
         biases = {p: w for p, w in own.items() if p.rpartition(".")[2] == "bias"}
@@ -117,11 +117,6 @@ def trained_whole(model, config, targets):
     return found
 
 
-def trained_copies(model):
-    """{(adapter, path): Tensor}: trained copies of parameters; (BASE, path) is the base's own while a copy stands in for it."""
-    return vars(model).setdefault("lora_spares", {})
-
-
 def set_adapter(model, names, inference_mode=False):
     """Let these adapters (a name, or a list whose bypasses add up) compute; they alone are trained unless inference_mode.
 
@@ -132,7 +127,7 @@ def set_adapter(model, names, inference_mode=False):
         for name, bypass in layer.bypasses.items():
             for p in bypass.parameters():
                 p.requires_grad = name in names and not inference_mode
-    for (owner, _), tensor in trained_copies(model).items():
+    for (owner, _), tensor in state(model).copies.items():
         if owner != BASE:
             tensor.requires_grad = owner in names and not inference_mode
     return model
@@ -143,19 +138,20 @@ def activate(model, names):
     names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
     for name in names:
         check_name(model, name)
-    spares = trained_copies(model)
-    wanted = [key for key in spares if key[0] in names]
+    copies = state(model).copies
+    wanted = [key for key in copies if key[0] in names]
     if len({path for _, path in wanted}) < len(wanted):
         raise ValueError(
             f"lora: of {', '.join(names)} more than one trains the same parameters whole; activate one of them"
         )
     for _, layer in lora_layers(model):
-        layer.active, layer.rows = tuple(n for n in names if n in layer.bypasses), None
-    for key in [key for key in spares if key[0] == BASE]:
-        _place(model, key[1], spares.pop(key))
+        layer.active = tuple(n for n in names if n in layer.bypasses)
+        _route(layer, None)
+    for key in [key for key in copies if key[0] == BASE]:
+        _place(model, key[1], copies.pop(key))
     for owner, path in wanted:
-        spares[BASE, path] = _place(model, path, spares[owner, path])
-    model.lora_active = names
+        copies[BASE, path] = _place(model, path, copies[owner, path])
+    state(model).active = names
     return names
 
 
@@ -176,17 +172,41 @@ def check_name(model, name):
 
 @contextlib.contextmanager
 def _active(model, names, rows=None):
-    """Within the block these adapters compute (and rows, if given, go their own ways); afterwards those of before that are still there."""
-    before, rows_before = active_adapters(model), {id(layer): layer.rows for _, layer in lora_layers(model)}
+    """Within the block these adapters compute, or with rows each row's own; afterwards those of before that are still there."""
+    before = active_adapters(model)
+    routes = {id(layer): vars(layer).get("forward") for _, layer in lora_layers(model)}
     activate(model, names)
     for _, layer in lora_layers(model):
-        layer.rows = rows
+        _route(layer, rows and functools.partial(_by_rows, layer, rows))
     try:
         yield model
     finally:
         activate(model, [n for n in before if n in configs(model)])
         for _, layer in lora_layers(model):
-            layer.rows = rows_before.get(id(layer))
+            _route(layer, routes.get(id(layer)))
+
+
+def _route(layer, forward):
+    """Let this function be the layer's forward; None: its class's own again."""
+    vars(layer).pop("forward", None)
+    if forward is not None:
+        layer.forward = forward
+
+
+def _by_rows(layer, rows, x):
+    """Row i of the batch through the adapter rows[i]: one product with the base, one small one an adapter."""
+    if len(rows) != len(x):
+        raise ValueError(f"lora: {len(rows)} adapter names for a batch of {len(x)} rows")
+    y, parts, order = layer.base_layer(x), [], []
+    for name in dict.fromkeys(rows):
+        mine = [i for i, n in enumerate(rows) if n == name]
+        order += mine
+        mine = array_module(y.data).asarray(mine)
+        part = y[mine]
+        if name in layer.bypasses:
+            part = part + layer.bypasses[name](x[mine], layer.base_layer, part)
+        parts.append(part)
+    return ops.concatenate(parts)[array_module(y.data).asarray(np.argsort(order))]
 
 
 def disable_adapter(model):
@@ -209,7 +229,7 @@ def adapter_rows(model, names):
     names = list(names)
     for name in sorted(set(names) - {BASE}):
         check_name(model, name)
-        if any(owner == name for owner, _ in trained_copies(model)):
+        if any(owner == name for owner, _ in state(model).copies):
             raise ValueError(f"lora: {name!r} trains parameters whole, so it cannot be one of several in a batch")
     with _active(model, (), names):
         yield model
@@ -243,8 +263,8 @@ def _take_off(model, name):
     """Remove an adapter; if it was active alone, activate the first in the alphabet of the others."""
     alone = active_adapters(model) == (name,)
     activate(model, [n for n in active_adapters(model) if n != name])
-    for key in [key for key in trained_copies(model) if key[0] == name]:
-        del trained_copies(model)[key]
+    for key in [key for key in state(model).copies if key[0] == name]:
+        del state(model).copies[key]
     for path, layer in lora_layers(model, name):
         del layer.bypasses[name]
         if not layer.bypasses:
@@ -270,7 +290,7 @@ def adapter_of(model, name=None):
                 "they mean nothing off this base; merge(model) instead"
             )
         weights[path] = {factor: tensor.data for factor, tensor in _tensors(layer.bypasses[name]).items()}
-    saved = {path: tensor.data for (owner, path), tensor in trained_copies(model).items() if owner == name}
+    saved = {path: tensor.data for (owner, path), tensor in state(model).copies.items() if owner == name}
     return Adapter(configs(model)[name], weights, saved)
 
 
@@ -303,7 +323,7 @@ def attach(model, adapter, name="default"):
         for factor, tensor in _tensors(layer.bypasses[name]).items():
             tensor.data = _like(tensor.data, adapter.weights[path][factor])
     for path, array in adapter.saved.items():
-        tensor = trained_copies(model)[name, path]
+        tensor = state(model).copies[name, path]
         tensor.data = _like(tensor.data, array)
     return set_adapter(model, name)
 
@@ -324,10 +344,13 @@ def _tensors(bypass):
 
 def _shapes(base, config, path):
     """{name in files: shape} of a bypass for this base."""
-    with backend.using_generator(np.random.default_rng(0)):  # what is drawn here is thrown away
-        bypass = bypass_for(base)(base, **config.options(path) | {"use_dora": False})
-    shapes = {factor: tuple(t.shape) for factor, t in _tensors(bypass).items()}
-    return shapes | ({"lora_magnitude_vector": (bypass.factors()[0].shape[0],)} if config.use_dora else {})
+    a, b = factor_shapes(base, config.options(path)["r"])
+    shapes = {"lora_A": a, "lora_B": b}
+    if config.lora_bias:
+        shapes["lora_B.bias"] = b[:1]
+    if config.use_dora:
+        shapes["lora_magnitude_vector"] = b[:1]
+    return shapes
 
 
 def _say(shapes):

@@ -73,16 +73,6 @@ def lora_layers(model, name=None):
     return [(path, layer) for path, layer in found if name is None or name in layer.bypasses]
 
 
-def configs(model):
-    """{name: LoRAConfig} of the adapters on the model, in the order in which they came."""
-    return vars(model).setdefault("lora_configs", {})
-
-
-def active_adapters(model):
-    """The names of the adapters that compute."""
-    return vars(model).get("lora_active", ())
-
-
 def plain(path):
     """A parameter's path as if its layer were not wrapped."""
     return path.replace(".base_layer.", ".")

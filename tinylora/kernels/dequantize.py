@@ -11,15 +11,24 @@ from functools import lru_cache
 import numpy as np
 
 from ..backend import array_module
-from ..dtypes import round_bits
+from ..dtypes import round_bits, round_to
 
 _CHUNK = 1 << 17  # elements dequantized at a time, so that they stay in the cache
 
 
-def scaled(q):
+def dequantized(q, absmax, dtype):
+    """code[q] · absmax, rounded once to `dtype`. q: whatever has packed, code, blocksize, size and shape; absmax (blocks,) float32."""
+    if array_module(q.packed) is not np:
+        return round_to(scaled(q, absmax)[: q.size].reshape(q.shape), dtype)
+    in_chunks = dtype == "bfloat16" and bool(np.isfinite(absmax).all())  # while they are in the cache; no NaN can arise
+    flat = scaled_on_host(q, absmax, in_chunks)[: q.size].reshape(q.shape)
+    return flat if in_chunks else round_to(flat, dtype)
+
+
+def scaled(q, absmax):
     """c[q] · absmax on any array module: two neighbours are looked up at once, in 256 pairs indexed by the packed byte. (≥ n,) float32"""
     xp, n = array_module(q.packed), q.size
-    flat, absmax = xp.take(_pairs(q.code), q.packed).view(np.float32), q.absmax
+    flat = xp.take(_pairs(q.code), q.packed).view(np.float32)
     whole = n // q.blocksize
     body = flat[: whole * q.blocksize].reshape(whole, q.blocksize)
     body *= absmax[:whole, None]

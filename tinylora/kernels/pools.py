@@ -33,6 +33,15 @@ def make(name, device):
     return POOLS[name](backend.module_for(device))
 
 
+#: States with fewer elements are not paged by bitsandbytes (its optimizer.py, get_state_buffer).
+WHOLE_TENSORS_FROM = 100_000
+
+
+def whole_tensors(n, moves):
+    """(elements a page, whether it moves) of a state of n elements as bitsandbytes cuts it: one page, and small states always stay."""
+    return max(n, 1), moves and n >= WHOLE_TENSORS_FROM
+
+
 class HostPool:
     """Pages in host memory. On NumPy both sides are RAM: that shows the mechanism and its cost, and saves nothing."""
 
