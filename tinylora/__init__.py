@@ -87,7 +87,7 @@ for _old, _new, _names in (
     (paging, pools, "WHOLE_TENSORS_FROM"),
     (backend, copies, "pinned_zeros copy_to_device copy_to_host managed_zeros prefetch_managed keep_freed_memory"),
     (tensor, tape, "checkpoint watch_rebuilds tape_bytes"),
-    (nn, kbit, "store_in_16_bits prepare_for_kbit_training"),
+    (nn, kbit, "Embedding16bit store_in_16_bits prepare_for_kbit_training"),
     (lora, kinds, "LoRAEmbedding LoRAConv EmbeddingBypass ConvBypass KINDS ADAPTABLE LINEAR bypass_for lora_layer"),
 ):
     for _name in _names.split():

@@ -34,16 +34,22 @@ import numpy as np
 
 @dataclass
 class Transfers:
-    """What `move` has carried, in calls and in bytes, one pair of counters per direction."""
+    """What was carried between host and device, in calls and in bytes, one pair of counters per direction."""
 
     to_device: int = 0
     to_device_bytes: int = 0
     to_host: int = 0
     to_host_bytes: int = 0
 
+    def count(self, direction, nbytes):
+        """One more call in a direction, "to_device" or "to_host"."""
+        with _counting:
+            setattr(self, direction, getattr(self, direction) + 1)
+            setattr(self, f"{direction}_bytes", getattr(self, f"{direction}_bytes") + nbytes)
 
-transfers = Transfers()
-counting = threading.Lock()
+
+_counting = threading.Lock()
+transfers = Transfers()  # of the whole process: memory on the device is the process's too
 
 
 def array_module(x):
@@ -75,7 +81,10 @@ def cuda():
     try:
         cupy = importlib.import_module("cupy")
     except ImportError:
-        raise RuntimeError("device cuda: CuPy is not installed (pip install 'tinylora[gpu]'); use device cpu") from None
+        raise RuntimeError(
+            "device cuda: CuPy is not installed; use device cpu, or install it in a clone of tinylora: "
+            "pip install -e '.[gpu]' for CUDA 13, '.[gpu12]' for CUDA 12"
+        ) from None
     if not cupy.cuda.is_available():
         raise RuntimeError("device cuda: CuPy is installed but finds no GPU; use device cpu")
     return cupy
@@ -97,13 +106,7 @@ def move(x, device):
     xp, here = module_for(device), array_module(x)
     if xp is here:
         return x
-    with counting:
-        if xp is np:
-            transfers.to_host += 1
-            transfers.to_host_bytes += x.nbytes
-        else:
-            transfers.to_device += 1
-            transfers.to_device_bytes += x.nbytes
+    transfers.count("to_host" if xp is np else "to_device", x.nbytes)
     return x.get() if xp is np else xp.asarray(x)
 
 
@@ -142,16 +145,12 @@ def scatter_add(rows, index, n):
 
 
 # ---------------------------------------------------------------------------------------------------------------- randomness
-class _Random(threading.local):
-    generator = None
-
-
-_random = _Random()
+_random = threading.local()
 
 
 def generator():
     """The thread's current NumPy random generator (seeded with 0 until `seed` or `using_generator` says otherwise)."""
-    if _random.generator is None:
+    if getattr(_random, "generator", None) is None:
         seed(0)
     return _random.generator
 
@@ -164,7 +163,7 @@ def seed(value):
 @contextlib.contextmanager
 def using_generator(rng):
     """Within the block, `generator()` is `rng`. Training gives each (seed, step, shard) one of its own."""
-    before, _random.generator = _random.generator, rng
+    before, _random.generator = getattr(_random, "generator", None), rng
     try:
         yield rng
     finally:

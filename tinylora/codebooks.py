@@ -28,6 +28,8 @@ from functools import cache
 
 import numpy as np
 
+from .numerics.solved import af4, bof4, expected_max, lloyd_max, power_of  # noqa: F401 (handed on)
+
 #: Where the outermost NF4 quantile lies. bitsandbytes states the number without its origin; it equals 1 − ½(1/32 + 1/30) cut to seven
 #: digits: the mean of half a bin of 16 (where a symmetric code of 16 values ends) and half a bin of 15 (where one with a 0 ends).
 NF4_OFFSET = 0.9677083
@@ -63,13 +65,6 @@ def _normal_inverse(probabilities):
 
     inverse = NormalDist().inv_cdf
     return np.array([inverse(float(p)) for p in probabilities], np.float32)
-
-
-def _student_inverse(nu):
-    """The inverse of Student's distribution function, as a function of probabilities."""
-    from scipy.special import stdtrit
-
-    return lambda probabilities: stdtrit(nu, np.float64(probabilities)).astype(np.float32)
 
 
 def _quantile_code(inverse, above, below, offset):
@@ -126,60 +121,17 @@ def closed_form(blocksize=64, criterion="mse"):
     """
     from statistics import NormalDist
 
-    from .numerics import optimality
-
-    p = _criterion(criterion)
-    return normal_float(4, NormalDist().cdf(optimality.expected_max(blocksize) / (1 + p) ** 0.5))
+    p = power_of(criterion)
+    return normal_float(4, NormalDist().cdf(expected_max(blocksize) / (1 + p) ** 0.5))
 
 
 def sf4(nu=5):
     """SF4: F_ν⁻¹ in the place of NF4's Φ⁻¹, F_ν Student's distribution (Dotzel et al. 2024, 2405.03103). (16,) float32, ascending."""
+    from scipy.special import stdtrit
+
     if not 0.5 <= nu < np.inf:
         raise ValueError(f"sf4: nu = {nu}, expected a finite number, 0.5 or more")
-    return _quantile_code(_student_inverse(nu), 8, 7, NF4_OFFSET)
-
-
-def _criterion(criterion):
-    """The power of the error that a criterion minimizes."""
-    if criterion not in ("mse", "mae"):
-        raise ValueError(f"criterion {criterion!r} is unknown: expected 'mse' or 'mae'")
-    return 2 if criterion == "mse" else 1
-
-
-def bof4(blocksize=64, criterion="mse", signed=False, dtype=np.float32):
-    """BOF4: argmin_q E|W − Ŵ|ᵖ over codes with 0 and ±1 (Blumenberg et al. 2025, 2505.06653, eq. 5 and 7). (16,), ascending.
-
-    blocksize  of normal weights
-    criterion  "mse" (p = 2) or "mae" (p = 1), of W itself and not of W/absmax
-    signed     BOF4-S: the block is divided by its signed maximum, so 1 must be in the code and −1 need not be; quantize(…, signed=True)
-    dtype      float64 gives the solution as found; its theoretical table (table 8) agrees to 2e-6
-    """
-    from .numerics import optimality
-
-    pins = (0, 1) if signed else (-1, 0, 1)
-    return optimality.optimal_code(blocksize, _criterion(criterion), pins=pins, signed=signed).astype(dtype)
-
-
-def af4(blocksize=64, dtype=np.float32):
-    """AF4 as released: 2F(q_i) = F(ξ_i) + F(ξ_{i+1}), F of W/absmax, with 0 as a boundary ξ (Yoshida 2023, 2306.06965). (16,), ascending.
-
-    The stated criterion is the least E|X − q(X)| among codes with −1, 0 and 1. The released tables, for blocks of 32 to 4096, obey its
-    median condition everywhere but beside 0, where the cells of both neighbours run to 0 itself instead of half-way. With that
-    boundary they are reproduced to 5e-9 (dtype=np.float64); the proper optimum is
-    optimality.optimal_code(blocksize, 1, of="normalized"), up to 0.045 away.
-    """
-    from .numerics import optimality
-
-    return optimality.optimal_code(blocksize, 1, of="normalized", zero_cell=False).astype(dtype)
-
-
-def lloyd_max(levels=16, power=2, dtype=np.float32):
-    """argmin_q E|W − q(W)|ᵖ for W ~ N(0, 1), nothing divided: Max 1960 (p = 2: D = 0.0095010 for 16 levels). (levels,) in σ, ascending."""
-    from .numerics import optimality
-
-    if not isinstance(levels, (int, np.integer)) or not 2 <= levels <= 256:
-        raise ValueError(f"lloyd_max: levels = {levels!r}, expected 2 to 256")
-    return optimality.optimal_levels(levels, power).astype(dtype)
+    return _quantile_code(lambda p: stdtrit(nu, np.float64(p)).astype(np.float32), 8, 7, NF4_OFFSET)
 
 
 def _small_floats(exponent_bits, mantissa_bits, bias):

@@ -104,23 +104,10 @@ class BFloat16Array:
         """Round a float array to bfloat16, ties to even."""
         return cls(bfloat16_bits(x))
 
-    @property
-    def shape(self):
-        return self.bits.shape
-
-    @property
-    def size(self):
-        return self.bits.size
-
-    @property
-    def nbytes(self):
-        return self.bits.nbytes
-
-    @property
-    def bits_per_param(self):
-        return 16.0
-
-    dtype = "bfloat16"
+    shape = property(lambda self: self.bits.shape)
+    size = property(lambda self: self.bits.size)
+    nbytes = property(lambda self: self.bits.nbytes)
+    bits_per_param, dtype = 16.0, "bfloat16"
 
     def dequantize(self, dtype="bfloat16"):
         """W in the asked logical dtype; float32 and bfloat16 are both exact here."""

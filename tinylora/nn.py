@@ -7,11 +7,11 @@ in the order in which they were assigned. A parameter's name is the path to it, 
     Linear         y = x Wᵀ + b
     Linear4bit     y = x Ŵᵀ + b with Ŵ = doubleDequant(weight)                (QLoRA eq. 5 without its adapter, eq. 6)
     Linear16bit    y = x Wᵀ + b with W stored in bfloat16
-    Embedding      y = W[ids];   Embedding16bit: the same with W stored in bfloat16
+    Embedding      y = W[ids]
     RMSNorm        y = w x / √(mean(x²) + ε)
 
-A frozen weight need not be a Tensor. Linear4bit, Linear16bit and Embedding16bit hold plain data that can be dequantized
-(QuantizedTensor, BFloat16Array), and no gradient flows into it. `quantize_linears` puts such layers into a model.
+A frozen weight need not be a Tensor. Linear4bit and Linear16bit hold plain data that can be dequantized (QuantizedTensor,
+BFloat16Array), and no gradient flows into it. `quantize_linears` puts such layers into a model.
 
 Differs from torch.nn: token ids are plain integer arrays, and Linear has no bias unless asked for one. Differs from
 bitsandbytes: the compute dtype is given and never guessed from the first input, and `eval()` switches dropout off and
@@ -120,10 +120,9 @@ class Module:
             )
         shared = [name for name in mine if name in state]
         for name in shared:
-            if tuple(mine[name].shape) != tuple(state[name].shape):
-                raise ValueError(
-                    f"load_state_dict: {name} has shape {tuple(state[name].shape)}, the model's is {mine[name].shape}"
-                )
+            given, wanted = tuple(state[name].shape), tuple(mine[name].shape)
+            if given != wanted:
+                raise ValueError(f"load_state_dict: {name} has shape {given}, the model's is {wanted}")
             if isinstance(mine[name], STORED) != isinstance(state[name], STORED):
                 raise ValueError(f"load_state_dict: {name} is dense on one side and quantized on the other")
         for name in shared:
@@ -136,8 +135,8 @@ class Module:
 
     def replace(self, path, module):
         """Put `module` where `path` (such as model.layers.0.mlp.up_proj) points."""
-        parent_path, _, name = path.rpartition(".")
-        parent = self.get(parent_path)
+        parent, _, name = path.rpartition(".")
+        parent = self.get(parent)
         if isinstance(parent, (list, dict)):
             parent[int(name) if isinstance(parent, list) else name] = module
         else:
@@ -191,12 +190,6 @@ def normal(shape, std):
     return (backend.generator().standard_normal(shape, dtype=np.float32) * np.float32(std)).astype(np.float32)
 
 
-def _holding(cls, **attributes):
-    layer = cls.__new__(cls)
-    vars(layer).update(attributes)
-    return layer
-
-
 class Linear(Module):
     """y = x Wᵀ + b.   weight (out, in) ~ U(−1/√in, 1/√in), which is torch's kaiming_uniform(a=√5); bias (out,) or None."""
 
@@ -209,7 +202,9 @@ class Linear(Module):
     @classmethod
     def of(cls, weight, bias=None):
         """A layer that holds these Tensors; nothing is drawn."""
-        return _holding(cls, weight=weight, bias=bias)
+        layer = cls.__new__(cls)
+        layer.weight, layer.bias = weight, bias
+        return layer
 
     in_features = property(lambda self: self.weight.shape[1])
     out_features = property(lambda self: self.weight.shape[0])
@@ -286,7 +281,9 @@ class Embedding(Module):
     @classmethod
     def of(cls, weight):
         """A layer that holds this Tensor; nothing is drawn."""
-        return _holding(cls, weight=weight)
+        layer = cls.__new__(cls)
+        layer.weight = weight
+        return layer
 
     def forward(self, ids):
         return ops.embedding(ids, self.weight)
@@ -294,25 +291,6 @@ class Embedding(Module):
     def dense(self):
         """W as an array (n, d)."""
         return self.weight.data
-
-
-class Embedding16bit(Module):
-    """y = W[ids] with W (n, d) stored in bfloat16, two bytes a weight, and frozen."""
-
-    def __init__(self, weight):
-        self.weight = weight
-
-    @classmethod
-    def of(cls, embedding):
-        return cls(BFloat16Array.of(embedding.dense()))
-
-    def forward(self, ids):
-        ops.check_ids(ids, self.weight.shape[0])
-        return Tensor(BFloat16Array(self.weight.bits[ids]).dequantize("float32"))
-
-    def dense(self):
-        """W as a float32 array (n, d), freshly made."""
-        return self.weight.dequantize("float32")
 
 
 class RMSNorm(Module):
@@ -342,17 +320,8 @@ def quantize_linears(model, code="nf4", blocksize=64, double_quant=True, compute
     return model.requires_grad_(False)
 
 
-def quantized_linear(
-    path,
-    layer,
-    code="nf4",
-    blocksize=64,
-    double_quant=True,
-    compute_dtype="float32",
-    skip=("lm_head",),
-    dtype="float32",
-    **options,
-):
+def quantized_linear(path, layer, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32",
+                     skip=("lm_head",), dtype="float32", **options):  # fmt: skip
     """The frozen layer that takes the place of a Linear at this path; the layer itself if a name in `skip` ends the path.
 
     dtype     "bfloat16": the weight is rounded to it first, and says so; options: those of `quant.quantize`

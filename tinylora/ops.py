@@ -104,43 +104,34 @@ def sqrt(x):
 
 
 # ---------------------------------------------------------------------------------------------------------------- reductions
-def _restore(g, axis, keepdims, ndim):
-    """g with the reduced axes put back as length 1, so that it broadcasts against the input."""
-    if keepdims or (axis is None and ndim == 0):
-        return g
-    if axis is None:
-        return g.reshape((1,) * ndim)
-    axes = {a % ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
-    sizes = iter(g.shape)
-    return g.reshape(tuple(1 if i in axes else next(sizes) for i in range(ndim)))
+def _kept(shape, axis):
+    """The shape of a reduction over axis that keeps the reduced axes, as length 1: it broadcasts against the input."""
+    n = len(shape)
+    axes = range(n) if axis is None else {a % n for a in (axis if isinstance(axis, tuple) else (axis,))}
+    return tuple(1 if i in axes else length for i, length in enumerate(shape))
 
 
 @primitive
 def sum(x, axis=None, keepdims=False):
     "y = Σ x over axis;   x̄ = ḡ, stretched back"
-    xp, shape = array_module(x), x.shape
-    return x.sum(axis=axis, keepdims=keepdims), (
-        lambda g: xp.broadcast_to(_restore(g, axis, keepdims, len(shape)), shape),)
+    xp, shape, kept = array_module(x), x.shape, _kept(x.shape, axis)
+    return x.sum(axis=axis, keepdims=keepdims), (lambda g: xp.broadcast_to(g.reshape(kept), shape),)
 
 
 @primitive
 def mean(x, axis=None, keepdims=False):
     "y = (1/n) Σ x over axis;   x̄ = ḡ / n, stretched back"
-    xp, shape = array_module(x), x.shape
-    y = x.mean(axis=axis, keepdims=keepdims)
-    n = math.prod(shape) // math.prod(y.shape) if y.size else 1
-    return y, (lambda g: xp.broadcast_to(_restore(g, axis, keepdims, len(shape)) / n, shape),)
+    xp, shape, kept = array_module(x), x.shape, _kept(x.shape, axis)
+    n = math.prod(shape) // math.prod(kept) if math.prod(kept) else 1
+    return x.mean(axis=axis, keepdims=keepdims), (lambda g: xp.broadcast_to(g.reshape(kept) / n, shape),)
 
 
 @primitive
 def max(x, axis=None, keepdims=False):
     "y = max x over axis;   x̄ = ḡ where x = y; entries that tie share it evenly"
-    y = x.max(axis=axis, keepdims=True)
-    hit = x == y
+    hit, kept = x == x.max(axis=axis, keepdims=True), _kept(x.shape, axis)
     share = hit / hit.sum(axis=axis, keepdims=True).astype(x.dtype)
-    ndim = x.ndim
-    out = y if keepdims else y.reshape(x.sum(axis=axis).shape)
-    return out, (lambda g: _restore(g, axis, keepdims, ndim) * share,)
+    return x.max(axis=axis, keepdims=keepdims), (lambda g: g.reshape(kept) * share,)
 
 
 # --------------------------------------------------------------------------------------------------------------------- shapes
@@ -181,8 +172,7 @@ def index(x, key):
 
 
 def _is_basic(key):
-    parts = key if isinstance(key, tuple) else (key,)
-    return all(p is None or p is Ellipsis or isinstance(p, (int, slice)) for p in parts)
+    return all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in (key if isinstance(key, tuple) else (key,)))
 
 
 @primitive
@@ -228,8 +218,7 @@ def _check_linear(x, shape):
 def linear(x, w, b=None):
     "y = x wᵀ + b;   x̄ = ḡ w,   w̄ = ḡᵀ x,   b̄ = Σ ḡ over rows.   x (..., in), w (out, in), b (out,)"
     _check_linear(x, w.shape)
-    lead = x.shape[:-1]
-    rows = _rows(x)
+    lead, rows = x.shape[:-1], _rows(x)
     y = rows @ w.T
     if b is not None:
         y += b
@@ -280,8 +269,7 @@ def check_ids(ids, n):
 @primitive
 def embedding(ids, w):
     "y = w[ids];   w̄[ids[i]] += ḡ[i].   ids (...) integers, w (n, d) -> y (..., d)"
-    n = len(w)
-    check_ids(ids, n)
+    check_ids(ids, n := len(w))
     return w[ids], (None, lambda g: backend.scatter_add(_rows(g), ids.reshape(-1), n))
 
 
@@ -296,15 +284,11 @@ def _softmax(x):
     return p
 
 
-def _softmax_pull(g, p):
-    return p * (g - rowdot(g, p)[..., None])
-
-
 @primitive
 def softmax(x):
     "p = eˣ / Σ eˣ along the last axis;   x̄ = p (ḡ − Σ ḡ p)"
     p = _softmax(x)
-    return p, (lambda g: _softmax_pull(g, p),)
+    return p, (lambda g: p * (g - rowdot(g, p)[..., None]),)
 
 
 @primitive

@@ -84,21 +84,10 @@ class QuantizedTensor:
     rule: str = "bitsandbytes-cpu"
     signed: bool = False
 
-    @property
-    def size(self):
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def nbytes(self):
-        return self.packed.nbytes + self.constants.nbytes
-
-    @property
-    def bits_per_param(self):
-        return 8 * self.nbytes / self.size
-
-    @property
-    def double_quant(self):
-        return isinstance(self.constants, DoubleQuantized)
+    size = property(lambda self: int(np.prod(self.shape, dtype=np.int64)))
+    nbytes = property(lambda self: self.packed.nbytes + self.constants.nbytes)
+    bits_per_param = property(lambda self: 8 * self.nbytes / self.size)
+    double_quant = property(lambda self: isinstance(self.constants, DoubleQuantized))
 
     @property
     def absmax(self):
@@ -106,20 +95,10 @@ class QuantizedTensor:
         with np.errstate(all="ignore"):
             return self.constants.restore() if self.double_quant else self.constants
 
-    @property
-    def absmax_codes(self):
-        """The 8-bit codes of absmax, or None."""
-        return self.constants.codes if self.double_quant else None
-
-    @property
-    def nested_absmax(self):
-        """The constants of the constants, or None."""
-        return self.constants.absmax if self.double_quant else None
-
-    @property
-    def offset(self):
-        """The mean that was subtracted from absmax before its quantization, or None."""
-        return self.constants.offset if self.double_quant else None
+    # The parts of double quantization, None without it: absmax's 8-bit codes, their own absmax, and the mean that was subtracted.
+    absmax_codes = property(lambda self: self.constants.codes if self.double_quant else None)
+    nested_absmax = property(lambda self: self.constants.absmax if self.double_quant else None)
+    offset = property(lambda self: self.constants.offset if self.double_quant else None)
 
     def indices(self):
         """q, one uint8 below 16 for each weight, in the weight's shape."""
@@ -147,18 +126,8 @@ def dequantize(q):
     return q.code[q.indices()] * absmax
 
 
-def quantize(
-    w,
-    code="nf4",
-    blocksize=64,
-    double_quant=False,
-    rule="bitsandbytes-cpu",
-    offset=None,
-    check_finite=True,
-    name="weight",
-    nested_code="dynamic8",
-    signed=False,
-):
+def quantize(w, code="nf4", blocksize=64, double_quant=False, rule="bitsandbytes-cpu", offset=None,
+             check_finite=True, name="weight", nested_code="dynamic8", signed=False):  # fmt: skip
     """q_i = index of the code value nearest to w_i / absmax of its block (QLoRA §2 and §3). w (...) float -> QuantizedTensor.
 
     w              float32, float16 or ml_dtypes.bfloat16, any shape; blocks run along the flattened array (row-major)

@@ -29,8 +29,8 @@ from .targets import base_of, find_targets, lora_layers
 adapters = lora_layers  # the name until 0.1
 
 # fmt: off
-__all__ = ["LoRAConfig", "LoRALayer", "Adapter", "BASE", "BIASES", "add_lora", "set_adapter", "disable_adapter", "adapter_rows", "delete_adapter",
-           "detach", "attach", "adapter_of", "add_weighted_adapter", "merge", "unmerge", "merge_errors", "lora_layers", "adapters",
-           "configs", "active_adapters", "base_of", "find_targets", "count_parameters", "trainable_parameters",
-           "print_trainable_parameters"]
+__all__ = ["BASE", "BIASES", "Adapter", "LoRAConfig", "LoRALayer", "active_adapters", "adapter_of", "adapter_rows", "adapters",
+           "add_lora", "add_weighted_adapter", "attach", "base_of", "configs", "count_parameters", "delete_adapter", "detach",
+           "disable_adapter", "find_targets", "lora_layers", "merge", "merge_errors", "print_trainable_parameters", "set_adapter",
+           "trainable_parameters", "unmerge"]
 # fmt: on

@@ -1,7 +1,28 @@
 """A model made ready for training on a base of few bits."""
 
-from ..nn import Embedding, Embedding16bit, Linear, Linear16bit
+from .. import ops
+from ..dtypes import BFloat16Array
+from ..nn import Embedding, Linear, Linear16bit, Module
 from ..tensor import Tensor
+
+
+class Embedding16bit(Module):
+    """y = W[ids] with W (n, d) stored in bfloat16, two bytes a weight, and frozen."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    @classmethod
+    def of(cls, embedding):
+        return cls(BFloat16Array.of(embedding.dense()))
+
+    def forward(self, ids):
+        ops.check_ids(ids, self.weight.shape[0])
+        return Tensor(BFloat16Array(self.weight.bits[ids]).dequantize("float32"))
+
+    def dense(self):
+        """W as a float32 array (n, d), freshly made."""
+        return self.weight.dequantize("float32")
 
 
 def store_in_16_bits(model):

@@ -23,17 +23,13 @@ def pinned_zeros(xp, shape, dtype):
 def copy_to_device(page, frame, stream):
     """frame ← page in a stream; page-locked memory makes it asynchronous. Counted."""
     frame.set(np.asarray(page), stream=stream)
-    with backend.counting:
-        backend.transfers.to_device += 1
-        backend.transfers.to_device_bytes += page.nbytes
+    backend.transfers.count("to_device", page.nbytes)
 
 
 def copy_to_host(frame, page, stream):
     """page ← frame in a stream. Counted."""
     frame.get(out=np.asarray(page), stream=stream, blocking=False)
-    with backend.counting:
-        backend.transfers.to_host += 1
-        backend.transfers.to_host_bytes += page.nbytes
+    backend.transfers.count("to_host", page.nbytes)
 
 
 def managed_zeros(xp, shape, dtype):
