@@ -205,7 +205,8 @@ for i, size in enumerate(results[0]["sizes"]):
     print(
         f"‖ΔW‖/‖W0‖ = {size:4}: restored {mean['restored'][i]:.0%}; bfloat16, unchanged by merging {mean['lost_bfloat16'][i]:.1%}"
     )
-assert np.allclose(mean["restored"], [0.977, 0.889, 0.652, 0.383], atol=0.01) and mean["lost_bfloat16"][0] > 0.15
+# over seeds 0, 1, 2 and OpenBLAS's kernels with and without a fused multiply-add: .974 to .978, .878 to .889, .644 to .652, .378 to .385
+assert np.allclose(mean["restored"], [0.976, 0.883, 0.648, 0.382], atol=0.01) and mean["lost_bfloat16"][0] > 0.15
 draw_merge_ulps(results)
 
 # %% [markdown]

@@ -264,20 +264,24 @@ assert (np.diff(shape["ample"]) < 0).all() and round(shape["rise_scarce"], 1) ==
 # %% tags=["hide-input"]
 few = claims.run("low_data", seeds=(0, 1, 2))["low_data"]
 means = {key: np.mean([result[key] for result in few], axis=0) for key in ("lora", "full", "ratio", "ratio_full_rank")}
-for n, lora, all_weights, ratio, other in zip(few[0]["sizes"], *means.values(), strict=True):
-    text = f"n = {n:4}: LoRA {lora:.5f}  full {all_weights:.5f}  full / LoRA {ratio:.2f}"
+ranges = np.transpose([result["ratio"] for result in few])
+for n, lora, all_weights, ratio, other, seeds in zip(few[0]["sizes"], *means.values(), ranges, strict=True):
+    text = f"n = {n:4}: LoRA {lora:.5f}  full {all_weights:.5f}  full / LoRA {ratio:.2f} [{seeds.min():.2f} … {seeds.max():.2f}]"
     if n > 97:
         least_squares = 0.0025 * (1 + 96 / (n - 97))
         text += f" (predicted {least_squares / predicted((3, 2), 2, 0.05, n):.2f})"
         assert abs(ratio / (least_squares / predicted((3, 2), 2, 0.05, n)) - 1) < 0.2
     print(text + f"; with a ΔW of full rank {other:.2f}")
 assert np.round(means["ratio"], 2).tolist() == [0.8, 1.07, 1.71, 2.26, 1.44, 1.12]
-assert all(min(result["ratio"][2:]) > 1.1 for result in few) and max(few[0]["ratio"][:2]) < 1
+assert all(min(result["ratio"][2:]) > 1.1 for result in few) and ranges[0].max() < 1
+assert ranges[1].min() < 1 < ranges[1].max() and 1 - ranges[0].mean() < np.ptp(ranges[0])  # not decided by three seeds
 assert max(means["ratio_full_rank"]) < 0.56 and means["ratio_full_rank"][-1] < 0.03
 
 # %% [markdown]
-# From $n = d$ on LoRA is ahead in every seed, most at $n = 2d$ (2.3 times); where the formulas apply, they say so to 20 %. With 16
-# examples it is *behind*. The cell splits the error at $n = 16$ into what lies inside the span of the 16 inputs and what lies
+# From $n = d$ on LoRA is ahead in every seed, most at $n = 2d$ (2.3 times); where the formulas apply, they say so to 20 %. With 48
+# examples the seeds differ in who is ahead. With 16 LoRA is *behind* in each, but by 3 to 36 %, too unevenly to decide by three (seeds
+# 0 to 7 do decide it, by 1 to 36 %).
+# The cell splits the error at $n = 16$ into what lies inside the span of the 16 inputs and what lies
 # outside. Inside, both know all. Outside, where nothing can be learned, the untrained layer has 0.10; LoRA adds to that, since $A$
 # starts at random and $BA$ acts on all of $x$. Full fine-tuning, too, moves outside the span (Adam does not follow the gradient's
 # direction), but less.
@@ -415,13 +419,15 @@ for name, what in (("random", "random start"), ("head", "trained body, new head"
     ]
     found[name, "above chance"] = above
     print(f"{what:23} d90 of three seeds {found[name]}; of what is above chance {above}")
-assert found["random"] == [140, 100, 100] and found["head"] == found["near"] == [100, 100, 70]
-assert found["random", "above chance"] == [200, 140, 140] and runs[0]["weights"] == 1664
+# One of the 1,024 unseen points more or less moves some of these by a step of the grid, and which points are right may hang on the last
+# bits of a matrix product. So the steps are asserted on both sides.
+assert set(found["random"]) <= {100, 140} and set(found["head"] + found["near"]) <= {70, 100}
+assert set(found["random", "above chance"]) <= {140, 200} and runs[0]["weights"] == 1664
 
 # %% [markdown]
-# About 100 of 1,664, and a pre-trained start saves one step of the grid in two seeds of three: the direction that Aghajanyan et al.
-# report, weakly. Note what the definition counts. A score of 90 % includes what guessing gives, here 25 %; of the part above
-# chance, $d_{90}$ from a random start is 140 to 200.
+# About 100 of 1,664. A pre-trained start saves at most one step of the grid, 1.4 times: the direction that Aghajanyan et al. report,
+# but a step is what one point among the 1,024 can make, so these three seeds leave it undecided. Note what the definition counts. A
+# score of 90 % includes what guessing gives, here 25 %; of the part above chance, $d_{90}$ from a random start is 140 to 200.
 #
 # ## Where paper and code differ
 #

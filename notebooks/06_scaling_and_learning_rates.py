@@ -22,6 +22,7 @@ from grading import grade
 
 import tinylora as tl
 from tinylora.papers.claims import dynamics, toys
+from tinylora.papers.claims.registry import above
 
 rng = np.random.default_rng(0)
 SEEDS = (0, 1, 2)
@@ -210,8 +211,8 @@ assert f"{flat[-2]:.2f}" == "1.09" and f"{flat[-1]:.2f}" == "1.29" and f"{1 / fa
 # What is the scale for? LoRA §4.1: so that hyper-parameters need less retuning when r varies. Two trials on
 # regressions of width 64 whose ΔW has full rank, with Adam ($ε = 0$), α = 8, three seeds. First a small rate,
 # $2^{-10}$: what is left of the loss after 20 steps. Then 15 steps at each of the rates $2^{-7} … 2^{-2}$: the rate
-# that leaves the least loss (geometric mean over the seeds), and how many times that least loss is left at the rate
-# that is best for $r = 2$.
+# that leaves the least loss (geometric mean over the seeds) with, in brackets, the lowest and the highest that the seeds
+# cannot tell from it; and how many times that least loss is left at the rate $2^{-5}$, the best for $r = 2$.
 
 # %% tags=["hide-input"]
 tasks, few, exponents = [toys.Planted("full", d=64, n=512, seed=seed) for seed in SEEDS], (2, 8, 32, 64), range(-7, -1)
@@ -219,35 +220,46 @@ early, best, kept = {}, {}, {}
 
 
 def left(power, k, steps):
-    """The loss after the last step over that before the first, for each r: the geometric mean over the seeds."""
+    """log of the loss after the last step over that before the first, for each r and seed."""
     rates = {"lr_a": 2.0**k, "lr_b": 2.0**k, "steps": steps}
     curves = [
         [dynamics.curve(task, alpha=8.0 * r ** (1 - power), r=r, seed=s, **rates) for s, task in enumerate(tasks)]
         for r in few
     ]
-    return np.array([np.exp(np.mean([np.log(c[-1] / c[0]) for c in row])) for row in curves])
+    return np.array([[np.log(c[-1] / c[0]) for c in row] for row in curves])
 
 
 for name, power in (("α/r", 1), ("α/√r", 0.5)):
-    early[name] = left(power, -10, 20)
-    table = np.array([left(power, k, 15) for k in exponents])
-    best[name] = [exponents[i] for i in table.argmin(axis=0)]
-    kept[name] = table[table[:, 0].argmin()] / table.min(axis=0)
+    early[name] = np.exp(left(power, -10, 20).mean(axis=1))
+    logs = np.array([left(power, k, 15) for k in exponents])  # rates, ranks, seeds
+    table = np.exp(logs.mean(axis=2))
+    equal = [
+        [k for k, x in zip(exponents, logs[:, i] - logs[j, i], strict=True) if above(x) is not True]
+        for i, j in enumerate(table.argmin(axis=0))
+    ]
+    best[name] = [(exponents[j], min(e), max(e)) for j, e in zip(table.argmin(axis=0), equal, strict=True)]
+    kept[name] = table[exponents.index(-5)] / table.min(axis=0)
     print(f"{name + ', r =':45}" + "".join(f"{r:>8}" for r in few))
     print(f"{'  left after 20 steps at the rate 2^-10':45}" + "".join(f"{x:8.3f}" for x in early[name]))
-    print(f"{'  best rate over 15 steps':45}" + "".join(f"{f'2^{k}':>8}" for k in best[name]))
-    print(f"{'  at the rate best for r = 2, over the least':45}" + "".join(f"{x:8.2f}" for x in kept[name]))
+    print(
+        f"{'  best rate over 15 steps, 2^':31}"
+        + "".join(f"{f'{k} [{low} … {high}]':>14}" for k, low, high in best[name])
+    )
+    print(f"{'  at the rate 2^-5, over the least':45}" + "".join(f"{x:8.2f}" for x in kept[name]))
 assert [f"{x:.3f}" for x in early["α/r"][1:]] == ["0.949", "0.944", "0.944"]
 assert [f"{x:.2f}" for x in early["α/√r"][1:]] == ["0.89", "0.75", "0.65"]
-assert best["α/r"][0] == best["α/√r"][0] == -5 and best["α/r"][-1] == -3 and best["α/√r"][-1] == -5
+first, last = ({name: best[name][i][1:] for name in best} for i in (0, -1))
+assert all(-6 <= low <= -5 <= high <= -4 for low, high in first.values())  # r = 2: undecided between neighbours
+assert first["α/r"][1] < last["α/r"][0] and last["α/√r"] == (-5, -5)
 assert f"{kept['α/r'][-1]:.1f}" == "1.5" and kept["α/√r"][-1] == 1
 
 # %% [markdown]
 # Both laws show. At a small rate the runs of r = 8, 32 and 64 stay together with α/r (.949, .944, .944 of the loss is
 # left), as the gain says, and come apart with α/√r (.89, .75, .65). But the *best* rate is 32 or more times as large,
-# and there it is the other way round: with α/√r it is $2^{-5}$ at r = 2 and at r = 64, with α/r it rises to $2^{-3}$,
-# and whoever keeps $2^{-5}$ at r = 64 is left with 1.5 times the least loss. That fits the norm's law. (Why the norm
-# should decide there was not shown.) It is one toy, and says nothing about large models.
+# and there it is the other way round: with α/√r it is about $2^{-5}$ at r = 2 and at r = 64, with α/r it rises to $2^{-3}$,
+# and whoever keeps $2^{-5}$ at r = 64 is left with 1.5 times the least loss. (At r = 2 three seeds do not decide among
+# neighbours: $2^{-5}$ or $2^{-4}$ with α/r, $2^{-6}$ or $2^{-5}$ with α/√r. So it rises 2- to 4-fold with α/r, and at most 2-fold with
+# α/√r.) That fits the norm's law. (Why the norm should decide there was not shown.) It is one toy, and says nothing about large models.
 #
 # What holds in general is the table of section 2: neither scale keeps everything fixed, and a comparison of ranks at
 # one rate favours some of them.
@@ -424,22 +436,25 @@ assert f"{broken[1e-4]:.0%}" == "12%" and f"{after[-1] / after[0]:.0%} {before[-
 # GPT-3 was trained by LoRA at 2e-4 and in full at 5e-6 (LoRA Tables 11 and 12), a ratio of 40; "LoRA Without Regret"
 # finds about ten (9.8 fitted). By section 5 such a ratio cannot belong to LoRA alone: it goes with α and with $A_0$.
 # The toy here is a network of three 64 × 64 layers, all adapted, trained for 80 steps at $2^k$; the best rate on
-# unseen inputs, three seeds:
+# unseen inputs, three seeds. Neighbouring rates often do equally well, so that the last bits of a matrix product, which
+# differ between processors, decide which of them is best. All rates count whose error the seeds do not put above the
+# least one, and the ratio is an interval:
 
 # %% tags=["hide-input"]
 results = [dynamics.learning_rate_ratio(seed) for seed in SEEDS]
-ratio = {key: [float(result[f"ratio_{key}"]) for result in results] for key in ("r4", "r16", "r4_alpha1")}
+ratio = {key: dynamics.rate_ratio(results, key) for key in ("r4", "r16", "r4_alpha1")}
 for key, label in (("r4", "r = 4, α = 32"), ("r16", "r = 16, α = 32"), ("r4_alpha1", "r = 4, α = 1")):
-    print(f"{label:14}: best rate over that of full fine-tuning {ratio[key]}")
-assert ratio["r4"] == [0.5] * 3 and set(ratio["r16"]) <= {0.5, 1.0} and ratio["r4_alpha1"] == [2.0] * 3
+    print(f"{label:14}: best rate over that of full fine-tuning {ratio[key][0]:g} to {ratio[key][1]:g}")
+assert ratio["r4"][0] >= 0.5 and ratio["r4"][1] <= 2 and ratio["r16"][0] >= 0.5 and ratio["r16"][1] <= 2
+assert ratio["r4_alpha1"][0] >= 2 and ratio["r4_alpha1"][1] < 10
 recipes = tl.finetune.LORA_RECIPE.lr, tl.finetune.FULL_RECIPE.lr
 print("the embedded model's recipes: LoRA {}, full {}".format(*recipes))
 assert recipes == (3e-3, 1e-3) and round(2e-4 / 5e-6) == 40
 
 # %% [markdown]
-# **The toy does not show a factor of ten**: 0.5 at $r = 4$, 0.5 to 1 at $r = 16$ (with α = 32, which "LoRA Without
-# Regret" uses), and 2 at α = 1. That α/32 wants a larger rate is the exchange: $\sqrt{32} = 5.7$ times, were $A_0$
-# scaled with it; with $A_0$ as it is, 4 times, on a grid of powers of two. For the embedded model the default recipes
+# **The toy does not show a factor of ten**: 0.5 to 1 at $r = 4$, 0.5 to 2 at $r = 16$ (with α = 32, which "LoRA Without
+# Regret" uses), and 2 to 8 at α = 1. That α/32 wants a larger rate is the exchange: $\sqrt{32} = 5.7$ times, were $A_0$
+# scaled with it; with $A_0$ as it is, 4 to 8 times, on a grid of powers of two. For the embedded model the default recipes
 # are 3e-3 with LoRA and 1e-3 in full, a factor of 3, neither searched finely (README).
 #
 # ## Where paper and code differ
@@ -555,5 +570,5 @@ _ = grade("06-3", exercise_3)
 # - Under Adam with $ε = 0$ and no decay the exchange α/(pq), pA₀, pη_A, qη_B changes no bit for powers of two, and the 16th digit
 #   for 3 (`dynamics.invariance`). So α is the rate's square if A₀ goes along, and LoRA+'s λ is a factor on α.
 # - With $ε = 10^{-8}$ it holds to $2·10^{-5}$ here, and exactly if each factor has an ε of its own.
-# - LoRA's best rate was 0.5 to 2 times that of full fine-tuning, not ten: the ratio goes with α.
+# - LoRA's best rate was 0.5 to 8 times that of full fine-tuning, not ten: the ratio goes with α.
 # - Next: notebook 07, blockwise absmax.

@@ -366,14 +366,18 @@ for width, expected in ((32, "0.078 0.056 0.033 0.033"), (128, "0.061 0.064 0.03
         [[f[f"width_{width}_{key}"] for f in sweep] for key in ("ratio_1", "ratio_4", "ratio_16", "alpha_64")]
     )
     left = [f"{e:.3f}" for e in rows.mean(axis=1)]
+    shown = [
+        f"{e} ± {half:.3f}" for e, half in zip(left, np.ptp(rows, axis=1) / 2, strict=True)
+    ]  # ±: half the range of the seeds
     print(
-        f"width {width:3}: error left at λ = 1, 4, 16: {left[0]}, {left[1]}, {left[2]};  at λ = 1 with 16 times the α: {left[3]}"
+        f"width {width:3}: error left at λ = 1, 4, 16: {', '.join(shown[:3])};  at λ = 1 with 16 times the α: {shown[3]}"
     )
     assert " ".join(left) == expected and np.abs(rows[3] / rows[2] - 1).max() < 0.02
     assert (rows[0] / rows[2] > 1.5).all()
 
 # %% [markdown]
-# At α = 4, λ = 16 leaves half the error of λ = 1, .033 against .078 at width 32 and .034 against .061 at 128. And equal rates with α = 64
+# At α = 4, λ = 16 leaves half the error of λ = 1 in these three seeds, .033 against .078 at width 32 and .034 against .061 at 128 (seeds
+# 3 to 7 have gains between .8 and 1.8 at 32, 1.2 and 3.1 at 128: a gain, but not its size, can be told). And equal rates with α = 64
 # leave the same .033 and .034, seed by seed to 2 % (the toy has $ε = 10^{-8}$ and float32, so it is not exact). λ helps here **because
 # α = 4 was too small**; who searches α and one rate finds the same. That λ matters more in wider networks cannot be seen at these two
 # widths.
@@ -455,7 +459,7 @@ assert abs(accuracy[0] - accuracy[1]) < 0.01
 
 # %% [markdown]
 # LoRA +.95 and DoRA −.33, near the published values. But full fine-tuning, which DoRA is to resemble, has either sign here (−.31 to
-# +.66), and LoRA and DoRA learn equally well.
+# +.66): three seeds do not decide it. LoRA and DoRA learn equally well.
 #
 # ## 9 · How to meet quantization: QA-LoRA and IR-QLoRA
 #
@@ -568,13 +572,14 @@ print(
 print("old task kept by LoRA minus full, at equal learning: {kept_more:+.3f};".format(**mean), end=" ")
 print("rank for 90 % of ‖ΔW‖²: full {rank_full:.1f}, LoRA {rank_lora:.1f}".format(**mean))
 print(claims.EXPERIMENTS["learns_less_forgets_less"].verdict(forgets))
-assert all(f["kept_more"] < 0 < f["learned_full"] - f["learned_lora"] for f in forgets)
+assert max(f["kept_more"] for f in forgets) < 0  # by .02 to .10; what one point of the 2,048 makes is .0005
 assert abs(mean["kept_more"] + 0.05) < 0.03 and 3 < mean["rank_full"] / mean["rank_lora"] < 5
 
 # %% [markdown]
-# This **fails** here. LoRA learns a little less (.64 against .66). But at equal learning it keeps .05 *less* of the old task, less at every
-# seed, and the ranks differ by a factor of 4, not 10. The toy does not refute the paper's measurement on language models;
-# it does show that a low rank as such is no protection against forgetting.
+# The ranks differ by a factor of 4, not 10: that part **fails** here. LoRA learns a little less (.64 against .66).
+# At equal learning it keeps .05 *less* of the old task, not more; but the three seeds differ among each other by as much (.02 to .10) and
+# leave it *undecided*. Eight seeds (0 to 7) have it between .01 and .10 less, each of them, which decides it. The toy does not refute the
+# paper's measurement on language models; it does show that a low rank as such is no protection against forgetting.
 #
 # ## Where paper and code differ
 #
@@ -733,7 +738,8 @@ _ = grade("13-4", exercise_4)
 # - LoRA-GA's first step has the best cosine of its rank, .90. VeRA trains 2.41 million numbers where LoRA of rank 1 trains 4.72.
 # - LoRA+'s λ is a larger start under gradient descent and a larger α under Adam: λ = 16 leaves .033 and .034, and so does 16 times the α.
 # - AdaLoRA finds the planted 1 and 6. QA-LoRA merges exactly.
-# - What did not come out: full fine-tuning's ΔM and ΔD (either sign), less forgetting (−.05), less error from more entropy (1.00 times).
+# - What did not come out: full fine-tuning's ΔM and ΔD (undecided: either sign), less forgetting (in no seed of eight), less error from
+#   more entropy (1.00 times).
 # - All of them: `claims.describe(claims.run([...]))`; beside PEFT: `tests/oracle/test_oracle_variants.py`.
 #
 # ## How the papers were read

@@ -539,7 +539,8 @@ def test_what_came_out_is_what_the_docstring_says(name, key, value, within):
     assert abs(outcome(name, 1)[key] - value) <= within
 
 
-def test_a_ratio_of_16_halves_the_error_and_equal_rates_do_not(rng):
+def test_a_ratio_of_16_leaves_less_error_at_seeds_0_to_2(rng):
+    """Fixed seeds, which kernels move by 2e-8. The gain is 1.7 to 2.9 there, and 0.8 to 3.1 over seeds 0 to 7: its size is not claimed."""
     found = outcome("lora_plus_ratio", int(rng.integers(3)))
     assert all(1.3 < found[f"width_{n}_ratio_1"] / found[f"width_{n}_ratio_16"] < 4 for n in (32, 128))
     assert outcome("lora_plus_start", 1)["sign"] > 0.1
@@ -564,6 +565,7 @@ def test_lora_and_dora_scatter_as_published(rng):
 
 
 def test_lora_forgets_more_than_full_fine_tuning_that_has_learned_as_much(rng):
+    """kept_more is −.013 to −.099 over seeds 0 to 7, learned_full − learned_lora .007 to .028; kernels change neither at seeds 0 to 2."""
     found = outcome("learns_less_forgets_less", int(rng.integers(3)))
     assert found["kept_more"] < 0 < found["learned_full"] - found["learned_lora"] < 0.1
     assert 3 < found["rank_full"] / found["rank_lora"] < 6
@@ -571,8 +573,12 @@ def test_lora_forgets_more_than_full_fine_tuning_that_has_learned_as_much(rng):
 
 def test_every_experiment_has_a_verdict_in_words():
     for name, e in descendants.EXPERIMENTS.items():
-        sentence = e.verdict([outcome(name, 1)])
-        assert sentence.split(":")[0] in ("holds", "holds in part", "fails")
+        for results in ([outcome(name, 1)], [outcome(name, 1)] * 3):
+            sentence = e.verdict(results)
+            assert sentence.split(":")[0] in ("holds", "holds in part", "fails", "fails in part", "undecided")
+            assert ("undecided" in sentence) <= (
+                len(results) == 1
+            )  # equal seeds decide all, one decides no measurement
         assert all(key in outcome(name, 1) for _, key in e.measured)
 
 

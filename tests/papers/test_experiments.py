@@ -14,7 +14,7 @@ def of(function, **options):
 
 
 def word(function, results):
-    """What the experiment's verdict begins with: holds, holds in part, or fails."""
+    """What the experiment's verdict begins with: holds, holds in part, fails, fails in part, or undecided."""
     experiment = next(e for e in claims.EXPERIMENTS.values() if e.function is function)
     return experiment.verdict(results).partition(":")[0]
 
@@ -60,10 +60,10 @@ def test_the_rank_sweep_to_d_is_a_u_with_few_examples_and_falls_with_many():
     assert word(planted.table18_shape, results) == "holds"
 
 
-def test_few_examples_favour_lora_only_from_n_equal_to_d_on_and_only_with_a_low_rank_update():
+def test_few_examples_favour_lora_surely_only_from_n_equal_to_d_on_and_only_with_a_low_rank_update():
     results = of(planted.low_data, sizes=(16, 96, 192, 384))
     ratio = get(results, "ratio")
-    assert (ratio[:, 0] < 1).all()  # 16 examples: full fine-tuning is ahead
+    assert registry.above(np.log(ratio[:, 0])) is None  # 16 examples: 0.64 to 0.97, so no seed for LoRA and no decision
     assert (ratio[:, 1:] > 1.2).all() and (ratio[:, 2] > 1.9).all()
     assert (get(results, "ratio_full_rank") < 0.7).all()
     full, least_squares = get(results, "full")[:, 2:], get(results, "least_squares")[:, 2:]
@@ -143,13 +143,16 @@ def test_an_update_in_random_directions_is_amplified_more_than_one_in_weak_direc
 
 def test_a_twelfth_of_the_weights_number_of_random_directions_gives_nine_tenths_of_the_score():
     results = of(directions.intrinsic_dimension, dimensions=(50, 70, 100, 140))
-    random, head, near = (get(results, f"d90_{name}") for name in ("random", "head", "near"))
+    random = get(results, "d90_random")
     assert (random <= 140).all() and (random >= 70).all() and get(results, "weights")[0] == 1664
     start = get(results, "start_near")
     assert (start > 0.5).all() and (start < 0.71).all()
-    assert (head <= random).all() and (near <= random).all()  # never more after pre-training, ...
-    assert (head == random).any() and (near == random).any()  # ... but not always fewer
-    assert word(directions.intrinsic_dimension, results) == "holds in part"
+    verdict = claims.EXPERIMENTS["intrinsic_dimension"].verdict(
+        results
+    )  # fewer in two seeds, none more or fewer in one:
+    assert (
+        verdict.startswith("holds in part") and "undecided over these seeds: fewer with a pre-trained body" in verdict
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------------- dynamics
@@ -189,9 +192,37 @@ def test_four_times_alpha_is_twice_the_rate_to_the_bit_if_a_is_halved():
 
 def test_the_best_rate_of_lora_is_not_ten_times_that_of_full_fine_tuning_here():
     results = of(dynamics.learning_rate_ratio, rates=tuple(2.0**k for k in range(-9, -3)))
-    four, sixteen, one = (get(results, f"ratio_{k}") for k in ("r4", "r16", "r4_alpha1"))
-    assert (four == 0.5).all() and set(sixteen) <= {0.5, 1.0} and (one == 2).all()
+    four, sixteen, one = (dynamics.rate_ratio(results, k) for k in ("r4", "r16", "r4_alpha1"))
+    assert (
+        0.5 in four and four[1] <= 2 and sixteen[0] == 0.5 and sixteen[1] <= 2
+    )  # between two powers of two that are equally good
+    assert one[0] >= 2 and one[1] < 10  # the ratio depends on α
     assert word(dynamics.learning_rate_ratio, results) == "fails"
+
+
+def test_rates_that_the_seeds_cannot_tell_from_the_best_are_all_best():
+    few = {"rates": [1, 2, 4, 8]}
+    results = [
+        {**few, "full": full} for full in ([0.4, 0.20, 0.210, 0.5], [0.4, 0.22, 0.205, 0.5], [0.4, 0.21, 0.208, 0.5])
+    ]
+    assert dynamics.best_rates(results, "full") == (2, 4)
+    for result in results:
+        result["r4"] = [0.9, 0.8, 0.7, 0.1]
+        result["equal"] = [0.9, 0.1, 0.1003, 0.7]  # 0.3 %: another kernel may turn it round
+    assert dynamics.best_rates(results, "r4") == (8, 8) and dynamics.rate_ratio(results, "r4") == (2, 4)
+    assert dynamics.best_rates(results, "equal") == (2, 4)
+
+
+@pytest.mark.parametrize("tenfold, expected", [(160.0, "holds"), (32.0, "undecided"), (4.0, "fails")])
+def test_the_claim_of_ten_times_is_put_to_the_interval(tenfold, expected):
+    rates = [1.0, 2.0, 4.0, 32.0, 160.0]
+    curve = {name: [0.1 if rate == tenfold else 0.9 for rate in rates] for name in ("r4", "r16", "r4_alpha1")}
+    results = [{"rates": rates, "full": [0.1, 0.1, 0.1 + 0.0001 * k, 0.9, 0.9], **curve} for k in range(3)]
+    assert dynamics.best_rates(results, "full") == (1, 4) and dynamics.rate_ratio(results, "r4") == (
+        tenfold / 4,
+        tenfold,
+    )
+    assert word(dynamics.learning_rate_ratio, results) == expected
 
 
 def test_subtracting_the_update_restores_fewer_weights_the_larger_it_is():
@@ -226,8 +257,57 @@ def test_a_verdict_follows_the_numbers():
     verdict = claims.EXPERIMENTS["invariance"].verdict
     assert verdict(good).startswith("holds:") and verdict(bad).startswith("fails: p = 4, q = 8: 3 losses differ")
     flat = {"ranks": [1, 2], "mse": [0.1, 0.1], "tail": [0.1, 0.1]}
-    assert claims.EXPERIMENTS["rank_sweep"].verdict([flat]).startswith("holds in part")
-    assert registry.judge("x", True, False) == "holds in part: x" and registry.judge("x", False) == "fails: x"
+    assert claims.EXPERIMENTS["rank_sweep"].verdict([flat] * 3).startswith("holds in part")
+
+
+def test_what_lies_within_the_spread_over_the_seeds_is_undecided():
+    assert registry.above([1, 2, 3], 0.5) is None and registry.above([1, 2, 3], 0.2) is True  # 2 ± 1.69
+    assert registry.below([1, 2, 3], 4.5) is True and registry.below([1, 2, 3], 3.5) is None
+    assert registry.above([1, 2, 3], 5) is False and registry.below([1, 2, 3], -1) is False
+    assert registry.above([3, 3, 3], 2) is True and registry.above([3, 3, 3], 2, least=1) is None  # the grid's step
+    assert registry.above([1, 2, 3] * 3, 0.5) is True  # nine seeds decide more than three, ...
+    assert registry.above([9], 0) is None  # ... and one nothing
+    assert registry.above([3, 3, 3], 3) is None and registry.above([np.inf, 3, 3]) is None
+    assert [registry.judge("x", dict(enumerate(c))) for c in ([True], [True, False], [False, False])] == [
+        "holds: x",
+        "holds in part: x",
+        "fails: x",
+    ]
+    for outcomes, word in (
+        ((True, None), "holds in part"),
+        ((False, None), "fails in part"),
+        ((None,), "undecided"),
+        ((True, False, None), "holds in part"),
+    ):
+        conditions = dict(zip("abc", outcomes, strict=False))
+        assert registry.judge("x", conditions) == f"{word}: x; undecided over these seeds: {'abc'[len(outcomes) - 1]}"
+
+
+def test_a_measured_number_is_printed_with_its_spread():
+    assert registry.spread(np.array([1.0, 2.0, 3.0])) == "2 [1 … 3]" and registry.spread(np.array([2.0, 2.0])) == "2"
+    assert registry.spread(np.array([[1.0, 4.0, 2.0], [1.0, 5.0, 2.001]])) == "1 4.5±0.5 2"
+
+
+def test_claims_that_three_seeds_do_not_decide_are_not_decided():
+    """What changes sign, or nearly, from seed to seed; measured over seeds 0 to 2 with OpenBLAS's Haswell, Sandybridge and SkylakeX."""
+    verdict = {name: e.verdict for name, e in claims.EXPERIMENTS.items()}
+    moved = [
+        {"lora_rows": a, "dora_rows": b, "full_rows": c}
+        for a, b, c in ((0.978, -0.191, 0.661), (0.970, -0.444, -0.313), (0.892, -0.349, 0.096))
+    ]
+    assert verdict["magnitude_and_direction"](moved).endswith(
+        "undecided over these seeds: the sign of full fine-tuning's"
+    )
+    kept = [
+        {"learned_full": a, "learned_lora": b, "kept_more": c, "rank_full": d, "rank_lora": e}
+        for a, b, c, d, e in (
+            (0.701, 0.672, -0.099, 10, 2.75),
+            (0.630, 0.623, -0.025, 11, 2.75),
+            (0.654, 0.630, -0.028, 10.5, 2.5),
+        )
+    ]
+    assert verdict["learns_less_forgets_less"](kept).startswith("holds in part: LoRA learns 0.02 [0.007 … 0.029] less")
+    assert verdict["learns_less_forgets_less"](kept).endswith("undecided over these seeds: whether it keeps more")
 
 
 def test_unknown_names_and_no_seeds_are_refused_before_anything_runs():

@@ -9,8 +9,8 @@
 
 An experiment is one function of a seed that returns plain numbers; everything is trained with tinylora's own layers, operations and AdamW.
 Its docstring says what is claimed and where, what is measured, what was expected, and what was tuned. The verdict is worked out from the
-numbers of all seeds, and says "fails" where they say so. A toy can refute a claim's generality; it cannot confirm what a claim says of
-language models.
+numbers of all seeds, and says "fails" where they say so, and what is undecided where they differ too much among each other. A toy can
+refute a claim's generality; it cannot confirm what a claim says of language models.
 
 A module joins by defining `EXPERIMENTS`, a dict {name: Experiment}.
 """

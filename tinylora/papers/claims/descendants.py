@@ -17,7 +17,7 @@ from ...nn import Linear4bit
 from ...optim import AdamW, schedule
 from ...quant import quantize
 from . import registry
-from .registry import Experiment, given_or_run, judge, values
+from .registry import Experiment, above, below, given_or_run, judge, spread, values
 from .toys import linear, orthonormal, squared_error, weight
 
 
@@ -60,9 +60,11 @@ def _starts_verdict(results):
     return judge(
         f"both beat NF4 alone, PiSSA by {100 * gain.mean():.0f} % on a Gaussian; LoftQ in 5 steps leaves {ratio['gauss'].mean():.2f} "
         f"times PiSSA's error there, {ratio['power'].mean():.2f} on a falling spectrum, {ratio['outliers'].mean():.2f} with outliers",
-        gain.min() > 0,
-        ratio["gauss"].max() < 1,
-        ratio["power"].min() > 1,
+        {
+            "PiSSA's gain": above(gain),
+            "LoftQ ahead on a Gaussian": below(np.log(ratio["gauss"])),
+            "PiSSA ahead on a falling spectrum": above(np.log(ratio["power"])),
+        },
     )
 
 
@@ -95,7 +97,7 @@ def _entropy_verdict(results):
     error = values(results, "error_best")
     return judge(
         f"the entropy of a block rises by {rise.mean():.2f} bits, and the mean squared error is {error.mean():.3f} times NF4's",
-        rise.min() > 0.05,
+        {"the rise": above(rise, 0.05)},
     )
 
 
@@ -131,8 +133,7 @@ def _first_step_verdict(results):
     lora, ga, bound = (values(results, k) for k in ("lora", "lora_ga", "bound"))
     return judge(
         f"the first step's cosine with −G is {ga.mean():.3f} after LoRA-GA, the best that rank 2r allows, and {lora.mean():.3f} after LoRA",
-        np.abs(ga - bound).max() < 1e-5,
-        (lora < 0.5 * ga).all(),
+        {"LoRA-GA at the bound": np.abs(ga - bound).max() < 1e-5, "LoRA far from it": below(lora - 0.5 * ga)},
     )
 
 
@@ -185,8 +186,9 @@ def lora_plus_ratio(seed=0, widths=(32, 128), ratios=(1, 4, 16)):
     The teacher is a ReLU network of three hidden matrices whose last two were moved by an update of rank 4; LoRA of rank 4 on
     these two with α = 4, 60 steps, the best of 8 rates η_A = 10^−4.5 … 10^−1 for each ratio λ; then λ = 1 with α = 64. Measured:
     the error left, as a share of the error at the start. With α = 4, λ = 16 leaves about half as much as λ = 1 at both widths (.033
-    against .078 at 32, .034 against .061 at 128), a gain that does not grow between these widths. And λ = 1 with α = 64 leaves the
-    same .033 and .034. Under Adam with ε = 0 the two are one run: α, A₀, η_A, η_B → λ α, A₀, η_A, η_B/λ changes nothing (notebook
+    against .078 at 32, .034 against .061 at 128), a gain that differs much from seed to seed (seeds 0 to 7: .82 to 2.9
+    times at 32, 1.2 to 3.1 at 128): whether it grows between these widths is not decided. And λ = 1 with α = 64 leaves the same .033
+    and .034. Under Adam with ε = 0 the two are one run: α, A₀, η_A, η_B → λ α, A₀, η_A, η_B/λ changes nothing (notebook
     06). So λ helps here because α = 4 is too small, and a search over α and a single rate finds the same.
     """
     found = {}
@@ -216,13 +218,17 @@ def lora_plus_ratio(seed=0, widths=(32, 128), ratios=(1, 4, 16)):
 
 def _ratio_verdict(results):
     gain = {n: values(results, f"width_{n}_ratio_1") / values(results, f"width_{n}_ratio_16") for n in (32, 128)}
-    same = [values(results, f"width_{n}_alpha_64") / values(results, f"width_{n}_ratio_16") for n in (32, 128)]
+    same = np.array(
+        [values(results, f"width_{n}_alpha_64") / values(results, f"width_{n}_ratio_16") for n in (32, 128)]
+    )
     return judge(
-        f"at one α, λ = 16 leaves 1/{gain[32].mean():.1f} of the error of λ = 1 at width 32, 1/{gain[128].mean():.1f} at width 128; but "
-        f"λ = 1 with 16 times the α leaves what λ = 16 does, to {100 * np.abs(np.array(same) - 1).max():.0f} %",
-        gain[128].min() > 1.3,
-        gain[128].mean() > gain[32].mean(),
-        np.min(same) > 1.3,
+        f"at one α, λ = 1 leaves {spread(gain[32])} times the error of λ = 16 at width 32, {spread(gain[128])} at width 128; but "
+        f"λ = 1 with 16 times the α leaves what λ = 16 does, to {100 * np.abs(same - 1).max():.0f} %",
+        {
+            "a gain of 5 %": above(np.log(gain[128]), np.log(1.05)),
+            "whether it grows with the width": above(np.log(gain[128] / gain[32])),
+            "one at 16 times the α": above(np.log(same).max(axis=0), np.log(1.05)),
+        },
     )
 
 
@@ -256,8 +262,10 @@ def _start_verdict(results):
     descent, sign = values(results, "descent"), values(results, "sign")
     return judge(
         f"the two runs differ by {descent.max():.0e} under gradient descent and by {sign.min():.2f} or more under sign descent",
-        descent.max() < 1e-10,
-        sign.min() > 0.01,
+        {
+            "the same under gradient descent": descent.max() < 1e-10,
+            "not under sign descent": above(np.log(sign), np.log(0.01)),
+        },
     )
 
 
@@ -312,8 +320,7 @@ def _allocation_verdict(results):
     return judge(
         f"planted ranks 1 and 6 are given {one.mean():.1f} and {two.mean():.1f} of a budget of 7; the update's error is {e.mean():.2f} "
         f"against {u.mean():.2f} for LoRA of ranks 3 and 4",
-        (one == 1).all() and (two == 6).all(),
-        (e < u).all(),
+        {"the planted ranks": (one == 1).all() and (two == 6).all(), "a smaller error": below(np.log(e / u))},
     )
 
 
@@ -331,7 +338,8 @@ def magnitude_and_direction(seed=0, width=64, depth=6):
     A tanh network pre-trained on labels of one random network, then tuned on labels of a mixture with another; the five hidden
     matrices are adapted (r = 4) or trained; four checkpoints each. ΔM = mean |m − m₀|, ΔD = mean (1 − cos), over rows (one per output:
     PEFT's norm, whose m is trained here) and over columns (the paper's ‖·‖_c as printed). Out came over rows LoRA +.95, DoRA −.33,
-    full fine-tuning +.15 (from −.31 to +.66), over columns +.86, −.20, +.29: LoRA and DoRA as in the paper, full fine-tuning not.
+    full fine-tuning +.15 (from −.31 to +.66), over columns +.86, −.20, +.29: LoRA and DoRA as in the paper; three seeds do not decide
+    the sign of full fine-tuning's.
     """
     rng = np.random.default_rng(seed)
     first, second = (_Net(_random_weights(rng, width, 2, 16, 4)) for _ in range(2))
@@ -364,10 +372,12 @@ def magnitude_and_direction(seed=0, width=64, depth=6):
 def _direction_verdict(results):
     full, lora, dora = (values(results, f"{k}_rows") for k in ("full", "lora", "dora"))
     return judge(
-        f"the correlation of ΔM and ΔD is {lora.mean():+.2f} for LoRA, {dora.mean():+.2f} for DoRA, {full.mean():+.2f} for full",
-        lora.min() > 0,
-        dora.max() < 0,
-        full.max() < 0,
+        f"the correlation of ΔM and ΔD is {spread(lora)} for LoRA, {spread(dora)} for DoRA, {spread(full)} for full fine-tuning",
+        {
+            "LoRA's is positive": above(lora),
+            "DoRA's is negative": below(dora),
+            "the sign of full fine-tuning's": below(full),
+        },
     )
 
 
@@ -378,8 +388,8 @@ def learns_less_forgets_less(seed=0, width=64, r=4):
     three rates each. Measured on unseen points: the best accuracy on the new task; how much of the old task LoRA keeps, minus what
     full fine-tuning keeps where it has learned as much (by interpolation between its rates); the rank that holds 90 % of ‖ΔW‖²_F,
     mean over layers, at the highest rate. Out came: LoRA of r = 4 learns .64 where full fine-tuning learns .66, at equal learning
-    it keeps .05 less of the old task, less at every seed, and the ranks are 10.5 and 2.7. The claim's first half holds barely, its
-    second does not: here a low rank is no protection.
+    it keeps .05 less of the old task (.02 to .10), and the ranks are 10.5 and 2.7. Three seeds leave the second half of the claim
+    undecided; eight (0 to 7: .01 to .10 less) decide against it, and confirm the first (.007 to .028 less).
     """
     rng = np.random.default_rng(seed)
     old, new = (_Net(_random_weights(rng, 48, 1, 16, 8)) for _ in range(2))
@@ -426,11 +436,13 @@ def _forgets_verdict(results):
     less = values(results, "learned_full") - values(results, "learned_lora")
     kept, ratio = values(results, "kept_more"), values(results, "rank_full") / values(results, "rank_lora")
     return judge(
-        f"LoRA learns {less.mean():+.3f} less, keeps {kept.mean():+.3f} of the old task at equal learning, and full fine-tuning's update "
-        f"has {ratio.mean():.1f} times the rank",
-        less.min() > 0.02,
-        kept.min() > 0,
-        ratio.min() >= 10,
+        f"LoRA learns {spread(less)} less, keeps {spread(kept)} more of the old task at equal learning, and full fine-tuning's update "
+        f"has {spread(ratio)} times the rank",
+        {
+            "whether LoRA learns less": above(less),
+            "whether it keeps more": above(kept),
+            "ten times the rank": above(np.log(ratio), np.log(10)),
+        },
     )
 
 
@@ -456,8 +468,7 @@ def _counts_verdict(results):
     vera, lora, excess = (values(results, k) for k in ("vera", "lora", "excess"))
     return judge(
         f"{vera[0]:.2f} million parameters with r = 256, where LoRA has {lora[0]:.2f} with r = 1",
-        (vera < lora).all(),
-        (excess == 0).all(),
+        {"fewer": (vera < lora).all(), "the formula's count": (excess == 0).all()},
     )
 
 
@@ -590,8 +601,9 @@ def draw_magnitude_and_direction(results=None):
     ax.axhline(0, color="0.7", lw=0.9, zorder=0)
     ax.set_xticks(range(3), ("LoRA", "DoRA", "full fine-tuning"))
     ax.set(ylabel="correlation of ΔM and ΔD", ylim=(-1, 1.08), xlim=(-0.5, 2.65))
-    lora, dora, full = (registry.values(results, f"{kind}_rows").mean() for kind in ("lora", "dora", "full"))
-    title = f"Mean over rows: LoRA {lora:+.2f}, DoRA {dora:+.2f}, full {full:+.2f}; dots: seeds"
+    seeds = (registry.values(results, f"{kind}_rows") for kind in ("lora", "dora", "full"))
+    lora, dora, full = (f"{x.mean():+.2f} ± {np.ptp(x) / 2:.2f}" for x in seeds)
+    title = f"Mean over rows: LoRA {lora}, DoRA {dora}, full {full}; dots: seeds"
     ax.set_title(title.replace("-", "−"), fontsize=10)
     return figure
 
@@ -636,8 +648,9 @@ def draw_learning_and_forgetting(results=None):
     for ax in (axes[0], axes[2]):
         ax.set_xticks(range(2), ("full", "LoRA, r = 4"))
     ratio = (registry.values(results, "rank_full") / registry.values(results, "rank_lora")).mean()
-    less = (registry.values(results, "learned_full") - registry.values(results, "learned_lora")).mean()
-    title = f"LoRA learns {less:.3f} less, keeps {kept.mean():+.3f} at equal learning; ranks differ {ratio:.1f} times"
+    less = registry.values(results, "learned_full") - registry.values(results, "learned_lora")
+    less, kept = (f"{x.mean():+.3f} ± {np.ptp(x) / 2:.3f}" for x in (less, kept))
+    title = f"LoRA learns {less} less, keeps {kept} at equal learning; ranks differ {ratio:.1f} times; dots: seeds"
     figure.suptitle(title.replace("-", "−"), fontsize=10)
     return figure
 

@@ -14,7 +14,7 @@ from ...figures.style import COLOURS, SMALL, canvas
 from ...tensor import Tensor, no_grad
 from .. import intrinsic, subspaces
 from . import registry
-from .registry import SEEDS, Experiment, judge, values
+from .registry import SEEDS, Experiment, above, below, judge, spread, values
 from .toys import Planted, fit, linear, orthonormal
 
 PAIRS = ((1, 1), (2, 2), (8, 8), (8, 64))
@@ -69,14 +69,12 @@ def subspace_overlap(seed=0, pairs=PAIRS, grid=None):
 
 def _overlap_verdict(results):
     phi, only = values(results, "phi"), values(results, "shared_only")
-    off = np.abs(phi - only)[:, 1:].max()
+    off = np.abs(phi - only)[:, 1:].max(axis=1)
     return judge(
         f"φ(1,1) is at least {phi[:, 0].min():.2f}, φ(2,2) at least {phi[:, 1].min():.3f}; every other φ is within "
-        f"{off:.2f} of the planted 2 "
+        f"{off.max():.2f} of the planted 2 "
         "plus chance",
-        phi[:, 0].min() > 0.5,
-        phi[:, 1].min() > 0.9,
-        off < 0.1,
+        {"φ(1,1)": above(phi[:, 0], 0.5), "φ(2,2)": above(phi[:, 1], 0.9), "chance beyond": below(off, 0.1)},
     )
 
 
@@ -100,14 +98,16 @@ def two_seeds(seed=0, sizes=(1, 2, 16, 64)):
 
 def _two_seeds_verdict(results):
     phi, gaussian, chance = (values(results, key) for key in ("phi", "gaussian", "chance"))
-    off = np.abs(gaussian - chance).max()
+    off = np.abs(gaussian - chance).max(axis=1)
     return judge(
         f"φ(2,2) of two seeds is at least {phi[:, 1].min():.3f}; at 16 it is {phi[:, 2].mean():.2f} against "
         f"{gaussian[:, 2].mean():.2f} of Gaussians, which "
-        f"lie within {off:.2f} of n/d",
-        phi[:, 1].min() > 0.9,
-        phi[:, 2].min() > gaussian[:, 2].max(),
-        off < 0.1,
+        f"lie within {off.max():.2f} of n/d",
+        {
+            "φ(2,2)": above(phi[:, 1], 0.9),
+            "more than Gaussians at 16": above(phi[:, 2] - gaussian[:, 2]),
+            "Gaussians share chance": below(off, 0.1),
+        },
     )
 
 
@@ -148,9 +148,7 @@ def _top_verdict(results):
         f"φ = {weak.mean():.2f} where weak directions were planted and {random.mean():.2f} where random ones were "
         f"(chance {results[0]['chance']:.2f}): "
         f"a small φ is what an unrelated ΔW gives; the measure does see W's top two ({top.mean():.2f})",
-        weak.max() < 0.2,
-        random.max() < 0.2,
-        top.min() > 0.5,
+        {"small for weak": below(weak, 0.2), "for random": below(random, 0.2), "but not for W's top": above(top, 0.2)},
     )
 
 
@@ -189,8 +187,11 @@ def _amplification_verdict(results):
         f"factor {weak[:, 1].mean():.1f} at r = 4 and {weak[:, -1].mean():.2f} at r = 64; but a ΔW in random "
         f"directions has {random[:, 1].mean():.1f} at r = 4, so the "
         "factor alone shows nothing",
-        weak[:, 1].min() > 5 and weak[:, -1].max() < 2,
-        weak[:, 1].min() > 2 * random[:, 1].max(),
+        {
+            "large at r = 4": above(weak[:, 1], 5),
+            "small at r = 64": below(weak[:, -1], 2),
+            "twice that of random directions": above(np.log(weak[:, 1] / random[:, 1]), np.log(2)),
+        },
     )
 
 
@@ -217,7 +218,8 @@ def intrinsic_dimension(seed=0, dimensions=DIMENSIONS):
     training's accuracy on unseen data. Three starts: random; "head", whose body learned to tell the 16 clusters apart and
     whose head is new; "near", trained on the same classes with centres displaced by as much as they are wide. Expected:
     d90 well below D, lower for "head", lowest for "near". What comes out: about 100 of 1,664, and a gain of at most one
-    or two steps of the grid, in two seeds of three, no more for "near" (which starts at 0.5 to 0.7) than for "head". An
+    or two steps of the grid, in two seeds of three, no more for "near" (which starts at 0.5 to 0.7) than for "head": undecided. (Eight
+    seeds decide that "near" needs fewer, 80 on average instead of 124; for "head" they have 101.) An
     earlier design, a start trained with the classes' names permuted, gained nothing.
     """
     rng = np.random.default_rng([seed, 16])
@@ -262,13 +264,17 @@ def intrinsic_dimension(seed=0, dimensions=DIMENSIONS):
 
 def _intrinsic_verdict(results):
     random, head, near = (values(results, f"d90_{name}") for name in ("random", "head", "near"))
+    grid, seen = np.array(results[0]["dimensions"], float), np.concatenate([random, head, near])
+    step = np.diff(np.log(grid[(grid >= seen.min()) & (grid <= seen.max())]), append=0).max()
     return judge(
-        f"d90 is at most {random.max():g} of {results[0]['weights']:g} weights; mean d90 {random.mean():.0f} from "
-        f"a random start, {head.mean():.0f} with a "
-        f"pre-trained body, {near.mean():.0f} from a nearby task",
-        random.max() < 0.2 * results[0]["weights"],
-        (head < random).all(),
-        (near < random).all(),
+        f"d90 is at most {random.max():g} of {results[0]['weights']:g} weights; d90 {spread(random)} from "
+        f"a random start, {spread(head)} with a "
+        f"pre-trained body, {spread(near)} from a nearby task, on a grid of steps up to {np.exp(step):.2g} times",
+        {
+            "few are enough": below(np.log(random / results[0]["weights"]), np.log(0.2), least=step),
+            "fewer with a pre-trained body": below(np.log(head / random), least=step),
+            "fewer from a nearby task": below(np.log(near / random), least=step),
+        },
     )
 
 

@@ -18,11 +18,12 @@ from ...lora import LoRALinear
 from ...tensor import Tensor, no_grad
 from . import registry
 from .directions import MLP
-from .registry import SEEDS, Experiment, judge, values
+from .registry import SEEDS, Experiment, above, below, judge, values
 from .toys import Planted, adapt, fit, linear, squared_error
 
 RANKS = (1, 4, 16, 64, 256)
 RATES = tuple(2.0**k for k in range(-11, -2))
+DIVERGED = 1e3  # the error of a run that overflowed, or whose error is larger
 ULPS = (
     -math.inf,
     -7.5,
@@ -85,8 +86,11 @@ def _first_step_verdict(results):
         f"{last['sgd_rs'].mean():.2f} with α/√r, but under Adam "
         f"{last['adam_r'].mean():.2f} with α/r and {last['adam_rs'].mean():.1f} with α/√r, while Adam's change of W is "
         f"{last['adam_r_size'].mean():.2f} and {last['adam_rs_size'].mean():.2f} times as large",
-        last["sgd_r"].max() < 0.1 and (np.abs(last["sgd_rs"] - 1) < 0.2).all(),
-        last["adam_r"].max() < 0.1 and (np.abs(last["adam_rs"] - 1) < 0.2).all(),
+        {
+            f"{label}, {scale}": below(x, limit)
+            for rule, label in (("sgd", "SGD"), ("adam", "Adam"))
+            for scale, x, limit in (("α/r", last[f"{rule}_r"], 0.1), ("α/√r", np.abs(last[f"{rule}_rs"] - 1), 0.2))
+        },
     )
 
 
@@ -145,10 +149,9 @@ def invariance(seed=0):
 def _invariance_verdict(results):
     different, three = values(results, "different_powers"), values(results, "relative_three")
     return judge(
-        f"p = 4, q = 8: {different.max():.0f} losses differ in any bit; p = 3: at most {three.max():.1g} relative "
-        "in float64",
-        different.max() == 0,
-        three.max() < 1e-12,
+        f"p = 4, q = 8: {different.max():.0f} losses differ in any bit; p = 3: less than {10 ** np.ceil(np.log10(three.max())):.0e} "
+        "relative in float64",
+        {"powers of two": different.max() == 0, "p = 3": three.max() < 1e-12},
     )
 
 
@@ -180,7 +183,7 @@ def _alpha_verdict(results):
         f"exactly, with A₀ halved: {different.max():.0f} of the losses of 4 α differ from those of 2 η; with A₀ as "
         "it was the curves differ by up to "
         f"{100 * loose.max():.0f} % (doubling the rate: {100 * rate.max():.0f} %)",
-        different.max() == 0,
+        {"the same losses": different.max() == 0},
     )
 
 
@@ -191,9 +194,9 @@ def learning_rate_ratio(seed=0, rates=RATES, width=64):
     A ReLU network of three 64 × 64 layers is to follow one whose weights were moved by half their size; 80 steps of
     batches of 64 at a constant rate 2^k. Measured: the rate with the least error on unseen inputs, for full fine-tuning
     and for LoRA on all layers with r = 4 and 16 at α = 32 (LoRA Without Regret's), and r = 4 at α = 1. Resolution: a
-    factor of 2. Expected by the claim: a ratio near 10 at both ranks. What comes out is 1/2 to 1 at α = 32 and 2 at α =
-    1. That both ranks want nearly the same rate does hold. The ratio is no constant: by the exchange of `invariance`,
-    α/32 wants √32 = 5.7 times the rate, up to the scale of A₀ (4 on this grid).
+    factor of 2. Expected by the claim: a ratio near 10 at both ranks. What comes out is 1/2 to 2 at α = 32 and 2 to 8 at
+    α = 1, since neighbouring rates do about equally well: see `best_rates`. That both ranks want nearly the same rate does hold. The
+    ratio is no constant: by the exchange of `invariance`, α/32 wants √32 = 5.7 times the rate, up to the scale of A₀.
     """
     rng = np.random.default_rng([seed, width])
     start = [rng.standard_normal((width, width)) * math.sqrt(2 / width) for _ in range(3)]
@@ -212,20 +215,39 @@ def learning_rate_ratio(seed=0, rates=RATES, width=64):
                 fit(model, x, y, steps=80, lr=lr, batch=64, seed=seed, kind="constant")
                 with no_grad():
                     error = float(((model(unseen).data - wanted) ** 2).mean() / (wanted**2).mean())
-            found.append(error if math.isfinite(error) else math.inf)
-        out[name], out[f"best_{name}"] = found, float(rates[int(np.argmin(found))])
-        out[f"ratio_{name}"] = out[f"best_{name}"] / out["best_full"]
+            found.append(min(error, DIVERGED) if math.isfinite(error) else DIVERGED)
+        out[name] = found
     return out
 
 
+def best_rates(results, name):
+    """(lowest, highest) of the rates that may be the best of method `name`: those whose error is not above the least one's, seed by seed.
+
+    Not the rate of the least error: neighbours often lie closer together than one seed and the next, and at α = 1 and the rate 1/8,
+    where training is chaotic, OpenBLAS's kernels alone (Haswell beside SkylakeX) move the error by 0.3 %, which is more than it
+    lies from the error at 1/16 with seed 0. 0.5 % is therefore the least margin.
+    """
+    errors = np.log(values(results, name))
+    least = errors.mean(axis=0).argmin()
+    equal = [above(e - errors[:, least], least=0.005) is not True for e in errors.T]
+    rates = np.array(results[0]["rates"])[equal]
+    return float(rates.min()), float(rates.max())
+
+
+def rate_ratio(results, name):
+    """(least, largest) ratio of `name`'s best rate to full fine-tuning's, of those in `best_rates`."""
+    (low, high), (low_full, high_full) = best_rates(results, name), best_rates(results, "full")
+    return low / high_full, high / low_full
+
+
 def _ratio_verdict(results):
-    four, sixteen, one = (values(results, f"ratio_{k}") for k in ("r4", "r16", "r4_alpha1"))
+    ratio = {name: rate_ratio(results, name) for name in ("r4", "r16", "r4_alpha1")}
+    tenfold = {name: True if low >= 10 else False if high < 10 else None for name, (low, high) in ratio.items()}
+    four, sixteen, one = (f"{low:g} to {high:g}" for low, high in ratio.values())
     return judge(
-        f"LoRA's best rate is {four.min():g} to {four.max():g} times full fine-tuning's at r = 4, "
-        f"{sixteen.min():g} to {sixteen.max():g} at r = 16 (α = 32), "
-        f"and {one.min():g} to {one.max():g} at α = 1: the ratio depends on α",
-        four.min() >= 5 and sixteen.min() >= 5,
-        one.min() >= 5,
+        f"LoRA's best rate is {four} times full fine-tuning's at r = 4, {sixteen} at r = 16 (α = 32), and {one} at α = 1 (all "
+        "rates count that the seeds cannot tell from the best one): the ratio depends on α",
+        {"r = 4": tenfold["r4"], "r = 16": tenfold["r16"], "α = 1": tenfold["r4_alpha1"]},
     )
 
 
@@ -237,7 +259,9 @@ def merge_restores(seed=0, d=256, r=8, sizes=(0.01, 0.1, 1.0, 4.0)):
     for which (W₀ + ΔW) − ΔW = W₀ exactly in float32, the largest |difference|, and a histogram of differences in units of
     W₀'s last place; for bfloat16 weights the same, and the part of entries that merging leaves as they were (their ΔW is
     lost). Expected: all but a few while ΔW is small, since the sum then has W₀'s own spacing; fewer the larger ΔW is. So
-    a single number stands for one size of ΔW only. An adapter is best taken off by keeping W₀.
+    a single number stands for one size of ΔW only. An adapter is best taken off by keeping W₀. What is counted is rounding: BLAS kernels
+    without a fused multiply-add (OpenBLAS's Nehalem, Sandybridge) restore up to 0.9 points less than those with one (Haswell,
+    SkylakeX), where the seeds differ by 0.5.
     """
     rng = np.random.default_rng([seed, d, r])
     w0 = rng.standard_normal((d, d)).astype(np.float32)
@@ -267,9 +291,9 @@ def _merge_verdict(results):
     sizes = results[0]["sizes"]
     parts = ", ".join(f"{100 * v:.0f} % at {s:g}" for v, s in zip(restored.mean(axis=0), sizes, strict=True))
     return judge(
-        f"entries restored exactly, by ‖ΔW‖/‖W₀‖: {parts}; the largest error is {largest.max():.1e}",
-        restored.min() == 1,
-        largest.max() < 1e-5,
+        f"entries restored exactly, by ‖ΔW‖/‖W₀‖: {parts}, each ± 1 (BLAS kernels round differently); the largest error is "
+        f"{largest.max():.1e}",
+        {"every bit": restored.min() == 1, "to 1e-5": largest.max() < 1e-5},
     )
 
 
@@ -355,7 +379,7 @@ def draw_alpha_and_rate(result=None):
 
 
 def draw_learning_rates(results=None):
-    """The error on unseen inputs against the learning rate, full fine-tuning and LoRA, with each one's best rate marked."""
+    """The error on unseen inputs against the learning rate, full fine-tuning and LoRA; the rates that may be the best are marked."""
     results = [learning_rate_ratio(seed) for seed in SEEDS] if results is None else results
     figure, ax = canvas(6.2, 3.7)
     rates = np.array(results[0]["rates"])
@@ -366,7 +390,8 @@ def draw_learning_rates(results=None):
         ("r4_alpha1", "r = 4, α = 1", COLOURS[3], ":", -3),
     ):
         mean = registry.values(results, key).mean(axis=0)
-        best = int(mean.argmin())
+        low, high = best_rates(results, key)
+        best = (rates >= low) & (rates <= high)
         ax.plot(rates, mean, line, color=colour, lw=1.8)
         ax.plot(rates[best], mean[best], "o", color=colour, ms=6)
         ax.annotate(label, (rates[0], mean[0]), (-6, place), ha="right", color=colour, **SMALL)
@@ -380,9 +405,9 @@ def draw_learning_rates(results=None):
     ax.set_xticks(rates, [f"2$^{{{int(np.log2(r))}}}$" for r in rates])
     ax.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
     ax.minorticks_off()
-    ratios = [registry.values(results, f"ratio_{k}").mean() for k in ("r4", "r16", "r4_alpha1")]
+    ratios = ["{:g} to {:g}".format(*rate_ratio(results, k)) for k in ("r4", "r16", "r4_alpha1")]
     ax.set_title(
-        "Best rate over full fine-tuning's: {:.2g} (r = 4), {:.2g} (r = 16), {:.2g} (α = 1)".format(*ratios),
+        "Best rate over full fine-tuning's:\n{} (r = 4), {} (r = 16), {} (α = 1)".format(*ratios),
         fontsize=10,
     )
     return figure
@@ -483,10 +508,10 @@ EXPERIMENTS = {
         "40 times; 9.8 times fitted",
         learning_rate_ratio,
         (
-            ("ratio at r = 4:", "ratio_r4"),
-            ("r = 16:", "ratio_r16"),
-            ("r = 4, α = 1:", "ratio_r4_alpha1"),
-            ("best rate of full fine-tuning:", "best_full"),
+            ("error at the rates 2^−11 … 2^−3, full fine-tuning:", "full"),
+            ("r = 4:", "r4"),
+            ("r = 16:", "r16"),
+            ("r = 4, α = 1:", "r4_alpha1"),
         ),
         _ratio_verdict,
     ),

@@ -33,8 +33,9 @@ FIGURES = {
 
 INTRODUCTION = """# The papers' qualitative claims, on toys
 
-Written by `tinylora experiments --out FOLDER`, seeds {seeds}: the mean over the seeds, and their range in brackets. A toy can refute a
-claim's generality; it cannot confirm what a claim says of language models. What was tuned stands in each experiment's docstring
+Written by `tinylora experiments --out FOLDER`, seeds {seeds}: the mean over the seeds, and their range in brackets; in a list, ± half the
+range. A toy can refute a claim's generality; it cannot confirm what a claim says of language models. A condition is undecided if its limit
+lies within the 90 % interval of its mean (`registry.above`). What was tuned stands in each experiment's docstring
 (`tinylora/papers/claims`).
 
 """

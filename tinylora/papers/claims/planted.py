@@ -14,7 +14,7 @@ from ... import nn, ops
 from ...figures.style import COLOURS, SMALL, canvas, log_ticks
 from ...tensor import Tensor, no_grad
 from . import registry
-from .registry import Experiment, given_or_run, judge, values
+from .registry import Experiment, above, below, given_or_run, judge, spread, values
 from .toys import Planted, adapt, fit, linear, orthonormal, weight
 
 RANKS = (1, 2, 4, 8, 64)
@@ -47,12 +47,11 @@ def rank_sweep(seed=0, ranks=RANKS):
 
 def _rank_sweep_verdict(results):
     mse = values(results, "mse")
-    plateau, drop = mse[:, 1:].max() / mse[:, 1:].min(), (mse[:, 0] / mse[:, 1]).min()
+    plateau, drop = mse[:, 1:].max(axis=1) / mse[:, 1:].min(axis=1), mse[:, 0] / mse[:, 1]
     return judge(
-        f"from the planted rank 2 on, all ranks lie within {100 * (plateau - 1):.1f} % of each other; r = 1 is "
-        f"{drop:.0f} times worse",
-        plateau < 1.1,
-        drop > 5,
+        f"from the planted rank 2 on, all ranks lie within {100 * (plateau.max() - 1):.1f} % of each other; r = 1 is "
+        f"{drop.min():.0f} times worse",
+        {"a plateau": below(plateau, 1.1), "r = 1 is worse": above(drop, 5)},
     )
 
 
@@ -69,12 +68,11 @@ def full_rank_target(seed=0, ranks=FULL_RANKS):
 def _full_rank_verdict(results):
     mse, tail = values(results, "mse"), values(results, "tail")
     eight = results[0]["ranks"].index(8)
-    above, off = (mse[:, eight] / mse[:, -1]).min(), np.abs(mse / tail - 1).max()
+    left, off = mse[:, eight] / mse[:, -1], np.abs(mse / tail - 1).max(axis=1)
     return judge(
-        f"r = 8 leaves {above:.0f} times the error of full rank, and training reaches Eckart and Young's bound to "
-        f"{100 * off:.1f} %",
-        above > 10,
-        off < 0.1,
+        f"r = 8 leaves {left.min():.0f} times the error of full rank, and training reaches Eckart and Young's bound to "
+        f"{100 * off.max():.1f} %",
+        {"r = 8 leaves more": above(left, 10), "the bound is reached": below(off, 0.1)},
     )
 
 
@@ -112,8 +110,7 @@ def _table18_verdict(results):
         f"a U where data are scarce (least at r = {' or '.join(map(str, best))}, {scarce.min():.2f} to "
         f"{scarce.max():.2f} times that at r = d); "
         f"with 16 times the data r = d has {ample.min():.2f} to {ample.max():.2f} times the least error",
-        scarce.min() > 1.05,
-        ample.max() < scarce.min(),
+        {"a rise to r = d": above(scarce, 1.05), "a smaller one with more data": below(ample - scarce)},
     )
 
 
@@ -124,8 +121,8 @@ def low_data(seed=0, sizes=FEW):
     Measured: the error of LoRA r = 2, of full fine-tuning (rate 0.003, the best of 0.001, 0.003, 0.01 on seed 0) and of
     least squares with minimal norm, for n examples of the rank-2 task (d² = 9,216 weights); and of LoRA r = 2 and full
     fine-tuning where ΔW has full rank. Expected: LoRA ahead while n ≪ d². What comes out is narrower: ahead from n = d =
-    96 on, twofold at 2 d, but not with 16 examples, where nobody learns and LoRA's error rises more; and with a full-rank
-    ΔW never. The advantage is that of a right assumption.
+    96 on, twofold at 2 d; with 16 or 48 examples three seeds do not decide who is ahead (eight do at 16: full
+    fine-tuning, ratio 0.64 to 0.99); and with a full-rank ΔW never. The advantage is that of a right assumption.
     """
     out = {
         "sizes": list(sizes),
@@ -155,15 +152,17 @@ def low_data(seed=0, sizes=FEW):
 
 def _low_data_verdict(results):
     sizes, ratio = results[0]["sizes"], values(results, "ratio")
-    ahead = [n for n, r in zip(sizes, ratio.T, strict=True) if r.min() > 1.05]
-    other = values(results, "ratio_full_rank").max()
+    leads = {n: above(np.log(r)) for n, r in zip(sizes, ratio.T, strict=True)}
+    ahead, unclear = ([str(n) for n, outcome in leads.items() if outcome is wanted] for wanted in (True, None))
+    other = values(results, "ratio_full_rank").max(axis=1)
     return judge(
-        f"LoRA r = 2 is ahead in every seed at n = {', '.join(map(str, ahead)) or 'none'} (at most "
-        f"{ratio.max():.1f} times), and at n = "
-        f"{sizes[0]} full / LoRA is {ratio[:, 0].mean():.2f}; with a full-rank update the ratio is at most {other:.2f}",
-        len(ahead) > 0,
-        len(ahead) == len(sizes),
-        other > 1,
+        f"LoRA r = 2 is ahead at n = {', '.join(ahead) or 'none'} (at most {ratio.max():.1f} times), and at n = "
+        f"{sizes[0]} full / LoRA is {spread(ratio[:, 0])}; with a full-rank update the ratio is at most {other.max():.2f}",
+        {
+            "ahead at some n": len(ahead) > 0,
+            f"who is ahead at n = {', '.join(unclear) or 'any'}": None if unclear else len(ahead) == len(sizes),
+            "ahead with a full-rank update": above(np.log(other)),
+        },
     )
 
 
@@ -223,14 +222,16 @@ def weight_types(seed=0, d=32, t=8):
 
 
 def _weight_types_verdict(results):
-    spread, one, everywhere = (values(results, f"gain_{label}") for label in PLANTS)
+    several, one, everywhere = (values(results, f"gain_{label}") for label in PLANTS)
     return judge(
-        f"best single matrix / all four, error: {spread.mean():.3g} where q, v, o were moved, "
-        f"{everywhere.mean():.3g} where all were fully, "
-        f"{one.mean():.2g} where v alone was (there r = 8 on v wins)",
-        spread.min() > 1,
-        everywhere.min() > 1,
-        one.min() > 1,
+        f"best single matrix / all four, error: {spread(several)} where q, v, o were moved, "
+        f"{spread(everywhere)} where all were fully, "
+        f"{spread(one)} where v alone was (there r = 8 on v wins)",
+        {
+            "where q, v, o were moved": above(np.log(several)),
+            "where all were": above(np.log(everywhere)),
+            "where v alone was": above(np.log(one)),
+        },
     )
 
 
