@@ -19,6 +19,7 @@ sys.path.insert(0, str(NOTEBOOKS))
 
 import build  # noqa: E402
 import grading  # noqa: E402
+import outputs  # noqa: E402
 
 FOLDED = {"setup", "exercise", "hide-input"}
 REGISTRIES = r"https?://[^\s)]*(pypi|pythonhosted|npmjs|crates\.io|golang|anaconda|debian|docker|huggingface|hf\.co)"
@@ -480,8 +481,97 @@ def test_what_students_get(source, tmp_path, capsys):
         build.main(["--student", str(folder)])
 
 
+def said(*texts, margin=0.0):
+    """What `outputs` says of a notebook of two cells that prints the one text, and then the other."""
+    import nbformat.v4 as v4
+
+    def notebook(text):
+        stream = [v4.new_output("stream", name="stdout", text=text)] if text else []
+        return v4.new_notebook(cells=[v4.new_markdown_cell("# Title"), v4.new_code_cell("\na = 1\na", outputs=stream)])
+
+    return outputs.differences(*map(notebook, texts), {1: margin})
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 2, 4, 7])
+def test_numbers_may_move_in_the_last_digit(rng, decimals):
+    """By two units of it where it has decimals; whole numbers not at all."""
+    for _ in range(20):
+        x, allowed = int(rng.integers(-(10**9), 10**9)), 2 if decimals else 0
+        lines = [f"a line\n‖x‖₂ = {(x + units) / 10**decimals:,.{decimals}f}% of W0" for units in (0, 1, 2, 3)]
+        for units, line in enumerate(lines):
+            for pair in ((lines[0], line), (line, lines[0])):
+                found = said(*pair)
+                if units <= allowed:
+                    assert found == []
+                    continue
+                (text,) = found
+                for expected in ("cell 2, 'a = 1':", *(f"{text.splitlines()[1]}" for text in pair), "apart"):
+                    assert expected in text
+                assert "a line" not in text  # only the line that differs
+
+
+def test_a_margin_holds_for_every_number_of_its_cell(rng):
+    for _ in range(20):
+        n, margin = int(rng.integers(1000, 10**9)), float(rng.uniform(0.01, 0.2))
+        near, far = (round(n * (1 + by * margin)) for by in (0.9, 1.5))
+        assert said(f"{n:,} bytes", f"{near:,} bytes", margin=margin) == [] != said(f"{n:,} bytes", f"{near:,} bytes")
+        assert said(f"{n:,} bytes", f"{far:,} bytes", margin=margin)
+
+
+@pytest.mark.parametrize(
+    "before, after, agree",
+    [
+        ("[ 0.31  0.293 1.   ]", "[0.309  0.292 0.999]", True),  # numpy's columns are as wide as the widest number
+        ("from 9.95 on", "from  10.00 on", False),
+        ("from 9.99 on", "from 10.01 on", True),
+        ("rate 2^-10", "rate 2^-9", False),
+        ("−0.01", "+0.01", True),
+        ("-0.02", "+0.01", False),
+        ("off by 0e+00 and 9e-08", "off by 4e-07 and 1e-09", True),
+        ("off by 9e-08", "off by 9e-06", False),
+        ("off by 3.0e-03", "off by 3.2e-03", True),
+        ("off by 3.0e-03", "off by 3.3e-03", False),
+        ("exercise 08-2: right", "exercise 08-1: right", False),
+        ("bits be91a24d", "bits be91a24e", False),
+        ("shape (4, 48)", "shape (4, 4.8)", False),
+        ("it holds: 0.5", "it fails: 0.5", False),
+        ("1.5 nan", "1.5 2.5", False),
+        ("a\n0.5\nb", "a\nb", False),
+        ("a\n0.5", "", False),
+    ],
+)
+def test_what_agrees(before, after, agree):
+    assert said(before, before) == said(after, after) == []
+    assert bool(said(before, after)) is not agree and bool(said(after, before)) is not agree
+
+
+def test_a_missing_line_is_told_alone():
+    (text,) = said("a 1\nb 2\nc 3\nd 4.5", "a 1\nc 3\nd 4.6")
+    assert text.splitlines() == ["cell 2, 'a = 1':", "    committed  b 2", f"    {'':<10} (a line more or less)"]
+    (text,) = said("".join(f"{i}\n" for i in range(20)), "".join(f"{i + 1}\n" for i in range(20)))
+    assert text.endswith("and 15 more") and text.count("committed") == outputs.SHOWN
+
+
+def test_pictures_agree_in_size():
+    import base64
+    import struct
+
+    import nbformat.v4 as v4
+
+    def notebook(*sizes):
+        png = [b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", *size) + b"..." for size in sizes]
+        shown = [v4.new_output("display_data", {"image/png": base64.b64encode(data).decode()}) for data in png]
+        return v4.new_notebook(cells=[v4.new_code_cell("plot()", outputs=shown)])
+
+    assert outputs.differences(notebook((640, 480)), notebook((640, 480))) == []
+    (text,) = outputs.differences(notebook((640, 480)), notebook((640, 479)))
+    assert "cell 1, 'plot()'" in text and "(640, 480)" in text and "(640, 479)" in text
+    (text,) = outputs.differences(notebook((640, 480)), notebook())
+    assert text.splitlines()[1:] == ["    committed  image/png", "    this run   no output"]
+
+
 def test_build(source, tmp_path, capsys):
-    """Building twice gives the same bytes; a stale, answered, slow or raising notebook is refused and left as it was."""
+    """Building twice gives the same bytes; a stale, answered, hanging or raising notebook is refused and left as it was."""
     for module in ("nbclient", "ipykernel", "matplotlib"):
         pytest.importorskip(module)
     built = source.with_suffix(".ipynb")
@@ -504,12 +594,24 @@ def test_build(source, tmp_path, capsys):
     assert main("--solutions", str(tmp_path / "solved"))[0] == 0
     assert "exercise 99-1: right" in (tmp_path / "solved" / "99_tiny.ipynb").read_text(encoding="utf-8")
 
-    assert main("--limit", "0.1") == (1, "99_tiny: it takes more than 0.1 seconds\n")
-    change(source, "raise_here = TWO", "1 / 0")
+    change(built, "object object", "subject subject")
+    status, printed = main("--check")
+    assert status == 1 and "cell 4, 'import warnings'" in printed and "committed" in printed and "subject" in printed
+    assert "student" in printed and "the words differ" in printed and "cell 5" not in printed
+    built.write_bytes(before)
+
+    change(source, "raise_here = TWO", "while True:\n    pass")
+    assert main("--limit", "0.1") == (
+        1,
+        "99_tiny: after 0.1 seconds cell 2, 'import numpy as np' has not ended: does it hang? (--limit)\n",
+    )
+    change(source, "while True:\n    pass", "1 / 0")
     status, printed = main()
-    assert status == 1 and printed.startswith("99_tiny: a cell raised ZeroDivisionError: division by zero\n")
+    assert status == 1
+    assert printed.startswith("99_tiny: cell 4, 'import warnings' raised ZeroDivisionError: division by zero\n")
     command = "run `python notebooks/build.py notebooks/99_tiny.py`"
-    assert main("--check") == (1, f"99_tiny: 99_tiny.ipynb is stale: {command}\n")
+    stale = "99_tiny.ipynb is stale: in its source cell 4, 'import warnings' is another"
+    assert main("--check") == (1, f"99_tiny: {stale}; {command}\n")
     assert built.read_bytes() == before and len(complaints_about_built(source)) == 1
     change(built, 'raise NotImplementedError(\\"your answer\\")', "return 2 * x")
     assert main() == (1, "99_tiny: 99_tiny.ipynb holds answers, which would be lost; move it away first\n")
