@@ -26,7 +26,14 @@ def pytest_addoption(parser):
         "notebook; or a folder of one folder a student; or the word solutions, the solutions in the sources. By "
         "default, the notebooks in notebooks/.",
     )
-    parser.addoption("--limit", metavar="SECONDS", type=seconds, default=60, help="the most an exercise may take (60)")
+    parser.addoption(
+        "--limit",
+        metavar="SECONDS",
+        type=seconds,
+        default=600,
+        help="when an answer that is still running is stopped and counts as not right: an endless loop must not hold up the "
+        "others. The slowest solution takes seconds, so 60 is enough on a machine that does nothing else (600)",
+    )
     parser.addoption("--table", metavar="FILE.csv", help="write the marks: a row an answer set, a column an exercise")
 
 

@@ -5,6 +5,7 @@ pytest notebooks --answers PATH       a notebook, a folder of them, or a folder 
 pytest notebooks --answers solutions  the solutions in the sources, as CI does
 pytest notebooks -k 08                only notebook 08; -k 08-2 only its exercise 2
 pytest notebooks --table marks.csv    write the marks, too
+pytest notebooks --limit 60           stop an answer that runs for a minute, an endless loop perhaps; by default, for ten
 
 Which exercises there are is read from the checks, so an answer that was deleted fails, and no source is needed.
 """
