@@ -198,7 +198,7 @@ assert (back == W0)[k < 0].all()
 # restored against the size, in float32 and in bfloat16. There, rounding takes another toll: where ΔW is small, many entries are
 # not changed by merging at all.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] margin=0.03
 results = [dynamics.merge_restores(seed) for seed in (0, 1, 2)]
 mean = {key: np.mean([result[key] for result in results], axis=0) for key in ("restored", "lost_bfloat16")}
 for i, size in enumerate(results[0]["sizes"]):
@@ -217,7 +217,7 @@ draw_merge_ulps(results)
 # 1975). But training changes the factors, so that every evaluation adds an error. `tinylora.interop.loralib` reproduces it. W
 # and A as they start, $B$ uniform and drawn anew for each of 100 evaluations:
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] margin=0.02
 tl.seed(0)
 rng = np.random.default_rng(0)
 theirs = loralib.Linear(256, 256, r=8, lora_alpha=8)
