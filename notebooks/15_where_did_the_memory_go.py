@@ -170,7 +170,7 @@ account_bars(accounts)
 # what NumPy allocates. After the forward pass it should find the tape that is held then (with checkpointing: without the block that is
 # rebuilt later), and little else. During the backward pass it finds the gradients too, and the working memory that no row contains.
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input"] margin=0.005
 
 
 def allocated(model):
