@@ -9,8 +9,13 @@ order, so that a number that float32 arithmetic measured moves in its last digit
     9e-08                  must stay below 1e-6, if both are: they are the size of a rounding error, and that is random
     a picture              must be there and have the same size in pixels; its bytes are not compared
 
-where a number that one run prints with decimals and the other without, as 1 and 0.99, has them in both. In a source,
-`# %% tags=["hide-input"] margin=0.05` allows every number that its cell prints another 5 % of itself, whole numbers too.
+where a number that one run prints with decimals and the other without, as 1 and 0.99, has them in both. Measured with
+four of OpenBLAS's kernels (SkylakeX, Haswell, Sandybridge and Prescott): of 3,400 numbers, no whole number and no word
+moved outside of four cells, and no decimal by more than 1 in its last digit. 2 leaves room for kernels not tried.
+
+Those four cells carry a margin of their own. In a source, `# %% tags=["hide-input"] margin=0.05` allows every number that
+the cell prints another 5 % of itself, whole numbers too. It is for shares of float32 entries that come back, for the best of
+a grid, and for what Python's allocator says.
 """
 
 import difflib

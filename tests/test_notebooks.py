@@ -420,7 +420,7 @@ def test_pytest_grades(source, tmp_path):
 
     def run(*arguments):
         command = [sys.executable, "-m", "pytest", "notebooks", "-p", "no:cacheprovider", "-rA", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
 
     done = run("--answers", "solutions", "-k", "99-2")
     assert done.returncode == 0 and "1 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
@@ -475,7 +475,7 @@ def test_what_students_get(source, tmp_path, capsys):
     ]
     change(folder / "99_tiny.ipynb", 'raise NotImplementedError(\\"your answer\\")', "return TWO * x")
     command = [sys.executable, "-m", "pytest", str(folder), "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1200)
     assert "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     with pytest.raises(SystemExit):
         build.main(["--student", str(folder)])
