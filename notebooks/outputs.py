@@ -6,7 +6,7 @@ order, so that a number that float32 arithmetic measured moves in its last digit
     words                  must be the same, however many spaces lie between them
     12   1,024             must be the same: counts, bytes and shapes are exact
     0.0376   45.8%         may move by 2 in the last digit that is printed: by 0.0002, by 0.2
-    9e-08                  must stay below 1e-6, if both are: they are the size of a rounding error, and that is random
+    9e-08                  agrees with all below 1e-6 that has an exponent: what rounding errors leave is random
     a picture              must be there and have the same size in pixels; its bytes are not compared
 
 where a number that one run prints with decimals and the other without, as 1 and 0.99, has them in both. Measured with
