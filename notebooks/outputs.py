@@ -11,11 +11,11 @@ order, so that a number that float32 arithmetic measured moves in its last digit
 
 where a number that one run prints with decimals and the other without, as 1 and 0.99, has them in both. Measured with
 four of OpenBLAS's kernels (SkylakeX, Haswell, Sandybridge and Prescott): of 3,400 numbers, no whole number and no word
-moved outside of four cells, and no decimal by more than 1 in its last digit. 2 leaves room for kernels not tried.
+moved outside of the cells that carry a margin, and no decimal by more than 1 in its last digit. 2 leaves room for kernels
+not tried.
 
-Those four cells carry a margin of their own. In a source, `# %% tags=["hide-input"] margin=0.05` allows every number that
-the cell prints another 5 % of itself, whole numbers too. It is for shares of float32 entries that come back, for the best of
-a grid, and for what Python's allocator says.
+In a source, `# %% tags=["hide-input"] margin=0.05` allows every number that the cell prints another 5 % of itself, whole
+numbers too. It is for shares of float32 entries that come back, for the best of a grid, and for what an allocator says.
 """
 
 import difflib
