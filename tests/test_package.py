@@ -2,9 +2,12 @@
 
 import ast
 import hashlib
+import importlib
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +17,36 @@ import tinylora
 
 ROOM = Path(tinylora.__file__).parent
 
-#: Each module may import those before it, whether at the top or inside a function.
-ARROWS = """
-backend dtypes tensor tape ops numerics kernels codebooks quant paging optim nn lora adapters variants data
-models interop training costs figures papers cli""".split()  # noqa: SIM905
-NUMBERS_ONLY = {
-    "kernels",
-    "numerics",
-    "codebooks",
-    "quant",
-    "paging",
-}  # whoever only wants to know about NF4 reads three files
+#: The evening: the files at the top of the package, in the order in which they are read.
+CORE = ("codebooks", "quant", "backend", "dtypes", "tensor", "ops", "tape", "nn", "lora", "optim", "paging")
+MOST_CODE = 1500  # lines of code in the core; docstrings, comments and blank lines are not counted
+
+#: Each room (a file at the top, or a folder) and the rooms below it. A room may import these, and whatever lies below them.
+BELOW = {
+    "backend": "",
+    "data": "",
+    "numerics": "",
+    "codebooks": "numerics",
+    "dtypes": "backend",
+    "tensor": "backend",
+    "tape": "tensor",
+    "kernels": "dtypes",
+    "quant": "codebooks kernels",
+    "paging": "kernels",
+    "optim": "paging tensor",
+    "ops": "kernels tensor",
+    "nn": "ops quant",
+    "lora": "nn",
+    "models": "data nn tape",
+    "adapters": "lora",
+    "variants": "adapters",
+    "interop": "adapters models",
+    "training": "interop optim",
+    "costs": "training",
+    "figures": "costs",
+    "papers": "figures variants",  # what the papers claim: nothing but the commands and the notebooks needs it
+    "cli": "papers",
+}
 
 
 def imports(path):
@@ -43,15 +65,75 @@ def imports(path):
     return found
 
 
-def test_arrows_point_one_way():
+def below(room, above=()):
+    """Every room that lies below one; AssertionError if that is a circle."""
+    assert room not in above, f"a circle: {' -> '.join((*above, room))}"
+    found = set()
+    for name in BELOW[room].split():
+        found |= {name} | below(name, (*above, room))
+    return found
+
+
+def test_imports_go_down_the_table_of_rooms():
     for path in sorted(ROOM.rglob("*.py")):
-        module = path.relative_to(ROOM).with_suffix("").parts[0]
-        if module == "__init__":
-            continue
-        for name in imports(path) - {module}:
-            assert ARROWS.index(name) < ARROWS.index(module), f"{path.name} imports {name}, which comes after it"
-        if module in NUMBERS_ONLY:
-            assert not imports(path) & {"tensor", "ops", "nn"}, path.name
+        room = path.relative_to(ROOM).with_suffix("").parts[0]
+        if room != "__init__":
+            upwards = imports(path) - {room} - below(room)
+            assert not upwards, f"{path.relative_to(ROOM)} imports {', '.join(upwards)}, which is not below {room}"
+    assert "papers" in BELOW["cli"] and not any("papers" in rooms for room, rooms in BELOW.items() if room != "cli")
+    for room in ("codebooks", "quant", "kernels", "numerics", "paging"):  # whoever only wants to know about NF4
+        assert not below(room) & {"tensor", "ops", "nn"}, f"{room} knows nothing of the tensor"
+
+
+def test_the_files_at_the_top_are_the_core():
+    assert {path.stem for path in ROOM.glob("*.py")} == {*CORE, "__init__"}
+    folders = {path.name for path in ROOM.iterdir() if path.is_dir() and not path.name.startswith("__")}
+    assert folders == set(BELOW) - set(CORE)
+
+
+LAYOUT = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def lines_of_code(path):
+    """How many lines of a file hold code: not blank, no comment, no docstring."""
+    text = path.read_text(encoding="utf-8")
+    documented, held = set(), set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            documented.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in LAYOUT:
+            held.update(range(token.start[0], token.end[0] + 1))
+    return len(held - documented)
+
+
+def test_the_core_is_an_evening():
+    counted = {name: lines_of_code(ROOM / f"{name}.py") for name in CORE}
+    total = sum(counted.values())
+    print("\n".join(f"{name + '.py':<14}{n:>5}" for name, n in [*counted.items(), ("all eleven", total)]))
+    assert total <= MOST_CODE, (
+        f"the core has {total} lines of code; what only a format or a variant needs goes elsewhere"
+    )
+    readme = (ROOM.parent / "README.md").read_text(encoding="utf-8")
+    for name, n in counted.items():
+        assert f"(tinylora/{name}.py) | {n} |" in readme, f"the README's table: {name}.py has {n} lines of code"
+    assert f"{total:,} lines of code" in readme
+
+
+def test_a_comment_and_a_docstring_are_no_code(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text('"""Two\nlines."""\n\n# no\nx = (  # yes\n    1\n)\n\ndef f():\n    "no"\n    return """a\nb"""\n')
+    assert lines_of_code(path) == 6
+
+
+@pytest.mark.parametrize("name", tinylora.MOVED)
+def test_modules_that_moved_are_found_under_their_old_names(name):
+    module = getattr(tinylora, name)
+    places = [importlib.import_module(f"tinylora.{place}") for place in tinylora.MOVED[name].split()]
+    for place in places:
+        public = [key for key, value in vars(place).items() if getattr(value, "__module__", None) == place.__name__]
+        assert public and all(getattr(module, key) is getattr(place, key) for key in public if not key.startswith("_"))
+    exec(f"from tinylora import {name}", {})
 
 
 def test_only_backend_knows_cupy():

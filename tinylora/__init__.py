@@ -29,7 +29,7 @@ from .adapters import (
     unmerge,
 )
 from .backend import seed
-from .kernels import attention, copies, pools
+from .kernels import attention, copies, pools, scatter
 from .lora import LoRALinear
 from .models.llama import KVCache, Llama, LlamaConfig
 from .nn import quantize_linears
@@ -85,6 +85,7 @@ for _old, _new, _names in (
     (ops, conv, "conv"),
     (ops, attention, "QUERY_BLOCK"),
     (paging, pools, "WHOLE_TENSORS_FROM"),
+    (backend, scatter, "scatter_add"),
     (backend, copies, "pinned_zeros copy_to_device copy_to_host managed_zeros prefetch_managed keep_freed_memory"),
     (tensor, tape, "checkpoint watch_rebuilds tape_bytes"),
     (nn, kbit, "Embedding16bit store_in_16_bits prepare_for_kbit_training"),

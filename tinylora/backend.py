@@ -12,8 +12,8 @@ that carries an array across, and `transfers` counts what it carried:
     Y = move(X, "cuda")          # host -> device
     x = move(Y, "cpu")           # device -> host
 
-The file also has the random generator of each thread, and the two array functions that need a different line on each
-side: row-wise dot products and the gradient of a table look-up.
+The file also has the random generator of each thread, and the one array function that needs a different line on each side,
+row-wise dot products.
 
 Differs from torch: a device is "cpu" or "cuda", and the second is CuPy's current GPU. Random numbers are drawn on the
 host, so that one seed gives the same dropout mask on every device.
@@ -121,27 +121,6 @@ def rowdot(x, y):
     """z_i = Σ_j x_ij y_ij over the last axis. NumPy 2's vecdot makes no temporary; CuPy multiplies and sums."""
     xp = array_module(x)
     return xp.vecdot(x, y) if xp is np else (x * y).sum(-1)
-
-
-def scatter_add(rows, index, n):
-    """W̄[index[i]] += rows[i]: the adjoint of a table look-up. rows (m, d), index (m,) -> (n, d).
-
-    `np.add.at` walks element by element; sorting the index first and adding runs with `reduceat` is about ten times as
-    fast and adds in the same order every time. On a GPU the additions are atomic and their order is not fixed: training an embedding
-    there is not reproducible to the last bit.
-    """
-    xp = array_module(rows)
-    out = xp.zeros((n, *rows.shape[1:]), dtype=rows.dtype)
-    if xp is not np:
-        xp.add.at(out, index, rows)
-        return out
-    if len(index) == 0:
-        return out
-    order = np.argsort(index, kind="stable")
-    ordered = index[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    out[ordered[starts]] = np.add.reduceat(rows[order], starts, axis=0)
-    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------- randomness

@@ -145,13 +145,10 @@ class LoRALayer(Module):
             raise AttributeError(f"{what}: {len(self.active)} adapters are active here; take it from .bypasses[name]")
         return getattr(self.bypasses[self.active[0]], what)
 
-    lora_A = property(lambda self: self._only("lora_A"))
-    lora_B = property(lambda self: self._only("lora_B"))
-    r = property(lambda self: self._only("r"))
-    alpha = property(lambda self: self._only("alpha"))
-    scaling = property(lambda self: self._only("scaling"))
-    dropout = property(lambda self: self._only("dropout"))
-    magnitude = property(lambda self: self._only("magnitude"))
+    lora_A, lora_B, r, alpha, scaling, dropout, magnitude = (
+        property(lambda self, what=what: self._only(what))
+        for what in ("lora_A", "lora_B", "r", "alpha", "scaling", "dropout", "magnitude")
+    )
     weight = property(lambda self: self.base_layer.weight)
     bias = property(lambda self: getattr(self.base_layer, "bias", None))
 

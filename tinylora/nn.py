@@ -220,13 +220,13 @@ class Linear(Module):
 class _FrozenLinear(Module):
     """A linear layer whose weight is stored data: `ops.linear_frozen` around `weight.dequantize`."""
 
-    backward_weight = "stored"
-
-    def __init__(self, weight, bias=None, compute_dtype="float32"):
+    def __init__(self, weight, bias=None, compute_dtype="float32", backward_weight="stored"):
         self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
-        name = type(self).__name__
+        self.backward_weight, name = backward_weight, type(self).__name__
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{name}: compute_dtype {compute_dtype!r}, expected 'float32' or 'bfloat16'")
+        if backward_weight not in ("stored", "forward"):
+            raise ValueError(f"{name}: backward_weight {backward_weight!r}, expected 'stored' or 'forward'")
         if len(weight.shape) != 2:
             raise ValueError(f"{name}: the weight must be (out, in), got {tuple(weight.shape)}")
 
@@ -250,12 +250,6 @@ class Linear4bit(_FrozenLinear):
     Differs from bitsandbytes: the compute dtype is never guessed from the first input; eval() changes nothing (there, on CPUs with
     AVX512-BF16, it repacks the weight and rounds its constants).
     """
-
-    def __init__(self, weight, bias=None, compute_dtype="float32", backward_weight="stored"):
-        super().__init__(weight, bias, compute_dtype)
-        self.backward_weight = backward_weight
-        if backward_weight not in ("stored", "forward"):
-            raise ValueError(f"Linear4bit: backward_weight {backward_weight!r}, expected 'stored' or 'forward'")
 
     @classmethod
     def of(cls, linear, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", name="weight", **options):

@@ -31,6 +31,7 @@ from . import backend
 from .backend import array_module, rowdot
 from .dtypes import round_to
 from .kernels.attention import in_blocks
+from .kernels.scatter import scatter_add
 from .tensor import Tensor, primitive
 
 
@@ -180,11 +181,8 @@ def _concatenate(*xs, axis):
     xp = array_module(xs[0])
     ends = np.cumsum([x.shape[axis] for x in xs]).tolist()
     before = (slice(None),) * (axis % xs[0].ndim)
-
-    def part(start, end):
-        return lambda g: g[(*before, slice(start, end))]
-
-    return xp.concatenate(xs, axis=axis), tuple(map(part, [0, *ends], ends))
+    parts = [(*before, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+    return xp.concatenate(xs, axis=axis), tuple(lambda g, part=part: g[part] for part in parts)
 
 
 def concatenate(xs, axis=0):
@@ -270,7 +268,7 @@ def check_ids(ids, n):
 def embedding(ids, w):
     "y = w[ids];   w̄[ids[i]] += ḡ[i].   ids (...) integers, w (n, d) -> y (..., d)"
     check_ids(ids, n := len(w))
-    return w[ids], (None, lambda g: backend.scatter_add(_rows(g), ids.reshape(-1), n))
+    return w[ids], (None, lambda g: scatter_add(_rows(g), ids.reshape(-1), n))
 
 
 # ------------------------------------------------------------------------------------------------------- softmax and the loss

@@ -150,13 +150,11 @@ class AdamW:
     def load_state_dict(self, state):
         """Restore what `state_dict` gave."""
         for slot in self._slots:
-            wanted = {part: (values.shape, values.dtype) for part, values in self._read(slot).items()}
-            for part, (shape, dtype) in wanted.items():
+            for part, now in self._read(slot).items():
                 saved = state.get(f"{slot.name}.{part}")
-                if saved is None or (saved.shape, saved.dtype) != (shape, dtype):
-                    raise ValueError(
-                        f"{type(self).__name__}: the saved state has no {slot.name}.{part} of shape {shape}, {dtype}"
-                    )
+                if saved is None or (saved.shape, saved.dtype) != (now.shape, now.dtype):
+                    what = f"{slot.name}.{part} of shape {now.shape}, {now.dtype}"
+                    raise ValueError(f"{type(self).__name__}: the saved state has no {what}")
         for slot in self._slots:  # only now that everything was found fit
             self._write(slot, {part: state[f"{slot.name}.{part}"] for part in self._read(slot)})
         self.step_count = int(state["step"])

@@ -29,7 +29,7 @@ import copy
 
 from . import backend
 from .backend import array_module, is_array
-from .tensor import Node, Tensor, accumulate, setting, state
+from .tensor import Node, Tensor, accumulate, on_tape, setting, state
 
 
 def checkpoint(fn, *xs):
@@ -60,13 +60,8 @@ def checkpoint(fn, *xs):
             accumulate(state.sink, leaf, h)
         return [xp.zeros_like(x) if n and h is None else h for x, h, n in zip(arrays, gradients, need, strict=True)]
 
-    xp = array_module(out.data)
-    arrays = [x.data for x in xs]
-    places = [i for i, x in enumerate(xs) if x.requires_grad]
-    result = Tensor(out.data)
-    result.requires_grad = True
-    result._node = Node("checkpoint", out.data, [xs[i]._node or xs[i] for i in places], places, len(xs), pull)
-    return result
+    xp, arrays = array_module(out.data), [x.data for x in xs]
+    return on_tape("checkpoint", Tensor(out.data), xs, pull, needed=True)
 
 
 def watch_rebuilds(callback):

@@ -267,18 +267,22 @@ def primitive(forward):
             if isinstance(value, Tensor):
                 raise TypeError(f"{forward.__name__}: {name} is a Tensor and must be given by position, not by name")
         out, pullbacks = forward(*raw, **options)
-        places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
-        result = Tensor(out)
-        if not places or state.mode == "off":
-            return result
-        result.requires_grad = True
-        if state.mode == "record":
-            kept = pullbacks if callable(pullbacks) else tuple(pullbacks[i] for i in places)
-            parents = [args[i]._node or args[i] for i in places]
-            result._node = Node(forward.__name__, result.data, parents, places, len(args), kept)
-        return result
+        return on_tape(forward.__name__, Tensor(out), args, pullbacks)
 
     return operation
+
+
+def on_tape(name, result, args, pullbacks, needed=False):
+    """result, with the pullbacks of those arguments that need a gradient; all other pullbacks are dropped here, with what they captured.
+
+    needed: the result needs a gradient whatever the arguments do (`tape.checkpoint` reaches parameters by itself)
+    """
+    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
+    result.requires_grad = (bool(places) or needed) and state.mode != "off"
+    if result.requires_grad and state.mode == "record":
+        kept = pullbacks if callable(pullbacks) else tuple(pullbacks[i] for i in places)
+        result._node = Node(name, result.data, [args[i]._node or args[i] for i in places], places, len(args), kept)
+    return result
 
 
 def _same_device(name, raw):

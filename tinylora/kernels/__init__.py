@@ -2,6 +2,8 @@
 
 rounding     how bitsandbytes rounds: scales, ties, NaN, the nearest code, the mean of the constants
 dequantize   code[q] · absmax by tables of pairs and quadruples
+attention    attention on blocks of queries, which never look at the keys after them
+scatter      the gradient of a table look-up
 pools        where the pages of a Pager live: host memory, a file, CUDA managed memory
 copies       memory that a device reaches by itself, and blocks that the allocator keeps
 """
