@@ -231,15 +231,15 @@ def test_a_weight_that_cannot_be_quantized_is_named(tmp_path):
         Llama.from_pretrained(tmp_path, quantize="nf4")
 
 
-def test_open_model_takes_the_options_and_refuses_to_quantize_twice(tmp_path):
+def test_one_door_takes_the_options_and_refuses_to_quantize_twice(tmp_path):
     tiny.model().save_pretrained(tmp_path / "dense")
-    four = bitsandbytes.open_model(tmp_path / "dense", quantize="nf4")
+    four = Llama.from_pretrained(tmp_path / "dense", quantize="nf4")
     bitsandbytes.save(four, tmp_path / "four")
-    again = bitsandbytes.open_model(tmp_path / "four")
+    again = Llama.from_pretrained(tmp_path / "four")
     path = "model.layers.0.self_attn.q_proj"
     assert again.get(path).weight.packed.tobytes() == four.get(path).weight.packed.tobytes()
     with pytest.raises(ValueError, match="in 4 bits already"):
-        bitsandbytes.open_model(tmp_path / "four", quantize="nf4")
+        Llama.from_pretrained(tmp_path / "four", quantize="nf4")
 
 
 def test_tensors_that_may_and_may_not_be_there(tmp_path):

@@ -10,7 +10,7 @@ import tiny
 
 from tinylora import adapters
 from tinylora.cli import main
-from tinylora.interop import bitsandbytes, peft
+from tinylora.interop import peft
 from tinylora.models.llama import Llama
 from tinylora.papers import ranks, switching
 
@@ -130,7 +130,7 @@ def test_merge_into_4_bits_prints_what_it_costs(folder, capsys, rng):
     errors = re.findall(r"^  (model\.layers\S+) +(0\.\d{4})$", printed, re.M)
     assert len(errors) == 14 and re.search(r"^  mean +0\.\d{4}$", printed, re.M)
     assert all(0.02 < float(e) < 0.3 for _, e in errors)
-    again = bitsandbytes.open_model(folder / "merged")
+    again = Llama.from_pretrained(folder / "merged")
     assert len(adapters.merge_errors(again)) == 0 and again.model.layers[0].mlp.up_proj.weight.code_name == "nf4"
 
 

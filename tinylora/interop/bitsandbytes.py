@@ -23,10 +23,9 @@ import numpy as np
 from ..backend import move
 from ..dtypes import BFloat16Array, as_float32
 from ..models import files, safetensors
-from ..models.fourbit import _STATE, from_tensors, is_quantized, to_tensors
-from ..models.llama import Llama, LlamaConfig
-from ..models.tokenizers import load_tokenizer
-from ..nn import Linear, Linear4bit
+from ..models.fourbit import from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors: handed on)
+from ..models.llama import Llama
+from ..nn import Linear, is_adapter_weight
 from ..quant import QuantizedTensor, quantize
 from ..tensor import Tensor
 
@@ -51,7 +50,7 @@ def save(model, folder, compute_dtype="float32"):
     """
     tensors, dense, quantized = {}, {}, None
     for name, w in model.named_weights():
-        if "lora_" in name:
+        if is_adapter_weight(name):
             raise ValueError(
                 "save: the model carries an adapter; merge it, or save it alone with interop.peft.save_adapter"
             )
@@ -92,39 +91,15 @@ def quantization_config(q, compute_dtype="float32", skip=("lm_head",)):
 
 def load(folder, compute_dtype="float32"):
     """A Llama with Linear4bit layers from a folder that bitsandbytes, transformers or `save` wrote. All weights are frozen."""
-    folder = Path(folder)
-    config = files.read_json(folder / "config.json")
-    if (config.get("quantization_config") or {}).get("quant_method") != "bitsandbytes":
+    if not is_quantized(folder):
         raise ValueError(
-            f"{folder / 'config.json'} has no quantization_config of bitsandbytes; Llama.from_pretrained opens dense folders"
+            f"{Path(folder) / 'config.json'} has no quantization_config of bitsandbytes; Llama.from_pretrained opens dense folders"
         )
-    shape = LlamaConfig.from_dict(config, folder / "config.json")
-    tensors = safetensors.load_folder(folder)
-    model = Llama(shape, load_tokenizer(folder, shape.vocab_size), draw=False)
-    layers, state = dict(model.named_modules()), {}
-    for key in [key for key in tensors if _STATE in key]:
-        name = key.partition(_STATE)[0]
-        state[name], path = from_tensors(name, tensors, folder), name.removesuffix(".weight")
-        if not isinstance(layers.get(path), Linear) or layers[path].weight.shape != state[name].shape:
-            raise ValueError(f"{folder}: {name} of shape {state[name].shape} fits no linear layer of its config.json")
-        model.replace(path, Linear4bit(state[name], layers[path].bias, compute_dtype))
-    if shape.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    state |= {n: w.dequantize("float32") if isinstance(w, BFloat16Array) else w for n, w in tensors.items()}
-    try:
-        model.load_state_dict(state)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{folder} does not fit its config.json: {error.args[0]}") from None
-    return model.requires_grad_(False)
+    return Llama.from_pretrained(folder, compute_dtype=compute_dtype)
 
 
 def open_model(path, compute_dtype="float32", dtype="float32", quantize=None):
-    """A Llama from "base", a dense folder or a GGUF file (as from_pretrained, with its options), or from a 4-bit folder (as load)."""
-    if is_quantized(path):
-        if quantize is not None:
-            raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
-        return load(path, compute_dtype)
-    return Llama.from_pretrained(path, dtype, quantize)
+    return Llama.from_pretrained(path, dtype, quantize, compute_dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ any folder

@@ -1,9 +1,9 @@
 """Model folders and GGUF files, opened without loading them and written one tensor at a time.
 
-    open_checkpoint(path)     "base", a Hugging Face folder (safetensors, one file or several) or FILE.gguf -> Checkpoint
+    open_model(path)          "base", a Hugging Face folder (safetensors, one file or several) or FILE.gguf -> ModelFiles
     write_folder(folder, …)   config.json, model.safetensors, tokenizer.json, generation_config.json: what transformers opens
 
-A Checkpoint knows names, shapes, the config and the vocabulary; a weight is read when it is asked for. `Llama.from_pretrained`
+ModelFiles know names, shapes, the config and the vocabulary; a weight is read when it is asked for. `Llama.from_pretrained`
 and `llama.convert` are built on it.
 """
 
@@ -21,7 +21,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelFiles:
     """A model that lies on a disk.
 
     config     a Hugging Face config.json as a dict, with the ids of generation_config.json; it stands in `config_path`
@@ -65,12 +65,12 @@ class Checkpoint:
         return fitting(BPETokenizer.from_gguf(self.weights.fields, self.path), size, self.path)
 
 
-def open_checkpoint(path):
-    """A Checkpoint from "base" (the embedded model), a folder with config.json and safetensors, or FILE.gguf."""
+def open_model(path):
+    """The ModelFiles of "base" (the embedded model), a folder with config.json and safetensors, or FILE.gguf."""
     folder = base_folder() if str(path) == "base" else Path(path)
     if folder.suffix == ".gguf" and not folder.is_dir():
         opened = GGUF(folder)
-        return Checkpoint(folder, opened.config, folder, opened)
+        return ModelFiles(folder, opened.config, folder, opened)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{path}: expected 'base' or a folder with config.json and model.safetensors, or FILE.gguf"
@@ -80,8 +80,8 @@ def open_checkpoint(path):
         ids = files.read_json(folder / "generation_config.json")
         config |= {name: ids[name] for name in _TOKENS if ids.get(name) is not None}
     if config.get("quantization_config"):
-        raise ValueError(f"{path} is quantized already; interop.bitsandbytes.load opens 4-bit folders of bitsandbytes")
-    return Checkpoint(folder, config, folder / "config.json", safetensors.open_folder(folder))
+        raise ValueError(f"{path} is quantized already; Llama.from_pretrained opens 4-bit folders of bitsandbytes")
+    return ModelFiles(folder, config, folder / "config.json", safetensors.open_folder(folder))
 
 
 def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16"):

@@ -50,6 +50,11 @@ def to_tensors(name, q):
     return {**tensors, f"{name}{_STATE}{q.code_name}": packed_state}
 
 
+def names(tensors):
+    """The names of the 4-bit weights among a file's tensors."""
+    return [key.partition(_STATE)[0] for key in tensors if _STATE in key]
+
+
 def from_tensors(name, tensors, where="the file"):
     """The QuantizedTensor that bitsandbytes stored under `name`; takes its tensors out of the dict."""
     keys = [key for key in tensors if key.startswith(name + _STATE)]

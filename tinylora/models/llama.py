@@ -14,18 +14,28 @@ architectures.
 import math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
 from .. import backend, ops
 from ..backend import array_module, move
 from ..dtypes import BFloat16Array
-from ..nn import Embedding, Linear, Linear4bit, Linear16bit, Module, RMSNorm, normal, stored_array
+from ..nn import (
+    Embedding,
+    Linear,
+    Linear4bit,
+    Linear16bit,
+    Module,
+    RMSNorm,
+    is_adapter_weight,
+    normal,
+    quantized_linear,
+    stored_array,
+)
 from ..tape import checkpoint
 from ..tensor import Tensor, no_grad
-from . import folders
-from .tokenizers import ByteTokenizer
+from . import files, folders, fourbit, safetensors
+from .tokenizers import ByteTokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,17 +115,13 @@ class LlamaConfig:
         }
 
 
-def _undrawn(kind, *shape, requires_grad=True):
-    """A Linear or Embedding whose weight is one zero seen as a whole array: nothing is drawn and no memory used."""
-    layer = kind.__new__(kind)
-    layer.weight = Tensor(np.broadcast_to(np.float32(0), shape), requires_grad)
-    if kind is Linear:
-        layer.bias = None
-    return layer
+def _undrawn(*shape):
+    """A Tensor that is one zero seen as a whole array: nothing is drawn and no memory used."""
+    return Tensor(np.broadcast_to(np.float32(0), shape), requires_grad=True)
 
 
 def _undrawn_linear(in_features, out_features):
-    return _undrawn(Linear, out_features, in_features)
+    return Linear.of(_undrawn(out_features, in_features))
 
 
 class Attention(Module):
@@ -171,7 +177,7 @@ class Stack(Module):
 
     def __init__(self, c, linear=Linear):
         size = c.vocab_size, c.hidden_size
-        self.embed_tokens = Embedding(*size) if linear is Linear else _undrawn(Embedding, *size)
+        self.embed_tokens = Embedding(*size) if linear is Linear else Embedding.of(_undrawn(*size))
         self.layers = [Block(c, linear) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
@@ -230,8 +236,7 @@ class Llama(Module):
         if self.lm_head is None:
             weight = self.model.embed_tokens.weight
             if isinstance(weight, Tensor):
-                self.lm_head = _undrawn(Linear, *weight.shape)  # so that what is drawn next does not change
-                self.lm_head.weight = Tensor(weight.data.copy(), weight.requires_grad)
+                self.lm_head = Linear.of(Tensor(weight.data.copy(), weight.requires_grad))
             else:
                 self.lm_head = Linear16bit(weight)  # frozen, and so it can be shared
             self.lm_head.training = self.training
@@ -322,17 +327,22 @@ class Llama(Module):
 
     # ------------------------------------------------------------------------------------------------------------------ folders
     @classmethod
-    def from_pretrained(cls, path, dtype="float32", quantize=None):
-        """A model from "base" (the embedded one), a folder with config.json and model.safetensors (or shards), or FILE.gguf.
+    def from_pretrained(cls, path, dtype="float32", quantize=None, compute_dtype="float32"):
+        """A model from "base" (the embedded one), a folder with config.json and safetensors, dense or in 4 bits, or FILE.gguf.
 
-        dtype      "float32": as stored, 16 bits widened exactly; "bfloat16": each weight rounded to it, in float32 storage
-        quantize   None, a code ("nf4", ..., "bfloat16"), or a dict of nn.quantize_linears' options: each linear weight is
-                   quantized as it is read and its dense form dropped. The result is that of quantize_linears, all frozen;
-                   with dtype "bfloat16" the quantized weights say that they were bfloat16, as bitsandbytes' then do
+        dtype           "float32": as stored, 16 bits widened exactly; "bfloat16": each weight rounded to it, in float32 storage
+        quantize        None, a code ("nf4", ..., "bfloat16"), or a dict of nn.quantized_linear's options: each linear weight is
+                        quantized as it is read and its dense form dropped. The result is that of quantize_linears, all frozen;
+                        with dtype "bfloat16" the quantized weights say that they were bfloat16, as bitsandbytes' then do
+        compute_dtype   of a 4-bit folder's layers, all frozen; bitsandbytes, transformers or interop.bitsandbytes.save wrote it
 
         Else `requires_grad` is True. Nothing random is drawn, and never more than one dense matrix is in memory beside what
         stays. Errors are sentences that name the file, the tensor and the shapes; they come before anything is loaded.
         """
+        if fourbit.is_quantized(path):
+            if quantize is not None:
+                raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
+            return _in_4_bits(cls, Path(path), compute_dtype)
         model, opened = _open(cls, path)
         options = {"code": quantize} if isinstance(quantize, str) else quantize
         unknown = set(options or ()) - set(_QUANTIZE_OPTIONS)
@@ -345,13 +355,13 @@ class Llama(Module):
             layer = model.get(path)
             layer.weight.data = folders.rounded(opened.weights.float32(name), dtype)
             if options is not None and isinstance(layer, Linear):
-                model.replace(path, _quantized(path, layer, dtype, **options))
+                model.replace(path, quantized_linear(path, layer, dtype=dtype, **options))
         return model if options is None else model.requires_grad_(False)
 
     def save_pretrained(self, folder, dtype="bfloat16", extra_config=None):
         """Write a folder that transformers opens: config.json, model.safetensors (dtype "bfloat16", rounded to nearest even, or
         "float32"), and for a model with a vocabulary tokenizer.json, tokenizer_config.json and generation_config.json."""
-        if any(not isinstance(w, Tensor) or "lora_" in name for name, w in self.named_weights()):
+        if any(not isinstance(w, Tensor) or is_adapter_weight(name) for name, w in self.named_weights()):
             raise ValueError(
                 "save_pretrained: the model is quantized or carries an adapter; merge the adapter first, or save it alone with "
                 "interop.peft.save_adapter (only dense weights are written here)"
@@ -367,9 +377,35 @@ class Llama(Module):
         )
 
 
+def _in_4_bits(cls, folder, compute_dtype):
+    """The model of a folder in bitsandbytes' format: Linear4bit layers, and the rest widened to float32."""
+    config = files.read_json(folder / "config.json")
+    if config["quantization_config"].get("quant_method") != "bitsandbytes":
+        raise ValueError(
+            f"{folder / 'config.json'} has no quantization_config of bitsandbytes; other formats are not read"
+        )
+    shape = LlamaConfig.from_dict(config, folder / "config.json")
+    tensors = safetensors.load_folder(folder)
+    model = cls(shape, load_tokenizer(folder, shape.vocab_size), draw=False)
+    layers, state = dict(model.named_modules()), {}
+    for name in fourbit.names(tensors):
+        state[name], path = fourbit.from_tensors(name, tensors, folder), name.removesuffix(".weight")
+        if not isinstance(layers.get(path), Linear) or layers[path].weight.shape != state[name].shape:
+            raise ValueError(f"{folder}: {name} of shape {state[name].shape} fits no linear layer of its config.json")
+        model.replace(path, Linear4bit(state[name], layers[path].bias, compute_dtype))
+    if shape.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    state |= {n: w.dequantize("float32") if isinstance(w, BFloat16Array) else w for n, w in tensors.items()}
+    try:
+        model.load_state_dict(state)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder} does not fit its config.json: {error.args[0]}") from None
+    return model.requires_grad_(False)
+
+
 def _open(cls, path):
-    """(a model of zeros, the Checkpoint it is to be filled from): names, shapes and tokens fit, and nothing has been loaded."""
-    opened = folders.open_checkpoint(path)
+    """(a model of zeros, the ModelFiles it is to be filled from): names, shapes and tokens fit, and nothing has been loaded."""
+    opened = folders.open_model(path)
     config = LlamaConfig.from_dict(opened.config, opened.config_path)
     tokenizer = opened.tokenizer()
     opened.check({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}, whole=False)
@@ -392,40 +428,10 @@ def convert(path, folder, dtype="bfloat16"):
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-_QUANTIZE_OPTIONS = (
-    "code",
-    "blocksize",
-    "double_quant",
-    "compute_dtype",
-    "skip",
-    "rule",
-    "offset",
-    "check_finite",
-    "nested_code",
-    "signed",
-)
-
-
-def _quantized(
-    path,
-    layer,
-    dtype,
-    code="nf4",
-    blocksize=64,
-    double_quant=True,
-    compute_dtype="float32",
-    skip=("lm_head",),
-    **options,
-):
-    """The frozen layer that nn.quantize_linears would put in place of this Linear; the layer itself if it is to be skipped."""
-    if any(path == s or path.endswith("." + s) for s in skip):
-        return layer
-    if isinstance(code, str) and code == "bfloat16":
-        return Linear16bit.of(layer, compute_dtype)
-    if dtype == "bfloat16":
-        half = BFloat16Array.of(layer.dense())
-        layer = SimpleNamespace(dense=lambda: half, bias=layer.bias)
-    return Linear4bit.of(layer, code, blocksize, double_quant, compute_dtype, name=f"{path}.weight", **options)
+# fmt: off
+_QUANTIZE_OPTIONS = ("code", "blocksize", "double_quant", "compute_dtype", "skip", "rule", "offset", "check_finite", "nested_code",
+                     "signed")
+# fmt: on
 
 
 def _draw(logits, temperature, top_k, top_p, rng):
