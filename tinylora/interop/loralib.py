@@ -349,9 +349,3 @@ def lora_state_dict(model, bias="none"):
             if beside in state:
                 chosen[beside] = state[beside]
     return chosen
-
-
-# fmt: off
-__all__ = ["LoRALayer", "Linear", "MergedLinear", "Embedding", "ConvLoRA", "Conv1d", "Conv2d", "Conv3d", "mark_only_lora_as_trainable",
-           "lora_state_dict"]
-# fmt: on

@@ -68,7 +68,9 @@ class HostPool:
 
     def wait(self, ticket):
         """The frame of a ticket, ready to be computed on."""
-        return self._stream.wait(ticket) if self._stream else ticket.result() if hasattr(ticket, "result") else ticket
+        if self._stream:
+            return self._stream.wait(ticket)
+        return ticket.result() if self._queue else ticket
 
     def finish(self):
         """Return when every page holds what was put back into it."""
@@ -110,11 +112,8 @@ class FilePool(HostPool):
     def __init__(self, xp):
         super().__init__(xp)
         self._file = tempfile.TemporaryFile(prefix="tinylora-pages-")  # noqa: SIM115 (closed, and by that removed, with the pool)
-        self._end, self._mapped, self._used = (
-            0,
-            None,
-            0,
-        )  # the file's length; its last stretch, and how much of it is given out
+        # the file's length; its last stretch, and how much of it is given out
+        self._end, self._mapped, self._used = 0, None, 0
 
     def allocate(self, shapes, dtype):
         step = mmap.ALLOCATIONGRANULARITY  # each page can be unmapped alone
@@ -229,9 +228,8 @@ class _CopyStream:
                 kept.clear()
             if frame is None:
                 frame = self.xp.empty(source.shape, source.dtype)
-            self.stream.wait_event(
-                self.xp.cuda.get_current_stream().record()
-            )  # nothing in flight may still use that memory
+            # nothing in flight may still use that memory
+            self.stream.wait_event(self.xp.cuda.get_current_stream().record())
         copies.copy_to_device(source, frame, self.stream)
         return frame, self.stream.record(), kept
 

@@ -126,9 +126,8 @@ def cpu_quantize_8bit(x, code, blocksize=256):
     rows, absmax = _rows(x, blocksize)
     s = rows * (np.float32(1) / absmax)[:, None]
     u = (np.clip(s, -1, 1) + np.float32(1)) * np.float32(0.5)
-    position = (u.astype(np.float64) * 65535 + 0.5).astype(
-        np.float32
-    )  # one fused multiply-add there; exact in float64 here
+    # one fused multiply-add there; exact in float64 here
+    position = (u.astype(np.float64) * 65535 + 0.5).astype(np.float32)
     position = np.where(np.isnan(position), np.float32(0), position).astype(np.int32) & 0xFFFF
     grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
     table = np.searchsorted(_midpoints(code), grid, "left").astype(np.uint8)

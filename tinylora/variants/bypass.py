@@ -33,9 +33,7 @@ class AdditiveBypass(Module):
 
 def linear_like(like, weight):
     """A frozen Linear with this weight and the bias of `like`, on its device."""
-    layer = Linear.__new__(Linear)
-    layer.weight, layer.bias = tensor_like(like, weight), None if like.bias is None else Tensor(like.bias.data)
-    return layer
+    return Linear.of(tensor_like(like, weight), None if like.bias is None else Tensor(like.bias.data))
 
 
 def tensor_like(like, array, trained=False):

@@ -27,7 +27,6 @@ def loftq(linear, r=16, alpha=None, steps=5, code="nf4", **options):
         b, a = best_rank(w - as_host(base.dense()), r, "loftq")
         low = b @ a
     layer = LoRALinear(base, r=r, alpha=r if alpha is None else alpha)
-    layer.bypasses["default"].started_by = (
-        "loftq" if steps > 1 else ""
-    )  # after one step the base is q(W), as anybody has it
+    # after one step the base is q(W), as anybody has it
+    layer.bypasses["default"].started_by = "loftq" if steps > 1 else ""
     return set_factors(layer, a / math.sqrt(layer.scaling), b / math.sqrt(layer.scaling))
