@@ -164,7 +164,9 @@ def read(path):
 
         return jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
     except ImportError as error:
-        raise ImportError(f"reading {path.name} needs {error.name}: pip install 'tinylora[notebooks]'") from None
+        raise ImportError(
+            f"reading {path.name} needs {error.name}: pip install -e '.[notebooks]' in a clone of tinylora"
+        ) from None
     except Exception as error:
         raise ValueError(f"{path} is not a notebook: {str(error)[:200]}") from None
 

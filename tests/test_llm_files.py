@@ -580,11 +580,13 @@ def test_without_the_packages_a_sentence_says_which(tmp_path, monkeypatch):
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=r"reading a GGUF file needs the gguf package: pip install 'tinylora\[llm\]'"):
+    with pytest.raises(
+        ValueError, match=r"reading a GGUF file needs the gguf package: pip install -e '\.\[llm\]' in a clone"
+    ):
         Llama.from_pretrained(tmp_path / "m.gguf")
     tiny.model().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"needs the tokenizers package: pip install 'tinylora\[llm\]'"):
+    with pytest.raises(ValueError, match=r"needs the tokenizers package: pip install -e '\.\[llm\]' in a clone"):
         Llama.from_pretrained(tmp_path)
 
 

@@ -269,7 +269,7 @@ def test_a_figure_that_fails_leaves_nothing(tmp_path, rng, monkeypatch, capsys):
 
 def test_a_missing_matplotlib_costs_only_the_figure(tmp_path, monkeypatch, capsys):
     def absent():
-        raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'")
+        raise RuntimeError("figures need matplotlib: pip install -e '.[notebooks]' in a clone of tinylora")
 
     monkeypatch.setattr("tinylora.figures.style.require_matplotlib", absent)
     tiny.model().save_pretrained(tmp_path / "in", dtype="float32")

@@ -184,7 +184,7 @@ def test_a_missing_matplotlib_costs_only_the_figure(folder, tmp_path, capsys, mo
     from tinylora.figures import style
 
     def absent():
-        raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'")
+        raise RuntimeError("figures need matplotlib: pip install -e '.[notebooks]' in a clone of tinylora")
 
     monkeypatch.setattr("tinylora.figures.style.require_matplotlib", absent)
     monkeypatch.setattr(style, "require_matplotlib", absent)

@@ -218,7 +218,9 @@ def _package():
     try:
         import gguf
     except ModuleNotFoundError:
-        raise ValueError("reading a GGUF file needs the gguf package: pip install 'tinylora[llm]'") from None
+        raise ValueError(
+            "reading a GGUF file needs the gguf package: pip install -e '.[llm]' in a clone of tinylora"
+        ) from None
     return gguf
 
 

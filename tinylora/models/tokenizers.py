@@ -213,5 +213,7 @@ def _package():
     try:
         import tokenizers
     except ModuleNotFoundError:
-        raise ValueError("this model's vocabulary needs the tokenizers package: pip install 'tinylora[llm]'") from None
+        raise ValueError(
+            "this model's vocabulary needs the tokenizers package: pip install -e '.[llm]' in a clone of tinylora"
+        ) from None
     return tokenizers
