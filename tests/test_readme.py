@@ -1,11 +1,20 @@
-"""The README is a promise: its example runs, and prints the numbers that stand beside it."""
+"""The pages are promises: the README's example prints the numbers that stand beside it, and every link leads somewhere."""
 
 import io
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+import pytest
+
+TOP = Path(__file__).parents[1]
+README = (TOP / "README.md").read_text(encoding="utf-8")
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(p.relative_to(TOP)) for p in sorted(TOP.glob("*/*.md"))),
+    "figures/claims/README.md",
+]
 
 
 def test_the_example_prints_the_numbers_beside_it():
@@ -17,6 +26,33 @@ def test_the_example_prints_the_numbers_beside_it():
     assert out.getvalue().splitlines() == expected and len(expected) > 4
 
 
-def test_pictures_and_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert "://" in target or (Path(__file__).parents[1] / target).exists(), target
+def test_the_readme_is_read_in_one_go():
+    assert len(README.splitlines()) <= 130
+
+
+def anchors(page):
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pictures_links_and_anchors_exist(name):
+    page = TOP / name
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(there), f"{name}: {target}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_the_pages_name_exist(name):
+    for path in re.findall(
+        r"`((?:tests|tinylora|notebooks|figures)/[\w./-]+\.(?:py|md|svg|npz|csv|json))`",
+        (TOP / name).read_text(encoding="utf-8"),
+    ):
+        assert "NN" in path or (TOP / path).exists(), f"{name} names {path}"
