@@ -176,13 +176,15 @@ def check(source, limit):
 
 
 def hand_out(source, folder):
-    """Copy a notebook, its checks and what grades it into a folder, if it is the student version of its source."""
+    """Copy a notebook, its checks and figures and what grades it into a folder, if it is the student version of its source."""
     target = source.with_suffix(".ipynb")
     if not target.exists() or form(read(target)) != form(make(source)):
         raise ValueError(f"{target.name} is not the student version of its source: move your answers away and build it")
-    (folder / "checks").mkdir(parents=True, exist_ok=True)
-    checks = ("checks/__init__.py", f"checks/nb{source.name[:2]}.py")
-    for name in (target.name, "grading.py", "conftest.py", "test_exercises.py", *checks):
+    own = f"nb{source.name[:2]}.py"
+    rooms = [room for room in ("checks", "drawings") if (HERE / room / own).exists()]
+    beside = [f"{room}/{name}" for room in rooms for name in ("__init__.py", own)]
+    for name in (target.name, "grading.py", "conftest.py", "test_exercises.py", *beside):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / name, folder / name)
     return f"copied to {folder}"
 
