@@ -36,12 +36,9 @@ from tinylora.nn import Linear, Linear4bit, Linear16bit
 from tinylora.numerics import optimality
 from tinylora.papers import lora_numbers
 from tinylora.papers.claims import dynamics
-from tinylora.papers.claims.dynamics import draw_merge_ulps
 
 f32 = np.float32
-one_thread = threadpool_limits(
-    1, user_api="blas"
-)  # the products here are small; a second thread costs more than it brings
+one_thread = threadpool_limits(1, user_api="blas")  # the products are small; a second thread costs more than it brings
 
 
 def exponents(x):
@@ -207,7 +204,7 @@ for i, size in enumerate(results[0]["sizes"]):
     )
 # over seeds 0, 1, 2 and OpenBLAS's kernels with and without a fused multiply-add: .974 to .978, .878 to .889, .644 to .652, .378 to .385
 assert np.allclose(mean["restored"], [0.976, 0.883, 0.648, 0.382], atol=0.01) and mean["lost_bfloat16"][0] > 0.15
-draw_merge_ulps(results)
+dynamics.draw_merge_ulps(results)
 
 # %% [markdown]
 # ## 4. What `eval()` does
