@@ -19,6 +19,7 @@ from .. import adapters
 from ..backend import move
 from ..interop import peft
 from ..models import files
+from ..nn import is_adapter_weight
 from ..tensor import Tensor
 from ..training.finetune import LORA_RECIPE, Job, corpus, finetune, prepare
 from ..training.train import bits_per_byte
@@ -160,7 +161,8 @@ def _ways(model, names, folders):
     seconds = _median(by_merging, 3)
     one = merged[: len(merged) // 3]
     moved["merged anew, W₀ + s B A"] = (sum(layer.weight.nbytes for layer in one), seconds)
-    moved["a whole fine-tuned model"] = (sum(w.nbytes for p, w in model.named_weights() if ".bypasses." not in p), None)
+    whole = sum(w.nbytes for path, w in model.named_weights() if not is_adapter_weight(path))
+    moved["a whole fine-tuned model"] = (whole, None)
     return moved
 
 
