@@ -17,7 +17,7 @@ def require_matplotlib():
     try:
         import matplotlib
     except ImportError:
-        raise RuntimeError("figures need matplotlib: pip install 'tinylora[notebooks]'") from None
+        raise RuntimeError("figures need matplotlib: pip install -e '.[notebooks]' in a clone of tinylora") from None
     return matplotlib
 
 
