@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import adapters
+from tinylora import adapters, data
 from tinylora.cli import main
 from tinylora.interop import peft
 from tinylora.models.llama import Llama
@@ -87,8 +87,10 @@ def test_switch_wants_two_names(folder, capsys):
     assert "which need two names, neither of them 'base'" in capsys.readouterr().err
 
 
-def test_own_source_is_all_of_it(tmp_path):
-    text = switching.own_source(tmp_path).read_text(encoding="utf-8")
+def test_own_source_is_the_frozen_text_to_the_byte(tmp_path):
+    path = switching.own_source(tmp_path)
+    assert path.read_bytes() == data.source()
+    text = path.read_text(encoding="utf-8")
     assert "def own_source(folder):" in text and "class LoRALinear(LoRALayer):" in text and len(text) > 300_000
 
 

@@ -18,6 +18,11 @@ def jargon(split):
     return lzma.decompress((_HERE / f"jargon-{split}.txt.xz").read_bytes())
 
 
+def source():
+    """tinylora's own source as bytes, as it stood at one commit (README.md says which): it stays when the package changes."""
+    return lzma.decompress((_HERE / "source.txt.xz").read_bytes())
+
+
 def jargon_pairs(split):
     """The Jargon File as [(question, answer)]: 'What does "…" mean to a hacker?', and the entry's text without its indentation."""
     pairs = []

@@ -4,7 +4,8 @@
 
 The base stays where it is, once, and a switch moves the adapter's bytes at most. What is measured beside the text: which
 adapter predicts which text (bits per byte), what each way of switching moves and takes, and that the base's bits are the
-same in the end. The default texts are the embedded Jargon File and this package's own source.
+same in the end. The default texts are the embedded Jargon File and this package's own source, frozen at one commit: were it
+the source as it stands, every change of the package would change the numbers.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import adapters
+from .. import adapters, data
 from ..backend import move
 from ..interop import peft
 from ..models import files
@@ -41,11 +42,10 @@ class Switching:
 
 
 def own_source(folder):
-    """A text file with all of this package's source, in the order of its paths: text that is always there."""
-    room = Path(__file__).parent
-    text = "".join(path.read_text(encoding="utf-8") for path in sorted(room.rglob("*.py")))
-    files.write_text(Path(folder) / "source.txt", text)
-    return Path(folder) / "source.txt"
+    """Write tinylora's own source, as `data.source` keeps it, to source.txt in a folder: a text that is always there. -> its path"""
+    path = Path(folder) / "source.txt"
+    files.write_text(path, data.source().decode("utf-8"))
+    return path
 
 
 def train(texts, out, job=JOB, recipe=RECIPE, progress=True):
