@@ -4,8 +4,8 @@ from collections import Counter
 
 from tinylora.figures.style import COLOURS, canvas
 from tinylora.papers.lora_numbers import audit
+from tinylora.papers.verdict import FAILS, parse
 
-FAILS = "does not follow"
 _MARKS = {FAILS: (COLOURS[2], "s", 5.5), "truncated": (COLOURS[3], "v", 5.5), "roughly": ("0.35", "o", 4.5)}
 #: (place, model, method) of some rows that do not follow: text, offset in points, alignment. Of several such rows the first.
 _LABELS = {
@@ -23,12 +23,6 @@ _LABELS = {
 }
 
 
-def _step(printed):
-    """The step of a printed number's last digit: 0.1 for "18.8M"."""
-    digits = "".join(c for c in printed if c.isdigit() or c == ".")
-    return 10.0 ** -len(digits.partition(".")[2])
-
-
 def printed_against_recomputed():
     """Printed over recomputed, in per cent above or below 1, of `lora_numbers.audit`'s rows in the paper's order.
 
@@ -43,7 +37,7 @@ def printed_against_recomputed():
     ax.axhline(0, color="0.6", lw=0.8, zorder=0)
     labels = dict(_LABELS)
     for x, (r, y) in enumerate(zip(rows, off, strict=True)):
-        allowed = 50 * _step(r.printed) / r.computed
+        allowed = 50 * parse(r.printed)[1] / r.computed
         ax.plot([x, x], [-allowed, allowed], color="0.9", lw=3, solid_capstyle="butt", zorder=1)
         colour, mark, size = _MARKS.get(r.verdict, ("0.35", "o", 3.5))
         face = "white" if r.verdict == "roughly" else colour

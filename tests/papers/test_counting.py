@@ -1,5 +1,7 @@
 """Counting: the formulas against built models, and the audit of the paper's numbers, one test for each claim."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny
@@ -285,3 +287,11 @@ def test_the_description_holds_every_row_and_every_finding():
     for words in ("PrefixLayer", "r = 16 (4.72M)", "0.35M and 0.77M", "603.98M", "18.874M truncated", "(37.896M)"):
         assert words in text
     assert f"{len(ROWS)} numbers" in text and all(f"* {f}" in text for f in lora_numbers.findings())
+
+
+def test_a_finding_is_said_only_where_the_rows_bear_it_out():
+    assert len(lora_numbers.findings(ROWS)) == 11
+    assert lora_numbers.findings([replace(r, verdict="rounds to") for r in ROWS]) == []
+    right = [replace(r, verdict="rounds to") if r.method == "BitFit" else r for r in ROWS]
+    left = [f for f in lora_numbers.findings(ROWS) if not f.startswith("BitFit")]
+    assert lora_numbers.findings(right) == left and len(left) == 10

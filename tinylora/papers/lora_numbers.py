@@ -1,8 +1,16 @@
-"""Every parameter count that the LoRA paper prints, beside the count that its formula gives.
+"""Every number of the LoRA paper that arithmetic can reach, printed beside recomputed: what `tinylora count` prints.
 
-Each row of the audit has the printed number, the recomputed one and a verdict (see `verdict`): of 116 numbers most round to what is
-printed, some are cut off, and some do not follow. The formulas are those of `costs.parameters`; models and settings are the paper's
-(tables 2 to 5, 7, 13, 15 to 18, and appendix D). `tinylora count` prints it.
+What is computed: `audit()` recomputes the numbers of "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685 v2) from the
+formulas of `costs.parameters` and the shapes (layers, widths, vocabularies) of the released models and of the GPT-3 paper. These are the
+parameter counts of tables 1 to 5, 13 and 15 and of appendix D, table 1's percentages, table 2's 14 averages, §4.2 and its footnotes, and
+§7.3's ratios. (Table 7's random column is `subspaces.expected_projection`.) Tables 6, 8 and 16 to 18 print no counts; table 14 repeats
+table 13's, and 13 repeats table 3's but for three.
+
+What is said: each number gets a verdict (see `verdict`). `describe()` is the audit as text. It ends with `findings()`, the sentences on
+what does not hold; their numbers and the conditions under which they are said come from the audit's rows. Printed numbers are kept as
+printed, with their place.
+
+What is drawn: nothing here. Notebook 01 draws printed against recomputed (notebooks/drawings/nb01.py).
 """
 
 from ..costs.parameters import (
@@ -15,19 +23,24 @@ from ..costs.parameters import (
     prefix_layer,
     transformer,
 )
-from .verdict import Row, judge, parse
+from ..costs.tables import aligned
+from .verdict import FAILS, Row, agrees, decimals, fail, in_unit_of, judge, parse, pick, tally
 
 
 def _row(where, model, method, setting, printed, exact, note="", about=False):
     """A Row from an exact number in ones (weights, bytes, ratios)."""
-    computed = None if exact is None else exact / parse(printed)[2]
-    return Row(where, model, method, setting, printed, computed, judge(printed, computed, about), note)
+    return Row.judged(where, model, method, setting, printed, in_unit_of(printed, exact), note, about)
+
+
+def _fitting(printed, count):
+    """The whole numbers up to 1,024 whose count rounds to what is printed."""
+    return [n for n in range(1, 1025) if judge(printed, in_unit_of(printed, count(n))) == "rounds to"]
 
 
 def _fit(where, model, method, letter, printed, count):
-    """A row whose size the paper leaves out: the whole number that gives the printed count, if there is one."""
+    """A row whose size the paper leaves out: the whole number that gives the printed count, or the nearest if there is none."""
     value, _, unit = parse(printed)
-    fits = [n for n in range(1, 1025) if judge(printed, count(n) / unit) == "rounds to"]
+    fits = _fitting(printed, count)
     n = fits[0] if fits else min(range(1, 1025), key=lambda n: abs(count(n) - value * unit))
     note = f"no {letter} fits; this is the nearest"
     if fits:
@@ -244,62 +257,197 @@ def _table_7():
 
 
 # ------------------------------------------------------------------------------------------------------------------------ as text
-def findings():
-    """What the audit shows, as sentences with their numbers. -> [str]"""
-    L, d = GPT3
-    pre = [
-        (row, l_p + l_i)
-        for row, (l_p, l_i, _) in zip([r for r in _table_15() if r.method == "PrefixLayer"], _PRE_LAYER, strict=True)
-    ]
-    above = ", ".join(f"{100 * (r.value / r.computed - 1):.1f}" for r, _ in pre)
-    vectors = [r.value * 1e6 / d / n for r, n in pre]
-    deb, m, l = _qv(DEBERTA_XXL, 8) / 1e6, _qv(GPT2_M, 4) / 1e6, _qv(GPT2_L, 4) / 1e6
-    four = _qv(GPT3, 64, 4) / 1e6
-    p, h = (n * 2 * ROBERTA_LARGE[1] * 64 / 2**20 for n in (ROBERTA_LARGE[0], 2 * ROBERTA_LARGE[0]))
-    top = 2 * (12 * GPT2_M[1] ** 2 + 13 * GPT2_M[1])
-    return [
-        f"PrefixLayer (tables 4 and 15, D.4): no row follows L d (l_p + l_i); the printed counts are {above} % above it. No "
-        f"fixed number of vectors a token does: (l_p, l_i) = (8, 0) takes {vectors[1]:.1f} and (64, 0) {vectors[4]:.1f}; "
-        f"L = {L}. LoRA+PL inherits it.",
-        f"DeBERTa XXL: table 10 says r = 8, which is {deb:.2f}M; table 2's 4.7M is r = 16 "
-        f"({_qv(DEBERTA_XXL, 16) / 1e6:.2f}M), which the released scripts use.",
-        f"GPT-2 with r = 4 on q and v: {m:.3f}M and {l:.3f}M, printed as 0.35M and 0.77M. No number of prefix tokens gives "
-        f"these for PreLayer either; 0.1 % of 354.92M and 774.03M does ({0.35492:.3f}M, {0.77403:.3f}M), so they look like "
-        "labels of a budget.",
-        f"603.8M (q, k, v, o, r = 64) is {four:.2f}M: twice the 301.9M above it, which is itself truncated.",
-        f"18.8M is {_qv(GPT3, 4) / 1e6:.3f}M truncated, as are 301.9M, PrefixEmbed's 0.4M "
-        f"({prefix_embedding(d, 32, 8) / 1e6:.3f}M), LoRA+PE's 37.8M ({(_qv(GPT3, 8) + prefix_embedding(d, 8, 4)) / 1e6:.3f}M) "
-        "and table 5's 18M; the other rows agree with rounding.",
-        f"D.4 says that r_q = r_k = r_v = r_o = 2 is 37.7M; it is {_qv(GPT3, 2, 4) / 1e6:.2f}M, and table 15 has r = 4 for it.",
-        f"BitFit, GPT-3: the biases of such a block are 11 d, {bitfit(L, d) / 1e6:.2f}M in all; 14.2M is 12 d "
-        f"({12 * L * d / 1e6:.2f}M).",
-        f"Full fine-tuning, GPT-3: the shapes in the GPT-3 paper give {_FULL['GPT-3'] / 1e6:,.1f}M, table 4 has 175,255.8M. "
-        f"GPT-2 M: {_FULL['GPT-2 M'] / 1e6:.2f}M, printed 354.92M.",
-        f"RoBERTa large, Adapter^P and Adapter^H with r = 64: {adapter(*ROBERTA_LARGE, 64) / 1e6:.2f}M and "
-        f"{adapter_h(*ROBERTA_LARGE, 64) / 1e6:.2f}M, printed 3.0M and 6.0M; those are the weights without biases in units of "
-        f"2²⁰ ({p:.2f} and {h:.2f}). So is table 13's 24M for FT^Top2 ({top / 2**20:.2f}; table 3 has 25.19M, which is right).",
-        "Adapter^L on GPT-2 follows its formula with the LayerNorms at r = 6, 224, 8 and 248; Adapter^H's 11.09M does for no r.",
-        f"10,000 times fewer is 350GB/35MB; in parameters it is {_GPT3_FT / _qv(GPT3, 4):,.0f} times, and 35MB is "
-        f"{2 * _qv(GPT3, 4) / 1e6:.1f}MB.",
-    ]
-
-
 def describe():
     """The audit as aligned text, in the paper's order, and the findings."""
-    head = ("where", "model", "method", "setting", "printed", "computed", "difference", "verdict")
-    table = [head]
-    for r in audit():
-        digits = max(3, len(r.printed.partition(".")[2].rstrip("%MBGTx")) + 1)
+    rows = audit()
+    table = [("where", "model", "method", "setting", "printed", "computed", "difference", "verdict")]
+    for r in rows:
+        digits = max(3, decimals(r.printed) + 1)
         numbers = ("", "") if r.computed is None else (f"{r.computed:,.{digits}f}", f"{r.difference:+,.{digits}f}")
         table.append((r.where, r.model, r.method, r.setting, r.printed, *numbers, r.verdict))
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    right = {4, 5, 6}
-    lines = [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    counts = {v: sum(r[-1] == v for r in table[1:]) for v in dict.fromkeys(r[-1] for r in table[1:])}
-    summary = ", ".join(f"{n} {v}" for v, n in counts.items())
-    return "\n".join([*lines, "", f"{len(table) - 1} numbers: {summary}", "", *(f"* {f}" for f in findings())])
+    lines = [aligned(table, left=(0, 1, 2, 3, 7)), "", f"{len(rows)} numbers: {tally(rows)}", ""]
+    return "\n".join([*lines, *(f"* {finding}" for finding in findings(rows))])
+
+
+def findings(rows=None):
+    """What the audit shows, as sentences with their numbers; rows: those of `audit`. -> [str]
+
+    Each of them is said only where the rows bear it out.
+    """
+    rows = audit() if rows is None else rows
+    return [sentence for find in FINDINGS if (sentence := find(rows))]
+
+
+def _prefix_layer(rows):
+    """Said if no row follows the formula, all are printed too large, and no other number of vectors a token explains them."""
+    L, d = GPT3
+    found, mixed = pick(rows, where="Table 15", method="PrefixLayer"), pick(rows, method="LoRA+PL")
+    elsewhere = pick(rows, model="GPT-3", method="PreLayer")
+    tokens = [l_p + l_i for l_p, l_i, _ in _PRE_LAYER]
+
+    def vectors(error):
+        """Vectors a token if each printed count were larger by this many steps of its last digit."""
+        counts = [value + error * step for value, step, _ in (parse(r.printed) for r in found)]
+        return [1e6 * count / d / n for count, n in zip(counts, tokens, strict=True)]
+
+    too_large = all(r.difference > 0 for r in [*found, *elsewhere, *mixed])
+    one_number_fits = max(vectors(-0.5)) <= min(vectors(0.5))
+    if not (fail([*found, *elsewhere, *mixed]) and too_large) or one_number_fits:
+        return None
+    above = ", ".join(f"{100 * (r.value / r.computed - 1):.1f}" for r in found)
+    (few, fewer), (many, more) = ((l_p, v) for (l_p, l_i, _), v in zip(_PRE_LAYER, vectors(0), strict=True) if l_i == 0)
+    return (
+        f"PrefixLayer (tables 4 and 15, D.4): no row follows L d (l_p + l_i); the printed counts are {above} % above it. No "
+        f"fixed number of vectors a token does: (l_p, l_i) = ({few}, 0) takes {fewer:.1f} and ({many}, 0) {more:.1f}; "
+        f"L = {L}. LoRA+PL inherits it."
+    )
+
+
+def _deberta(rows):
+    """Said if r = 8 does not give the printed count and one other rank does."""
+    (row,) = (r for r in pick(rows, model="DeBERTa XXL", method="LoRA") if r.printed.endswith("M"))
+    fits = _fitting(row.printed, lambda r: _qv(DEBERTA_XXL, r))
+    if not fail([row]) or len(fits) != 1:
+        return None
+    return (
+        f"DeBERTa XXL: table 10 says r = 8, which is {row.computed:.2f}M; table 2's {row.printed} is r = {fits[0]} "
+        f"({_qv(DEBERTA_XXL, fits[0]) / 1e6:.2f}M), which the released scripts use."
+    )
+
+
+def _budgets(rows):
+    """Said if neither LoRA's r = 4 nor any prefix gives the printed counts, and a thousandth of full fine-tuning does."""
+    lora, prefix = ([*pick(rows, where="Table 3", method=m)] for m in ("LoRA", "PreLayer*"))
+    full = pick(rows, where="Table 3", method="FT*")
+    share = [r.value / 1000 for r in full]
+    if not fail([*lora, *prefix]) or not all(agrees(r.printed, x) for r, x in zip(lora, share, strict=True)):
+        return None
+    (m, l), (printed_m, printed_l), (of_m, of_l) = (
+        [r.computed for r in lora],
+        *([r.printed for r in x] for x in (lora, full)),
+    )
+    return (
+        f"GPT-2 with r = 4 on q and v: {m:.3f}M and {l:.3f}M, printed as {printed_m} and {printed_l}. No number of prefix tokens "
+        f"gives these for PreLayer either; 0.1 % of {of_m} and {of_l} does ({share[0]:.3f}M, {share[1]:.3f}M), so they look like "
+        "labels of a budget."
+    )
+
+
+def _twice_a_truncated(rows):
+    """Said if 603.8M does not follow, and is twice a number that was cut off."""
+    (four,), (two,) = (pick(rows, where="Table 15", method="LoRA", printed=p) for p in ("603.8M", "301.9M"))
+    if not fail([four]) or two.verdict != "truncated" or four.value != 2 * two.value:
+        return None
+    return (
+        f"{four.printed} (q, k, v, o, r = 64) is {four.computed:.2f}M: twice the {two.printed} above it, which is itself "
+        "truncated."
+    )
+
+
+def _truncated(rows):
+    """Said if these are all the counts of tables 5 and 15 that are cut off, and the rest of those that follow agree with rounding."""
+    counts = [*pick(rows, where="Table 5"), *pick(rows, where="Table 15")]
+    cut = {(r.method, r.printed): r.computed for r in counts if r.verdict == "truncated"}
+    lora, prefix, both = ("LoRA", "18.8M"), ("PrefixEmbed", "0.4M"), ("LoRA+PE", "37.8M")
+    others = {r.verdict for r in counts} - {"truncated", FAILS}
+    if set(cut) != {lora, prefix, both, ("LoRA", "301.9M"), ("LoRA", "18M")} or others != {"rounds to"}:
+        return None
+    return (
+        f"18.8M is {cut[lora]:.3f}M truncated, as are 301.9M, PrefixEmbed's 0.4M ({cut[prefix]:.3f}M), LoRA+PE's 37.8M "
+        f"({cut[both]:.3f}M) and table 5's 18M; the other rows agree with rounding."
+    )
+
+
+def _rank_of_appendix_d(rows):
+    """Said if D.4's rank does not give its count, and table 15 has another rank for it, which does."""
+    (row,) = pick(rows, where="D.4", method="LoRA", setting="r_q = r_k = r_v = r_o = 2")
+    (right,) = (r for r in pick(rows, where="Table 15", method="LoRA", printed=row.printed) if "r_o" in r.setting)
+    if not fail([row]) or right.verdict != "rounds to":
+        return None
+    return (
+        f"D.4 says that {row.setting} is {row.printed}; it is {row.computed:.2f}M, and table 15 has "
+        f"r = {right.setting.rpartition(' ')[2]} for it."
+    )
+
+
+def _biases(rows):
+    """Said if 11 d a layer does not give the printed count, and 12 d does."""
+    L, d = GPT3
+    (row,) = pick(rows, model="GPT-3", method="BitFit")
+    twelve = 12 * L * d / 1e6
+    if not fail([row]) or not agrees(row.printed, twelve):
+        return None
+    return (
+        f"BitFit, GPT-3: the biases of such a block are {bitfit(L, d) // (L * d)} d, {row.computed:.2f}M in all; {row.printed} "
+        f"is 12 d ({twelve:.2f}M)."
+    )
+
+
+def _full_fine_tuning(rows):
+    """Said if neither of the two counts follows."""
+    (gpt3,), (medium,) = (
+        pick(rows, where="Table 4", method="FT"),
+        pick(rows, where="Table 3", model="GPT-2 M", method="FT*"),
+    )
+    if not fail([gpt3, medium]):
+        return None
+    return (
+        f"Full fine-tuning, GPT-3: the shapes in the GPT-3 paper give {gpt3.computed:,.1f}M, table 4 has {gpt3.printed}. "
+        f"GPT-2 M: {medium.computed:.2f}M, printed {medium.printed}."
+    )
+
+
+def _binary_millions(rows):
+    """Said if three counts do not follow in millions, and do in units of 2²⁰."""
+    (L, d), r = ROBERTA_LARGE, 64
+    p, h = (pick(rows, model="RoBERTa large", method=m, setting=f"r = {r}")[0] for m in ("Adapter^P", "Adapter^H"))
+    (top,), (right,) = pick(rows, where="Table 13", method="FT^Top2"), pick(rows, where="Table 3", method="FT^Top2*")
+    binary = [2 * L * d * r / 2**20, 4 * L * d * r / 2**20, top.computed * 1e6 / 2**20]
+    if not fail([p, h, top]) or not all(agrees(x.printed, n) for x, n in zip((p, h, top), binary, strict=True)):
+        return None
+    if not agrees(right.printed, right.computed):
+        return None
+    return (
+        f"RoBERTa large, Adapter^P and Adapter^H with r = {r}: {p.computed:.2f}M and {h.computed:.2f}M, printed {p.printed} and "
+        f"{h.printed}; those are the weights without biases in units of 2²⁰ ({binary[0]:.2f} and {binary[1]:.2f}). So is table "
+        f"13's {top.printed} for FT^Top2 ({binary[2]:.2f}; table 3 has {right.printed}, which is right)."
+    )
+
+
+def _adapters_of_gpt_2(rows):
+    """Said if each count of Adapter^L is that of a whole number, and that of Adapter^H of none."""
+    found, (houlsby,) = pick(rows, where="Table 3", method="Adapter^L"), pick(rows, where="Table 3", method="Adapter^H")
+    if {r.verdict for r in found} != {"rounds to"} or not fail([houlsby]):
+        return None
+    *first, last = (r.setting.removeprefix("r = ") for r in found)
+    return (
+        f"Adapter^L on GPT-2 follows its formula with the LayerNorms at r = {', '.join(first)} and {last}; Adapter^H's "
+        f"{houlsby.printed} does for no r."
+    )
+
+
+def _ten_thousand(rows):
+    """Said if 10,000 is the quotient of the printed sizes, and only roughly that of the parameters."""
+    (sizes,), (numbers,) = pick(rows, where="§4.2", printed="10,000x"), pick(rows, where="Abstract", printed="10,000x")
+    (saved,) = pick(rows, where="§4.2", printed="35MB")
+    if sizes.verdict != "match" or numbers.verdict != "roughly" or saved.verdict != "roughly":
+        return None
+    return (
+        f"10,000 times fewer is {sizes.setting}; in parameters it is {numbers.computed:,.0f} times, and {saved.printed} is "
+        f"{saved.computed:.1f}MB."
+    )
+
+
+FINDINGS = (
+    _prefix_layer,
+    _deberta,
+    _budgets,
+    _twice_a_truncated,
+    _truncated,
+    _rank_of_appendix_d,
+    _biases,
+    _full_fine_tuning,
+    _binary_millions,
+    _adapters_of_gpt_2,
+    _ten_thousand,
+)

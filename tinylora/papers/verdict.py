@@ -1,10 +1,18 @@
-"""What a recomputed number is called: it rounds to the printed one, is cut off, roughly agrees, or does not follow."""
+"""What a recomputed number is called: it equals the printed one, rounds to it, is cut off, roughly agrees, or does not follow.
+
+A `Row` is one printed number beside its recomputation, a `Claim` a statement in words beside the number that decides it; `judge` gives
+the verdict. The audits of both papers (`lora_numbers`, `qlora_numbers`) are lists of these. `pick` finds rows in such a list and
+`tally` counts its verdicts: the sentences in which an audit says what it found ask them, so that no conclusion is written by hand.
+"""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
+FAILS = "does not follow"
+HOLDS = {True: "holds", False: "does not hold"}
 
-# ------------------------------------------------------------------------------------------------------------------ the verdict
+
 @dataclass(frozen=True)
 class Row:
     """One printed number beside its recomputation, both in the printed unit."""
@@ -18,6 +26,11 @@ class Row:
     verdict: str  # match, rounds to, truncated, roughly, does not follow, not derivable
     note: str = ""
 
+    @classmethod
+    def judged(cls, where, model, method, setting, printed, computed, note="", about=False):
+        """The row with the verdict that `judge` gives."""
+        return cls(where, model, method, setting, printed, computed, judge(printed, computed, about), note)
+
     @property
     def value(self):
         """The printed number."""
@@ -29,13 +42,43 @@ class Row:
         return None if self.computed is None else self.value - self.computed
 
 
+@dataclass(frozen=True)
+class Claim(Row):
+    """A statement in words beside the number that decides it: `printed` has no value, and nothing can be subtracted from it."""
+
+    @classmethod
+    def decided(cls, where, method, setting, printed, computed, verdict, note=""):
+        """The claim; verdict True or False is "holds" or "does not hold", any other is the word itself."""
+        computed = None if computed is None else float(computed)
+        return cls(where, "", method, setting, printed, computed, HOLDS.get(verdict, verdict), note)
+
+    @property
+    def value(self):
+        """None."""
+
+    @property
+    def difference(self):
+        """None."""
+
+
 _UNITS = {"M": 1e6, "B": 1e9, "GB": 1e9, "MB": 1e6, "TB": 1e12, "%": 0.01}
+_NUMBER = re.compile(r"\D*?(-?[\d,]*\.?\d+)\s*(\D*)")
 
 
 def parse(printed):
     """("18.8M") -> (18.8, the step of the last digit 0.1, the unit 1e6)"""
-    number, unit = re.fullmatch(r"\D*?(-?[\d,]*\.?\d+)\s*(\D*)", printed).groups()
-    return float(number.replace(",", "")), 10.0 ** -len(number.partition(".")[2]), _UNITS.get(unit.strip(), 1.0)
+    number, unit = _NUMBER.fullmatch(printed).groups()
+    return float(number.replace(",", "")), 10.0 ** -decimals(printed), _UNITS.get(unit.strip(), 1.0)
+
+
+def decimals(printed):
+    """("18.8M") -> 1: the digits after the point."""
+    return len(_NUMBER.fullmatch(printed)[1].partition(".")[2])
+
+
+def in_unit_of(printed, exact):
+    """An exact number in ones (weights, bytes, ratios) in the unit of `printed`; None stays None."""
+    return None if exact is None else exact / parse(printed)[2]
 
 
 def judge(printed, computed, about=False):
@@ -54,4 +97,25 @@ def judge(printed, computed, about=False):
         return "rounds to"
     if about and abs(error) <= 0.1 * abs(computed):
         return "roughly"
-    return "truncated" if 0 < error < step else "does not follow"
+    return "truncated" if 0 < error < step else FAILS
+
+
+def agrees(printed, computed):
+    """Whether the number is what is printed, or rounds to it."""
+    return judge(printed, computed) in ("match", "rounds to")
+
+
+# ------------------------------------------------------------------------------------------------------------- a list of rows
+def pick(rows, **fields):
+    """The rows in which every field has the value given: pick(rows, where="Table 15", method="LoRA")."""
+    return [row for row in rows if all(getattr(row, name) == value for name, value in fields.items())]
+
+
+def fail(rows):
+    """Whether there are rows, and none of them follows."""
+    return bool(rows) and {row.verdict for row in rows} == {FAILS}
+
+
+def tally(rows):
+    """Each verdict and how often it is given, in the order of the first of each, as text: "15 rounds to, 14 holds"."""
+    return ", ".join(f"{n} {verdict}" for verdict, n in Counter(row.verdict for row in rows).items())
