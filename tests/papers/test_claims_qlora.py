@@ -3,6 +3,7 @@
 A name that says "not" holds a claim that fails, or a number that does not follow.
 """
 
+from dataclasses import replace
 from math import erf, sqrt
 
 import numpy as np
@@ -253,12 +254,8 @@ def test_footprints_of_4_bit_models_are_not_their_weights_and_adapters():
         ("41GB", 36.1), ("21GB", 18.4), ("10GB", 7.7), ("5GB", 4.2), ("6GB", 4.2),
     ]  # fmt: skip
     assert {r.verdict for r in four_bit} == {"does not follow"}
-    assert [round(n * 5 / 8, 1) for n in (65, 33, 13, 7)] == [
-        40.6,
-        20.6,
-        8.1,
-        4.4,
-    ]  # 5 bits a weight: 41 and 21, not 10 and 5
+    # 5 bits a weight: 41 and 21, not 10 and 5
+    assert [round(n * 5 / 8, 1) for n in (65, 33, 13, 7)] == [40.6, 20.6, 8.1, 4.4]
 
 
 def test_footprints_of_16_bit_models_are_2_bytes_a_weight_the_33B_of_its_nominal_size():
@@ -366,6 +363,22 @@ def test_the_findings_state_the_numbers_that_were_computed():
         "64.0 % and 1.44 %", "29.3 % and 27.7 %", "3.37 GB are half a byte", "3,660,320,768 = 6,898,323,456 less half",
     ):  # fmt: skip
         assert said in text, said
+
+
+def test_a_finding_is_said_only_where_the_rows_bear_it_out():
+    all_of_them = qlora_numbers.findings(ROWS)
+    assert len(all_of_them) == 13
+    other = {
+        "does not follow": "rounds to",
+        "does not hold": "holds",
+        "holds": "does not hold",
+        "match": "does not follow",
+    }
+    changed = [replace(r, verdict=other.get(r.verdict, r.verdict)) for r in ROWS]
+    left = qlora_numbers.findings(changed)
+    assert len(left) < 7 and set(left) < set(all_of_them)
+    full = [replace(r, verdict="does not hold") if r.printed == ">780GB" else r for r in ROWS]
+    assert qlora_numbers.findings(full) == all_of_them[1:]
 
 
 def test_the_table_by_size_holds_12_and_16_bytes_a_parameter():

@@ -1,11 +1,11 @@
-"""QLoRA's statements about memory, and what else in the paper is arithmetic: printed beside recomputed, with a verdict.
+"""What the QLoRA paper says of memory, and what else in it is arithmetic: printed beside recomputed. `tinylora memory --audit` prints it.
 
     full fine-tuning    12 bytes a parameter: 16-bit weights and gradients, float32 m and v
     double quantization 32/64 = .5 bits a weight become 8/64 + 32/(64 · 256) = .127                          (QLoRA §3)
     figure 6            adapters: L · 64 · 18 h · 2 bytes in MiB; optimizer: 4 times that
     Elo                 P(win) = 1 / (1 + 10^(−Δ/400))
 
-`audit()` gives `verdict.Row`s for "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314), in the paper's order:
+What is computed: `audit()` goes through "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv 2305.14314) in the paper's order.
 
     §1, §2       > 780 GB and < 48 GB; equations 1 to 3; 567, 18, 26 and 5,048 MB
     §3           equations 4 to 6; NF4's bins and its block maximum; the bits of the constants and what 8 of them cost; paged AdamW
@@ -13,18 +13,22 @@
     §5           tables 1 and 5 to 7: footprints, ratings, and where the paper differs from itself
     appendices   B (hyper-parameters), E (NF4's values), F (normality), figure 6; then the counts that the authors' script prints
 
-A sentence without a number is a `Claim`: what decides it is computed, with the functions that quantize, multiply and update elsewhere in
-this package. Where the paper differs from itself, `computed` is its other number. `describe()` is the same as text, with what does not
-hold. `five_gigabytes()` and `halved_counts()` answer two questions that learners ask.
+A printed number is a `verdict.Row`. A sentence without a number is a `verdict.Claim`: what decides it is computed, with the functions that
+quantize, multiply and update elsewhere in this package. Where the paper differs from itself, `computed` is its other number.
 
-The verdicts are counting's, and "holds" or "does not hold" for bounds and claims. "not derivable" is what only a run of those models
-could tell (perplexities, accuracies, speed); its note says which part is arithmetic. Figure 6's labels, tables 5 to 7, and appendix F's
-7.5 % are as transcribed by others, the hyper-parameters as in the authors' scripts; all else was read in the paper. What is about training
-at scale alone (figures 2 and 4) has no row. Sizes are the released Llamas' (`memory.MODELS`). GB are 10⁹ bytes, MiB 2²⁰. Only what 8-bit
-constants cost is drawn at random (a fixed seed, 2²⁰ weights, its standard error in the note); equations are checked on fixed draws too.
+What is said: `describe()` is the audit as text, and ends with `findings()`, the sentences on what does not hold; their numbers and the
+conditions under which they are said come from the rows. `five_gigabytes()` and `halved_counts()` answer two questions that learners ask.
+
+What is drawn: `figure_6()` is the paper's figure 6, our account of the four Llamas over the paper's own labels.
+
+The verdicts are those of `verdict`, and "holds" or "does not hold" for bounds and claims. "not derivable" is what only a run of those
+models could tell (perplexities, accuracies, speed); its note says which part is arithmetic. Figure 6's labels, tables 5 to 7, and appendix
+F's 7.5 % are as transcribed by others, the hyper-parameters as in the authors' scripts; all else was read in the paper. What is about
+training at scale alone (figures 2 and 4) has no row. Sizes are the released Llamas' (`memory.MODELS`). GB are 10⁹ bytes, MiB 2²⁰. Only
+what 8-bit constants cost is drawn at random (a fixed seed, 2²⁰ weights, its standard error in the note); equations are checked on fixed
+draws too.
 """
 
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -43,7 +47,7 @@ from ..paging import Pager
 from ..quant import quantize
 from ..tensor import Tensor
 from . import nf4_construction, normality
-from .verdict import Row, judge
+from .verdict import FAILS, HOLDS, Claim, Row, agrees, decimals, fail, parse, pick, tally
 
 SIZES = ("7b", "13b", "33b", "65b")
 MB, MIB = 1e6, 2**20
@@ -114,29 +118,20 @@ def win_rate(difference):
 
 
 # ------------------------------------------------------------------------------------------------------------------- the audit
-@dataclass(frozen=True)
-class Claim(Row):
-    """A statement in words beside the number that decides it: `printed` has no value, and nothing can be subtracted from it."""
-
-    @property
-    def value(self):
-        """None."""
-
-    @property
-    def difference(self):
-        """None."""
+def _model(size):
+    return f"Llama {size.upper()}" if size else ""
 
 
-def _row(where, size, method, setting, printed, computed, note="", about=False, verdict=None):
-    model = f"Llama {size.upper()}" if size else ""
-    return Row(where, model, method, setting, printed, computed, verdict or judge(printed, computed, about), note)
+def _row(where, size, method, setting, printed, computed, note="", about=False):
+    """The Row of a Llama of this size, or of none ("")."""
+    return Row.judged(where, _model(size), method, setting, printed, computed, note, about)
 
 
-def _claim(where, method, setting, printed, computed, verdict, note=""):
-    """A Claim; verdict True or False is "holds" or "does not hold"."""
-    words = {True: "holds", False: "does not hold"}
-    computed = None if computed is None else float(computed)
-    return Claim(where, "", method, setting, printed, computed, words.get(verdict, verdict), note)
+def _bound(where, size, method, setting, printed, computed):
+    """The Row of a bound, ">780GB" or "<48GB": it holds or does not."""
+    bound = parse(printed)[0]
+    holds = computed > bound if printed.startswith(">") else computed < bound
+    return Row(where, _model(size), method, setting, printed, computed, HOLDS[holds])
 
 
 def _roughly(difference, bound):
@@ -145,7 +140,7 @@ def _roughly(difference, bound):
 
 
 def audit():
-    """Every row of the paper that the module's first lines name. -> [counting.Row], in the paper's order"""
+    """Every row of the paper that the module's first lines name. -> [verdict.Row], in the paper's order"""
     parts = (
         *(_section_1, _saved, _equations_1_to_3, _section_2),
         *(_equation_4, _bins, _constants, _equations_5_and_6, _paged),
@@ -163,12 +158,11 @@ def _section_1():
         rows.append(_row("§1", size, "", "weights", size.upper(), parameters(llama(size)) / GB, about=True))
     full, n = 12 * parameters(llama("65b")) / GB, account("65b", checkpointing=True)
     rest = (n.total - n.activations) / GB
-    holds = {True: "holds", False: "does not hold"}
     return [
         *rows,
-        _row("§1", "65b", "full", "12 bytes a weight", ">780GB", full, verdict=holds[full > 780]),
-        _row("§1", "65b", "QLoRA", "r = 64, no activations", "<48GB", rest, verdict=holds[rest < 48]),
-        _row("§1", "65b", "QLoRA", "the same, 512 tokens, checkpointing", "<48GB", n.total / GB, verdict=holds[n.total / GB < 48]),
+        _bound("§1", "65b", "full", "12 bytes a weight", ">780GB", full),
+        _bound("§1", "65b", "QLoRA", "r = 64, no activations", "<48GB", rest),
+        _bound("§1", "65b", "QLoRA", "the same, 512 tokens, checkpointing", "<48GB", n.total / GB),
     ]
 
 
@@ -220,11 +214,11 @@ def _equations_1_to_3():
     off = _off("dense")
     note = "NF4's code is multiplied by absmax; this c divides"
     return [
-        _claim("§2, eq. 1", "Int8", "values that are not the nearest", "round(127/absmax · X)", unequal, unequal == 0),
-        _claim("§2, eq. 1", "Int8", "round trip: largest error / absmax", "<=1/254", worst, worst <= 1 / 254 + 1e-9),
-        _claim("§2, eq. 2", "Int8", "X/c against code · absmax, / absmax", "X/c", apart, apart < 1e-7, note),
-        _claim("§2", "blocks", "b h mod 64 · 256, a Llama's matrices", "b h/B", left, left == 0, f"5 × 13: {blocks} blocks"),
-        _claim("§2, eq. 3", "LoRA", "float32 layer against float64", "XW + s X L1 L2", off, off < 1e-6),
+        Claim.decided("§2, eq. 1", "Int8", "values that are not the nearest", "round(127/absmax · X)", unequal, unequal == 0),
+        Claim.decided("§2, eq. 1", "Int8", "round trip: largest error / absmax", "<=1/254", worst, worst <= 1 / 254 + 1e-9),
+        Claim.decided("§2, eq. 2", "Int8", "X/c against code · absmax, / absmax", "X/c", apart, apart < 1e-7, note),
+        Claim.decided("§2", "blocks", "b h mod 64 · 256, a Llama's matrices", "b h/B", left, left == 0, f"5 × 13: {blocks} blocks"),
+        Claim.decided("§2, eq. 3", "LoRA", "float32 layer against float64", "XW + s X L1 L2", off, off < 1e-6),
     ]
 
 
@@ -255,7 +249,7 @@ def _equation_4():
     note = f"q_0 = {q[0]}, then {rest[0]:.3f} … {rest[-1]:.3f}".replace("-inf", "−∞").replace("-", "−")
     return [
         _row("§3, eq. 4", "", "NF4", "i = 0 … 15 as printed: finite values", "16", len(rest), note),
-        _claim("§3, eq. 4", "NF4", "the least magnitude of these", "no exact 0", least, least > 0, "symmetric"),
+        Claim.decided("§3, eq. 4", "NF4", "the least magnitude of these", "no exact 0", least, least > 0, "symmetric"),
         _row("§3", "", "NF4", "2^(k−1) quantiles below: values up to 0", "8", int((nf4 <= 0).sum()), "7, and the 0"),
         _row("§3", "", "NF4", "2^(k−1) + 1 above: values from 0 on", "9", int((nf4 >= 0).sum()), "the 0, and 8"),
     ]
@@ -273,12 +267,12 @@ def _bins():
     usage = {"B = 64": optimality.usage(nf4, 64), f"N(0, 1) / {edge:.3f}": normal_usage(edge)}
     for of, P in usage.items():
         least, most = P.min(), P.max()
-        rows.append(_claim("§3", "NF4", f"entropy of the bins, {of}, bits", "equal bins: 4", -P @ np.log2(P), most - least < 1e-9,
+        rows.append(Claim.decided("§3", "NF4", f"entropy of the bins, {of}, bits", "equal bins: 4", -P @ np.log2(P), most - least < 1e-9,
                            f"P from {least:.4f} to {most:.4f}"))
     means = {B: optimality.expected_max(B) for B in (16, 64, 256, 4096)}
     cv = np.sqrt(optimality.expected_max(64, 2) - means[64] ** 2) / means[64]
     listed = f"mean {', '.join(f'{m:.3f}' for m in means.values())} σ: B = {', '.join(map(str, means))}"
-    return [*rows, _claim("§3", "absmax", "deviation / mean of the maximum, B = 64", "rescales σ", cv, cv < 1e-9, listed)]
+    return [*rows, Claim.decided("§3", "absmax", "deviation / mean of the maximum, B = 64", "rescales σ", cv, cv < 1e-9, listed)]
 
 
 def constants_cost(nested_code="dynamic8", offset=None, size=1 << 20):
@@ -305,7 +299,7 @@ def _constants():
         (ratio, error), (bare, _) = constants_cost(code), constants_cost(code, offset=0.0)
         more, spread, without = (100 * r for r in (ratio - 1, error, bare - 1))
         note = f"± {spread:.3f}; without the mean {without:.1f}"
-        rows.append(_claim("§3", "NF4 + DQ", f"more squared error, {name}, %", "no loss", more, _roughly(more, 1), note))
+        rows.append(Claim.decided("§3", "NF4 + DQ", f"more squared error, {name}, %", "no loss", more, _roughly(more, 1), note))
     return [
         _row("§3", "", "NF4", "32/64 bits a weight", "0.5", one),
         _row("§3", "", "NF4 + DQ", "8/64 + 32/(64·256) bits a weight", "0.127", two, "and 32 bits a tensor, the mean"),
@@ -324,10 +318,10 @@ def _equations_5_and_6():
     slope, otherwise, trained = _gradients(layer, x, w)
     only = trained == ["bypasses.default.lora_A.weight", "bypasses.default.lora_B.weight"]
     return [
-        _claim("§3, eq. 5", "QLoRA", "float32 layer against dense Ŵ", "X Ŵ + X L1 L2", near, near < 1e-6, f"bfloat16: {coarse:.4f}"),
-        _claim("§3, eq. 5", "QLoRA", "eq. 3's s, in the scripts α/r = 16/64", "no s", s, s == 1 or "does not follow"),
-        _claim("§3, eq. 6", "QLoRA", "constants, then weights: unequal values", "equal", unequal, unequal == 0),
-        _claim("§3", "QLoRA", "gradients of X, L1, L2 against differences", "through Ŵ", slope, slope < 1e-5 and only,
+        Claim.decided("§3, eq. 5", "QLoRA", "float32 layer against dense Ŵ", "X Ŵ + X L1 L2", near, near < 1e-6, f"bfloat16: {coarse:.4f}"),
+        Claim.decided("§3, eq. 5", "QLoRA", "eq. 3's s, in the scripts α/r = 16/64", "no s", s, s == 1 or FAILS),
+        Claim.decided("§3, eq. 6", "QLoRA", "constants, then weights: unequal values", "equal", unequal, unequal == 0),
+        Claim.decided("§3", "QLoRA", "gradients of X, L1, L2 against differences", "through Ŵ", slope, slope < 1e-5 and only,
                f"X's with W for Ŵ: {100 * otherwise:.1f} % off; W has none"),
     ]
 
@@ -374,13 +368,18 @@ def _paged():
     unequal = np.count_nonzero(trained(None) != trained(pager))
     note = f"{pager.counters.bytes_moved:,} bytes moved in 5 steps, {pager.total_bytes:,} held"
     return [
-        _claim("§3", "paged AdamW", "a quarter resident: unequal values", "equal", unequal, unequal == 0, note),
-        _claim("§3", "paged AdamW", "speed, 65B, batches of 16", "the same", None, "not derivable", "bytes can be counted, above"),
+        Claim.decided("§3", "paged AdamW", "a quarter resident: unequal values", "equal", unequal, unequal == 0, note),
+        Claim.decided("§3", "paged AdamW", "speed, 65B, batches of 16", "the same", None, "not derivable", "bytes can be counted, above"),
     ]
 
 
+def normal_errors():
+    """{table 2's name of a code: its mean squared error on normal weights in blocks of 64}"""
+    return {name: optimality.expected_error(codebooks.NAMED[code](), 64) for name, (_, code) in TABLE_2.items()}
+
+
 def _table_2():
-    errors = {name: optimality.expected_error(codebooks.NAMED[code](), 64) for name, (_, code) in TABLE_2.items()}
+    errors = normal_errors()
     other = optimality.expected_error(codebooks.fp4(), 64)
     best, *_ = order = sorted(errors, key=errors.get)
     nearest = min(errors[name] for name in errors if name != best) / errors[best]
@@ -389,8 +388,8 @@ def _table_2():
     place, last = order.index("Float4 (E3M0)") + 1, errors["Float4 (E3M0)"] / errors[best]
     return [
         *(_row("Table 2", "", n, "mean perplexity", p, None, notes[n]) for n, (p, _) in TABLE_2.items()),
-        _claim("Table 2", "order", "the nearest rival's error / NF4's", "NF4 first", nearest, best == "NFloat4 + DQ"),
-        _claim("Table 2", "order", "E3M0's place by error", "2nd of 4", place, place == 2 or "does not follow",
+        Claim.decided("Table 2", "order", "the nearest rival's error / NF4's", "NF4 first", nearest, best == "NFloat4 + DQ"),
+        Claim.decided("Table 2", "order", "E3M0's place by error", "2nd of 4", place, place == 2 or FAILS,
                f"{last:.1f} times NF4's error"),
     ]
 
@@ -398,20 +397,21 @@ def _table_2():
 def _table_3():
     one, two = _bits()
     note = f"its bits axis: {4 + one} a weight, {4 + two:.3f} with DQ"
-    rows = [_claim("Figure 3", "", "mean zero-shot accuracy", "a curve", None, "not derivable", note)]
+    rows = [Claim.decided("Figure 3", "", "mean zero-shot accuracy", "a curve", None, "not derivable", note)]
     for model, (full, adapters) in TABLE_3.items():
         apart = np.subtract(adapters, full)
         note = f"{apart.min():+.1f} to {apart.max():+.1f}; scores as printed".replace("-", "−")
-        rows.append(_claim("Table 3", model, "adapters − full fine-tuning, mean", "replicates", apart.mean(), bool(apart.min() >= 0), note))
+        reached = bool(apart.min() >= 0)
+        rows.append(Claim.decided("Table 3", model, "adapters − full fine-tuning, mean", "replicates", apart.mean(), reached, note))
     return rows
 
 
 def _scores():
     return [
-        _claim("Table 5", "", "MMLU by data set", "accuracies", None, "not derivable", "no arithmetic in it"),
-        _claim("Table 6", "", "scores against ChatGPT", "percentages", None, "not derivable",
+        Claim.decided("Table 5", "", "MMLU by data set", "accuracies", None, "not derivable", "no arithmetic in it"),
+        Claim.decided("Table 6", "", "scores against ChatGPT", "percentages", None, "not derivable",
                "one row twice: Open Assistant 33B, Vicuna 13B"),
-        _claim("§1", "Table 6", "7B's points above Alpaca 13B", "> 20", 20, "does not follow", '§5.3: "nearly 20"'),
+        Claim.decided("§1", "Table 6", "7B's points above Alpaca 13B", "> 20", 20, FAILS, '§5.3: "nearly 20"'),
     ]
 
 
@@ -426,7 +426,7 @@ def _appendix_e():
     seven, exact = apart(codebooks.NF4_OFFSET), apart(929 / 960)
     return [
         _row("App. E", "", "NF4", "from quantiles in float32: equal bits", "16", equal),
-        _claim("App. E", "NF4", "in float64: largest difference", "equal", seven, _roughly(seven, 1e-6),
+        Claim.decided("App. E", "NF4", "in float64: largest difference", "equal", seven, _roughly(seven, 1e-6),
                f"{exact:.1e} with 929/960, not cut to 7 digits"),
     ]
 
@@ -436,7 +436,7 @@ def _appendices():
     least = 100 * normality.least_share(normality.PAPER["rejected"])
     return [
         _row("App. B", "", "dropout", "7B and 13B: the text; the table has", "0.05", 0.1),
-        _claim("App. B", "warm-up", "steps: 3 % of 1,875", "constant", 0.03 * 1875, "does not follow", "the schedule `constant` has none"),
+        Claim.decided("App. B", "warm-up", "steps: 3 % of 1,875", "constant", 0.03 * 1875, FAILS, "the schedule `constant` has none"),
         *_appendix_e(),
         _row("App. F", "", "normality", "Llama 7B's rows rejected at 5 %", "7.5%", None, "others: quantize --normality"),
         _row("App. F", "", "normality", "not normal, if all of these are found", f"{share:.1f}%", least, "5 % of normal rows are rejected"),
@@ -487,7 +487,7 @@ def _table_4():
     note = f"{behind.min():.1f} to {behind.max():.1f}; behind in {(behind > 0).sum()} of 8".replace("-", "−")
     return [
         *(_row("Table 4", "", name, "mean of its 8 values", mean, sum(v) / 8) for name, (v, mean) in TABLE_4.items()),
-        _claim(
+        Claim.decided(
             "Table 4",
             "Float4",
             "points behind BFloat16, mean of 8",
@@ -566,25 +566,47 @@ def five_gigabytes(size="7b"):
     ]
 
 
-def findings():
-    """What the audit shows, as sentences with their numbers. -> [str]"""
-    return [_f_bounds(), _f_inputs(), *_f_codes(), *_f_bars(), *_f_tables(), _f_five_gigabytes(), _f_halved_counts()]
+def findings(rows=None):
+    """What the audit shows, as sentences with their numbers; rows: those of `audit`. -> [str]
+
+    Each of them is said only where the rows bear it out.
+    """
+    rows = audit() if rows is None else rows
+    return [sentence for find in FINDINGS if (sentence := find(rows))]
+
+
+def _one(rows, where, setting, **fields):
+    """The row of this place and setting."""
+    (row,) = pick(rows, where=where, setting=setting, **fields)
+    return row
+
+
+def _verdicts(rows):
+    return {row.verdict for row in rows}
 
 
 def _each(numbers, digits=0):
     return ", ".join(f"{n:,.{digits}f}" for n in numbers)
 
 
-def _f_bounds():
-    n, step = parameters(llama("65b")), account("65b", checkpointing=True)
+def _bounds(rows):
+    """Said if both of §1's bounds hold."""
+    full, beside, together = (r for r in pick(rows, where="§1", model="Llama 65B") if r.printed[0] in "<>")
+    if _verdicts([full, beside, together]) != {"holds"}:
+        return None
+    n = parameters(llama("65b"))
     return (
-        f"> 780 GB: {n:,} weights at 12 bytes are {12 * n / GB:.1f} GB; with a float32 copy of the weights (16 bytes) "
-        f"{16 * n / GB:,.1f} GB. < 48 GB: {(step.total - step.activations) / GB:.1f} GB beside the activations, "
-        f"{step.total / GB:.1f} GB with those of 512 tokens."
+        f"> 780 GB: {n:,} weights at 12 bytes are {full.computed:.1f} GB; with a float32 copy of the weights (16 bytes) "
+        f"{16 * n / GB:,.1f} GB. < 48 GB: {beside.computed:.1f} GB beside the activations, "
+        f"{together.computed:.1f} GB with those of 512 tokens."
     )
 
 
-def _f_inputs():
+def _input_gradients(rows):
+    """Said if 18 MB is 567 MB's share of a layer, and not what checkpointing keeps."""
+    share, kept = _one(rows, "§2", "567 MB / L: one layer's"), _one(rows, "§2", "567 MB as inputs of blocks only")
+    if _one(rows, "§2", "input gradients").computed is not None or share.verdict != "rounds to" or not fail([kept]):
+        return None
     c, tokens = llama("7b"), 512
     stream = 2 * c.num_hidden_layers * c.hidden_size  # bytes a token: the inputs of all blocks in 16 bits
     linears = stream / inputs_ratio()
@@ -592,57 +614,133 @@ def _f_inputs():
     return (
         "567 MB and 18 MB: no sequence length is given. The inputs of all linear layers are "
         f"{linears / 1e3:,.0f} kB a token in 16 bits, so 567 MB would be {567e6 / linears:.0f} tokens. 18 is "
-        f"567/{c.num_hidden_layers} = {567 / c.num_hidden_layers:.1f}: one layer's share. What checkpointing keeps are the "
-        f"inputs of the blocks, {stream / 1e3:.0f} kB a token: {567 * inputs_ratio():.0f} MB at that length, and 18 MB only "
+        f"567/{c.num_hidden_layers} = {share.computed:.1f}: one layer's share. What checkpointing keeps are the "
+        f"inputs of the blocks, {stream / 1e3:.0f} kB a token: {kept.computed:.0f} MB at that length, and 18 MB only "
         f"up to {18e6 / stream:.0f} tokens. (This package's tape of the blocks, q and v adapted, {tokens} tokens in 16 bits: "
         f"{c.num_hidden_layers * sum(block.values()) / MB:,.0f} MB, and {stream * tokens / MB:.0f} MB of inputs.)"
     )
 
 
-def _f_codes():
-    nf4, fixed = codebooks.nf4(), normal_usage(NormalDist().inv_cdf(codebooks.NF4_OFFSET))
-    usage = optimality.usage(nf4, 64)
-    errors = {n: optimality.expected_error(codebooks.NAMED[code](), 64) for n, (_, code) in TABLE_2.items()}
-    listed = ", ".join(f"{n} {errors[n]:.5f}" for n in sorted(errors, key=errors.get))
-    return [
+def _unequal_bins(rows):
+    """Said if neither law of the block's scale fills the bins equally, and the maximum is not constant."""
+    bins = [r for r in pick(rows, where="§3", method="NF4") if r.setting.startswith("entropy of the bins")]
+    if _verdicts([*bins, *pick(rows, where="§3", method="absmax")]) != {HOLDS[False]}:
+        return None
+    blocks, constant = (r.note.removeprefix("P from ") for r in bins)
+    return (
         "NF4's bins are not equally full: a block's maximum is not a constant, so dividing by it is no rescaling of σ. In blocks of 64 "
-        f"a bin holds {usage.min():.4f} to {usage.max():.4f} of normal weights; with a constant {fixed.min():.4f} to {fixed.max():.4f}.",
-        f"Table 2's order is not that of the error of normal weights ({listed}): only NF4's place is the same.",
-    ]
+        f"a bin holds {blocks} of normal weights; with a constant {constant}."
+    )
 
 
-def _f_bars():
-    c, base = llama("7b"), [base_bytes(s) / MIB for s in SIZES]
-    gaps = [_number(FIGURE_6[s][0]) - b for s, b in zip(SIZES, base, strict=True)]
+def _order_of_table_2(rows):
+    """Said if the code of the least perplexity, and no other, has the same place by error."""
+    errors = normal_errors()
+    by_error = sorted(errors, key=errors.get)
+    by_perplexity = sorted(TABLE_2, key=lambda name: float(TABLE_2[name][0]))
+    if [a == b for a, b in zip(by_error, by_perplexity, strict=True)] != [True, False, False, False]:
+        return None
+    listed = ", ".join(f"{name} {errors[name]:.5f}" for name in by_error)
+    return f"Table 2's order is not that of the error of normal weights ({listed}): only NF4's place is the same."
+
+
+def _fifth_of_a_percent(rows):
+    """Said if 26 MB does not round 0.2 % of the weights, and is 13 h a layer in MiB."""
+    share, formula = _one(rows, "§2", "0.2 % of the weights, 2 bytes"), _one(rows, "§2", "L · 8 · 13 h · 2 bytes, MiB")
+    if agrees(share.printed, share.computed) or formula.verdict != "match":
+        return None
+    return (
+        f"26 MB: 0.2 % of the weights in 16 bits are {share.computed:.2f} MB; {formula.computed:.0f} MiB exactly is r = 8 with 13 h a "
+        "layer (four h × h matrices and one of h × 4 h)."
+    )
+
+
+def _adapters_of_figure_6(rows):
+    """Said if the formula gives every label, and a Llama's own matrices give none."""
+    formula = pick(rows, where="Figure 6", setting="L · 64 · 18 h · 2 bytes, MiB")
+    real = pick(rows, where="Figure 6", setting="all 7 matrices of a Llama, MiB")
+    wide = {f"{llama(s).intermediate_size / llama(s).hidden_size:.1f}" for s in SIZES}
+    if _verdicts(formula) != {"match"} or not fail(real) or len(wide) != 1:
+        return None
+    return (
+        "Figure 6's adapters follow one formula to the last digit, L · 64 · 18 h · 2 bytes in MiB: a block with a 4 h MLP. A "
+        f"Llama has gate, up and down of {wide.pop()} h: {_each([r.computed for r in real], 1)} MiB."
+    )
+
+
+def _models_of_figure_6(rows):
+    """Said if no bar follows, all are too long, and something is left of each even without double quantization and in 32 bits."""
+    bars = pick(rows, where="Figure 6", method="model")
+    gaps = [r.difference for r in bars]
     undoubled = [predict(llama(s), double_quant=False).constants - account(s).constants for s in SIZES]
     wider = [account(s).weights for s in SIZES]
     left = [g - (u + w) / MIB for g, u, w in zip(gaps, undoubled, wider, strict=True)]
-    return [
-        f"26 MB: 0.2 % of the weights in 16 bits are {0.004 * parameters(c) / MB:.2f} MB; 26 MiB exactly is r = 8 with 13 h a "
-        "layer (four h × h matrices and one of h × 4 h).",
-        "Figure 6's adapters follow one formula to the last digit, L · 64 · 18 h · 2 bytes in MiB: a block with a 4 h MLP. A "
-        f"Llama has gate, up and down of 2.7 h: {_each([account(s).adapters / MIB for s in SIZES], 1)} MiB.",
-        f"Figure 6's model bars (and §2's 5,048 MB) do not follow: weights and constants are {_each(base)} MiB, the bars lie "
-        f"{_each(gaps)} MiB above. Without double quantization and with the rest in 32 bits {_each(left)} MiB remain.",
-        f"Figure 6's totals leave {_each([figure_6_rest(s) for s in SIZES], 2)} GiB beside the three labels. 567 MB, scaled "
-        "by L h, fills it for 7B and 13B, not for 33B and 65B.",
-    ]
+    if not fail([*bars, _one(rows, "§2", "NF4 + DQ, rest in 16 bits")]) or min(left) <= 0:
+        return None
+    return (
+        f"Figure 6's model bars (and §2's 5,048 MB) do not follow: weights and constants are {_each([r.computed for r in bars])} MiB, "
+        f"the bars lie {_each(gaps)} MiB above. Without double quantization and with the rest in 32 bits {_each(left)} MiB remain."
+    )
 
 
-def _f_tables():
-    bf16, fp4, nf4 = (TABLE_4[name][0] for name in ("BFloat16", "Float4", "NFloat4 + DQ"))
-    behind = [round(a - b, 1) for a, b in zip(bf16, fp4, strict=True)]
-    return [
-        f"Footprints: 41 and 21 GB are 5 bits of 65 and 33 billion weights; 10 GB, and 5 or 6, are not ({13 * 5 / 8:.1f} and "
-        f"{7 * 5 / 8:.1f}). Table 1 has 6 GB and table 6 has 5 GB for the same model.",
-        f"Table 4: NFloat4 + DQ has a mean of {sum(nf4) / 8:.2f}, not 53.1, and so lies below BFloat16's {sum(bf16) / 8:.2f}. FP4 "
-        f'is not "consistently one percentage point behind": by {_each(behind, 1)}, in {sum(x > 0 for x in behind)} of 8 columns.',
-        f"Elo: {100 * win_rate(100):.1f} % and {100 * (win_rate(10) - 0.5):.2f} %, rounded up to 65 and 1.5; Guanaco 65B and 33B "
-        f"against GPT-4 {100 * win_rate(-153):.1f} % and {100 * win_rate(-167):.1f} %, both called 30 %.",
-    ]
+def _totals_of_figure_6(rows):
+    """Said if every total is more than its labels; which of them 567 MB fills is read off the rows."""
+    labels = pick(rows, where="Figure 6", setting="the three labels, GiB")
+    filled = pick(rows, where="Figure 6", setting="and 567 MB × L h, GiB")
+    yes, no = (
+        [r.model.removeprefix("Llama ") for r in filled if (r.verdict == FAILS) == fails] for fails in (False, True)
+    )
+    if not fail(labels) or min(r.difference for r in labels) <= 0 or not (yes and no):
+        return None
+    return (
+        f"Figure 6's totals leave {_each([r.difference for r in labels], 2)} GiB beside the three labels. 567 MB, scaled "
+        f"by L h, fills it for {' and '.join(yes)}, not for {' and '.join(no)}."
+    )
 
 
-def _f_five_gigabytes():
+def _footprint_of_5_bits(rows):
+    """Said if 5 bits of the nominal size give 41 and 21 GB and none of the smaller footprints."""
+    printed = {(size, label): 5 / 8 * float(size.removesuffix("b")) for _, size, label in FOOTPRINTS}
+    five_bits = [label for (_, label), n in printed.items() if agrees(label, n)]
+    small = [label for label in (label for _, label in printed) if label not in five_bits]
+    if five_bits != ["41GB", "21GB"] or small != ["10GB", "5GB", "6GB"]:
+        return None
+    return (
+        "Footprints: 41 and 21 GB are 5 bits of 65 and 33 billion weights; 10 GB, and 5 or 6, are not "
+        f"({printed['13b', '10GB']:.1f} and {printed['7b', '5GB']:.1f}). Table 1 has 6 GB and table 6 has 5 GB for the same model."
+    )
+
+
+def _means_of_table_4(rows):
+    """Said if NFloat4's mean does not follow and is less than BFloat16's, and Float4 is ahead somewhere."""
+    bf16, nf4 = (_one(rows, "Table 4", "mean of its 8 values", method=m) for m in ("BFloat16", "NFloat4 + DQ"))
+    consistently = _one(rows, "Table 4", "points behind BFloat16, mean of 8")
+    if not fail([nf4]) or nf4.computed >= bf16.computed or consistently.verdict != HOLDS[False]:
+        return None
+    behind = [round(a - b, 1) for a, b in zip(TABLE_4["BFloat16"][0], TABLE_4["Float4"][0], strict=True)]
+    return (
+        f"Table 4: NFloat4 + DQ has a mean of {nf4.computed:.2f}, not {nf4.printed}, and so lies below BFloat16's {bf16.computed:.2f}. FP4 "
+        f'is not "consistently one percentage point behind": by {_each(behind, 1)}, in {sum(x > 0 for x in behind)} of 8 columns.'
+    )
+
+
+def _elo_rounded_up(rows):
+    """Said if the four shares agree with the printed ones roughly and no better, and the first two are printed too large."""
+    hundred, ten = _one(rows, "§5.2", "1100 against 1000"), _one(rows, "Table 7", "10 points")
+    large, small = (_one(rows, "§5.3", f"{rating} against GPT-4's 1176") for rating in (1023, 1009))
+    if _verdicts([hundred, ten, large, small]) != {"roughly"} or min(hundred.difference, ten.difference) <= 0:
+        return None
+    return (
+        f"Elo: {hundred.computed:.1f} % and {ten.computed:.2f} %, rounded up to {hundred.value:.0f} and {ten.value}; Guanaco 65B and 33B "
+        f"against GPT-4 {large.computed:.1f} % and {small.computed:.1f} %, both called {large.value:.0f} %."
+    )
+
+
+def _why_5_gigabytes(rows):
+    """Said if the paper's base is more than its weights and constants."""
+    row = _one(rows, "§2", "NF4 + DQ, rest in 16 bits")
+    if not fail([row]) or row.difference <= 0:
+        return None
     half, rest, base, _, _, state, whole = (in_units(n) for _, n in five_gigabytes())
     return (
         f"Why 5 GB and not 3.5 GB for 7B? {half} are half a byte for every weight. Embedding and head stay in 16 bits ({rest}), "
@@ -651,13 +749,23 @@ def _f_five_gigabytes():
     )
 
 
-def _f_halved_counts():
+def _why_halved_counts(rows):
+    """Said if counting bytes gives what the authors' script prints."""
+    if not all(agrees(r.printed, r.computed) for r in pick(rows, where="qlora.py's log")):
+        return None
     trained, counted, there = halved_counts()
     return (
         f"Why are my parameter counts halved? Two 4-bit weights share a byte, and bytes were counted: {counted:,} = {there:,} less "
         f"half of the linear layers. qlora.py halves the {trained:,} trained 16-bit weights too, though these are not packed. "
         "`size` counts weights here."
     )
+
+
+FINDINGS = (
+    *(_bounds, _input_gradients, _unequal_bins, _order_of_table_2, _fifth_of_a_percent),
+    *(_adapters_of_figure_6, _models_of_figure_6, _totals_of_figure_6),
+    *(_footprint_of_5_bits, _means_of_table_4, _elo_rounded_up, _why_5_gigabytes, _why_halved_counts),
+)
 
 
 def describe_size(name):
@@ -682,20 +790,18 @@ def _shown(row):
         return ""
     if isinstance(row, Claim):
         return f"{row.computed:.1e}" if 0 < abs(row.computed) < 1e-5 else f"{row.computed:.4g}"
-    digits = len(row.printed.partition(".")[2].rstrip("%MBG")) + 2
+    digits = decimals(row.printed) + 2
     return f"{row.computed:,.{0 if row.verdict == 'match' and row.computed > 1e6 else digits}f}"
 
 
 def describe():
     """The audit as aligned text, the four sizes, and the findings."""
     rows = audit()
-    verdicts = [r.verdict for r in rows]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
-    return "\n".join(
-        [_table(rows), "", f"{len(verdicts)} rows: {counts}", "", by_size(), "", *(f"* {f}" for f in findings())]
-    )
+    said = [f"* {finding}" for finding in findings(rows)]
+    return "\n".join([_table(rows), "", f"{len(rows)} rows: {tally(rows)}", "", by_size(), "", *said])
 
 
+# --------------------------------------------------------------------------------------------------------------------- as figure
 def figure_6(seq_len=512):
     """QLoRA's figure 6: our account of the four Llamas (NF4 + DQ, r = 64, checkpointing) over the paper's labels, read as MiB. -> figure
 
