@@ -38,7 +38,7 @@ from ..costs.memory import MODELS, PAPER, block_tape, codes_bytes, parameters, p
 from ..costs.parameters import llama_shapes, lora_on
 from ..costs.tables import aligned, in_units
 from ..figures.memory import GB, HATCH, PARTS, stacked_bar
-from ..figures.style import canvas
+from ..figures.style import SMALL, canvas
 from ..kernels import rounding
 from ..lora import LoRALinear
 from ..numerics import optimality
@@ -808,69 +808,70 @@ def figure_6(seq_len=512):
     White is what the printed total, read as GiB, leaves beside the three labels.
     """
     figure, ax = canvas(9.2, 5.2)
-    mib = 2**20 / GB
-    ticks, end = [], 0.0
+    ticks, ends = [], []
     for i, size in enumerate(SIZES):
-        a, y = account(size, seq_len=seq_len, checkpointing=True), 2.6 * i
-        base = base_bytes(size)
-        model, adapters, optimizer, total = (float(x.replace(",", "")) for x in FIGURE_6[size])
-        rest = figure_6_rest(size)
-        ours = [
-            (base, "codes"),
-            (a.adapters, "adapters"),
-            (a.gradients, "gradients"),
-            (a.optimizer, "optimizer"),
-            (a.activations, "activations"),
-        ]
-        theirs = [
-            (model * mib, "codes"),
-            (adapters * mib, "adapters"),
-            (optimizer * mib, "optimizer"),
-            (rest * 1024 * mib, None),
-        ]
-        for at, parts, head in (
-            (y, [(n / GB, name) for n, name in ours], f"{a.total / GB:.1f} GB"),
-            (y + 0.95, theirs, f"{total} GiB printed"),
-        ):
-            length = stacked_bar(ax, at, [(n, PARTS[name][1] if name else "white") for n, name in parts], 0.42)
-            ax.barh(at, length, 0.42, fill=False, edgecolor="0.45", lw=0.7)
-            paper = {"fc": "white", "ec": "none", "pad": 0.6}  # so that the line at 48 GB does not cross the number
-            bold = {"va": "center", "fontsize": 9, "weight": "bold", "bbox": paper}
-            ax.annotate(head, (length, at), (5, 0), textcoords="offset points", **bold)
-            end = max(end, length)
-        names = {
-            "codes": "model",
-            "adapters": "adapters",
-            "gradients": "gradients",
-            "optimizer": "optimizer",
-            "activations": "activations",
-        }
-        said = "   ".join(f"{names[name]} {n / GB:.2f}" for n, name in ours)
-        small = {"textcoords": "offset points", "fontsize": 7.5, "color": "0.25", "va": "bottom"}
-        ax.annotate(f"{said} GB", (0, y - 0.25), (2, 0), **small)
-        printed = dict(zip(("model", "adapters", "optimizer"), FIGURE_6[size], strict=False))
-        said = "   ".join(f"{name} {label}" for name, label in printed.items())
-        ax.annotate(f"{said} MiB   not labelled {rest:.2f} GiB", (0, y + 0.7), (2, 0), **small)
-        ticks += [(y, f"{size.upper()}, recomputed"), (y + 0.95, "paper")]
+        y, below = 2.6 * i, 2.6 * i + 0.95
+        ours, theirs = _our_parts(size, seq_len), _their_parts(size)
+        total = account(size, seq_len=seq_len, checkpointing=True).total
+        ends.append(_bar(ax, y, ours, f"{total / GB:.1f} GB"))
+        ends.append(_bar(ax, below, theirs, f"{_number(FIGURE_6[size][3])} GiB printed"))
+        said = "   ".join(f"{_SHORT.get(part, part)} {n:.2f}" for part, n in ours.items())
+        _write_over_bar(ax, y, f"{said} GB")
+        printed = zip(("model", "adapters", "optimizer"), FIGURE_6[size], strict=False)
+        said = "   ".join(f"{name} {label}" for name, label in printed)
+        _write_over_bar(ax, below, f"{said} MiB   not labelled {figure_6_rest(size):.2f} GiB")
+        ticks += [(y, f"{size.upper()}, recomputed"), (below, "paper")]
     ax.axvline(48, color="0.3", lw=0.9, ls=":", zorder=0)
-    ax.annotate("48 GB", (48, -0.55), (4, 0), textcoords="offset points", fontsize=8.5, color="0.3", va="center")
-    for name, text in (
-        ("codes", "model"),
-        ("adapters", None),
-        ("gradients", None),
-        ("optimizer", None),
-        ("activations", None),
-    ):
-        colour = PARTS[name][1]
-        ax.barh(0, 0, facecolor=colour, label=text or PARTS[name][0], **HATCH.get(colour, {}))
-    ax.barh(0, 0, fill=False, edgecolor="0.45", lw=0.7, label="not labelled in the paper")
-    white = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line at 48 GB ends at it
-    ax.legend(**white, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.62))
+    ax.annotate("48 GB", (48, -0.55), (4, 0), **SMALL, color="0.3", va="center")
+    _legend(ax)
     ax.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=9)
-    ax.set(xlim=(0, 1.2 * end), ylim=(9.2, -0.9), xlabel=f"GB, one sequence of {seq_len} tokens")
-    gap = [100 * (float(FIGURE_6[s][0].replace(",", "")) * 2**20 / base_bytes(s) - 1) for s in SIZES]
+    ax.set(xlim=(0, 1.2 * max(ends)), ylim=(9.2, -0.9), xlabel=f"GB, one sequence of {seq_len} tokens")
+    gap = [100 * (_number(FIGURE_6[s][0]) * MIB / base_bytes(s) - 1) for s in SIZES]
     ax.set_title(
         f"adapters: one formula to the digit; model bars: {min(gap):.0f} to {max(gap):.0f} % above weights and constants",
         fontsize=10,
     )
     return figure
+
+
+_SHORT = {"codes": "model"}  # what the figure calls a part of an Account
+_OUTLINE = {"fill": False, "edgecolor": "0.45", "lw": 0.7}
+
+
+def _our_parts(size, seq_len):
+    """{part: GB} of our account, the model as one."""
+    a = account(size, seq_len=seq_len, checkpointing=True)
+    rest = {part: getattr(a, part) / GB for part in ("adapters", "gradients", "optimizer", "activations")}
+    return {"codes": base_bytes(size) / GB, **rest}
+
+
+def _their_parts(size):
+    """{part: GB} of the printed labels, read as MiB; None is what the printed total leaves."""
+    model, adapters, optimizer, _ = map(_number, FIGURE_6[size])
+    mib = MIB / GB
+    labels = {"codes": model * mib, "adapters": adapters * mib, "optimizer": optimizer * mib}
+    return {**labels, None: figure_6_rest(size) * 1024 * mib}
+
+
+def _bar(ax, y, parts, total):
+    """A stacked bar with its outline, and the total at its end. -> its length"""
+    length = stacked_bar(ax, y, [(n, PARTS[part][1] if part else "white") for part, n in parts.items()], 0.42)
+    ax.barh(y, length, 0.42, **_OUTLINE)
+    paper = {"fc": "white", "ec": "none", "pad": 0.6}  # so that the line at 48 GB does not cross the number
+    bold = {"va": "center", "fontsize": 9, "weight": "bold", "bbox": paper}
+    ax.annotate(total, (length, y), (5, 0), textcoords="offset points", **bold)
+    return length
+
+
+def _write_over_bar(ax, y, text):
+    small = {"textcoords": "offset points", "fontsize": 7.5, "color": "0.25", "va": "bottom"}
+    ax.annotate(text, (0, y - 0.25), (2, 0), **small)
+
+
+def _legend(ax):
+    for part in ("codes", "adapters", "gradients", "optimizer", "activations"):
+        name, colour = PARTS[part]
+        ax.barh(0, 0, facecolor=colour, label=_SHORT.get(part, name), **HATCH.get(colour, {}))
+    ax.barh(0, 0, **_OUTLINE, label="not labelled in the paper")
+    white = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line at 48 GB ends at it
+    ax.legend(**white, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.62))
