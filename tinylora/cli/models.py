@@ -129,6 +129,7 @@ def _quantize(args):
         return _normality(args)
     from tqdm import tqdm
 
+    from ..figures.style import save
     from ..interop import bitsandbytes
     from ..models import files
     from ..papers import codes_on_weights
@@ -155,7 +156,7 @@ def _quantize(args):
             f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
         )
         if can_draw():
-            codes_on_weights.draw_survey(lines, normal, out / "errors.svg")
+            save(codes_on_weights.draw_errors(lines, normal), out / "errors.svg")
             print(f"figure: {out / 'errors.svg'}")
 
 

@@ -1,5 +1,7 @@
 """What 4 bits do to real weights: error and usage of every code at equal bits, tensor by tensor, and how normal the weights are.
 
+What is computed: `measure` takes these numbers of one tensor, under every code; `mean` is their mean over the weights of several.
+
     relative squared error  Σ (w − ŵ)² / Σ w²          for normal weights this is E(W − Ŵ)² of `optimality`, .00846 for NF4 in blocks of 64
     usage                   H = −Σ P log₂ P in bits, P the shares of the code's values
     normal                  the share of rows (output neurons) that Shapiro and Wilk's test does not reject at 5 % (QLoRA, appendix F).
@@ -8,7 +10,10 @@
     outliers                the share of blocks whose largest |w| exceeds F_M⁻¹(0.95)·σ_b, σ_b the block's own deviation (BOF4, eq. 9)
 
 All codes are compared at equal bits: 4 a weight, the same blocks, the same form of the constants. A line of normal weights, drawn with a
-fixed seed and measured in the same way, stands beside the real ones: what differs from it is what is not normal.
+fixed seed and measured in the same way (`control`), stands beside the real ones: what differs from it is what is not normal.
+
+What is said: `describe` prints two tables, errors and usage, with what theory expects of normal weights below; `tinylora quantize` shows
+them. What is drawn: `draw_errors` shows the error of each code, a dot a tensor.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -17,7 +22,7 @@ import numpy as np
 
 from .. import codebooks
 from ..dtypes import as_float32
-from ..figures.style import COLOURS, canvas, require_matplotlib, save
+from ..figures.style import COLOURS, canvas
 from ..numerics import optimality
 from ..quant import quantize
 from .normality import SHORTEST, rejected
@@ -168,10 +173,8 @@ def as_json(lines, normal, **about):
     return {**about, "control": plain(normal), "tensors": [plain(line) for line in lines]}
 
 
-def draw_survey(lines, normal, path):
-    """The relative squared error of each code: a dot a tensor, a bar for the mean over weights, a cross for normal weights."""
-
-    require_matplotlib()
+def draw_errors(lines, normal):
+    """The relative squared error of each code: a dot a tensor, a bar for the mean over weights, a cross for normal weights. -> figure"""
     codes = list(lines[0].error)
     total = mean(lines)
     figure, ax = canvas(8, 0.8 + 0.45 * len(codes))
@@ -197,4 +200,4 @@ def draw_survey(lines, normal, path):
         "dots: tensors; bar and number: mean over weights; cross: normal weights",
         fontsize=9,
     )
-    save(figure, path)
+    return figure

@@ -1,8 +1,15 @@
-"""NF4 built step by step, as text: what `tinylora nf4` prints. Each number is computed when it is printed.
+"""How NF4 is built, value by value, and what it is optimal for: what `tinylora nf4` prints and draws.
 
-`construction()`    from the offset to the 16 values, with their bit patterns beside the published ones
-`deviations()`      what breaks the table, in units in the last place (ULP)
-`optimality_table(blocksizes)`   what NF4 costs beside the best code with the same pins −1, 0, 1
+What is computed: `recipe()` goes from normal quantiles to the 16 values, with each choice of the recipe open; `equation_4()` is the paper's
+own equation, which gives another code; `nf4_excess(blocksize, power)` is what NF4 costs above the best code with the same pins −1, 0, 1.
+
+What is said, as text whose numbers are computed when it is printed:
+
+    construction()                  the steps from the offset to the values, with their bit patterns beside the published ones
+    deviations()                    what breaks the table, in units in the last place (ULP)
+    optimality_table(blocksizes)    the errors of NF4, how far they lie above the best code's, and the entropy of its usage
+
+What is drawn: `nf4_optimal_for()` shows that excess against the block size, beside what theory predicts.
 """
 
 from functools import cache
@@ -15,6 +22,7 @@ from ..figures.style import COLOURS, canvas
 from ..numerics import optimality
 
 _BLOCKSIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DEFAULT = 64  # QLoRA's block size
 
 
 def recipe(grid=codebooks.linspace_f32, offset=codebooks.NF4_OFFSET, precision=np.float32):
@@ -82,26 +90,7 @@ def equation_4(k=4):
     return (Q[:-1] + Q[1:]) / 2
 
 
-def optimality_table(blocksizes=_BLOCKSIZES):
-    """Errors of NF4 for normal weights, the best code with pins −1, 0, 1 beside it, and the entropy of its usage."""
-    nf4 = codebooks.nf4()
-    lines = [
-        "what NF4 costs for N(0, 1) weights, and how much that lies above the best code with the same -1, 0 and 1",
-        " block  E[max]   squared error    above   absolute error    above   entropy, bits",
-    ]
-    for I in blocksizes:
-        cells = [f"{I:6d}  {optimality.expected_max(I):6.3f}"]
-        for power in (2, 1):
-            cost = optimality.expected_error(nf4, I, power)
-            best = optimality.expected_error(optimality.optimal_code(I, power), I, power)
-            cells.append(f"{cost:15.7f}  {cost / best - 1:7.3%}")
-        lines.append("  ".join([*cells, f"{optimality.entropy(nf4, I):12.4f}"]))
-    return "\n".join(lines)
-
-
-_DEFAULT = 64  # QLoRA's block size
-
-
+# ---------------------------------------------------------------------------------------------------------------- by block size
 def nf4_excess(blocksize, power):
     """E|W − Ŵ|ᵖ of NF4 over that of the best code with −1, 0 and 1, less 1, in blocks of normal weights. -> float"""
     blocksize = int(blocksize)
@@ -120,6 +109,23 @@ def predicted_blocksize(power):
     return lo
 
 
+def optimality_table(blocksizes=_BLOCKSIZES):
+    """Errors of NF4 for normal weights, the best code with pins −1, 0, 1 beside it, and the entropy of its usage."""
+    nf4 = codebooks.nf4()
+    lines = [
+        "what NF4 costs for N(0, 1) weights, and how much that lies above the best code with the same -1, 0 and 1",
+        " block  E[max]   squared error    above   absolute error    above   entropy, bits",
+    ]
+    for I in blocksizes:
+        cells = [f"{I:6d}  {optimality.expected_max(I):6.3f}"]
+        for power in (2, 1):
+            cost = optimality.expected_error(nf4, I, power)
+            cells.append(f"{cost:15.7f}  {nf4_excess(I, power):7.3%}")
+        lines.append("  ".join([*cells, f"{optimality.entropy(nf4, I):12.4f}"]))
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------------------------- as figure
 def nf4_optimal_for(blocksizes=None):
     """NF4's excess in absolute and squared error, and what its entropy lacks of 4 bits, by block size (8 … 2048) -> figure
 

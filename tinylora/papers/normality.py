@@ -1,7 +1,8 @@
 """Are real weights normal? Shapiro and Wilk's test on every row of every linear weight, with what the test can see beside it.
 
 QLoRA, appendix F: at 5 %, 7.5 % of the rows (output neurons) of LLaMA-7B are rejected; the others are called normal. What a share of
-rejected rows means depends on their length, because the test's power grows with it, and a share is not a size. So these stand beside it:
+rejected rows means depends on their length, because the test's power grows with it, and a share is not a size. So what is computed are
+these (`measure` for a model's weights, `drawn` for rows of a known law):
 
     rejected        P(p ≤ .05). Normal rows: 5 % by construction. With a share s of rows that are not normal, found with chance β,
                         rejected = s β + (1 − s) α        hence   s ≥ (rejected − α) / (1 − α)
@@ -18,6 +19,9 @@ rejected rows means depends on their length, because the test's power grows with
 Unlike the paper, which gives one number: rows are grouped by kind and length, and every row is tested. scipy's p-values hold up to 5,000
 values; of a longer row 4,096 evenly spaced ones are tested (the length of most of LLaMA-7B's rows). Rows below 8 values are left out.
 A constant row is not normal.
+
+What is said: `describe` prints the table by length and kind, and what it comes to; `tinylora quantize --normality` shows it. What is drawn:
+`rejected_against_length` shows the share of rejected rows against their length, the model's kinds among the known laws.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -33,10 +37,8 @@ from ..quant import quantize
 
 ALPHA = 0.05  # the paper's level
 SHORTEST, LONGEST, SUBSAMPLE = 8, 5000, 4096  # values of a row: fewer are not tested, and of more than 5,000 only 4,096
-PAPER = {
-    "rejected": 0.075,
-    "length": 4096,
-}  # QLoRA, appendix F; 4096 is LLaMA-7B's width (its down_proj rows have 11,008)
+#: QLoRA, appendix F; 4096 is LLaMA-7B's width (its down_proj rows have 11,008)
+PAPER = {"rejected": 0.075, "length": 4096}
 _BATCH = 1 << 20  # values held in float64 at a time
 
 
@@ -88,9 +90,8 @@ def rejected(w):
         w = w[:, np.linspace(0, w.shape[1] - 1, SUBSAMPLE).astype(int)]
     w = w.astype(np.float64)
     spread = np.ptp(w, axis=1)
-    w = (w - w.min(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)[
-        :, None
-    ]  # the test takes tiny ranges for 0
+    # the test takes tiny ranges for 0
+    w = (w - w.min(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1)[:, None]
     return np.array([not s > 0 or shapiro(row).pvalue <= ALPHA for row, s in zip(w, spread, strict=True)], bool)
 
 
@@ -286,14 +287,18 @@ def describe(groups, power, stored=False, short=(), blocksize=64):
     def percent(x, form=".1f"):
         return f"{100 * x:{form}} %" if x == x else "-"
 
+    def freedom(nu):
+        if not nu > 0:
+            return "-"
+        return f"{nu:.0f}" if nu < 1000 else "inf"
+
     def row(g, error=""):
         low, middle, high = g.kurtosis
         kurtosis = f"{middle:+.2f} ({low:+.2f} .. {high:+.2f})" if middle == middle else "-"
-        nu = f"{g.nu:.0f}" if 0 < g.nu < 1000 else "inf" if g.nu > 0 else "-"
         nf4 = [percent(e / normal - 1, "+.1f") for e in (g.nf4_passed, g.nf4_rejected)]
         return (
             f"  {g.name:<{width}}{g.rows:>8,}{percent(g.rejected):>9} {error:<5}{percent(g.by_block):>9}"
-            f"{kurtosis:>25}{nu:>6}{nf4[0]:>11}{nf4[1]:>10}"
+            f"{kurtosis:>25}{freedom(g.nu):>6}{nf4[0]:>11}{nf4[1]:>10}"
         )
 
     text = [
@@ -345,6 +350,7 @@ def as_json(groups, power, short=(), **about):
     }
 
 
+# --------------------------------------------------------------------------------------------------------------------- as figure
 _TICKS = (3, 5, 10, 20, 50, 100)
 
 
