@@ -1,4 +1,4 @@
-"""How many numbers LoRA trains, how many its rivals train, and whether the paper's tables follow the paper's formulas.
+"""How many numbers LoRA trains, and how many its rivals train: the formulas, as functions.
 
     LoRA              r (d_in + d_out) a matrix;   |Θ| = 2 L̂ d r for L̂ square ones
     prefix-embedding  d (l_p + l_i)
@@ -6,14 +6,8 @@
     adapters          L̂ (2 d r + r + d) + 2 L̂_LN d:  two a layer in Adapter^H, one and a LayerNorm in Adapter^L
     BitFit            every bias                                                             (LoRA §5.1)
 
-`audit()` recomputes every number of "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv 2106.09685 v2) that
-arithmetic can reach: the parameter counts of tables 1 to 5, 13 and 15 and of appendix D, table 1's percentages, table 2's
-14 averages, §4.2 and its footnotes, §7.3's ratios (table 7's random column is `subspaces.expected_projection`).
-`describe()` is the same as text, and ends with what does not hold. Printed numbers are kept as printed, with their place.
-The shapes (layers, widths, vocabularies) are those of the released models and of the GPT-3 paper.
-
-The paper's 2 L̂ d r holds for square matrices only; `lora` is the general count, which PEFT prints as "trainable params".
-Tables 6, 8 and 16 to 18 print no counts; table 14 repeats table 13's, and 13 repeats table 3's but for three.
+The paper's 2 L̂ d r holds for square matrices only; `lora` is the general count, which PEFT prints as "trainable params". Whether the
+paper's tables follow these formulas is told by `papers.lora_numbers`, which recomputes every number printed there.
 """
 
 
