@@ -16,8 +16,8 @@ from ...lora import LoRALinear
 from ...nn import Linear4bit
 from ...optim import AdamW, schedule
 from ...quant import quantize
-from . import registry
-from .registry import Experiment, above, below, given_or_run, judge, spread, values
+from .drawing import PALE, bars, dots, given_or_run
+from .registry import Experiment, above, below, judge, spread, values
 from .toys import linear, orthonormal, squared_error, weight
 
 
@@ -472,19 +472,7 @@ def _counts_verdict(results):
     )
 
 
-PALE = "#b8c4d6"
-
-
-def _bars(ax, at, results, keys, colours, form="{:.2f}", width=0.62):
-    """One bar a key with its mean written above, and a dot a seed."""
-    for x, key, colour in zip(at, keys, colours, strict=True):
-        found = registry.values(results, key)
-        ax.bar(x, found.mean(), width, color=colour)
-        ax.plot([x] * len(found), found, "o", color="0.2", ms=3, mec="white", mew=0.4)
-        label = form.format(found.mean())
-        ax.annotate(label, (x, max(found.max(), found.mean())), (0, 4), ha="center", color="0.25", **SMALL)
-
-
+# -------------------------------------------------------------------------------------------------------------------- as figures
 def draw_quantization_starts(results=None):
     """‖Q + s B A − W‖ / ‖W‖ of NF4 alone, PiSSA, LoftQ in 1 and 5 steps, on three kinds of W (experiment `quantized_starts`)."""
     results = given_or_run(results, quantized_starts)
@@ -497,10 +485,10 @@ def draw_quantization_starts(results=None):
     starts = {"nf4": "NF4\nalone", "pissa": "PiSSA", "loftq_1": "LoftQ\n1 step", "loftq_5": "LoftQ\n5 steps"}
     for ax, (kind, title) in zip(axes, kinds.items(), strict=True):
         keys = [f"{kind}_{name}" for name in starts]
-        means = [registry.values(results, key).mean() for key in keys]
+        means = [values(results, key).mean() for key in keys]
         best = int(np.argmin(means))
-        colours = ["0.75" if i == 0 else COLOURS[2] if i == best else PALE for i in range(len(keys))]
-        _bars(ax, range(len(keys)), results, keys, colours, "{:.3f}")
+        colours = ["0.75", *(COLOURS[2] if i == best else PALE for i in range(1, len(keys)))]
+        bars(ax, range(len(keys)), results, keys, colours, "{:.3f}")
         name = list(starts.values())[best].replace("\n", " in ")
         ax.set_title(f"{title}:\n{name}, {means[best] / means[0]:.2f} of NF4's error", fontsize=10)
         ax.set_xticks(range(len(keys)), starts.values(), fontsize=9)
@@ -513,17 +501,17 @@ def draw_aligned_first_step(results=None):
     results = given_or_run(results, aligned_first_step)
     figure, ax = canvas(5.4, 3)
     for x, (key, colour) in enumerate((("lora", PALE), ("peft", PALE), ("lora_ga", COLOURS[2]))):
-        found = registry.values(results, key)
+        found = values(results, key)
         ax.bar(x, found.mean(), 0.55, color=colour)
         ax.annotate(
             f"{found.mean():.3f}", (x, found.mean()), (0, -13), ha="center", color="k" if x < 2 else "w", **SMALL
         )
-    bound = registry.values(results, "bound").mean()
+    bound = values(results, "bound").mean()
     ax.axhline(bound, color="0.3", lw=1, ls="--", zorder=0)
     ax.annotate(f"best of rank 2r: {bound:.3f}", (-0.28, bound), (0, 4), color="0.3", **SMALL)
     ax.set_xticks(range(3), ("LoRA", "LoRA-GA as\nin PEFT", "LoRA-GA"))
     ax.set(ylabel="cosine of the first step with −G", ylim=(0, 1.08))
-    ga, lora = (registry.values(results, key).mean() for key in ("lora_ga", "lora"))
+    ga, lora = (values(results, key).mean() for key in ("lora_ga", "lora"))
     ax.set_title(f"The first step: cosine {ga:.2f} after LoRA-GA, {lora:.2f} after LoRA", fontsize=10)
     return figure
 
@@ -535,7 +523,7 @@ def draw_rate_ratio(results=None):
     gain = []
     for width, colour, mark, shift in ((32, COLOURS[0], "o", -0.05), (128, COLOURS[2], "s", 0.05)):
         keys = [f"width_{width}_{key}" for key in ("ratio_1", "ratio_4", "ratio_16", "alpha_64")]
-        rows = np.array([registry.values(results, key) for key in keys])
+        rows = np.array([values(results, key) for key in keys])
         mean = rows.mean(axis=1)
         gain += [mean[0] / mean[2], mean[0] / mean[3]]
         at = np.arange(4) + shift
@@ -561,7 +549,7 @@ def draw_rank_allocation(results=None):
     """What AdaLoRA gives two layers planted with ranks 1 and 6, and the error beside uniform LoRA's (experiment `adalora_allocation`)."""
     results = given_or_run(results, adalora_allocation)
     figure, (left, right) = canvas(6.6, 3, ncols=2, width_ratios=(1.5, 1))
-    _bars(left, (0, 2), results, ("rank_one", "rank_two"), (COLOURS[2],) * 2, "{:.0f}", 0.7)
+    bars(left, (0, 2), results, ("rank_one", "rank_two"), (COLOURS[2],) * 2, "{:.0f}", 0.7)
     left.bar((0.8, 2.8), (3, 4), 0.7, color=PALE)
     for x, r in ((0.8, 3), (2.8, 4)):
         left.annotate(str(r), (x, r), (0, 4), ha="center", color="0.25", **SMALL)
@@ -569,12 +557,10 @@ def draw_rank_allocation(results=None):
     left.annotate("LoRA", (0.8, 3), (0, 16), ha="center", color="0.4", **SMALL)
     left.set_xticks((0.4, 2.4), ("planted rank 1", "planted rank 6"))
     left.set(ylabel="rank given, of 7", ylim=(0, 7.2))
-    _bars(right, (0, 1), results, ("error", "error_lora"), (COLOURS[2], PALE), "{:.3f}", 0.55)
+    bars(right, (0, 1), results, ("error", "error_lora"), (COLOURS[2], PALE), "{:.3f}", 0.55)
     right.set_xticks((0, 1), ("AdaLoRA", "LoRA, 3 and 4"))
     right.set(ylabel="‖ΔW − ΔW*‖ / ‖ΔW*‖", ylim=(0, 0.47), xlim=(-0.5, 1.5))
-    one, two, error, uniform = (
-        registry.values(results, key).mean() for key in ("rank_one", "rank_two", "error", "error_lora")
-    )
+    one, two, error, uniform = (values(results, key).mean() for key in ("rank_one", "rank_two", "error", "error_lora"))
     figure.suptitle(
         f"Planted 1 and 6, given {one:.0f} and {two:.0f}: error {error:.2f}, not {uniform:.2f}", fontsize=10
     )
@@ -588,8 +574,8 @@ def draw_magnitude_and_direction(results=None):
     published = {"lora": 0.83, "dora": -0.31, "full": -0.62}
     for x, kind in enumerate(published):
         for axis, shift, colour, mark in (("rows", -0.12, COLOURS[0], "o"), ("columns", 0.12, COLOURS[1], "s")):
-            found = registry.values(results, f"{kind}_{axis}")
-            ax.plot([x + shift] * len(found), found, mark, color=colour, ms=5, mec="white", mew=0.4)
+            found = values(results, f"{kind}_{axis}")
+            dots(ax, x + shift, found, colour, 5, mark)
             if x == 0:
                 at = (x + shift, found.min())
                 ax.annotate(axis, at, (0, -14), ha="center", color=colour, **SMALL)
@@ -601,7 +587,7 @@ def draw_magnitude_and_direction(results=None):
     ax.axhline(0, color="0.7", lw=0.9, zorder=0)
     ax.set_xticks(range(3), ("LoRA", "DoRA", "full fine-tuning"))
     ax.set(ylabel="correlation of ΔM and ΔD", ylim=(-1, 1.08), xlim=(-0.5, 2.65))
-    seeds = (registry.values(results, f"{kind}_rows") for kind in ("lora", "dora", "full"))
+    seeds = (values(results, f"{kind}_rows") for kind in ("lora", "dora", "full"))
     lora, dora, full = (f"{x.mean():+.2f} ± {np.ptp(x) / 2:.2f}" for x in seeds)
     title = f"Mean over rows: LoRA {lora}, DoRA {dora}, full {full}; dots: seeds"
     ax.set_title(title.replace("-", "−"), fontsize=10)
@@ -616,16 +602,16 @@ def draw_entropy_and_error(results=None):
     unit = [result | {"error_nf4": 1.0} for result in results]
     for ax, what, low, high in ((left, "entropy", 3.66, 3.78), (right, "error", 0.94, 1.06)):
         for x, key in enumerate(keys):
-            found, colour = registry.values(unit, f"{what}_{key}"), COLOURS[2] if key == "best" else "0.45"
+            found, colour = values(unit, f"{what}_{key}"), COLOURS[2] if key == "best" else "0.45"
             ax.plot([x - 0.22, x + 0.22], [found.mean()] * 2, "-", color=colour, lw=2.2)
-            ax.plot([x] * len(found), found, "o", color=colour, ms=4, mec="white", mew=0.4)
+            dots(ax, x, found, colour, 4)
             ax.annotate(f"{found.mean():.3f}", (x + 0.22, found.mean()), (3, -3), color=colour, **SMALL)
         ax.set(ylim=(low, high), xlim=(-0.5, 2.75))
         ax.set_xticks(range(3), labels)
     left.set_ylabel("entropy of a block of 64 (bits)")
     right.set_ylabel("squared error / NF4's")
-    rise = (registry.values(results, "entropy_best") - registry.values(results, "entropy_nf4")).mean()
-    error = registry.values(results, "error_best").mean()
+    rise = (values(results, "entropy_best") - values(results, "entropy_nf4")).mean()
+    error = values(results, "error_best").mean()
     figure.suptitle(f"ICQ: {rise:+.2f} bits of entropy, {error:.3f} times the error; dots: seeds", fontsize=10)
     return figure
 
@@ -634,21 +620,21 @@ def draw_learning_and_forgetting(results=None):
     """Accuracy learned, old task kept by LoRA minus full fine-tuning at equal learning, rank of the update (`learns_less_forgets_less`)."""
     results = given_or_run(results, learns_less_forgets_less)
     figure, axes = canvas(8.4, 3.2, ncols=3, width_ratios=(1.3, 1, 1.3))
-    _bars(axes[0], range(2), results, ("learned_full", "learned_lora"), (PALE, COLOURS[2]), "{:.3f}", 0.55)
+    bars(axes[0], range(2), results, ("learned_full", "learned_lora"), (PALE, COLOURS[2]), "{:.3f}", 0.55)
     axes[0].set(ylabel="accuracy on the new task", ylim=(0, 0.85))
-    kept = registry.values(results, "kept_more")
+    kept = values(results, "kept_more")
     axes[1].bar(0, kept.mean(), 0.55, color=COLOURS[2])
-    axes[1].plot([0] * len(kept), kept, "o", color="0.2", ms=3.5, mec="white", mew=0.4)
+    dots(axes[1], 0, kept, "0.2", 3.5)
     axes[1].axhline(0, color="0.4", lw=0.9)
     axes[1].set(ylabel="old task kept, LoRA − full", ylim=(-0.12, 0.03), xlim=(-0.7, 0.7))
     axes[1].set_xticks([0], ["at equal\nlearning"])
     axes[1].annotate("forgets less", (0, 0.014), (0, -3), ha="center", color="0.4", **SMALL)
-    _bars(axes[2], range(2), results, ("rank_full", "rank_lora"), (PALE, COLOURS[2]), "{:.1f}", 0.55)
+    bars(axes[2], range(2), results, ("rank_full", "rank_lora"), (PALE, COLOURS[2]), "{:.1f}", 0.55)
     axes[2].set(ylabel="rank for 90 % of ‖ΔW‖²", ylim=(0, 13))
     for ax in (axes[0], axes[2]):
         ax.set_xticks(range(2), ("full", "LoRA, r = 4"))
-    ratio = (registry.values(results, "rank_full") / registry.values(results, "rank_lora")).mean()
-    less = registry.values(results, "learned_full") - registry.values(results, "learned_lora")
+    ratio = (values(results, "rank_full") / values(results, "rank_lora")).mean()
+    less = values(results, "learned_full") - values(results, "learned_lora")
     less, kept = (f"{x.mean():+.3f} ± {np.ptp(x) / 2:.3f}" for x in (less, kept))
     title = f"LoRA learns {less} less, keeps {kept} at equal learning; ranks differ {ratio:.1f} times; dots: seeds"
     figure.suptitle(title.replace("-", "−"), fontsize=10)

@@ -13,8 +13,8 @@ from ... import nn, ops
 from ...figures.style import COLOURS, SMALL, canvas
 from ...tensor import Tensor, no_grad
 from .. import intrinsic, subspaces
-from . import registry
-from .registry import SEEDS, Experiment, above, below, judge, spread, values
+from .drawing import PALE, dots, given_or_run, mean_and_range
+from .registry import Experiment, above, below, judge, spread, values
 from .toys import Planted, fit, linear, orthonormal
 
 PAIRS = ((1, 1), (2, 2), (8, 8), (8, 64))
@@ -278,6 +278,7 @@ def _intrinsic_verdict(results):
     )
 
 
+# -------------------------------------------------------------------------------------------------------------------- as figures
 def draw_similarity_maps(seed=0, grid=(8, 64)):
     """φ(A_r8, A_r64, i, j) for every i and j as in LoRA's Figure 3, beside chance c = max(i, j)/d, and (φ − c)/(1 − c).
 
@@ -319,14 +320,14 @@ def draw_similarity_maps(seed=0, grid=(8, 64)):
 def draw_two_seeds(results=None):
     """φ(A, A′, n, n) of two seeds and of two Gaussian matrices against n, with both expectations as lines (LoRA's Figure 4)."""
     sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
-    results = [two_seeds(seed, sizes) for seed in SEEDS] if results is None else results
+    results = given_or_run(results, two_seeds, sizes=sizes)
     figure, ax = canvas(5.6, 3.4)
     n = np.arange(1, 65)
     ax.plot(n, [shared_only(k, k, 96, 2) for k in n], "-", color=COLOURS[0], lw=1.2)
     ax.plot(n, n / 96, "--", color="0.45", lw=1.2)
     for result in results:
-        ax.plot(sizes, result["phi"], "o", color=COLOURS[0], ms=4.5, mec="white", mew=0.4)
-        ax.plot(sizes, result["gaussian"], "s", color="0.45", ms=4, mec="white", mew=0.4)
+        dots(ax, sizes, result["phi"], COLOURS[0], 4.5)
+        dots(ax, sizes, result["gaussian"], "0.45", 4, "s")
     ax.annotate(
         "two seeds; line: the planted 2\nshared, the rest chance", (3, 0.68), (10, 4), color=COLOURS[0], **SMALL
     )
@@ -350,13 +351,13 @@ def draw_two_seeds(results=None):
 
 def draw_top_of_delta_in_w(results=None):
     """φ(ΔW's top 4, W₀'s top 10 %) by where ΔW was planted, beside chance and the paper's 0.2 (LoRA's Figure 8, H.3)."""
-    results = results or [top_of_delta_in_w(seed=seed) for seed in SEEDS]
+    results = given_or_run(results, top_of_delta_in_w)
     figure, ax = canvas(6.4, 2.8)
     places = {"weak": "weak directions of W₀", "random": "random directions", "top": "W₀'s top two directions"}
     y, chance = np.arange(len(places))[::-1], results[0]["chance"]
     for at, place in zip(y, places, strict=True):
-        found = registry.values(results, place)
-        ax.barh(at, found.mean(), height=0.55, color="#b8c4d6")
+        found = values(results, place)
+        ax.barh(at, found.mean(), height=0.55, color=PALE)
         ax.plot(found, [at] * len(found), "o", color="0.25", ms=3.5)
         ax.annotate(f"{found.mean():.3f}", (found.max(), at), (7, -3), color="0.3", **SMALL)
     ax.axvline(chance, color=COLOURS[2], lw=1.2)
@@ -371,7 +372,7 @@ def draw_top_of_delta_in_w(results=None):
 
 def draw_amplification(results=None):
     """‖UᵀW₀V‖ by r with U, V of W₀, of two learned ΔW and of random matrices: Table 7 with its random column predicted (lines)."""
-    results = [amplification(seed) for seed in SEEDS] if results is None else results
+    results = given_or_run(results, amplification)
     ranks = results[0]["ranks"]
     figure, (left, right) = canvas(9, 3.5, ncols=2, width_ratios=(1.5, 1))
     columns = (
@@ -382,12 +383,12 @@ def draw_amplification(results=None):
     )
     x = np.arange(len(ranks))
     for k, (key, label, colour, hatch) in enumerate(columns):
-        rows = registry.values(results, key)
+        rows = values(results, key)
         at = x + 0.2 * (k - 1.5)
         left.bar(at, rows.mean(axis=0), 0.19, color=colour, hatch=hatch, edgecolor="white", lw=0.5, label=label)
         for row in rows:
             left.plot(at, row, ".", color="black", ms=3.5)
-    predicted = registry.values(results, "predicted").mean(axis=0)
+    predicted = values(results, "predicted").mean(axis=0)
     for xi, value in zip(x, predicted, strict=True):
         left.plot([xi - 0.3, xi + 0.42], [value, value], color="black", lw=1.4)
         left.annotate(f"{value:.2f}", (xi + 0.42, value), (3, -3), **SMALL)
@@ -406,7 +407,7 @@ def draw_amplification(results=None):
         ("weak", "weak directions", COLOURS[0], "o-", (-4, -16)),
         ("random", "random directions", COLOURS[3], "s--", (6, 6)),
     ):
-        rows = registry.values(results, key)
+        rows = values(results, key)
         right.plot(x, rows.mean(axis=0), mark, color=colour, lw=1.6, ms=5)
         for row in rows:
             right.plot(x, row, mark[0], color=colour, ms=3, alpha=0.5)
@@ -416,14 +417,14 @@ def draw_amplification(results=None):
     right.set_yticks([0.3, 1, 3, 10, 30], ["0.3", "1", "3", "10", "30"])
     right.minorticks_off()
     right.set_xticks(x, [f"r = {r}" for r in ranks])
-    weak, random = (registry.values(results, key)[:, 1].mean() for key in ("weak", "random"))
+    weak, random = (values(results, key)[:, 1].mean() for key in ("weak", "random"))
     right.set_title(f"ΔW at r = 4: {weak:.1f} in weak, {random:.1f} in random", fontsize=10)
     return figure
 
 
 def draw_intrinsic_dimension(results=None):
     """Accuracy on unseen data against the number d of random directions trained, from three starts, with d90 (experiment of that name)."""
-    results = [intrinsic_dimension(seed) for seed in SEEDS] if results is None else results
+    results = given_or_run(results, intrinsic_dimension)
     figure, ax = canvas(5.8, 3.6)
     d = np.array(results[0]["dimensions"])
     lines = []
@@ -432,12 +433,11 @@ def draw_intrinsic_dimension(results=None):
         ("head", "pre-trained body, new head", COLOURS[0], "s--"),
         ("near", "pre-trained on a nearby task", COLOURS[2], "^:"),
     ):
-        rows = registry.values(results, name)
-        d90 = registry.values(results, f"d90_{name}").mean()
-        (line,) = ax.plot(d, rows.mean(axis=0), mark, color=colour, lw=1.6, ms=5)
+        rows = values(results, name)
+        d90 = values(results, f"d90_{name}").mean()
+        line = mean_and_range(ax, d, rows, mark, colour, 0.13, lw=1.6, ms=5)
         lines.append((line, f"{label}: d90 = {d90:.0f}"))
-        ax.fill_between(d, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.13, lw=0)
-    full = np.mean([registry.values(results, f"full_{n}").mean() for n in ("random", "head", "near")])
+    full = np.mean([values(results, f"full_{n}").mean() for n in ("random", "head", "near")])
     weights = results[0]["weights"]
     ax.axhline(full, color="0.5", lw=0.9)
     ax.axhline(0.9 * full, color="0.5", lw=0.9, ls="--")
@@ -448,7 +448,7 @@ def draw_intrinsic_dimension(results=None):
     ax.minorticks_off()
     ax.legend(*zip(*lines, strict=True), loc="lower right", frameon=False, fontsize=8.5)
     ax.set_title(
-        f"From a random start d90 is {registry.values(results, 'd90_random').mean():.0f} of {weights:,.0f}", fontsize=10
+        f"From a random start d90 is {values(results, 'd90_random').mean():.0f} of {weights:,.0f}", fontsize=10
     )
     return figure
 

@@ -16,26 +16,16 @@ from ...dtypes import BFloat16Array, round_to
 from ...figures.style import COLOURS, SMALL, canvas
 from ...lora import LoRALinear
 from ...tensor import Tensor, no_grad
-from . import registry
 from .directions import MLP
-from .registry import SEEDS, Experiment, above, below, judge, values
+from .drawing import given_or_run
+from .registry import Experiment, above, below, judge, values
 from .toys import Planted, adapt, fit, linear, squared_error
 
 RANKS = (1, 4, 16, 64, 256)
 RATES = tuple(2.0**k for k in range(-11, -2))
 DIVERGED = 1e3  # the error of a run that overflowed, or whose error is larger
-ULPS = (
-    -math.inf,
-    -7.5,
-    -3.5,
-    -1.5,
-    -0.5,
-    0.5,
-    1.5,
-    3.5,
-    7.5,
-    math.inf,
-)  # edges: 0, ±1, ±2 … 3, ±4 … 7, 8 and more units
+#: edges: 0, ±1, ±2 … 3, ±4 … 7, 8 and more units
+ULPS = (-math.inf, -7.5, -3.5, -1.5, -0.5, 0.5, 1.5, 3.5, 7.5, math.inf)
 
 
 # ------------------------------------------------------------------------------------------------------------- the first step
@@ -297,9 +287,10 @@ def _merge_verdict(results):
     )
 
 
+# -------------------------------------------------------------------------------------------------------------------- as figures
 def draw_first_step(results=None):
     """⟨−ΔW₁, G⟩ and ‖ΔW₁‖ over their values at r = 1, for SGD and Adam and both scales; lines: the powers of r for r ≪ d."""
-    results = [first_step(seed) for seed in SEEDS] if results is None else results
+    results = given_or_run(results, first_step)
     figure, axes = canvas(9.6, 3.8, ncols=2)
     ranks = np.array(results[0]["ranks"], float)
     runs = (  # key, label, powers of r of gain and size, colour, mark, where the labels go
@@ -318,7 +309,7 @@ def draw_first_step(results=None):
             ax.plot(ranks, ranks ** powers[part], "-" if key[-2:] == "rs" else "--", color=colour, lw=1.2, zorder=1)
             for result in results:
                 ax.plot(ranks, result[key + suffix], mark, ms=size, ls="", zorder=3 if front else 2, **hollow)
-            last = registry.values(results, key + suffix)[:, -1].mean()
+            last = values(results, key + suffix)[:, -1].mean()
             text = f"{label}: {last:.1g}" if last < 0.01 else f"{label}: {last:.3g}"
             ax.annotate(text, (ranks[-1], last), shifts[part], ha="right", color=colour, **SMALL)
         ax.set(xscale="log", yscale="log", xlabel="rank r", xlim=(0.85, 300))
@@ -380,7 +371,7 @@ def draw_alpha_and_rate(result=None):
 
 def draw_learning_rates(results=None):
     """The error on unseen inputs against the learning rate, full fine-tuning and LoRA; the rates that may be the best are marked."""
-    results = [learning_rate_ratio(seed) for seed in SEEDS] if results is None else results
+    results = given_or_run(results, learning_rate_ratio)
     figure, ax = canvas(6.2, 3.7)
     rates = np.array(results[0]["rates"])
     for key, label, colour, line, place in (
@@ -389,7 +380,7 @@ def draw_learning_rates(results=None):
         ("r4", "r = 4, α = 32", COLOURS[2], "-.", 1),
         ("r4_alpha1", "r = 4, α = 1", COLOURS[3], ":", -3),
     ):
-        mean = registry.values(results, key).mean(axis=0)
+        mean = values(results, key).mean(axis=0)
         low, high = best_rates(results, key)
         best = (rates >= low) & (rates <= high)
         ax.plot(rates, mean, line, color=colour, lw=1.8)
@@ -415,10 +406,10 @@ def draw_learning_rates(results=None):
 
 def draw_merge_ulps(results=None):
     """What (W₀ + ΔW) − ΔW misses of W₀ in units of its last place, by the size of ΔW; and the part restored exactly."""
-    results = [merge_restores(seed) for seed in SEEDS] if results is None else results
+    results = given_or_run(results, merge_restores)
     figure, (left, right) = canvas(8.6, 3.5, ncols=2, width_ratios=(1.5, 1))
     labels = ("< −7", "−7 … −4", "−3, −2", "−1", "0", "1", "2, 3", "4 … 7", "> 7")
-    sizes, ulps = results[0]["sizes"], 100 * registry.values(results, "ulps")
+    sizes, ulps = results[0]["sizes"], 100 * values(results, "ulps")
     shown = [i for i, s in enumerate(sizes) if s >= 0.1]
     x = np.arange(len(labels))
     for k, i in enumerate(shown):
@@ -436,23 +427,21 @@ def draw_merge_ulps(results=None):
         ylabel="entries (per cent)",
         ylim=(0, 100),
     )
-    largest = registry.values(results, "largest").max()
+    largest = values(results, "largest").max()
     left.set_title(f"float32, 256 × 256, r = 8: largest error {largest:.1e}", fontsize=10)
     for key, label, colour, mark, at, shift in (
         ("restored", "restored, float32", COLOURS[0], "o-", (0.011, 80), (0, 0)),
         ("restored_bfloat16", "restored, bfloat16", COLOURS[3], "s--", (0.1, 92), (0, 9)),
         ("lost_bfloat16", "bfloat16: not changed\nby merging at all", "0.45", "^:", (0.013, 22), (0, 0)),
     ):
-        rows = 100 * registry.values(results, key)
+        rows = 100 * values(results, key)
         right.plot(sizes, rows.mean(axis=0), mark, color=colour, lw=1.5, ms=5)
         right.annotate(label, at, shift, color=colour, **SMALL)
     right.set(xscale="log", xlabel="‖ΔW‖ / ‖W₀‖", ylabel="entries (per cent)", ylim=(0, 108))
     right.set_xticks(sizes, [f"{s:g}" for s in sizes])
     right.minorticks_off()
     at = list(sizes).index(1.0)
-    right.set_title(
-        f"{100 * registry.values(results, 'restored')[:, at].mean():.0f} % restored at equal size", fontsize=10
-    )
+    right.set_title(f"{100 * values(results, 'restored')[:, at].mean():.0f} % restored at equal size", fontsize=10)
     return figure
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from ... import nn, ops
 from ...figures.style import COLOURS, SMALL, canvas, log_ticks
 from ...tensor import Tensor, no_grad
-from . import registry
-from .registry import Experiment, above, below, given_or_run, judge, spread, values
+from .drawing import PALE, dots, given_or_run, mean_and_range
+from .registry import Experiment, above, below, judge, spread, values
 from .toys import Planted, adapt, fit, linear, orthonormal, weight
 
 RANKS = (1, 2, 4, 8, 64)
@@ -235,6 +235,7 @@ def _weight_types_verdict(results):
     )
 
 
+# -------------------------------------------------------------------------------------------------------------------- as figures
 def draw_rank_sweep(low=None, full=None):
     """The error on unseen data against r: a planted rank 2 (left) and a full-rank update (right), with Eckart and Young's bound as lines.
 
@@ -243,17 +244,17 @@ def draw_rank_sweep(low=None, full=None):
     low, full = given_or_run(low, rank_sweep), given_or_run(full, full_rank_target)
     figure, axes = canvas(8, 3.5, ncols=2, sharey=True)
     for ax, results, colour in zip(axes, (low, full), (COLOURS[0], COLOURS[2]), strict=True):
-        ranks, mse = results[0]["ranks"], registry.values(results, "mse")
-        tail = registry.values(results, "tail")
+        ranks, mse = results[0]["ranks"], values(results, "mse")
+        tail = values(results, "tail")
         ax.plot(ranks, tail.mean(axis=0), "-", color="0.45", lw=1.3, zorder=1)
         for seed, row in enumerate(mse):
-            ax.plot(np.array(ranks) * 1.05 ** (seed - 1), row, "o", color=colour, ms=4, mec="white", mew=0.4)
+            dots(ax, np.array(ranks) * 1.05 ** (seed - 1), row, colour, 4)
         ax.axhline(0.05**2, color="0.6", lw=0.9, ls=":", zorder=0)
         ax.set(xscale="log", yscale="log", xlabel="rank r of the adapter", ylim=(0.0018, 0.3))
         log_ticks(ax, ranks)
     axes[0].set_ylabel("mean squared error on unseen data")
     log_ticks(axes[0], (0.0025, 0.01, 0.03, 0.1, 0.3), "y")
-    one, two = registry.values(low, "mse")[:, 0].mean(), registry.values(low, "mse")[:, 1:].mean()
+    one, two = values(low, "mse")[:, 0].mean(), values(low, "mse")[:, 1:].mean()
     axes[0].annotate("noise floor σ² = 0.0025", (11, 0.0025), (0, -12), color="0.35", **SMALL)
     axes[0].annotate(
         "line: least possible\nof any update of rank r\ndots: LoRA, 3 seeds",
@@ -264,7 +265,7 @@ def draw_rank_sweep(low=None, full=None):
     )
     axes[0].set_title(f"ΔW of rank 2: {one:.4f} at r = 1, then {two:.4f}", fontsize=10)
     eight = full[0]["ranks"].index(8)
-    at8 = registry.values(full, "mse")[:, eight].mean()
+    at8 = values(full, "mse")[:, eight].mean()
     axes[1].annotate(f"r = 8: {at8:.3f}, {at8 / 0.0025:.0f} σ²", (8, at8), (6, 6), color=COLOURS[2], **SMALL)
     axes[1].set_title("ΔW of full rank, same size: no plateau", fontsize=10)
     return figure
@@ -279,9 +280,8 @@ def draw_rank_one_to_d(results=None):
         ("scarce", COLOURS[2], "o-", "1,024 examples"),
         ("ample", COLOURS[0], "s--", "16,384 examples"),
     ):
-        rows = 1000 * registry.values(results, key)
-        ax.plot(ranks, rows.mean(axis=0), mark, color=colour, lw=1.5, ms=4.5)
-        ax.fill_between(ranks, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.25, lw=0)
+        rows = 1000 * values(results, key)
+        mean_and_range(ax, ranks, rows, mark, colour, 0.25, lw=1.5, ms=4.5)
         ax.annotate(
             label,
             (ranks[4], rows.mean(axis=0)[4]),
@@ -290,7 +290,7 @@ def draw_rank_one_to_d(results=None):
             ha="left" if key == "scarce" else "right",
             **SMALL,
         )
-    mean = registry.values(results, "scarce").mean(axis=0)
+    mean = values(results, "scarce").mean(axis=0)
     least = int(mean.argmin())
     ax.annotate(
         f"least at r = {ranks[least]}",
@@ -303,7 +303,7 @@ def draw_rank_one_to_d(results=None):
     ax.set_ylim(2.5, 90)
     log_ticks(ax, ranks)
     log_ticks(ax, (3, 10, 30), "y")
-    rise = registry.values(results, "rise_scarce").mean()
+    rise = values(results, "rise_scarce").mean()
     ax.set_title(f"With few examples r = d has {rise:.2f} times the least error", fontsize=10)
     return figure
 
@@ -316,15 +316,14 @@ def draw_low_data(results=None):
     panels = (("lora", "full", "ΔW of rank 2"), ("lora_full_rank", "full_full_rank", "ΔW of full rank"))
     for ax, (lora, full, what) in zip(axes, panels, strict=True):
         for key, colour, mark in ((lora, COLOURS[0], "o-"), (full, COLOURS[2], "s--")):
-            rows = registry.values(results, key)
-            ax.plot(sizes, rows.mean(axis=0), mark, color=colour, lw=1.6, ms=4.5)
-            ax.fill_between(sizes, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.2, lw=0)
-        untrained = registry.values(results, "untrained").mean()
+            rows = values(results, key)
+            mean_and_range(ax, sizes, rows, mark, colour, 0.2, lw=1.6, ms=4.5)
+        untrained = values(results, "untrained").mean()
         ax.axhline(untrained, color="0.5", lw=0.9, ls=":", zorder=0)
         ax.axvline(96, color="0.75", lw=0.9, zorder=0)
         ax.set(xscale="log", yscale="log", xlabel="examples n", ylim=(0.0018, 0.45))
         log_ticks(ax, sizes)
-        ratio = registry.values(results, full).mean(axis=0) / registry.values(results, lora).mean(axis=0)
+        ratio = values(results, full).mean(axis=0) / values(results, lora).mean(axis=0)
         best = int(ratio.argmax())
         ax.set_title(f"{what}: full / LoRA up to {ratio[best]:.2g} (n = {sizes[best]})", fontsize=10)
     log_ticks(axes[0], (0.0025, 0.01, 0.03, 0.1, 0.3), "y")
@@ -332,7 +331,7 @@ def draw_low_data(results=None):
     axes[0].annotate("untrained", (sizes[-1], untrained), (0, 3), ha="right", color="0.4", **SMALL)
     axes[0].text(96, 0.96, " n = d", transform=axes[0].get_xaxis_transform(), fontsize=8.5, color="0.45", va="top")
     at = list(sizes).index(192)
-    middle = {key: registry.values(results, key).mean(axis=0)[at] for panel in panels for key in panel[:2]}
+    middle = {key: values(results, key).mean(axis=0)[at] for panel in panels for key in panel[:2]}
     axes[0].annotate("full fine-tuning", (192, middle["full"]), (6, 4), color=COLOURS[2], **SMALL)
     axes[0].annotate("LoRA, r = 2", (192, middle["lora"]), (-4, -3), ha="right", va="top", color=COLOURS[0], **SMALL)
     axes[1].annotate("full fine-tuning", (192, middle["full_full_rank"]), (7, 3), color=COLOURS[2], **SMALL)
@@ -352,9 +351,9 @@ def draw_weight_types(results=None):
     choices = results[0]["choices"]
     y = np.arange(len(choices))[::-1]
     for ax, (plant, title) in zip(axes, titles.items(), strict=True):
-        found = registry.values(results, plant)
+        found = values(results, plant)
         mean, best = found.mean(axis=0), int(found.mean(axis=0).argmin())
-        ax.barh(y, mean, height=0.6, color=[COLOURS[2] if i == best else "#b8c4d6" for i in range(len(y))])
+        ax.barh(y, mean, height=0.6, color=[COLOURS[2] if i == best else PALE for i in range(len(y))])
         for row in found:
             ax.plot(row, y, "o", color="0.25", ms=3)
         for at, value in zip(y, mean, strict=True):

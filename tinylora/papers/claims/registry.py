@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SEEDS = (0, 1, 2)
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -78,9 +80,11 @@ def judge(sentence, conditions):
     return f"{word}: {sentence}" + (f"; undecided over these seeds: {', '.join(open_)}" if open_ else "")
 
 
-def run_all(registry, names=None, seeds=(0, 1, 2), progress=None):
+def run_all(registry, names=None, seeds=SEEDS, progress=None):
     """{name: [result of each seed]}. progress(name, seed, seconds) is called after each run, if given."""
-    names = list(registry) if names is None else [names] if isinstance(names, str) else list(names)
+    if names is None:
+        names = registry
+    names = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in names if name not in registry]
     if unknown:
         raise ValueError(f"experiments: there is no {unknown[0]!r}; they are {', '.join(registry)}")
@@ -131,10 +135,3 @@ def spread(x):
 def short(v):
     """Three significant digits, without zeros that say nothing."""
     return f"{v:.3g}"
-
-
-SEEDS = (0, 1, 2)
-
-
-def given_or_run(given, function):
-    return [function(seed=seed) for seed in SEEDS] if given is None else given
