@@ -3,6 +3,9 @@
 The toys are of three kinds: matrices with a spectrum of our choice (PiSSA, LoftQ, IR-QLoRA), one step from a planted gradient
 (LoRA-GA), and small networks trained through the engine (LoRA+, AdaLoRA, DoRA, learning and forgetting). Each docstring
 says what the paper claims, what is measured, and what came out at seeds 0, 1, 2, also where it is not the claim.
+
+What is computed: each experiment is a function of a seed. What is said: a verdict from the numbers of all seeds. What is drawn: one
+figure a claim, but for a count (VeRA's parameters) and an equality (the ratio of the rates without Adam), which need none.
 """
 
 import math

@@ -3,6 +3,9 @@
 The planted tasks and the training are those of `planted`; φ and Table 7's pieces come from `subspaces`, the random subspace from
 `intrinsic`. Each measured φ stands beside two expectations: max(i, j)/d for unrelated subspaces, and `shared_only` for subspaces
 that share the planted directions and nothing else.
+
+What is computed: each experiment is a function of a seed, and its docstring says what was expected. What is said: a verdict from the
+numbers of all seeds. What is drawn: one figure a claim, after the figures and tables of LoRA's §7 where the paper has one.
 """
 
 import math
