@@ -1,8 +1,9 @@
 """The papers' qualitative claims, each put to the test on a toy that runs in a second or two on one core.
 
-    planted     which rank is enough, scarce data, which weights to adapt
-    directions  what two runs share, what ΔW amplifies, how many random directions are enough
-    dynamics    the first step against r, exchanges among α, rates and initialization, learning rates, merging
+    planted      which rank is enough, scarce data, which weights to adapt
+    directions   what two runs share, what ΔW amplifies, how many random directions are enough
+    dynamics     the first step against r, exchanges among α, rates and initialization, learning rates, merging
+    descendants  what the methods that came after LoRA claim
 
     results = claims.run(["rank_sweep", "first_step"], seeds=(0, 1, 2))
     print(claims.describe(results))
@@ -12,32 +13,22 @@ Its docstring says what is claimed and where, what is measured, what was expecte
 numbers of all seeds, and says "fails" where they say so, and what is undecided where they differ too much among each other. A toy can
 refute a claim's generality; it cannot confirm what a claim says of language models.
 
-A module joins by defining `EXPERIMENTS`, a dict {name: Experiment}.
+An experiment also names how it is drawn (`Experiment.draw`); `page` writes the table and the figures beside each other. A file joins by
+defining `EXPERIMENTS`, a dict {name: Experiment}.
 """
 
-import importlib.util
+from . import descendants, directions, dynamics, planted, registry
+from .registry import Drawing, Experiment
 
-from . import registry
-from .registry import Experiment
+__all__ = ["EXPERIMENTS", "Drawing", "Experiment", "describe", "row", "run"]
 
-__all__ = ["EXPERIMENTS", "Experiment", "describe", "row", "run"]
-
-MODULES = ("planted", "directions", "dynamics", "descendants")
-
-
-def _collect():
-    found = {}
-    for name in MODULES:
-        if importlib.util.find_spec(f"{__name__}.{name}"):
-            for key, experiment in getattr(importlib.import_module(f"{__name__}.{name}"), "EXPERIMENTS", {}).items():
-                if key in found:
-                    raise ValueError(f"experiments: two experiments are called {key!r}; the second is in {name}")
-                found[key] = experiment
-    return found
-
-
-#: {name: Experiment}, in the order of MODULES
-EXPERIMENTS = _collect()
+#: {name: Experiment}, in the order of the page
+EXPERIMENTS = {
+    **planted.EXPERIMENTS,
+    **directions.EXPERIMENTS,
+    **dynamics.EXPERIMENTS,
+    **descendants.EXPERIMENTS,
+}
 
 
 def run(names=None, seeds=(0, 1, 2), progress=None):

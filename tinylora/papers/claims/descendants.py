@@ -20,7 +20,7 @@ from ...nn import Linear4bit
 from ...optim import AdamW, schedule
 from ...quant import quantize
 from .drawing import PALE, bars, dots, given_or_run
-from .registry import Experiment, above, below, judge, spread, values
+from .registry import Drawing, Experiment, above, below, judge, spread, values
 from .toys import linear, orthonormal, squared_error, weight
 
 
@@ -657,6 +657,7 @@ EXPERIMENTS = {
             for name in ("nf4", "pissa", "loftq_1", "loftq_5")
         ),
         _starts_verdict,
+        Drawing("quantization_starts", draw_quantization_starts),
     ),
     "aligned_first_step": Experiment(
         "An aligned first step",
@@ -666,6 +667,7 @@ EXPERIMENTS = {
         aligned_first_step,
         (("cosine, LoRA:", "lora"), ("LoRA-GA:", "lora_ga"), ("PEFT's:", "peft"), ("best of rank 2r:", "bound")),
         _first_step_verdict,
+        Drawing("aligned_first_step", draw_aligned_first_step),
     ),
     "lora_plus_ratio": Experiment(
         "The ratio of the rates",
@@ -684,6 +686,7 @@ EXPERIMENTS = {
             )
         ),
         _ratio_verdict,
+        Drawing("rate_ratio", draw_rate_ratio),
     ),
     "lora_plus_start": Experiment(
         "The ratio without Adam",
@@ -707,6 +710,7 @@ EXPERIMENTS = {
             ("LoRA:", "error_lora"),
         ),
         _allocation_verdict,
+        Drawing("rank_allocation", draw_rank_allocation),
     ),
     "magnitude_and_direction": Experiment(
         "Magnitude and direction",
@@ -718,6 +722,7 @@ EXPERIMENTS = {
             (f"{kind}, {axis}:", f"{kind}_{axis}") for axis in ("rows", "columns") for kind in ("lora", "dora", "full")
         ),
         _direction_verdict,
+        Drawing("magnitude_and_direction", draw_magnitude_and_direction),
     ),
     "vera_counts": Experiment(
         "VeRA's parameters",
@@ -742,6 +747,7 @@ EXPERIMENTS = {
             ("τ*:", "error_best"),
         ),
         _entropy_verdict,
+        Drawing("entropy_and_error", draw_entropy_and_error),
     ),
     "learns_less_forgets_less": Experiment(
         "Learning and forgetting",
@@ -757,5 +763,6 @@ EXPERIMENTS = {
             ("LoRA:", "rank_lora"),
         ),
         _forgets_verdict,
+        Drawing("learning_and_forgetting", draw_learning_and_forgetting),
     ),
 }

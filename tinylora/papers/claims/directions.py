@@ -17,7 +17,7 @@ from ...figures.style import COLOURS, SMALL, canvas
 from ...tensor import Tensor, no_grad
 from .. import intrinsic, subspaces
 from .drawing import PALE, dots, given_or_run, mean_and_range
-from .registry import Experiment, above, below, judge, spread, values
+from .registry import Drawing, Experiment, above, below, judge, spread, values
 from .toys import Planted, fit, linear, orthonormal
 
 PAIRS = ((1, 1), (2, 2), (8, 8), (8, 64))
@@ -470,6 +470,8 @@ EXPERIMENTS = {
             ("φ(1,1) of ΔW:", "phi_delta_1"),
         ),
         _overlap_verdict,
+        # the maps need φ for every i and j, which the table does not
+        Drawing("similarity_maps", lambda _: draw_similarity_maps()),
     ),
     "two_seeds": Experiment(
         "Two seeds",
@@ -479,6 +481,8 @@ EXPERIMENTS = {
         two_seeds,
         (("φ(n,n) at n = 1 2 16 64:", "phi"), ("Gaussians:", "gaussian"), ("n/d:", "chance")),
         _two_seeds_verdict,
+        # the curve needs more sizes than the table
+        Drawing("two_seeds", lambda _: draw_two_seeds()),
     ),
     "top_of_delta_in_w": Experiment(
         "ΔW's top in W's top",
@@ -493,6 +497,7 @@ EXPERIMENTS = {
             ("chance:", "chance"),
         ),
         _top_verdict,
+        Drawing("top_of_delta_in_w", draw_top_of_delta_in_w),
     ),
     "amplification": Experiment(
         "Amplification",
@@ -508,6 +513,7 @@ EXPERIMENTS = {
             ("drawn:", "drawn"),
         ),
         _amplification_verdict,
+        Drawing("amplification", draw_amplification),
     ),
     "intrinsic_dimension": Experiment(
         "Intrinsic dimension",
@@ -522,5 +528,6 @@ EXPERIMENTS = {
             ("accuracy of the last before training:", "start_near"),
         ),
         _intrinsic_verdict,
+        Drawing("intrinsic_dimension", draw_intrinsic_dimension),
     ),
 }

@@ -21,7 +21,7 @@ from ...lora import LoRALinear
 from ...tensor import Tensor, no_grad
 from .directions import MLP
 from .drawing import given_or_run
-from .registry import Experiment, above, below, judge, values
+from .registry import Drawing, Experiment, above, below, judge, values
 from .toys import Planted, adapt, fit, linear, squared_error
 
 RANKS = (1, 4, 16, 64, 256)
@@ -466,6 +466,7 @@ EXPERIMENTS = {
             ("Adam, α/√r:", "adam_rs_size"),
         ),
         _first_step_verdict,
+        Drawing("first_step", draw_first_step),
     ),
     "invariance": Experiment(
         "The exchange",
@@ -479,6 +480,7 @@ EXPERIMENTS = {
             ("with α/32 alone:", "relative_alone"),
         ),
         _invariance_verdict,
+        Drawing("invariance", lambda results: draw_invariance(results[0])),
     ),
     "alpha_is_like_lr": Experiment(
         "α and the rate",
@@ -492,6 +494,7 @@ EXPERIMENTS = {
             ("at the end:", "last_unscaled"),
         ),
         _alpha_verdict,
+        Drawing("alpha_and_rate", lambda results: draw_alpha_and_rate(results[0])),
     ),
     "learning_rate_ratio": Experiment(
         "Learning rates",
@@ -506,6 +509,7 @@ EXPERIMENTS = {
             ("r = 4, α = 1:", "r4_alpha1"),
         ),
         _ratio_verdict,
+        Drawing("learning_rates", draw_learning_rates),
     ),
     "merge_restores": Experiment(
         "Merging and unmerging",
@@ -520,5 +524,6 @@ EXPERIMENTS = {
             ("entries that merging leaves as they were, bfloat16:", "lost_bfloat16"),
         ),
         _merge_verdict,
+        Drawing("merge_ulps", draw_merge_ulps),
     ),
 }

@@ -4,32 +4,7 @@ from pathlib import Path
 
 from ...figures.style import save
 from ...models import files
-from . import EXPERIMENTS, descendants, directions, dynamics, planted, row
-
-#: figure file: (what it shows, which experiments' results it takes, how it is drawn from them)
-FIGURES = {
-    "rank_sweep": (("rank_sweep", "full_rank_target"), planted.draw_rank_sweep),
-    "rank_one_to_d": (("table18_shape",), planted.draw_rank_one_to_d),
-    "low_data": (("low_data",), planted.draw_low_data),
-    "weight_types": (("weight_types",), planted.draw_weight_types),
-    "similarity_maps": (("subspace_overlap",), lambda results: directions.draw_similarity_maps()),
-    "two_seeds": (("two_seeds",), lambda results: directions.draw_two_seeds()),
-    "top_of_delta_in_w": (("top_of_delta_in_w",), directions.draw_top_of_delta_in_w),
-    "amplification": (("amplification",), directions.draw_amplification),
-    "intrinsic_dimension": (("intrinsic_dimension",), directions.draw_intrinsic_dimension),
-    "first_step": (("first_step",), dynamics.draw_first_step),
-    "invariance": (("invariance",), lambda results: dynamics.draw_invariance(results[0])),
-    "alpha_and_rate": (("alpha_is_like_lr",), lambda results: dynamics.draw_alpha_and_rate(results[0])),
-    "learning_rates": (("learning_rate_ratio",), dynamics.draw_learning_rates),
-    "merge_ulps": (("merge_restores",), dynamics.draw_merge_ulps),
-    "quantization_starts": (("quantized_starts",), descendants.draw_quantization_starts),
-    "aligned_first_step": (("aligned_first_step",), descendants.draw_aligned_first_step),
-    "rate_ratio": (("lora_plus_ratio",), descendants.draw_rate_ratio),
-    "rank_allocation": (("adalora_allocation",), descendants.draw_rank_allocation),
-    "magnitude_and_direction": (("magnitude_and_direction",), descendants.draw_magnitude_and_direction),
-    "entropy_and_error": (("calibrated_entropy",), descendants.draw_entropy_and_error),
-    "learning_and_forgetting": (("learns_less_forgets_less",), descendants.draw_learning_and_forgetting),
-}
+from . import EXPERIMENTS, row
 
 INTRODUCTION = """# The papers' qualitative claims, on toys
 
@@ -44,17 +19,27 @@ lies within the 90 % interval of its mean (`registry.above`). What was tuned sta
 def write_page(results, folder, pictures=True):
     """Write README.md (one section an experiment: claim, paper, measured, verdict, figure) and the figures to a folder."""
     folder, seeds = Path(folder), len(next(iter(results.values())))
-    drawn = {}
-    for name, (needed, draw) in FIGURES.items():
-        if pictures and all(n in results for n in needed):
-            save(draw(*(results[n] for n in needed)), folder / f"{name}.svg")
-            drawn |= dict.fromkeys(needed, name)
+    drawn = _draw(results, folder) if pictures else {}
     text = INTRODUCTION.format(seeds=", ".join(map(str, range(seeds))))
-    for name, found in results.items():
-        e = EXPERIMENTS[name]
-        claim, paper, measured, verdict = row(name, found)
-        word, _, why = verdict.partition(":")
-        text += f"## {e.title}\n\n{claim}\n\n* paper: {paper}\n* measured: {measured}\n* verdict: **{word}**:{why}\n\n"
-        if name in drawn:
-            text += f"![{e.title}]({drawn[name]}.svg)\n\n"
+    text += "".join(_section(name, found, drawn.get(name)) for name, found in results.items())
     files.write_text(folder / "README.md", text.rstrip() + "\n")
+
+
+def _draw(results, folder):
+    """Draw every figure whose experiments are all among the results. -> {experiment: the name of the file it is drawn in}"""
+    drawn = {}
+    for name, e in EXPERIMENTS.items():
+        needed = (name, *e.draw.beside) if e.draw else ()
+        if needed and all(n in results for n in needed):
+            save(e.draw.function(*(results[n] for n in needed)), folder / f"{e.draw.file}.svg")
+            drawn |= dict.fromkeys(needed, e.draw.file)
+    return drawn
+
+
+def _section(name, found, figure):
+    """The section of one experiment, with its figure if there is one."""
+    title = EXPERIMENTS[name].title
+    claim, paper, measured, verdict = row(name, found)
+    word, _, why = verdict.partition(":")
+    text = f"## {title}\n\n{claim}\n\n* paper: {paper}\n* measured: {measured}\n* verdict: **{word}**:{why}\n\n"
+    return f"{text}![{title}]({figure}.svg)\n\n" if figure else text

@@ -17,7 +17,7 @@ from ... import nn, ops
 from ...figures.style import COLOURS, SMALL, canvas, log_ticks
 from ...tensor import Tensor, no_grad
 from .drawing import PALE, dots, given_or_run, mean_and_range
-from .registry import Experiment, above, below, judge, spread, values
+from .registry import Drawing, Experiment, above, below, judge, spread, values
 from .toys import Planted, adapt, fit, linear, orthonormal, weight
 
 RANKS = (1, 2, 4, 8, 64)
@@ -376,6 +376,7 @@ EXPERIMENTS = {
         rank_sweep,
         (("error at r = 1 2 4 8 64:", "mse"), ("least possible:", "tail")),
         _rank_sweep_verdict,
+        Drawing("rank_sweep", draw_rank_sweep, beside=("full_rank_target",)),
     ),
     "full_rank_target": Experiment(
         "A target of full rank",
@@ -394,6 +395,7 @@ EXPERIMENTS = {
         table18_shape,
         (("excess at r = 1 2 4 8 16 32 64 96, scarce data:", "scarce"), ("ample data:", "ample")),
         _table18_verdict,
+        Drawing("rank_one_to_d", draw_rank_one_to_d),
     ),
     "low_data": Experiment(
         "Few examples",
@@ -403,6 +405,7 @@ EXPERIMENTS = {
         low_data,
         (("full / LoRA at n = 16 48 96 192 384 1024:", "ratio"), ("with a full-rank update:", "ratio_full_rank")),
         _low_data_verdict,
+        Drawing("low_data", draw_low_data),
     ),
     "weight_types": Experiment(
         "Which weights to adapt",
@@ -416,5 +419,6 @@ EXPERIMENTS = {
             ("everywhere:", "everywhere"),
         ),
         _weight_types_verdict,
+        Drawing("weight_types", draw_weight_types),
     ),
 }

@@ -12,6 +12,20 @@ SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How the results of an experiment are drawn.
+
+    file       the name of the figure's file, without .svg
+    function   (results of the experiment, results of each in `beside`, …) -> figure
+    beside     the names of other experiments whose results the same figure takes
+    """
+
+    file: str
+    function: Callable
+    beside: tuple = ()
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One claim of a paper, and the toy that puts it to the test.
 
@@ -22,6 +36,7 @@ class Experiment:
     function   (seed=…) -> {name: float, or list of floats}
     measured   ((label, key), …): the numbers of a seed that the table shows
     verdict    [one result a seed] -> a sentence, worked out from the numbers: see `judge` for how it begins
+    draw       its Drawing; None where it has no figure, or where it is drawn beside another
     """
 
     title: str
@@ -31,6 +46,7 @@ class Experiment:
     function: Callable
     measured: tuple
     verdict: Callable
+    draw: Drawing | None = None
 
 
 def values(results, key):
