@@ -44,9 +44,8 @@ def test_switch_prints_scores_pieces_and_the_price_of_each_way(folder, capsys, m
     assert "the base's bits are unchanged" in printed
     error = float(re.search(r"largest difference (\S+)$", printed, re.M)[1])
     assert error < 1e-4
-    monkeypatch.setattr(
-        "tinylora.training.finetune.fit", None
-    )  # the adapters are there: only the switching is done again
+    # the adapters are there: only the switching is done again
+    monkeypatch.setattr("tinylora.training.finetune.fit", None)
     assert switch(folder, "--prompts", "x", "y") == 0
     pieces = re.findall(r"^--- (\w+)", capsys.readouterr().out, re.M)
     assert pieces == ["one", "two", "one", "two"]

@@ -18,7 +18,7 @@ def nf4_on_the_normal(blocksize=64):
     code = codebooks.nf4().astype(float)
     values = code * scale
     heights = np.array([normal.cdf(x) for x in values])
-    colours = [blue if c < 0 else "0.25" if c == 0 else red for c in code]
+    colours = [*[blue] * 7, "0.25", *[red] * 8]  # the negative values, 0, the positive ones
 
     x = np.linspace(-2.6, 2.6, 400)
     left.plot(x, [normal.cdf(v) for v in x], color="0.55", lw=1.2, zorder=1)

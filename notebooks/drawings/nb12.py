@@ -24,7 +24,9 @@ def gradient_by_depth(off):
         ax.annotate(
             label, (1, off[name][0]), (12, 0), va="center", color=colour, textcoords="offset points", fontsize=10
         )
-        form = "{:.1%}" if name == "W" else "{:.2%}" if max(off[name]) > 1e-4 else "{:.0e}"
+        form = "{:.2%}" if max(off[name]) > 1e-4 else "{:.0e}"
+        if name == "W":
+            form = "{:.1%}"
         for block, error in zip(blocks, off[name], strict=True):
             ax.annotate(form.format(error), (block, error), (0, 8), ha="center", color=colour, **small)
     ax.set(yscale="log", xlim=(len(blocks) + 0.4, -0.05), ylim=(5e-11, 3))

@@ -338,7 +338,6 @@ def test_experiments_leave_the_global_generator_alone():
 def test_figures_draw_what_they_are_given():
     pytest.importorskip("matplotlib")
     from tinylora.figures import runs
-    from tinylora.papers.claims import dynamics as of_dynamics
 
     results = {(t, r): [2.3 - 0.01 * r, 2.31 - 0.01 * r] for t in ("q_proj, v_proj", "all-linear") for r in (1, 8)}
     figure = runs.rank_table(results)
@@ -347,5 +346,5 @@ def test_figures_draw_what_they_are_given():
         runs.rank_table({})
     merged = of(dynamics.merge_restores)
     percent = f"{100 * get(merged, 'restored')[:, 2].mean():.0f} % restored"
-    assert percent in of_dynamics.draw_merge_ulps(merged).axes[1].get_title()
-    assert "0 of 102 losses" in of_dynamics.draw_invariance(dynamics.invariance(1)).axes[0].get_title()
+    assert percent in dynamics.draw_merge_ulps(merged).axes[1].get_title()
+    assert "0 of 102 losses" in dynamics.draw_invariance(dynamics.invariance(1)).axes[0].get_title()

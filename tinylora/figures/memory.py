@@ -1,4 +1,4 @@
-"""Figures of the memory account: a step's bytes by method, and figure 6 of QLoRA recomputed beside its own labels."""
+"""The figure of the memory account: a step's bytes by method, part by part."""
 
 from ..costs.memory import ROWS
 from ..costs.tables import in_units
@@ -34,7 +34,7 @@ def account_bars(accounts, title=None):
     accounts = list(accounts)
     figure, ax = canvas(9.2, 1.25 + 0.78 * len(accounts))
     longest = max(a.total for a in accounts)
-    scale = GB if longest >= GB else 1e6 if longest >= 1e6 else 1e3
+    scale, unit = next((u for u in ((GB, "GB"), (1e6, "MB")) if longest >= u[0]), (1e3, "kB"))
     for y, account in enumerate(accounts):
         parts = [(getattr(account, field) / scale, PARTS[field][1]) for field in ROWS]
         end = stacked_bar(ax, y, parts, 0.42)
@@ -60,7 +60,6 @@ def account_bars(accounts, title=None):
     )
     ax.get_legend().set_in_layout(True)
     ax.set_yticks(range(len(accounts)), [a.label for a in accounts], fontsize=9)
-    unit = {GB: "GB", 1e6: "MB", 1e3: "kB"}[scale]
     ax.set(xlim=(0, 1.14 * longest / scale), ylim=(len(accounts) - 0.6, -0.65), xlabel=f"{unit} of one training step")
     ax.xaxis.set_label_coords(0.98, 0.04)
     ax.xaxis.label.set(ha="right", va="bottom", fontsize=9)

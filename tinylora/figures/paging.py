@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from .style import COLOURS, canvas
+from .style import COLOURS, SMALL, canvas
 
 _MARKS = (("fault", COLOURS[2]), ("prefetch", COLOURS[0]), ("evict", "0.35"))
 
@@ -51,9 +51,8 @@ def timeline(trace, budget=None, title=None, tape=None, room=None):
             "pages",
             (last + 0.7, resident[-1] / unit),
             (0, -13),
-            textcoords="offset points",
             ha="center",
-            fontsize=8.5,
+            **SMALL,
             color=COLOURS[0],
         )
     elif budget is not None and budget < 1.6 * resident.max():
@@ -62,8 +61,7 @@ def timeline(trace, budget=None, title=None, tape=None, room=None):
             f"budget {budget / unit:.2f} {name}",
             (place[0], budget / unit),
             (2, 3),
-            textcoords="offset points",
-            fontsize=8.5,
+            **SMALL,
         )
     top.set(ylabel=f"{'resident' if tape is None else 'held'}, {name}", ylim=(0, None))
     wide = 0.27
@@ -104,17 +102,15 @@ def _beside(ax, tape, room, unit, name, before, after):
                 f"beside the resident pages: {(nbytes + before[s]) / unit:.1f} {name}",
                 (s + 0.38, (nbytes + before[s]) / unit),
                 (2, -9),
-                textcoords="offset points",
-                fontsize=8.5,
+                **SMALL,
             )
     s = min(s for s in tape if before[s] == max(before[s] for s in tape))
     ax.annotate(
         f"tape, {tape[s] / unit:.1f} {name}",
         (s + 0.05, (after[s] + tape[s]) / unit),
         (0, 3),
-        textcoords="offset points",
         ha="left",
-        fontsize=8.5,
+        **SMALL,
         color=COLOURS[3],
     )
     if room is not None:
@@ -123,8 +119,7 @@ def _beside(ax, tape, room, unit, name, before, after):
             f"room for both: {room / unit:.0f} {name}",
             (min(tape), room / unit),
             (3, 3),
-            textcoords="offset points",
-            fontsize=8.5,
+            **SMALL,
         )
 
 
@@ -167,7 +162,7 @@ def paging_costs(costs, state, title=None):
         xlabel="budget, % of the state", ylabel="time / optimizer without a budget", xlim=(0, 104), ylim=(0, None)
     )
     right.annotate("filled: the next page is brought meanwhile\nopen: brought when it is needed", (2, 0), (4, 8),
-                   textcoords="offset points", fontsize=8.5, color="0.25")  # fmt: skip
+                   **SMALL, color="0.25")  # fmt: skip
     worst = max(costs, key=lambda c: c.time_ratio)
     left.set_title(title or "the same bits at every budget", fontsize=10)
     right.set_title(f"at most {worst.time_ratio:.2f} times, at {100 * worst.fraction:.0f} %", fontsize=10)

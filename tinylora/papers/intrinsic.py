@@ -16,7 +16,7 @@ training and touches every weight; LoRA's updates of rank r form no subspace, an
 P is dense, drawn once and kept: 4 D d bytes in float32 (D = 10⁵, d = 100: 40 MB). Drawing it again for each product
 would save that and cost D d normals each time; Aghajanyan et al. use Fastfood transforms instead, which are left out, as
 are sparse projections. Their SAID shares one λ among all weights of a layer; here each weight tensor has one.
-`tensor.checkpoint` inside the model is not supported: its second run would see the model's own weights. Shards in threads
+`tape.checkpoint` inside the model is not supported: its second run would see the model's own weights. Shards in threads
 work, one after the other. Move the model to its device first; P is put beside it.
 """
 

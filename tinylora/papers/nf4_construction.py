@@ -175,7 +175,8 @@ def _draw(ax, f, sizes, power, colour, line, unit):
         ax.annotate(f"theory: {expected}", (expected, 0.025), at, xycoords=bottom, va="bottom", **words)
     ax.set(xscale="log", yscale="log")
     ticks = [I for I in (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if sizes[0] <= I <= sizes[-1]]
-    ax.set_xticks(ticks if power else ticks[::2], [str(I) for I in (ticks if power else ticks[::2])])
+    ticks = ticks if power else ticks[::2]
+    ax.set_xticks(ticks, [str(I) for I in ticks])
     ax.xaxis.minorticks_off()
     ax.yaxis.set_major_formatter("{x:g}")
     return [f(int(I)) for I in sizes]
