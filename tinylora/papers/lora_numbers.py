@@ -131,38 +131,31 @@ _LATENCY = [
 
 def audit():
     """Every number of the paper that arithmetic can reach, printed beside recomputed. -> [Row], in the paper's order"""
-    return [*_section_2_to_4(), *_tables_1_to_5(), *_appendix_d(), *_table_13(), *_table_15(), *_table_7()]
+    parts = (
+        *(_section_2_to_4, _table_1, _table_2, _table_3, _table_4, _table_5),
+        *(_appendix_d, _table_13, _table_15, _table_7),
+    )
+    return [row for part in parts for row in part()]
 
 
 def _section_2_to_4():
-    r4 = _qv(GPT3, 4)
+    r4, fewer, slower = _qv(GPT3, 4), "fewer trained parameters", "time; in tokens a second it is +32.6 %"
+    mixed = "16 bytes a weight (Adam, mixed) would be 2.8TB"
     return [
-        _row(
-            "Abstract", "GPT-3", "LoRA", "q, v, r = 4", "10,000x", _GPT3_FT / r4, "fewer trained parameters", about=True
-        ),
+        _row("Abstract", "GPT-3", "LoRA", "q, v, r = 4", "10,000x", _GPT3_FT / r4, fewer, about=True),
         _row("§2", "GPT-3", "LoRA", "q, v, r = 4", "0.01%", r4 / _GPT3_FT, "|Θ| as a share of |Φ₀|"),
         _row("§4.2", "GPT-3", "FT", "2 bytes a weight", "350GB", 2 * _GPT3_FT, "checkpoint", about=True),
         _row("§4.2", "GPT-3", "LoRA", "q, v, r = 4, 2 bytes", "35MB", 2 * r4, "checkpoint", about=True),
         _row("§4.2", "GPT-3", "LoRA", "350GB/35MB", "10,000x", 350e9 / 35e6, "checkpoints, of the printed sizes"),
-        _row(
-            "§4.2", "GPT-3", "FT", "memory in training", "1.2TB", None, "16 bytes a weight (Adam, mixed) would be 2.8TB"
-        ),
+        _row("§4.2", "GPT-3", "FT", "memory in training", "1.2TB", None, mixed),
         _row("§4.2", "GPT-3", "LoRA", "1.2TB/350GB", "3x", 1.2e12 / 350e9, "abstract: GPU memory by 3 times"),
         _row("Footnote 4", "GPT-3", "LoRA", "350GB + 100 × 35MB", "354GB", 350e9 + 100 * 35e6),
         _row("Footnote 4", "GPT-3", "FT", "100 × 350GB", "35TB", 100 * 350e9),
-        _row(
-            "Footnote 5",
-            "GPT-3",
-            "LoRA",
-            "1 − 32.5/43.1",
-            "25%",
-            1 - 32.5 / 43.1,
-            "time; in tokens a second it is +32.6 %",
-        ),
+        _row("Footnote 5", "GPT-3", "LoRA", "1 − 32.5/43.1", "25%", 1 - 32.5 / 43.1, slower),
     ]
 
 
-def _tables_1_to_5():
+def _table_1():
     rows = []
     for printed in ("0.5M", "11M"):
         rows.append(_fit("Table 1", "GPT-2 M", "Adapter^L", "r", printed, lambda r: adapter_l(*GPT2_M, r)))
@@ -170,24 +163,42 @@ def _tables_1_to_5():
     for setting, base, low, high in _LATENCY:
         for method, (ms, printed) in (("Adapter^L", low), ("Adapter^H", high)):
             rows.append(_row("Table 1", "GPT-2 M", method, setting, printed, ms / base - 1, "added latency"))
+    return rows
+
+
+def _table_2():
+    rows = []
     for model, method, printed, scores, average in _GLUE:
         setting, exact, note = _glue_count(model, method, printed)
         rows.append(_row("Table 2", model, method, setting, printed, exact, note, about=method == "FT*"))
         rows.append(_row("Table 2", model, method, "average of 8", average, sum(scores) / 8))
+    return rows
+
+
+def _table_3():
+    rows = []
     for model, size, full, adapters, prefix, low_rank in (
         ("GPT-2 M", GPT2_M, "354.92M", ("0.37M", "11.09M"), "0.35M", "0.35M"),
         ("GPT-2 L", GPT2_L, "774.03M", ("0.88M", "23.00M"), "0.77M", "0.77M"),
     ):
-        d = size[1]
         rows.append(_row("Table 3", model, "FT*", "", full, _FULL[model]))
         rows += [_fit("Table 3", model, "Adapter^L", "r", p, lambda r, s=size: adapter_l(*s, r)) for p in adapters]
         if model == "GPT-2 M":
             rows.append(_fit("Table 3", model, "Adapter^H", "r", "11.09M", lambda r: adapter_h(*GPT2_M, r)))
-            rows.append(_row("Table 3", model, "FT^Top2*", "2 layers", "25.19M", 2 * (12 * d * d + 13 * d)))
+            rows.append(_row("Table 3", model, "FT^Top2*", "2 layers", "25.19M", _top_2(size[1])))
         rows.append(_fit("Table 3", model, "PreLayer*", "l", prefix, lambda n, s=size: prefix_layer(*s, n)))
         rows.append(_row("Table 3", model, "LoRA", "r_q = r_v = 4", low_rank, _qv(size, 4)))
+    return rows
+
+
+def _top_2(d):
+    """The last two blocks of a GPT-2 of width d: 12 d² weights and 13 d biases and gains each."""
+    return 2 * (12 * d * d + 13 * d)
+
+
+def _table_4():
     L, d = GPT3
-    rows += [
+    return [
         _row("Table 4", "GPT-3", "FT", "", "175,255.8M", _FULL["GPT-3"], "the GPT-3 paper's shapes, tied head"),
         _row("Table 4", "GPT-3", "BitFit", "11 d a layer", "14.2M", bitfit(L, d), "12 d a layer would be 14.16M"),
         _row("Table 4", "GPT-3", "PreEmbed", "l_p = 256, l_i = 8", "3.2M", prefix_embedding(d, 256, 8)),
@@ -197,6 +208,10 @@ def _tables_1_to_5():
         _row("Table 4", "GPT-3", "LoRA", "r_v = 2", "4.7M", _qv(GPT3, 2, 1)),
         _row("Table 4", "GPT-3", "LoRA", "r_q = r_k = r_v = r_o = 4", "37.7M", _qv(GPT3, 4, 4)),
     ]
+
+
+def _table_5():
+    rows = []
     for names, r in (("q", 8), ("k", 8), ("v", 8), ("o", 8), ("q, k", 4), ("q, v", 4), ("q, k, v, o", 2)):
         rows.append(_row("Table 5", "GPT-3", "LoRA", f"{names}, r = {r}", "18M", _qv(GPT3, r, len(names.split(", ")))))
     return rows
@@ -204,25 +219,22 @@ def _tables_1_to_5():
 
 def _appendix_d():
     L, d = GPT3
+    four = "r_q = r_k = r_v = r_o = 2"
     return [
         _row("D.4", "GPT-3", "PreEmbed", "l_p = 256, l_i = 8", "3.2M", prefix_embedding(d, 256, 8)),
         _row("D.4", "GPT-3", "PreLayer", "l_p = 8, l_i = 8", "20.2M", prefix_layer(L, d, 8, 8)),
         _row("D.4", "GPT-3", "LoRA", "r_q = r_v = 1", "4.7M", _qv(GPT3, 1)),
         _row("D.4", "GPT-3", "LoRA", "r_v = 2", "4.7M", _qv(GPT3, 2, 1)),
         _row("D.4", "GPT-3", "LoRA", "r_q = r_v = 8", "37.7M", _qv(GPT3, 8)),
-        _row(
-            "D.4", "GPT-3", "LoRA", "r_q = r_k = r_v = r_o = 2", "37.7M", _qv(GPT3, 2, 4), "table 15 has r = 4 for it"
-        ),
+        _row("D.4", "GPT-3", "LoRA", four, "37.7M", _qv(GPT3, 2, 4), "table 15 has r = 4 for it"),
     ]
 
 
 def _table_13():
-    d = GPT2_M[1]
+    top = _top_2(GPT2_M[1])
     return [
         _row("Table 13", "GPT-2 M", "Fine-Tune", "", "354M", _FULL["GPT-2 M"]),
-        _row(
-            "Table 13", "GPT-2 M", "FT^Top2", "2 layers", "24M", 2 * (12 * d * d + 13 * d), "table 3 has 25.19M for it"
-        ),
+        _row("Table 13", "GPT-2 M", "FT^Top2", "2 layers", "24M", top, "table 3 has 25.19M for it"),
         _row("Table 13", "GPT-2 L", "Fine-Tune", "", "774M", _FULL["GPT-2 L"]),
     ]
 
@@ -231,9 +243,8 @@ def _table_15():
     (L, d), rows = GPT3, []
     rows.append(_row("Table 15", "GPT-3", "Fine-Tune", "", "175B", _FULL["GPT-3"]))
     for l_p, printed in _PRE_EMBED:
-        rows.append(
-            _row("Table 15", "GPT-3", "PrefixEmbed", f"l_p = {l_p}, l_i = 8", printed, prefix_embedding(d, l_p, 8))
-        )
+        count = prefix_embedding(d, l_p, 8)
+        rows.append(_row("Table 15", "GPT-3", "PrefixEmbed", f"l_p = {l_p}, l_i = 8", printed, count))
     for l_p, l_i, printed in _PRE_LAYER:
         setting = f"l_p = {l_p}, l_i = {l_i}"
         rows.append(_row("Table 15", "GPT-3", "PrefixLayer", setting, printed, prefix_layer(L, d, l_p, l_i)))
@@ -292,7 +303,7 @@ def _prefix_layer(rows):
 
     too_large = all(r.difference > 0 for r in [*found, *elsewhere, *mixed])
     one_number_fits = max(vectors(-0.5)) <= min(vectors(0.5))
-    if not (fail([*found, *elsewhere, *mixed]) and too_large) or one_number_fits:
+    if not fail([*found, *elsewhere, *mixed]) or not too_large or one_number_fits:
         return None
     above = ", ".join(f"{100 * (r.value / r.computed - 1):.1f}" for r in found)
     (few, fewer), (many, more) = ((l_p, v) for (l_p, l_i, _), v in zip(_PRE_LAYER, vectors(0), strict=True) if l_i == 0)
@@ -317,19 +328,15 @@ def _deberta(rows):
 
 def _budgets(rows):
     """Said if neither LoRA's r = 4 nor any prefix gives the printed counts, and a thousandth of full fine-tuning does."""
-    lora, prefix = ([*pick(rows, where="Table 3", method=m)] for m in ("LoRA", "PreLayer*"))
-    full = pick(rows, where="Table 3", method="FT*")
-    share = [r.value / 1000 for r in full]
-    if not fail([*lora, *prefix]) or not all(agrees(r.printed, x) for r, x in zip(lora, share, strict=True)):
+    (m, l), (full_m, full_l) = (pick(rows, where="Table 3", method=method) for method in ("LoRA", "FT*"))
+    prefix = pick(rows, where="Table 3", method="PreLayer*")
+    share_m, share_l = full_m.value / 1000, full_l.value / 1000
+    if not fail([m, l, *prefix]) or not (agrees(m.printed, share_m) and agrees(l.printed, share_l)):
         return None
-    (m, l), (printed_m, printed_l), (of_m, of_l) = (
-        [r.computed for r in lora],
-        *([r.printed for r in x] for x in (lora, full)),
-    )
     return (
-        f"GPT-2 with r = 4 on q and v: {m:.3f}M and {l:.3f}M, printed as {printed_m} and {printed_l}. No number of prefix tokens "
-        f"gives these for PreLayer either; 0.1 % of {of_m} and {of_l} does ({share[0]:.3f}M, {share[1]:.3f}M), so they look like "
-        "labels of a budget."
+        f"GPT-2 with r = 4 on q and v: {m.computed:.3f}M and {l.computed:.3f}M, printed as {m.printed} and {l.printed}. No number of "
+        f"prefix tokens gives these for PreLayer either; 0.1 % of {full_m.printed} and {full_l.printed} does ({share_m:.3f}M, "
+        f"{share_l:.3f}M), so they look like labels of a budget."
     )
 
 
@@ -385,10 +392,8 @@ def _biases(rows):
 
 def _full_fine_tuning(rows):
     """Said if neither of the two counts follows."""
-    (gpt3,), (medium,) = (
-        pick(rows, where="Table 4", method="FT"),
-        pick(rows, where="Table 3", model="GPT-2 M", method="FT*"),
-    )
+    (gpt3,) = pick(rows, where="Table 4", method="FT")
+    (medium,) = pick(rows, where="Table 3", model="GPT-2 M", method="FT*")
     if not fail([gpt3, medium]):
         return None
     return (
