@@ -41,10 +41,15 @@ class _State(threading.local):
     mode = "record"  # "record": build the tape; "probe": only work out requires_grad; "off": neither
     sink = None  # where backward puts the gradients of leaves, if not into .grad
     watch = None  # called with each tensor that a checkpoint rebuilds, before its tape is walked
+    around = None  # called as around(f, *arguments) in place of every forward and pullback f: costs/flops.py counts products so
 
 
 state = _State()
 _clock = itertools.count()
+
+
+def _run(f, *arguments, **options):
+    return f(*arguments, **options) if state.around is None else state.around(f, *arguments, **options)
 
 
 class Node:
@@ -74,10 +79,10 @@ class Node:
                 "run the forward again before a second backward"
             )
         if callable(pullbacks):
-            every = pullbacks(g, tuple(i in self.places for i in range(self.arity)))
+            every = _run(pullbacks, g, tuple(i in self.places for i in range(self.arity)))
             found = [every[i] for i in self.places]
         else:
-            found = (pull(g) for pull in pullbacks)
+            found = (_run(pull, g) for pull in pullbacks)
         for parent, h in zip(self.parents, found, strict=True):
             h = _as_array(h)
             summed = unbroadcast(h, parent.shape)
@@ -266,7 +271,7 @@ def primitive(forward):
         for name, value in options.items():
             if isinstance(value, Tensor):
                 raise TypeError(f"{forward.__name__}: {name} is a Tensor and must be given by position, not by name")
-        out, pullbacks = forward(*raw, **options)
+        out, pullbacks = _run(forward, *raw, **options)
         return on_tape(forward.__name__, Tensor(out), args, pullbacks)
 
     return operation
