@@ -76,7 +76,7 @@ class LinearBypass(Module):
     def delta(self, base):
         """ΔW = s B A as an array of the base weight's shape. LoRA §4.1."""
         b, a = self.factors()
-        return self.like_weight(b @ a, base) * self.scaling
+        return self.like_weight(ops.matmul(b, a).data, base) * self.scaling
 
     def weight(self, base):
         """W₀ + ΔW: the weight that this bypass makes of its base's."""
