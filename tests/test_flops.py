@@ -1,5 +1,7 @@
 """FLOPs: what is counted equals the formulas exactly, and watching changes nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import tiny
@@ -9,6 +11,7 @@ from tinylora import Tensor, ops
 from tinylora.costs import flops
 from tinylora.kernels.attention import QUERY_BLOCK
 from tinylora.nn import Linear, Linear4bit, Linear16bit
+from tinylora.tensor import state
 
 
 def per_token(layer, tokens, n_in, n_out, rng, input_gradient=True):
@@ -155,15 +158,45 @@ def test_watching_changes_no_bit_and_leaves_plain_arrays_behind(rng):
 
 
 def test_the_engine_is_itself_again_after_an_error_and_counters_do_not_nest():
-    from tinylora.tensor import Node
-
-    before = Tensor.data, Node.gradients
     with pytest.raises(RuntimeError, match="a counter is open already"), flops.counting(), flops.counting():
         pass
-    assert (Tensor.data, Node.gradients) == before
+    assert state.around is None
     with flops.counting() as count:
         pass
     assert count.flops == 0 and count.products == []
+
+
+def test_another_thread_is_not_counted_and_may_count_for_itself():
+    x = Tensor(np.ones((2, 3), np.float32))
+
+    def other():
+        ops.matmul(x, np.ones((3, 5), np.float32))
+        with flops.counting() as count:
+            ops.matmul(x, np.ones((3, 7), np.float32))
+        return count.multiply_adds
+
+    with flops.counting() as count, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(other).result() == 2 * 3 * 7
+    assert count.products == []
+
+
+def test_the_shards_of_a_training_run_are_counted():
+    """Their threads belong to the run: as many operations for two shards as for one."""
+    found = []
+    for shards in (1, 2):
+        recipe = tl.train.Recipe(steps=1, batch_size=2, seq_len=8, shards=shards)
+        with flops.counting() as count:
+            tl.train.fit(tiny.model(), tl.corpus.Text([np.arange(60)]), recipe, progress=False)
+        found.append(count.multiply_adds)
+    assert found[0] == found[1] > 0
+
+
+def test_a_tape_that_outlives_the_block_is_walked_uncounted():
+    w = Tensor(np.ones((3, 3), np.float32), requires_grad=True)
+    with flops.counting() as count:
+        loss = ops.sum(ops.matmul(w, w))
+    loss.backward()
+    assert count.multiply_adds == 27 and type(w.grad) is np.ndarray
 
 
 def test_a_device_array_is_refused_and_not_counted_as_nothing(xp):

@@ -15,22 +15,23 @@ needs x̄: the lowest adapted layers of a model whose inputs are tokens are of t
         loss(model(x)).backward()
     count.flops, count.products
 
-How: inside the block `Tensor.data`, and each gradient that enters a pullback, is handed out as a view of a subclass of
-ndarray. `@` is the ufunc matmul, so the subclass sees it, and its results are of the subclass again. The engine is not
-changed and computes the same bits.
+How: inside the block `tensor.state.around` runs this thread's forwards and pullbacks, and shows them their arrays as views of a
+subclass of ndarray. `@` is the ufunc matmul, so the subclass sees it, and its results are of the subclass again. The engine
+computes the same bits, and other threads never notice; `train.workers` hands the counter on to its own.
 
 Counted are matmuls (also those of attention, a frozen layer, `delta` and `merge`); row-wise dot products (`vecdot`, in
 norms and softmax) are listed, and are no part of `flops`. Not seen: additions, exponentials, dequantization, `np.dot` and
-`np.einsum`, which the engine does not use. NumPy arrays only; one counter at a time, and it sees every thread.
+`np.einsum`, which the engine does not use; products outside its operations, as in PiSSA's start or VeRA's `delta`. NumPy arrays
+only; one counter at a time in a thread.
 """
 
 import contextlib
-import threading
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..tensor import Node, Tensor
+from ..backend import is_array
+from ..tensor import setting, state
 
 
 @dataclass(frozen=True)
@@ -60,43 +61,50 @@ class Count:
         return 2 * self.multiply_adds
 
 
-_in_use = threading.Lock()
-
-
 @contextlib.contextmanager
 def counting():
     """Σ 2 m n k over the products made inside the block. -> Count, complete when the block ends; RuntimeError if one is open already."""
-    if not _in_use.acquire(blocking=False):
+    if state.around is not None:
         raise RuntimeError("flops: a counter is open already; one block at a time")
-    count, data, gradients = Count(), Tensor.data, Node.gradients
+    count = Count()
 
     class Watched(np.ndarray):
+        counted = count.products  # None once the block has ended: a tape that outlives it holds views of this class
+
         def __array_ufunc__(self, ufunc, method, *inputs, out=(), **options):
-            result = getattr(ufunc, method)(
-                *map(_plain, inputs), **options, **({"out": tuple(map(_plain, out))} if out else {})
-            )
+            if out:
+                options["out"] = _plain(out)
+            result = getattr(ufunc, method)(*_plain(inputs), **options)
+            if Watched.counted is None:
+                return result
             if method == "__call__" and ufunc in (np.matmul, np.vecdot):
-                left, right = (np.shape(x) for x in inputs)
-                count.products.append(Product(ufunc.__name__, left, right, int(np.size(result)) * left[-1]))
+                left, right = map(np.shape, inputs)
+                Watched.counted.append(Product(ufunc.__name__, left, right, np.size(result) * left[-1]))
             if out:
                 return out[0]
             return result.view(Watched) if isinstance(result, np.ndarray) else result
 
     def watched(x):
+        if not is_array(x):
+            return x
         if not isinstance(x, np.ndarray):
             raise TypeError("flops: only NumPy arrays can be watched; move the model and its inputs to the cpu")
         return x.view(Watched)
 
+    def around(f, *arguments, **options):
+        return _plain(f(*map(watched, arguments), **options))
+
     try:
-        Tensor.data = property(lambda self: watched(data.__get__(self)), lambda self, x: data.__set__(self, _plain(x)))
-        Node.gradients = lambda self, g: [(p, _plain(h)) for p, h in gradients(self, watched(g))]
-        yield count
+        with setting("around", around):
+            yield count
     finally:
-        Tensor.data, Node.gradients = data, gradients
-        _in_use.release()
+        Watched.counted = None
 
 
 def _plain(x):
+    """x, an array of a subclass as one of ndarray itself; in a tuple or a list each of them."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_plain, x))
     return x.view(np.ndarray) if isinstance(x, np.ndarray) and type(x) is not np.ndarray else x
 
 

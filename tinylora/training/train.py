@@ -26,7 +26,7 @@ from ..kernels import copies
 from ..models import safetensors
 from ..optim import AdamW, clip_grad_norm, schedule
 from ..tape import tape_bytes, watch_rebuilds
-from ..tensor import no_grad
+from ..tensor import no_grad, state
 from .corpus import scored_bytes
 
 
@@ -84,11 +84,12 @@ class Result:
 
 @contextlib.contextmanager
 def workers(n):
-    """A thread pool of n with BLAS held to one thread, and freed memory kept by the allocator."""
+    """A thread pool of n with BLAS held to one thread, and freed memory kept by the allocator. Who counts here, counts in it too."""
     from threadpoolctl import threadpool_limits
 
     copies.keep_freed_memory()
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n) as pool:
+    counted = {"initializer": setattr, "initargs": (state, "around", state.around)}
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n, **counted) as pool:
         yield pool
 
 
