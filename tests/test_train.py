@@ -61,10 +61,10 @@ def test_the_same_seed_gives_the_same_bytes():
 
 def grads(m, data, recipe):
     """The gradients of one step, before the optimizer."""
-    from tinylora.training.train import _step, workers
+    from tinylora.training.train import _backward, workers
 
     with workers(recipe.shards) as pool:
-        loss, _, _ = _step(m, data, recipe, 0, pool, m.trainable(), None)
+        loss, _, _ = _backward(m, data, recipe, 0, pool)
     return loss, {name: p.grad for name, p in m.trainable()}
 
 

@@ -2,7 +2,7 @@
 
 Nothing random is carried from step to step. Batch and dropout of step t are drawn from a generator seeded with (seed,
 t, micro-batch), so a run that was killed and resumed from its last checkpoint ends with the same bytes as one that was
-left alone.
+left alone. That is promised for one machine and one BLAS kernel: another may add a product's terms in another order.
 
 A micro-batch is cut into `shards` that run in threads, BLAS held to one thread each (NumPy releases the interpreter
 lock while it computes; elementwise work then uses both cores too, which a threaded BLAS alone would not do). The
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import backend, ops
-from ..backend import move
+from ..backend import move, whole
 from ..kernels import copies
 from ..models import safetensors
 from ..optim import AdamW, clip_grad_norm, schedule
@@ -57,8 +57,7 @@ class Recipe:
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "seq_len", "accumulate", "shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"recipe: {name} = {getattr(self, name)}, expected 1 or more")
+            whole(f"recipe: {name}", getattr(self, name))
         for name in ("lr", "warmup", "weight_decay", "clip", "eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"recipe: {name} = {getattr(self, name)}, expected 0 or more")
@@ -113,9 +112,8 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     limit: the first so many windows only. The token that ends an answer costs bits and stands for no byte.
     """
     inputs, targets, mask = (a[:limit] for a in data.windows(seq_len))
-    batch_size = max(
-        min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1
-    )  # logits of 4 MB and more are not piled up
+    # Logits of more than 4 MB are not piled up.
+    batch_size = max(min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1)
     nbytes = scored_bytes(data, targets, mask)
     if not nbytes:
         raise ValueError(
@@ -134,9 +132,8 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     try:
         with workers(shards) as pool:
             parts = [slice(i, i + batch_size) for i in range(0, len(inputs), batch_size)]
-            total = math.fsum(
-                progress_bar(pool.map(nats, parts), progress, total=len(parts), desc="held-out", leave=False)
-            )
+            done = pool.map(nats, parts)
+            total = math.fsum(progress_bar(done, progress, total=len(parts), desc="held-out", leave=False))
     finally:
         model.train(training)
     return total / math.log(2) / nbytes
@@ -146,134 +143,166 @@ def fit(
     model,
     data,
     recipe,
+    *,
     heldout=None,
     eval_every=0,
+    heldout_limit=None,
     out=None,
     checkpoint_every=0,
-    pager=None,
     about=None,
-    progress=True,
-    optimizer=AdamW,
-    heldout_limit=None,
     defaults=None,
+    optimizer=AdamW,
+    pager=None,
+    progress=True,
 ):
     """Train the model's parameters that require a gradient, in place; returns a Result.
 
     heldout, eval_every       a corpus to evaluate every so many steps (0: never)
+    heldout_limit             evaluate on the first so many windows only
     out, checkpoint_every     a folder for checkpoint.safetensors, written atomically every so many steps (0: only at the end); a
                               checkpoint that lies there is resumed if it is of the same run, refused with a sentence if
                               it is not
-    heldout_limit             evaluate on the first so many windows only
-    pager, optimizer          AdamW or AdamW8bit, and where its state lives
     about                     what identifies the run besides the recipe (base model, adapters), compared on resuming
     defaults                  {"job": {option: value}}: what a checkpoint that does not name an option had
+    optimizer, pager          AdamW or AdamW8bit, and where its state lives
     """
     trainable = model.trainable()
-    optimizer = optimizer(
-        [
-            {"params": [(n, p) for n, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [(n, p) for n, p in trainable if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=recipe.lr,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        pager=pager,
-    )
-    gradient_bytes = sum(p.nbytes for _, p in trainable)
-    result = Result(gradient_bytes=gradient_bytes, optimizer_bytes=optimizer.state_bytes)
+    optimizer = _optimizer(optimizer, trainable, recipe, pager)
+    result = Result(gradient_bytes=sum(p.nbytes for _, p in trainable), optimizer_bytes=optimizer.state_bytes)
     identity, path, resuming = check_run(out, data, recipe, about, defaults)
     if resuming:
         result.first_step = _resume(path, trainable, optimizer, result)
     first = result.first_step
+    evaluated = eval_every if heldout is not None else 0
     weights = [w for _, w in model.named_weights()]
 
     def evaluate():
         return bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, limit=heldout_limit)
 
     model.train()
-    began, losses, seen = time.perf_counter(), None, 0
+    pace = _Pace()
     with (
         workers(recipe.shards) as pool,
         progress_bar(range(first, recipe.steps), progress, initial=first, total=recipe.steps, unit="step") as bar,
     ):
         for step in bar:
-            optimizer.pager.step = step + 1
-            loss, tape, tokens = _step(
-                model, data, recipe, step, pool, trainable, weights if step == first else None, optimizer.pager
-            )
-            result.tape_bytes = max(result.tape_bytes, tape)
-            norm = clip_grad_norm([p for _, p in trainable], recipe.clip or math.inf)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = f"; the last checkpoint is {path}" if path and path.exists() else ""
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss} and the norm of its gradient {norm}; lower the learning rate "
-                    f"(lr = {recipe.lr}){kept}"
-                )
-            optimizer.step(schedule(recipe.schedule, step, recipe.steps, recipe.warmup, recipe.floor))
-            optimizer.zero_grad()
-            row = {"step": step + 1, "loss": loss}
-            last = step + 1 == recipe.steps
-            if heldout is not None and eval_every and ((step + 1) % eval_every == 0 or last):
+            done, last = step + 1, step + 1 == recipe.steps
+            optimizer.pager.step = done
+            measured = weights if step == first else None
+            loss, tape, tokens = _backward(model, data, recipe, step, pool, optimizer.pager, measured)
+            _clip_and_step(optimizer, trainable, recipe, step, loss, path)
+            row = {"step": done, "loss": loss}
+            if evaluated and (last or done % evaluated == 0):
                 row["heldout"] = optimizer.pager.yielding(evaluate)
                 model.train()
             result.history.append(row)
-            losses = loss if losses is None else 0.95 * losses + 0.05 * loss
-            seen += tokens
-            result.seconds = time.perf_counter() - began
-            result.tokens_per_second = seen / result.seconds
-            heldout_text = f", held-out {row['heldout']:.3f}" if "heldout" in row else ""
-            bar.set_postfix_str(
-                f"loss {losses:.3f}, {result.tokens_per_second:,.0f} tokens/s{heldout_text}", refresh=False
-            )
-            if path and (last or (checkpoint_every and (step + 1) % checkpoint_every == 0)):
+            result.tape_bytes = max(result.tape_bytes, tape)
+            result.seconds, result.tokens_per_second = pace.after(loss, tokens)
+            bar.set_postfix_str(pace.text(row), refresh=False)
+            if path and (last or (checkpoint_every and done % checkpoint_every == 0)):
                 _save(path, identity, trainable, optimizer, result)
     model.eval()
     return result
 
 
-def _step(model, data, recipe, step, pool, trainable, measure, pager=None):
+def _optimizer(kind, trainable, recipe, pager):
+    """An AdamW of this kind for the (name, parameter) pairs, matrices with weight decay and vectors without."""
+    matrices = {"params": [(n, p) for n, p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay}
+    vectors = {"params": [(n, p) for n, p in trainable if p.ndim < 2], "weight_decay": 0.0}
+    betas = recipe.beta1, recipe.beta2
+    return kind([matrices, vectors], lr=recipe.lr, betas=betas, eps=recipe.eps, pager=pager)
+
+
+def _clip_and_step(optimizer, trainable, recipe, step, loss, checkpoint):
+    """Clip the gradients, step at the schedule's rate and drop them; FloatingPointError if loss or norm is not finite."""
+    norm = clip_grad_norm([p for _, p in trainable], recipe.clip or math.inf)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        kept = f"; the last checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
+        raise FloatingPointError(
+            f"step {step + 1}: the loss is {loss} and the norm of its gradient {norm}; lower the learning rate "
+            f"(lr = {recipe.lr}){kept}"
+        )
+    optimizer.step(schedule(recipe.schedule, step, recipe.steps, recipe.warmup, recipe.floor))
+    optimizer.zero_grad()
+
+
+class _Pace:
+    """What the progress bar says: the smoothed loss and the tokens a second, since this process began."""
+
+    def __init__(self):
+        self.began, self.loss, self.tokens, self.rate = time.perf_counter(), None, 0, 0.0
+
+    def after(self, loss, tokens):
+        """Count a step; -> (seconds, tokens per second) so far."""
+        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+        self.tokens += tokens
+        seconds = time.perf_counter() - self.began
+        self.rate = self.tokens / seconds
+        return seconds, self.rate
+
+    def text(self, row):
+        heldout = f", held-out {row['heldout']:.3f}" if "heldout" in row else ""
+        return f"loss {self.loss:.3f}, {self.rate:,.0f} tokens/s{heldout}"
+
+
+# --------------------------------------------------------------------------------------------------------------- one backward pass
+@dataclass
+class _Shard:
+    """What one part of a micro-batch gave: its share of the loss, {parameter: gradient}, bytes of its tape, tokens read."""
+
+    loss: float
+    gradients: dict
+    tape_bytes: int
+    tokens: int
+
+
+def _backward(model, data, recipe, step, pool, pager=None, measure=None):
     """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights, tokens read).
 
     Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is run once more.
     """
-    micro = []
-    for i in range(recipe.accumulate):
-        rng = np.random.default_rng([recipe.seed, step, i])
-        micro.append(data.batch(rng, recipe.batch_size, recipe.seq_len))
-    count = sum(float(mask.sum()) for _, _, mask in micro)
-    grads, loss, tape, tokens = {}, 0.0, 0, 0
-    for i, batch in enumerate(micro):
+    draws = (np.random.default_rng([recipe.seed, step, i]) for i in range(recipe.accumulate))
+    batches = [data.batch(rng, recipe.batch_size, recipe.seq_len) for rng in draws]
+    count = max(sum(float(mask.sum()) for _, _, mask in batches), 1)
+    gradients, loss, tape, tokens = {}, 0.0, 0, 0
+    for i, batch in enumerate(batches):
         parts = list(zip(*(np.array_split(a, min(recipe.shards, len(a))) for a in batch), strict=True))
 
         def shard(j, parts=parts, i=i):
             with backend.using_generator(np.random.default_rng([recipe.seed, step, i, j])):
-                inputs, targets, mask = trimmed(*parts[j])
-                z = model(inputs)
-                xp = backend.array_module(z.data)
-                total = ops.softmax_cross_entropy(z, move(targets, xp), move(mask, xp), reduction="sum") * (
-                    1 / max(count, 1)
-                )
-                del z  # the loss has what it needs of it
-                held, rebuilt, found = (tape_bytes(total, exclude=measure) if measure else 0), [0], {}
-                if total.requires_grad:
-                    with watch_rebuilds(lambda y: rebuilt.append(tape_bytes(y, exclude=measure)) if measure else None):
-                        total.backward(into=found)
-                return total.item(), found, held + max(rebuilt), inputs.size
+                return _shard(model, parts[j], count, measure)
 
-        held = 0
-        for value, found, bytes_held, size in _side_by_side(pool, shard, len(parts), pager):
-            loss += value
-            held += bytes_held
-            tokens += size
-            for leaf, g in found.items():
-                if leaf in grads:
-                    grads[leaf] += g
+        shards = _side_by_side(pool, shard, len(parts), pager)
+        tape = max(tape, sum(found.tape_bytes for found in shards))
+        for found in shards:
+            loss += found.loss
+            tokens += found.tokens
+            for p, g in found.gradients.items():
+                if p in gradients:
+                    gradients[p] += g
                 else:
-                    grads[leaf] = g
-        tape = max(tape, held)
-    for _, p in trainable:
-        p.grad = grads.get(p)
+                    gradients[p] = g
+    for _, p in model.trainable():
+        p.grad = gradients.get(p)
     return loss, tape, tokens
+
+
+def _shard(model, part, count, measure):
+    """The _Shard of (inputs, targets, mask): the loss is summed over its targets and divided by all the step's, `count`."""
+    inputs, targets, mask = trimmed(*part)
+    logits = model(inputs)
+    xp = backend.array_module(logits.data)
+    loss = ops.softmax_cross_entropy(logits, move(targets, xp), move(mask, xp), reduction="sum") * (1 / count)
+    del logits  # the loss has what it needs of it
+
+    def held(y):
+        return tape_bytes(y, exclude=measure) if measure else 0
+
+    tape, rebuilt, gradients = held(loss), [0], {}
+    if loss.requires_grad:
+        with watch_rebuilds(lambda y: rebuilt.append(held(y))):
+            loss.backward(into=gradients)
+    return _Shard(loss.item(), gradients, tape + max(rebuilt), inputs.size)
 
 
 def _side_by_side(pool, shard, n, pager):
@@ -301,15 +330,14 @@ def _save(path, identity, trainable, optimizer, result):
 
 def check_run(out, data, recipe, about=None, defaults=None):
     """(identity, path, whether a checkpoint lies there) of a run in `out`; ValueError if the checkpoint is of another run."""
-    identity = json.loads(json.dumps({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})}))
+    identity = _as_json({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})})
     path = Path(out) / "checkpoint.safetensors" if out else None
     if path is None or not path.exists():
         return identity, path, False
     _, metadata = safetensors.load_safetensors(path)
     theirs = json.loads(metadata.get("tinylora", "{}")).get("identity", {})
-    for key, values in json.loads(
-        json.dumps(defaults or {})
-    ).items():  # options that are newer, or that no longer matter
+    # Options that are newer than the checkpoint had their defaults; those that no longer matter are not compared.
+    for key, values in _as_json(defaults or {}).items():
         if isinstance(theirs.get(key), dict):
             theirs[key] = {name: v for name, v in {**values, **theirs[key]}.items() if name in identity[key]}
     for key in sorted(identity.keys() | theirs.keys()):
@@ -325,6 +353,11 @@ def check_run(out, data, recipe, about=None, defaults=None):
     return identity, path, True
 
 
+def _as_json(x):
+    """x as it comes back from a file: tuples are lists."""
+    return json.loads(json.dumps(x))
+
+
 def _resume(path, trainable, optimizer, result):
     """Load a checkpoint of the same run; returns the step to go on from."""
     tensors, metadata = safetensors.load_safetensors(path)
@@ -333,9 +366,8 @@ def _resume(path, trainable, optimizer, result):
         saved = tensors.get(f"param.{name}")
         if saved is None or saved.shape != p.shape:
             raise ValueError(f"{path} has no parameter {name} of shape {p.shape}")
-    optimizer.load_state_dict(
-        {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-    )
+    states = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    optimizer.load_state_dict(states)
     for name, p in trainable:  # only now that everything was found fit
         p.data = move(tensors[f"param.{name}"].copy(), backend.array_module(p.data))
     result.history, result.tape_bytes = about["history"], about["tape_bytes"]
