@@ -124,7 +124,7 @@ def test_an_interrupted_run_with_eight_bit_states_ends_with_the_same_bits(folder
     class Stopped(Exception):
         pass
 
-    import tinylora.train as train
+    from tinylora.training import train
 
     save, calls = train._save, []
 
