@@ -11,7 +11,7 @@ def comparison(reports, path):
 
     require_matplotlib()
     names = [
-        METHODS[m][0].replace(" + double quantization", "\n+ double quantization").replace(", ", ",\n", 1)
+        METHODS[m].label.replace(" + double quantization", "\n+ double quantization").replace(", ", ",\n", 1)
         for m in reports
     ]
     after = [[r.after for r in rs] for rs in reports.values()]
@@ -66,7 +66,7 @@ def loss_curves(reports, title=None):
         ends[method] = values[:, -1]
         for curve in values:
             left.plot(steps, curve, color=colour, lw=0.8, alpha=0.5)
-        left.plot(steps, values.mean(0), color=colour, lw=2, label=METHODS[method][0])
+        left.plot(steps, values.mean(0), color=colour, lw=2, label=METHODS[method].label)
         y = len(reports) - len(ends)
         right.plot(values[:, -1], [y] * len(rs), "o", color=colour, ms=5, mec="white", mew=0.5)
         right.plot([values[:, -1].mean()] * 2, [y - 0.18, y + 0.18], color=colour, lw=2.5)
@@ -78,12 +78,13 @@ def loss_curves(reports, title=None):
     right.set(
         ylim=(-0.6, len(ends) - 0.3), xlabel=f"held-out bits per byte after {steps[-1]} steps\n(dots: seeds, bar: mean)"
     )
-    right.set_yticks(range(len(ends)), [METHODS[m][0].split(",")[0] for m in reversed(list(ends))])
+    right.set_yticks(range(len(ends)), [METHODS[m].label.split(",")[0] for m in reversed(list(ends))])
     right.margins(x=0.25)
     names = list(ends)
     if len(names) == 2:
         gap = ends[names[0]] - ends[names[1]]
-        said = f"{METHODS[names[0]][0].split(',')[0]} minus {METHODS[names[1]][0].split(',')[0]}: {gap.mean():+.4f}"
+        one, other = (METHODS[m].label.split(",")[0] for m in names)
+        said = f"{one} minus {other}: {gap.mean():+.4f}"
         right.set_title(f"{said} [{gap.min():+.4f} … {gap.max():+.4f}]" if len(gap) > 1 else said, fontsize=9.5)
     left.set_title(title or f"{len(next(iter(reports.values())))} seeds", fontsize=10)
     return figure

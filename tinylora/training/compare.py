@@ -24,7 +24,7 @@ def compare(
             plan = replace(recipe, seed=seed, lr=full_lr if method == "full" else recipe.lr)
             folder = Path(out) / f"{method}-seed{seed}" if out else None
             if progress and finished(this, plan, folder) is None:
-                print(f"{METHODS[method][0]}, seed {seed}", file=sys.stderr)
+                print(f"{METHODS[method].label}, seed {seed}", file=sys.stderr)
             report = finetune(this, plan, folder, eval_every, measure_before=seed == seeds[0], progress=progress)
             reports.setdefault(method, []).append(report)
     return reports
@@ -51,7 +51,7 @@ def describe_comparison(reports):
         b = rs[0].bytes
         rows.append(
             (
-                METHODS[method][0],
+                METHODS[method].label,
                 str(len(rs)),
                 "" if rs[0].before is None else f"{rs[0].before:.4f}",
                 spread([r.after for r in rs]),

@@ -27,13 +27,23 @@ from .adamw8bit import AdamW8bit
 from .corpus import question_and_answer, read_corpus, read_text, running_text
 from .train import Recipe, bits_per_byte, check_run, fit
 
-#: What `method` may be: (label, the code of the frozen linear layers or None, whether LoRA is put on)
+
+@dataclass(frozen=True)
+class Method:
+    """What is frozen, and how: `code` of the frozen linear layers (None: they are trained), and whether LoRA is put on."""
+
+    label: str
+    code: str | None
+    adapts: bool
+
+
+#: What a job's `method` may be.
 METHODS = {
-    "full": ("full fine-tuning, float32", None, False),
-    "lora": ("LoRA, bfloat16 base", "bfloat16", True),
-    "qlora": ("QLoRA, NF4 + double quantization", "nf4", True),
-    "qlora-fp4": ("QLoRA, FP4 + double quantization", "fp4", True),
-    "qlora-int4": ("QLoRA, Int4 + double quantization", "int4", True),
+    "full": Method("full fine-tuning, float32", None, adapts=False),
+    "lora": Method("LoRA, bfloat16 base", "bfloat16", adapts=True),
+    "qlora": Method("QLoRA, NF4 + double quantization", "nf4", adapts=True),
+    "qlora-fp4": Method("QLoRA, FP4 + double quantization", "fp4", adapts=True),
+    "qlora-int4": Method("QLoRA, Int4 + double quantization", "int4", adapts=True),
 }
 
 #: The default recipes. The learning rates were chosen on the last twentieth of the training text, never on the held-out one (the
@@ -43,8 +53,8 @@ FULL_RECIPE = replace(LORA_RECIPE, lr=1e-3)
 
 PROMPT, QUESTION = "hacker\n  n. ", 'What does "hacker" mean to a hacker?'
 OPTIMIZERS = {"adamw": AdamW, "adamw8bit": AdamW8bit}
-#: Options that change no bit of the training, and with which a run may go on that began with others
-FREE = ("page_budget", "page_bytes", "pool", "whole_tensors", "heldout")
+#: Options of a Job that change no bit of the training: a run may go on from a checkpoint that was made with others.
+CHANGEABLE_ON_RESUME = ("page_budget", "page_bytes", "pool", "whole_tensors", "heldout")
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,8 @@ class Report:
 def prepare(job, seed=0):
     """The model of a job, on its device: loaded, quantized, with LoRA on it, frozen except for what is to be trained."""
     backend.module_for(job.device)  # a missing GPU is said before anything is read
-    _, code, adapt = METHODS[job.method]
+    method = METHODS[job.method]
+    code = method.code
     stored = fourbit.is_quantized(job.model)
     wanted = {"code": code, "blocksize": job.blocksize, "double_quant": True, "compute_dtype": job.compute_dtype}
     model = bitsandbytes.open_model(job.model, job.compute_dtype, quantize=wanted if code and not stored else None)
@@ -118,7 +129,7 @@ def prepare(job, seed=0):
         raise ValueError(
             f"{job.model} is stored in {', '.join(found)}; the method {job.method!r} starts from {code or 'dense weights'}"
         )
-    if adapt:
+    if method.adapts:
         backend.seed([seed, 1])  # the adapters' start
         kind = {"use_rslora": job.use_rslora, "use_dora": job.use_dora}
         adapters.add_lora(model, job.r, job.alpha, job.dropout, job.target_modules, **kind)
@@ -164,8 +175,8 @@ def corpus(job, tokenizer):
 def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_before=True, progress=True, trace=False):
     """Run a job; returns its Report. With `out`, the folder gets report.json, checkpoint.safetensors and adapter/ (or model/).
 
-    Killed and started again with the same arguments, it goes on from the last checkpoint. trace: also write paging.csv (step, page,
-    event, bytes), from the step at which this process began.
+    Killed and started again with the same arguments, it goes on from the last checkpoint, and on the same machine ends with the same
+    bytes. trace: also write paging.csv (step, page, event, bytes), from the step at which this process began.
     """
     done = finished(job, recipe, out)
     if done is not None:
@@ -174,51 +185,75 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     train, heldout = corpus(job, model.tokenizer)
     report = Report(asdict(job), asdict(recipe), inputs(job))
     report.trainable, report.parameters = adapters.count_parameters(model)
-    stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
-    if stored:
-        report.bits_per_param = 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored)
-    about = {"job": {k: v for k, v in asdict(job).items() if k not in FREE}, "inputs": report.inputs}
-    defaults = {"job": asdict(Job())}
+    report.bits_per_param = _bits_per_param(model)
+    about, defaults = _identity(job, report.inputs), {"job": asdict(Job())}
     check_run(out, train, recipe, about, defaults)  # before anything long
     pager = Pager(job.page_budget, job.page_bytes, job.pool, job.device, trace=trace, whole_tensors=job.whole_tensors)
-    scored = {"seq_len": recipe.seq_len, "shards": recipe.shards, "progress": progress, "limit": job.heldout}
+
+    def score():
+        limits = {"seq_len": recipe.seq_len, "shards": recipe.shards, "limit": job.heldout}
+        return bits_per_byte(model, heldout, progress=progress, **limits), sample(model)
+
     if measure_before:
-        report.before = bits_per_byte(model, heldout, **scored)
-        report.samples["before"] = sample(model)
+        report.before, report.samples["before"] = score()
     result = fit(
         model,
         train,
         recipe,
         heldout=heldout if eval_every else None,
         eval_every=eval_every,
+        heldout_limit=job.heldout,
         out=out,
         checkpoint_every=checkpoint_every,
-        pager=pager,
         about=about,
-        progress=progress,
-        optimizer=OPTIMIZERS[job.optimizer],
-        heldout_limit=job.heldout,
         defaults=defaults,
+        optimizer=OPTIMIZERS[job.optimizer],
+        pager=pager,
+        progress=progress,
     )
-    report.after = bits_per_byte(model, heldout, **scored)
-    report.samples["after"] = sample(model)
-    report.first_step = result.first_step
-    report.history, report.seconds, report.tokens_per_second = result.history, result.seconds, result.tokens_per_second
-    report.bytes = {
-        "frozen weights": sum(
-            w.nbytes for _, w in model.named_weights() if not (isinstance(w, Tensor) and w.requires_grad)
-        ),
-        "trained weights": sum(p.nbytes for _, p in model.trainable()),
+    report.after, report.samples["after"] = score()
+    report.first_step, report.history = result.first_step, result.history
+    report.seconds, report.tokens_per_second = result.seconds, result.tokens_per_second
+    report.bytes, report.paging = _bytes(model, result, pager), _paging(pager)
+    if out:
+        _save(report, model, job, Path(out), pager.trace if trace else None)
+    return report
+
+
+def _identity(job, digests):
+    """What a checkpoint must share with the run that goes on from it, beside the recipe and the text."""
+    options = {name: value for name, value in asdict(job).items() if name not in CHANGEABLE_ON_RESUME}
+    return {"job": options, "inputs": digests}
+
+
+def _bits_per_param(model):
+    """Bits that a weight of the quantized (or 16-bit) layers takes with its constants; None if there are none."""
+    stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
+    return 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored) if stored else None
+
+
+def _bytes(model, result, pager):
+    """{what: bytes} of a run, by arrays that exist; its names are the rows of the printed table."""
+    trained = sum(p.nbytes for _, p in model.trainable())
+    frozen = [w for _, w in model.named_weights() if not (isinstance(w, Tensor) and w.requires_grad)]
+    resident = result.optimizer_bytes
+    if pager.budget is not None:
+        resident += pager.peak_resident_bytes + pager.unpaged_bytes - pager.total_bytes
+    return {
+        "frozen weights": sum(w.nbytes for w in frozen),
+        "trained weights": trained,
         "gradients": result.gradient_bytes,
         "optimizer state": result.optimizer_bytes,
-        "optimizer state, resident at most": result.optimizer_bytes
-        if pager.budget is None
-        else pager.peak_resident_bytes + pager.unpaged_bytes + result.optimizer_bytes - pager.total_bytes,
+        "optimizer state, resident at most": resident,
         "tape, peak": result.tape_bytes,
         "process, peak resident": peak_resident_bytes(),
     }
+
+
+def _paging(pager):
+    """What the pager counted."""
     c = pager.counters
-    report.paging = {
+    return {
         "pages": len(pager),
         "budget": pager.budget,
         "faults": c.faults,
@@ -228,18 +263,19 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         "evictions": c.evictions,
         "bytes moved": c.bytes_moved,
     }
-    if out:
-        folder = Path(out)
-        if adapters.lora_layers(model):
-            report.adapter = str(folder / "adapter")
-            peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)))
-        else:
-            report.adapter = str(folder / "model")
-            model.save_pretrained(report.adapter, dtype="float32")
-        if trace:
-            files.write_text(folder / "paging.csv", _as_csv(pager.trace))
-        files.write_json(folder / "report.json", json.loads(json.dumps(asdict(report))))
-    return report
+
+
+def _save(report, model, job, folder, trace=None):
+    """Write adapter/ (or model/, without one), paging.csv if there is a trace, and last report.json, which says that the run has ended."""
+    if adapters.lora_layers(model):
+        report.adapter = str(folder / "adapter")
+        peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)))
+    else:
+        report.adapter = str(folder / "model")
+        model.save_pretrained(report.adapter, dtype="float32")
+    if trace is not None:
+        files.write_text(folder / "paging.csv", _as_csv(trace))
+    files.write_json(folder / "report.json", json.loads(json.dumps(asdict(report))))
 
 
 def _as_csv(trace):
@@ -279,37 +315,6 @@ def peak_resident_bytes():
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-# -------------------------------------------------------------------------------------------------------------------- printing
-def describe(report):
-    """The closing table of a job, as text."""
-    label = METHODS[report.job["method"]][0]
-    rows = [] if report.before is None else [("held-out bits per byte, before", f"{report.before:.4f}")]
-    rows += [
-        ("held-out bits per byte, after", f"{report.after:.4f}"),
-        (
-            "trainable parameters",
-            f"{report.trainable:,} of {report.parameters:,} ({100 * report.trainable / report.parameters:.4f} %)",
-        ),
-    ]
-    if report.bits_per_param is not None:
-        rows.append(("bits per quantized parameter", f"{report.bits_per_param:.3f}"))
-    rows += [(f"bytes: {name}", f"{n:,}") for name, n in report.bytes.items()]
-    p, since = report.paging, f", since step {report.first_step}" if report.first_step else ""
-    if p["budget"] is not None:
-        faults = f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']:,} pages, budget {p['budget']:,} bytes{since}"
-        rows += [("page faults (evictions)", faults), ("bytes moved by paging", f"{p['bytes moved']:,}{since}")]
-    rows.append(("training", f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s{since}"))
-    if report.adapter:
-        rows.append(
-            ("the adapter lies in" if Path(report.adapter).name == "adapter" else "the model lies in", report.adapter)
-        )
-    width = max(len(name) for name, _ in rows)
-    lines = [label, "-" * len(label), *(f"{name:<{width}}  {value}" for name, value in rows)]
-    for when, text in report.samples.items():
-        lines += ["", f"sample, {when}:", *("    " + line for line in text.splitlines())]
-    return "\n".join(lines)
-
-
 def finished(job, recipe, out):
     """The Report of a run that ended in `out` with the same job, recipe, model and text; None if there is none."""
     path = Path(out) / "report.json" if out else None
@@ -320,3 +325,29 @@ def finished(job, recipe, out):
     wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
     same = all(saved.get(name) == value for name, value in wanted.items())
     return Report(**saved) if same and Path(saved["adapter"]).is_dir() else None
+
+
+# -------------------------------------------------------------------------------------------------------------------- printing
+def describe(report):
+    """The closing table of a job, as text."""
+    label = METHODS[report.job["method"]].label
+    rows = [] if report.before is None else [("held-out bits per byte, before", f"{report.before:.4f}")]
+    rows.append(("held-out bits per byte, after", f"{report.after:.4f}"))
+    share = f"{100 * report.trainable / report.parameters:.4f} %"
+    rows.append(("trainable parameters", f"{report.trainable:,} of {report.parameters:,} ({share})"))
+    if report.bits_per_param is not None:
+        rows.append(("bits per quantized parameter", f"{report.bits_per_param:.3f}"))
+    rows += [(f"bytes: {name}", f"{n:,}") for name, n in report.bytes.items()]
+    p, since = report.paging, f", since step {report.first_step}" if report.first_step else ""
+    if p["budget"] is not None:
+        faults = f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']:,} pages, budget {p['budget']:,} bytes{since}"
+        rows += [("page faults (evictions)", faults), ("bytes moved by paging", f"{p['bytes moved']:,}{since}")]
+    rows.append(("training", f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s{since}"))
+    if report.adapter:
+        what = "adapter" if Path(report.adapter).name == "adapter" else "model"
+        rows.append((f"the {what} lies in", report.adapter))
+    width = max(len(name) for name, _ in rows)
+    lines = [label, "-" * len(label), *(f"{name:<{width}}  {value}" for name, value in rows)]
+    for when, text in report.samples.items():
+        lines += ["", f"sample, {when}:", *("    " + line for line in text.splitlines())]
+    return "\n".join(lines)
