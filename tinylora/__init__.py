@@ -58,7 +58,7 @@ MOVED = {
     "derivation": "papers.nf4_construction",
     "experiments": "papers.claims",
     "files": "models.files models.safetensors",
-    "finetune": "training.finetune training.compare",
+    "finetune": "training.finetune training.compare costs.methods",
     "flops": "costs.flops",
     "footprints": "papers.qlora_numbers",
     "gguf": "models.gguf",

@@ -130,8 +130,9 @@ def finetune_parser(commands):
 
 
 def _finetune(args):
+    from ..costs.methods import describe_comparison
     from ..figures import runs, style
-    from ..training.compare import compare, describe_comparison
+    from ..training.compare import compare
     from ..training.finetune import FULL_RECIPE, LORA_RECIPE, Job, describe, finetune, finished
 
     targets = args.target_modules

@@ -3,7 +3,6 @@
 import math
 
 
-# ------------------------------------------------------------------------------------------------------------------- as text
 def in_units(nbytes):
     """1234567 -> "1.23 MB": three digits or more, decimal units."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -16,9 +15,9 @@ def in_units(nbytes):
 def aligned(table, left=(0,)):
     """Rows of strings as lines, columns aligned: those in `left` to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    )
+
+    def line(row):
+        cells = enumerate(zip(row, widths, strict=True))
+        return "  ".join(text.ljust(w) if i in left else text.rjust(w) for i, (text, w) in cells).rstrip()
+
+    return "\n".join(map(line, table))
