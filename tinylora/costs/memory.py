@@ -26,7 +26,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from .. import data, ops
-from ..backend import array_module, move
+from ..backend import array_module, move, whole
 from ..dtypes import BITS
 from ..models import files
 from ..models.gguf import GGUF
@@ -35,7 +35,7 @@ from ..optim import AdamW
 from ..quant import NESTED_BLOCKSIZE, QuantizedTensor
 from ..tape import tape_bytes, watch_rebuilds
 from ..training.adamw8bit import BLOCKSIZE, MIN_8BIT_SIZE
-from .parameters import llama_shapes, lora_on
+from .parameters import llama_shapes
 from .tables import aligned, in_units
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -164,9 +164,9 @@ def optimizer_bytes(sizes, optimizer="adamw", precision=ENGINE):
     """
     if optimizer not in ("adamw", "adamw8bit"):
         raise ValueError(f"memory: optimizer {optimizer!r} is unknown: expected 'adamw' or 'adamw8bit'")
-    master = 0 if precision.master is None else BITS[precision.master] // 8 * sum(sizes)
+    master = 0 if precision.master is None else _bytes_of(precision.master) * sum(sizes)
     if optimizer == "adamw":
-        return 2 * BITS[precision.optimizer] // 8 * sum(sizes) + master
+        return 2 * _bytes_of(precision.optimizer) * sum(sizes) + master
     return sum(8 * n if n < MIN_8BIT_SIZE else 2 * n + 8 * -(-n // BLOCKSIZE) for n in sizes) + master
 
 
@@ -286,53 +286,55 @@ def predict(
     optimizer                "adamw" or "adamw8bit"
     precision                ENGINE, PAPER, MASTER or a Precision
     """
-    config = config_of(config)
-    trained = MATRICES if target_modules == "all-linear" else tuple(dict.fromkeys(target_modules))
-    if isinstance(target_modules, str) and target_modules != "all-linear":
-        raise ValueError(f"memory: target_modules = {target_modules!r}, expected 'all-linear' or a list of names")
-    if not trained:
-        raise ValueError(f"memory: target_modules is empty; a Llama's matrices are {', '.join(MATRICES)}")
+    config, trained = config_of(config), _matrices(target_modules)
     if method not in METHODS:
         raise ValueError(f"memory: method {method!r} is unknown: expected one of {', '.join(METHODS)}")
-    for name, value in {
-        "r": r,
-        "blocksize": blocksize,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "shards": shards,
-    }.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"memory: {name} = {value!r}, expected a whole number, 1 or more")
-    full, size = (
-        method == "full",
-        {name: BITS[getattr(precision, name)] // 8 for name in vars(ENGINE) if name != "master"},
-    )
-    dense, linears = _dense_shapes(config), llama_shapes(config)
-    sizes, rest = [o * i for o, i in linears], sum(math.prod(shape) for shape in dense)
-    weights = size["weights"] * rest
-    codes = constants = 0
-    if method == "qlora":
-        codes = sum(map(codes_bytes, sizes))
-        constants = sum(constants_bytes(n, blocksize, double_quant) for n in sizes)
-    else:
-        weights += size["weights" if full else "linears"] * sum(sizes)
-    targets = llama_shapes(config, trained)
-    moved = [*map(math.prod, dense), *sizes] if full else [n for o, i in targets for n in (r * i, o * r)]
+    counts = {"r": r, "blocksize": blocksize, "batch_size": batch_size, "seq_len": seq_len, "shards": shards}
+    for name, value in counts.items():
+        whole(f"memory: {name}", value)
+    factors = [n for o, i in llama_shapes(config, trained) for n in (r * i, o * r)]  # of A, of B
+    sizes = factors
+    if method == "full":
+        trained, r, dropout, factors = MATRICES, None, 0.0, []
+        sizes = [math.prod(shape) for shape in [*_dense_shapes(config), *llama_shapes(config)]]
     rows = [batch_size // shards + (i < batch_size % shards) for i in range(min(shards, batch_size))]
-    options = (MATRICES, None, 0.0) if full else (trained, r, dropout)
-    activations = sum(
-        sum(tape(config, b, seq_len, *options, checkpointing, size["activations"]).values()) for b in rows
-    )
+    number = _bytes_of(precision.activations)
+    tapes = [tape(config, n, seq_len, trained, r, dropout, checkpointing, number) for n in rows]
     return Account(
         label or method + (" + checkpointing" if checkpointing else ""),
-        weights,
-        codes,
-        constants,
-        0 if full else size["adapters"] * lora_on(targets, r),
-        size["gradients"] * sum(moved),
-        optimizer_bytes(moved, optimizer, precision),
-        activations,
+        **_base(config, method, blocksize, double_quant, precision),
+        adapters=_bytes_of(precision.adapters) * sum(factors),
+        gradients=_bytes_of(precision.gradients) * sum(sizes),
+        optimizer=optimizer_bytes(sizes, optimizer, precision),
+        activations=sum(sum(parts.values()) for parts in tapes),
     )
+
+
+def _matrices(target_modules):
+    """The names of the matrices that are trained or have a bypass."""
+    if target_modules == "all-linear":
+        return MATRICES
+    if isinstance(target_modules, str):
+        raise ValueError(f"memory: target_modules = {target_modules!r}, expected 'all-linear' or a list of names")
+    names = tuple(dict.fromkeys(target_modules))
+    if not names:
+        raise ValueError(f"memory: target_modules is empty; a Llama's matrices are {', '.join(MATRICES)}")
+    return names
+
+
+def _bytes_of(dtype):
+    return BITS[dtype] // 8
+
+
+def _base(config, method, blocksize, double_quant, precision):
+    """{"weights", "codes", "constants"}: the bytes of the base model, whose linear layers "qlora" holds in 4 bits."""
+    linears = [o * i for o, i in llama_shapes(config)]
+    dense = _bytes_of(precision.weights) * sum(math.prod(shape) for shape in _dense_shapes(config))
+    if method == "qlora":
+        constants = sum(constants_bytes(n, blocksize, double_quant) for n in linears)
+        return {"weights": dense, "codes": sum(map(codes_bytes, linears)), "constants": constants}
+    kept_as = precision.weights if method == "full" else precision.linears
+    return {"weights": dense + _bytes_of(kept_as) * sum(linears)}
 
 
 # ------------------------------------------------------------------------------------------------------------------- measure
@@ -344,30 +346,40 @@ def measure(model, batch, optimizer=None, label="measured"):
 
     A bypass that trains some parameters whole (modules_to_save) has these among the weights.
     """
-    inputs, targets, mask = (None if a is None else a.copy() for a in batch)  # a view would keep what it was cut from
-    trained = model.trainable()
+    trained, weights = model.trainable(), dict(model.named_weights())
     if not trained:
         raise ValueError("memory: no parameter requires a gradient, so there is no training step to measure")
-    weights, found, rebuilt = dict(model.named_weights()), {}, [0]
-    logits = model(inputs)
-    targets, mask = (None if a is None else move(a, array_module(logits.data)) for a in (targets, mask))
-    loss = ops.softmax_cross_entropy(logits, targets, mask)
-    held = tape_bytes(loss, exclude=weights.values())
-    with watch_rebuilds(lambda y: rebuilt.append(tape_bytes(y, exclude=weights.values()))):
-        loss.backward(into=found)
+    activations, gradients = _step(model, batch, weights.values())
     optimizer = AdamW(trained) if optimizer is None else optimizer
     quantized = [w for w in weights.values() if isinstance(w, QuantizedTensor)]
     adapters = [w for name, w in weights.items() if ".bypasses." in name]
     return Account(
         label,
-        sum(w.nbytes for w in weights.values()) - sum(w.nbytes for w in [*quantized, *adapters]),
-        sum(w.packed.nbytes for w in quantized),
-        sum(w.constants.nbytes for w in quantized),
-        sum(w.nbytes for w in adapters),
-        sum(g.nbytes for g in found.values()),
-        optimizer.state_bytes,
-        held + max(rebuilt),
+        weights=_sum_bytes(weights.values()) - _sum_bytes(quantized) - _sum_bytes(adapters),
+        codes=_sum_bytes(w.packed for w in quantized),
+        constants=_sum_bytes(w.constants for w in quantized),
+        adapters=_sum_bytes(adapters),
+        gradients=_sum_bytes(gradients.values()),
+        optimizer=optimizer.state_bytes,
+        activations=activations,
     )
+
+
+def _step(model, batch, weights):
+    """(bytes of the tape at its largest, {parameter: gradient}) of one forward and backward pass."""
+    inputs, targets, mask = (None if a is None else a.copy() for a in batch)  # a view would keep what it was cut from
+    rebuilt, gradients = [0], {}
+    logits = model(inputs)
+    targets, mask = (None if a is None else move(a, array_module(logits.data)) for a in (targets, mask))
+    loss = ops.softmax_cross_entropy(logits, targets, mask)
+    held = tape_bytes(loss, exclude=weights)
+    with watch_rebuilds(lambda y: rebuilt.append(tape_bytes(y, exclude=weights))):
+        loss.backward(into=gradients)
+    return held + max(rebuilt), gradients
+
+
+def _sum_bytes(arrays):
+    return sum(a.nbytes for a in arrays)
 
 
 def describe(accounts):

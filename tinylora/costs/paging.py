@@ -11,6 +11,7 @@ Time is a ratio to the plain optimizer, measured in turns (every setting once a 
 """
 
 import hashlib
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -66,36 +67,35 @@ def measure(
             f"paging: {elements} elements have {state} bytes of state; expected two pages of {page_bytes} or more"
         )
     grads = [backend.move(g, device) for g in grads]
-    settings = {None: _optimizer(elements, Pager(device=device))}
-    for fraction in fractions:
-        for order in ("around", "back and forth"):
-            for ahead in prefetch:
-                budget = int(fraction * state)
-                if budget >= (2 if ahead else 1) * page_bytes:
-                    pager = Pager(budget, page_bytes, pool, device, prefetch=ahead)
-                    settings[fraction, order, ahead] = _optimizer(elements, pager, order == "around")
-
-    def steps(optimizer):
-        began = time.perf_counter()
-        for g in grads:
-            optimizer.groups[0]["params"][0].grad = g
-            optimizer.step()
-        if optimizer.pager.xp is not np:
-            optimizer.pager.xp.cuda.get_current_stream().synchronize()
-        return time.perf_counter() - began
-
-    for optimizer in settings.values():
-        steps(optimizer)
-    before = {key: (o.pager.counters.bytes_moved, o.pager.counters.faults) for key, o in settings.items()}
-    seconds = [{key: steps(optimizer) for key, optimizer in settings.items()} for _ in range(rounds)]
+    optimizers = {None: _optimizer(elements, Pager(device=device))}
+    for fraction, order, ahead in itertools.product(fractions, ("around", "back and forth"), prefetch):
+        budget = int(fraction * state)
+        if budget >= (2 if ahead else 1) * page_bytes:
+            pager = Pager(budget, page_bytes, pool, device, prefetch=ahead)
+            optimizers[fraction, order, ahead] = _optimizer(elements, pager, order == "around")
+    for optimizer in optimizers.values():
+        _seconds(optimizer, grads)
+    before = {key: (o.pager.counters.bytes_moved, o.pager.counters.faults) for key, o in optimizers.items()}
+    seconds = [{key: _seconds(optimizer, grads) for key, optimizer in optimizers.items()} for _ in range(rounds)]
+    digests = {key: _digest(o.groups[0]["params"][0].numpy()) for key, o in optimizers.items()}
+    del optimizers[None]
     costs, n = [], rounds * len(grads)
-    digests = {key: _digest(o.groups[0]["params"][0].numpy()) for key, o in settings.items()}
-    for key, optimizer in settings.items():
-        if key is not None:
-            c, (moved, faults) = optimizer.pager.counters, before[key]
-            ratio = float(np.median([row[key] / row[None] for row in seconds]))
-            costs.append(Cost(*key, (c.bytes_moved - moved) / n, (c.faults - faults) / n, ratio, digests[key]))
+    for key, optimizer in optimizers.items():
+        c, (moved, faults) = optimizer.pager.counters, before[key]
+        ratio = float(np.median([row[key] / row[None] for row in seconds]))
+        costs.append(Cost(*key, (c.bytes_moved - moved) / n, (c.faults - faults) / n, ratio, digests[key]))
     return costs, state, len(set(digests.values())) == 1
+
+
+def _seconds(optimizer, grads):
+    """The time of one step with each of the gradients."""
+    began = time.perf_counter()
+    for g in grads:
+        optimizer.groups[0]["params"][0].grad = g
+        optimizer.step()
+    if optimizer.pager.xp is not np:
+        optimizer.pager.xp.cuda.get_current_stream().synchronize()
+    return time.perf_counter() - began
 
 
 def _digest(array):
