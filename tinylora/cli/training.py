@@ -6,34 +6,51 @@ from pathlib import Path
 
 from .options import budget, can_draw, command, positive, recipe, recipe_options, size
 
-
 # ------------------------------------------------------------------------------------------------------------- finetune
-def finetune_parser(commands):
-    from ..training.finetune import LORA_RECIPE, METHODS, OPTIMIZERS, Job
+_FINETUNE = """Fine-tune a pretrained Llama with QLoRA.
 
-    p = command(
-        commands,
-        "finetune",
-        _finetune,
-        "QLoRA: quantize a model to 4 bits and train an adapter on a text",
-        "Fine-tune a pretrained Llama with QLoRA.\n\n"
-        "  1  load the model and quantize its linear layers to NF4, blocks of 64, constants in 8 bits (double quantization)\n"
-        "  2  freeze it and put a LoRA bypass of rank r on every linear layer: h = W x + (alpha/r) B A x\n"
-        "  3  train A and B with AdamW, whose state is paged through a budget of resident bytes\n"
-        "  4  print held-out bits per byte before and after, and where the bytes went\n\n"
-        "Without arguments it takes the embedded byte-level model and the embedded Jargon File.",
-        "examples:\n"
-        "  tinylora finetune                                     the main job, about two minutes on two cores\n"
-        "  tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out\n"
-        '  tinylora finetune --text pairs.jsonl --out pairs      {"prompt": ..., "answer": ...} lines; the loss is on the answer\n'
-        "  tinylora finetune --target-modules q_proj v_proj --out qv  the paper's choice of layers\n"
-        "  tinylora finetune --trace --page-budget 256k --out traced  a figure of what was paged, step by step\n"
-        "  tinylora finetune --compare --out compare             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure\n\n"
-        "a real LLM (extra llm), within 1.2 GB of memory:\n"
-        "  tinylora finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --compute-dtype bfloat16 --checkpointing --pool file \\\n"
-        "    --steps 100 --batch-size 2 --seq-len 256 --lr 5e-4 --heldout 32 --out smol\n\n"
-        "A run that was stopped goes on from its last checkpoint when the same command is given again.",
+  1  load the model and quantize its linear layers to NF4, blocks of 64, constants in 8 bits (double quantization)
+  2  freeze it and put a LoRA bypass of rank r on every linear layer: h = W x + (alpha/r) B A x
+  3  train A and B with AdamW, whose state is paged through a budget of resident bytes
+  4  print held-out bits per byte before and after, and where the bytes went
+
+Without arguments it takes the embedded byte-level model and the embedded Jargon File."""
+
+_FINETUNE_EXAMPLES = r"""examples:
+  tinylora finetune                                     the main job, about two minutes on two cores
+  tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out
+  tinylora finetune --text pairs.jsonl --out pairs      {"prompt": ..., "answer": ...} lines; the loss is on the answer
+  tinylora finetune --target-modules q_proj v_proj --out qv  the paper's choice of layers
+  tinylora finetune --trace --page-budget 256k --out traced  a figure of what was paged, step by step
+  tinylora finetune --compare --out compare             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure
+
+a real LLM (extra llm), within 1.2 GB of memory:
+  tinylora finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --compute-dtype bfloat16 --checkpointing --pool file \
+    --steps 100 --batch-size 2 --seq-len 256 --lr 5e-4 --heldout 32 --out smol
+
+A run that was stopped goes on from its last checkpoint when the same command is given again."""
+
+
+def finetune_parser(commands):
+    from ..training.finetune import LORA_RECIPE
+
+    summary = "QLoRA: quantize a model to 4 bits and train an adapter on a text"
+    p = command(commands, "finetune", _finetune, summary, _FINETUNE, _FINETUNE_EXAMPLES)
+    _model_options(p)
+    _comparing_options(p)
+    _lora_options(p.add_argument_group("LoRA"))
+    _quantization_options(p.add_argument_group("quantization"))
+    _memory_options(p.add_argument_group("memory"))
+    p.add_argument(
+        "--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only before and after)"
     )
+    recipe_options(p, LORA_RECIPE)
+    p.set_defaults(lr=None)  # full fine-tuning has a rate of its own
+
+
+def _model_options(p):
+    from ..training.finetune import METHODS, Job
+
     p.add_argument(
         "--model",
         default=Job.model,
@@ -54,6 +71,11 @@ def finetune_parser(commands):
     p.add_argument(
         "--method", choices=tuple(METHODS), default=Job.method, help="what is frozen, and in how many bits (qlora)"
     )
+
+
+def _comparing_options(p):
+    from ..training.finetune import METHODS
+
     p.add_argument(
         "--compare",
         action="store_true",
@@ -64,7 +86,11 @@ def finetune_parser(commands):
         "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), help="methods of --compare (all)"
     )
     p.add_argument("--full-lr", type=float, default=None, help="learning rate of full fine-tuning in --compare (0.001)")
-    g = p.add_argument_group("LoRA")
+
+
+def _lora_options(g):
+    from ..training.finetune import Job
+
     g.add_argument("-r", type=int, default=Job.r, help=f"rank of the bypass ({Job.r})")
     g.add_argument("--alpha", type=float, default=Job.alpha, help=f"the bypass is scaled by alpha/r ({Job.alpha})")
     g.add_argument("--dropout", type=float, default=Job.dropout, help="on the input of the bypass, while training (0)")
@@ -75,9 +101,13 @@ def finetune_parser(commands):
         metavar="NAME",
         help="'all-linear', or names such as q_proj v_proj, or one regular expression for whole paths after 're:'",
     )
-    g.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(r) instead (rsLoRA)")
-    g.add_argument("--dora", action="store_true", help="train direction and magnitude apart (DoRA)")
-    g = p.add_argument_group("quantization")
+    g.add_argument("--rslora", dest="use_rslora", action="store_true", help="scale by alpha/sqrt(r) instead (rsLoRA)")
+    g.add_argument("--dora", dest="use_dora", action="store_true", help="train direction and magnitude apart (DoRA)")
+
+
+def _quantization_options(g):
+    from ..training.finetune import Job
+
     g.add_argument(
         "--blocksize", type=positive, default=Job.blocksize, help=f"weights that share one absmax ({Job.blocksize})"
     )
@@ -87,7 +117,11 @@ def finetune_parser(commands):
         default=Job.compute_dtype,
         help="rounding of the products with the frozen weights (float32)",
     )
-    g = p.add_argument_group("memory")
+
+
+def _memory_options(g):
+    from ..training.finetune import OPTIMIZERS, Job
+
     g.add_argument(
         "--page-budget",
         type=budget,
@@ -122,44 +156,13 @@ def finetune_parser(commands):
         help="recompute each block in the backward pass instead of keeping its tape",
     )
     g.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints on disk (50)")
-    p.add_argument(
-        "--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only before and after)"
-    )
-    recipe_options(p, LORA_RECIPE)
-    p.set_defaults(lr=None)
 
 
 def _finetune(args):
-    from ..costs.methods import describe_comparison
-    from ..figures import runs, style
-    from ..training.compare import compare
-    from ..training.finetune import FULL_RECIPE, LORA_RECIPE, Job, describe, finetune, finished
+    from ..training.finetune import FULL_RECIPE, LORA_RECIPE
 
-    targets = args.target_modules
-    if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
-        targets = targets[0].removeprefix("re:")
-    job = Job(
-        model=args.model,
-        text=args.text,
-        method=args.method,
-        r=args.r,
-        alpha=args.alpha,
-        dropout=args.dropout,
-        target_modules=targets if isinstance(targets, str) else tuple(targets),
-        blocksize=args.blocksize,
-        compute_dtype=args.compute_dtype,
-        page_budget=args.page_budget,
-        page_bytes=args.page_bytes,
-        checkpointing=args.checkpointing,
-        device=args.device,
-        use_rslora=args.rslora,
-        use_dora=args.dora,
-        optimizer=args.optimizer,
-        pool=args.pool,
-        whole_tensors=args.whole_tensors,
-        heldout=args.heldout,
-    )
-    if args.lr is None:  # full fine-tuning has a rate of its own; --compare takes it from --full-lr
+    job = _job(args)
+    if args.lr is None:  # --compare takes that of full fine-tuning from --full-lr
         args.lr = (FULL_RECIPE if args.method == "full" and not args.compare else LORA_RECIPE).lr
     plan = recipe(args, LORA_RECIPE)
     if args.trace and args.compare:
@@ -168,27 +171,49 @@ def _finetune(args):
         raise ValueError(
             "finetune: with --page-budget none nothing is paged, and there is nothing to trace; give a size"
         )
-    if not args.compare:
-        if finished(job, plan, args.out) is not None:
-            print(f"this run has ended before; its report from {args.out}:", file=sys.stderr)
-        report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every, trace=args.trace)
-        print(describe(report))
-        if args.trace:
-            _timeline(args.out, job.page_budget)
-        return
+    run = _compare if args.compare else _finetune_once
+    run(args, job, plan)
+
+
+def _job(args):
+    """The Job that the options describe: they have the names of its fields."""
+    from ..training.finetune import Job
+
+    options = {f.name: getattr(args, f.name) for f in fields(Job)}
+    targets = options["target_modules"]
+    if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
+        options["target_modules"] = targets[0].removeprefix("re:")
+    else:
+        options["target_modules"] = tuple(targets)
+    return Job(**options)
+
+
+def _finetune_once(args, job, plan):
+    from ..training.finetune import describe, finetune, finished
+
+    if finished(job, plan, args.out) is not None:
+        print(f"this run has ended before; its report from {args.out}:", file=sys.stderr)
+    report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every, trace=args.trace)
+    print(describe(report))
+    if args.trace:
+        _timeline(args.out, job.page_budget)
+
+
+def _compare(args, job, plan):
+    from ..costs.methods import describe_comparison
+    from ..figures import runs, style
+    from ..training.compare import compare
+    from ..training.finetune import FULL_RECIPE
+
     style.require_matplotlib()  # said before an hour of work, not after it
-    full_lr = args.full_lr or FULL_RECIPE.lr
-    reports = compare(
-        job, plan, args.seeds or (0, 1, 2), args.out, args.methods, full_lr=full_lr, eval_every=args.eval_every
-    )
+    out, seeds, full_lr = Path(args.out), args.seeds or (0, 1, 2), args.full_lr or FULL_RECIPE.lr
+    reports = compare(job, plan, seeds, out, args.methods, full_lr=full_lr, eval_every=args.eval_every)
     print(describe_comparison(reports))
-    path = Path(args.out) / "compare.svg"
-    runs.comparison(reports, path)
-    print(f"figure: {path}")
+    runs.comparison(reports, out / "compare.svg")
+    print(f"figure: {out / 'compare.svg'}")
     if args.eval_every:
-        path = Path(args.out) / "curves.svg"
-        style.save(runs.loss_curves(reports), path)
-        print(f"figure: {path}")
+        style.save(runs.loss_curves(reports), out / "curves.svg")
+        print(f"figure: {out / 'curves.svg'}")
 
 
 def _timeline(out, budget):
@@ -196,7 +221,8 @@ def _timeline(out, budget):
     from ..figures.paging import timeline
     from ..training.finetune import read_trace
 
-    path, trace = Path(out) / "paging.svg", read_trace(out) if (Path(out) / "paging.csv").is_file() else []
+    path = Path(out) / "paging.svg"
+    trace = read_trace(out) if (Path(out) / "paging.csv").is_file() else []
     if not trace:
         print(
             "no timeline: this process paged nothing (the run had ended before, or every state is too small to be paged)"
