@@ -53,21 +53,35 @@ def save_adapter(model, folder, base_model=None, name=None):
 
     base_model   what PEFT should record as the base (a name or a folder)
     """
-    off = adapters.adapter_of(model, name)
-    c, tensors = off.config, {}
-    for path, arrays in off.weights.items():
+    adapter = adapters.adapter_of(model, name)
+    tensors, config = _tensors(model, adapter), _config(model, adapter, base_model)
+    json.dumps(config)  # what cannot be written is said before anything is
+    folder = Path(folder)
+    safetensors.save_safetensors(folder / "adapter_model.safetensors", tensors)
+    files.write_json(folder / "adapter_config.json", config)
+
+
+def _tensors(model, adapter):
+    """{name in PEFT's file: array} of an Adapter's factors, and of what it saves whole."""
+    tensors = {}
+    for path, arrays in adapter.weights.items():
         layer = model.get(path)
         for factor, array in arrays.items():
             array = move(array, "cpu")
             if isinstance(layer, LoRAConv) and factor == "lora_magnitude_vector":
                 array = array.reshape(1, -1, *[1] * (len(layer.base_layer.weight.shape) - 2))
             tensors[_PREFIX + _key(path, factor, isinstance(layer, LoRAEmbedding))] = array
-    for path, array in off.saved.items():
+    for path, array in adapter.saved.items():
         parent, _, leaf = path.rpartition(".")
-        tensors[f"{_PREFIX}{parent}.base_layer.{leaf}" if parent in off.weights else _PREFIX + path] = move(
-            array, "cpu"
-        )
-    config = {
+        name = f"{parent}.base_layer.{leaf}" if parent in adapter.weights else path
+        tensors[_PREFIX + name] = move(array, "cpu")
+    return tensors
+
+
+def _config(model, adapter, base_model):
+    """What adapter_config.json holds, in PEFT's words."""
+    c = adapter.config
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if isinstance(model, Llama) else None,
         "base_model_name_or_path": base_model,
@@ -75,7 +89,7 @@ def save_adapter(model, folder, base_model=None, name=None):
         "r": int(c.r),
         "lora_alpha": c.alpha,
         "lora_dropout": c.dropout,
-        "target_modules": _target_names(model, c.target_modules, set(off.weights)),
+        "target_modules": _target_names(model, c.target_modules, set(adapter.weights)),
         "bias": c.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if c.init == "gaussian" and not c.lora_bias else True,  # PEFT refuses the pair
@@ -86,10 +100,6 @@ def save_adapter(model, folder, base_model=None, name=None):
         "alpha_pattern": c.alpha_pattern,
         "modules_to_save": list(c.modules_to_save) or None,
     }
-    json.dumps(config)  # what cannot be written is said before anything is
-    folder = Path(folder)
-    safetensors.save_safetensors(folder / "adapter_model.safetensors", tensors)
-    files.write_json(folder / "adapter_config.json", config)
 
 
 def save_adapters(model, folder, base_model=None):
@@ -128,35 +138,51 @@ def _read(folder):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
-    where, config = folder / "adapter_config.json", files.read_json(folder / "adapter_config.json")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {config.get('peft_type')!r}, tinylora reads 'LORA'")
+    where = folder / "adapter_config.json"
+    settings = files.read_json(where)
+    _refuse_what_is_not_read(settings, where)
+    config = _lora_config(settings)
+    weights, saved, bases = _sort_tensors(folder / "adapter_model.safetensors", config)
+    return adapters.Adapter(config, weights, saved), settings, bases
+
+
+def _refuse_what_is_not_read(settings, where):
+    """ValueError for a config with anything that would change the model and that tinylora would ignore."""
+    if settings.get("peft_type") != "LORA":
+        raise ValueError(f"{where}: peft_type is {settings.get('peft_type')!r}, tinylora reads 'LORA'")
     for name in _REFUSED:
-        if config.get(name):
-            raise ValueError(f"{where}: {name} = {config[name]!r} is not supported here")
+        if settings.get(name):
+            raise ValueError(f"{where}: {name} = {settings[name]!r} is not supported here")
     for name, fine in _ONLY.items():
-        if config.get(name, fine[0]) not in fine:
+        if settings.get(name, fine[0]) not in fine:
             raise ValueError(
-                f"{where}: {name} = {config[name]!r} is not supported here, only {', '.join(map(repr, fine))}"
+                f"{where}: {name} = {settings[name]!r} is not supported here, only {', '.join(map(repr, fine))}"
             )
-    targets, whole = config.get("target_modules", "all-linear"), config.get("modules_to_save") or ()
-    if targets is None:
+    if settings.get("target_modules", "all-linear") is None:
         raise ValueError(f"{where}: target_modules is null; tinylora needs the names of the adapted layers")
-    c = adapters.LoRAConfig(
-        config.get("r", 8),
-        config.get("lora_alpha", 8),
-        config.get("lora_dropout", 0.0),
-        targets if isinstance(targets, str) else tuple(sorted(targets)),
-        "gaussian" if config.get("init_lora_weights") == "gaussian" else "kaiming",
-        dict(config.get("rank_pattern") or {}),
-        dict(config.get("alpha_pattern") or {}),
-        bool(config.get("use_rslora")),
-        bool(config.get("use_dora")),
-        bool(config.get("lora_bias")),
-        config.get("bias", "none"),
-        (whole,) if isinstance(whole, str) else tuple(whole),
+
+
+def _lora_config(settings):
+    """The LoRAConfig of what adapter_config.json holds, with PEFT's defaults for what it leaves out."""
+    targets, whole = settings.get("target_modules", "all-linear"), settings.get("modules_to_save") or ()
+    return adapters.LoRAConfig(
+        r=settings.get("r", 8),
+        alpha=settings.get("lora_alpha", 8),
+        dropout=settings.get("lora_dropout", 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        init="gaussian" if settings.get("init_lora_weights") == "gaussian" else "kaiming",
+        rank_pattern=dict(settings.get("rank_pattern") or {}),
+        alpha_pattern=dict(settings.get("alpha_pattern") or {}),
+        use_rslora=bool(settings.get("use_rslora")),
+        use_dora=bool(settings.get("use_dora")),
+        lora_bias=bool(settings.get("lora_bias")),
+        bias=settings.get("bias", "none"),
+        modules_to_save=(whole,) if isinstance(whole, str) else tuple(whole),
     )
-    where = folder / "adapter_model.safetensors"
+
+
+def _sort_tensors(where, config):
+    """({path: {factor: array}}, {path of a parameter saved whole: array}, {path: the base's own weight}) of a file."""
     weights, saved, bases = {}, {}, {}
     for key, value in safetensors.load_safetensors(where)[0].items():
         if not key.startswith(_PREFIX):
@@ -167,7 +193,7 @@ def _read(folder):
             weights.setdefault(path, {})[factor] = value.reshape(-1) if factor == "lora_magnitude_vector" else value
         elif key.endswith(".base_layer.weight"):
             bases[path.removesuffix(".weight")] = value
-        elif c.bias == "none" and not any(_within(path, name) for name in c.modules_to_save):
+        elif config.bias == "none" and not any(_within(path, name) for name in config.modules_to_save):
             raise ValueError(f"{where}: did not expect the tensor {key}")
         else:
             saved[path] = value
@@ -177,7 +203,7 @@ def _read(folder):
     strange = sorted(bases.keys() - weights.keys())
     if strange:
         raise ValueError(f"{where}: did not expect a base weight for {strange[0]}, which is not adapted")
-    return adapters.Adapter(c, weights, saved), config, bases
+    return weights, saved, bases
 
 
 def _parse(key):
@@ -205,14 +231,24 @@ def load_adapter(model, folder, name="default"):
     A layer that the config names and the file leaves out is an error, and so is a base weight in the file (PEFT adds the
     embedding or the head where they are adapted) that is not this model's.
     """
-    adapter, config, bases = _read(Path(folder))
-    if not config.get("exclude_modules") and config.get("layers_to_transform") is None:
-        whole, targets = adapter.config.modules_to_save, adapter.config.target_modules
-        targets = targets if isinstance(targets, str) else _existing(model, targets)
-        named = adapters.find_targets(model, targets)
-        missing = [p for p in named if p not in adapter.weights and not any(_within(p, w) for w in whole)]
-        if missing:
-            raise ValueError(f"{folder}: the config adapts {missing[0]}, and the file has no factors for it")
+    adapter, settings, bases = _read(Path(folder))
+    if not settings.get("exclude_modules") and settings.get("layers_to_transform") is None:
+        _refuse_missing_layers(model, adapter, folder)
+    _refuse_another_base(model, bases, folder)
+    return adapters.attach(model, adapter, name)
+
+
+def _refuse_missing_layers(model, adapter, folder):
+    """ValueError for a layer that the config adapts and the file has no factors for."""
+    whole, targets = adapter.config.modules_to_save, adapter.config.target_modules
+    named = adapters.find_targets(model, targets if isinstance(targets, str) else _existing(model, targets))
+    missing = [p for p in named if p not in adapter.weights and not any(_within(p, w) for w in whole)]
+    if missing:
+        raise ValueError(f"{folder}: the config adapts {missing[0]}, and the file has no factors for it")
+
+
+def _refuse_another_base(model, bases, folder):
+    """ValueError for a base weight in the file that is not this model's."""
     layers = dict(model.named_modules())
     for path, weight in bases.items():
         base = adapters.base_of(layers[path]) if path in layers else None
@@ -221,4 +257,3 @@ def load_adapter(model, folder, name="default"):
             raise ValueError(
                 f"{folder}: the base weight of {path} that came along is not this model's; is it another base?"
             )
-    return adapters.attach(model, adapter, name)
