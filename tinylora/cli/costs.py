@@ -4,28 +4,37 @@ from pathlib import Path
 
 from .options import FORMAT, can_draw, command, positive, size
 
+# ----------------------------------------------------------------------------------------------------------------------- memory
+_MEMORY = """Count the bytes of a training step from a model's sizes alone; nothing is loaded.
+
+  weights      embeddings, norms and head; for full fine-tuning and LoRA the linear layers too. QLoRA holds those in 4 bits,
+               with a constant for each block (32 bits; or 8 and a little, with double quantization)
+  adapters     r (d_in + d_out) numbers for each adapted matrix. Only they have gradients and optimizer state (m and v)
+  activations  what the forward pass keeps for the backward pass. With --checkpointing only the blocks' inputs, and one block
+
+A figure shows the same; for the published Llamas it is figure 6 of the QLoRA paper, recomputed over the paper's own labels.
+
+--precision says what a number costs: `engine` is what tinylora holds (float32, and bfloat16 for LoRA's frozen layers),
+`paper` what QLoRA counts (16-bit weights, gradients and activations, float32 Adam: 12 bytes a parameter in full
+fine-tuning), `master` adds a float32 copy of what is trained (16 bytes)."""
+
+_MEMORY_EXAMPLES = """examples:
+  tinylora memory --model llama-65b --method qlora --checkpointing    does it fit into 48 GB?
+  tinylora memory --model llama-65b --method full --precision paper   the paper's > 780 GB
+  tinylora memory --model base --method all --batch-size 8 --seq-len 256    four methods on the embedded model
+  tinylora memory --model base --measure                run one step, and print what it held beside what was predicted
+  tinylora memory --audit                               the paper's numbers with verdicts, and what does not follow
+"""
+
 
 def memory_parser(commands):
-    from ..costs.memory import METHODS, MODELS, PRECISIONS
+    from ..costs.memory import METHODS, MODELS
 
     p = commands.add_parser(
         "memory",
         help="what full fine-tuning, LoRA and QLoRA hold in memory, for any Llama; and the QLoRA paper's numbers, recomputed",
-        description="Count the bytes of a training step from a model's sizes alone; nothing is loaded.\n\n"
-        "  weights      embeddings, norms and head; for full fine-tuning and LoRA the linear layers too. QLoRA holds those in 4 bits,\n"
-        "               with a constant for each block (32 bits; or 8 and a little, with double quantization)\n"
-        "  adapters     r (d_in + d_out) numbers for each adapted matrix. Only they have gradients and optimizer state (m and v)\n"
-        "  activations  what the forward pass keeps for the backward pass. With --checkpointing only the blocks' inputs, and one block\n\n"
-        "A figure shows the same; for the published Llamas it is figure 6 of the QLoRA paper, recomputed over the paper's own labels.\n\n"
-        "--precision says what a number costs: `engine` is what tinylora holds (float32, and bfloat16 for LoRA's frozen layers),\n"
-        "`paper` what QLoRA counts (16-bit weights, gradients and activations, float32 Adam: 12 bytes a parameter in full\n"
-        "fine-tuning), `master` adds a float32 copy of what is trained (16 bytes).",
-        epilog="examples:\n"
-        "  tinylora memory --model llama-65b --method qlora --checkpointing    does it fit into 48 GB?\n"
-        "  tinylora memory --model llama-65b --method full --precision paper   the paper's > 780 GB\n"
-        "  tinylora memory --model base --method all --batch-size 8 --seq-len 256    four methods on the embedded model\n"
-        "  tinylora memory --model base --measure                run one step, and print what it held beside what was predicted\n"
-        "  tinylora memory --audit                               the paper's numbers with verdicts, and what does not follow\n",
+        description=_MEMORY,
+        epilog=_MEMORY_EXAMPLES,
         formatter_class=FORMAT,
     )
     p.set_defaults(run=_memory)
@@ -40,7 +49,20 @@ def memory_parser(commands):
         default="qlora",
         help="what is trained, and in how many bits the rest is (qlora)",
     )
-    g = p.add_argument_group("LoRA and quantization")
+    _base_and_adapter_options(p.add_argument_group("LoRA and quantization"))
+    _step_options(p.add_argument_group("the step"))
+    g = p.add_argument_group("what else to print")
+    g.add_argument("--measure", action="store_true", help="also run one step of --model base, and compare row by row")
+    g.add_argument(
+        "--audit", action="store_true", help="the QLoRA paper's numbers, recomputed, with verdicts (instead)"
+    )
+    g.add_argument(
+        "--out", default=None, metavar="FILE", help="where to draw (memory.svg if matplotlib is installed), or none"
+    )
+    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
+
+
+def _base_and_adapter_options(g):
     g.add_argument("-r", type=positive, default=64, help="rank of the bypasses (64, the paper's)")
     g.add_argument(
         "--target-modules",
@@ -51,7 +73,11 @@ def memory_parser(commands):
     )
     g.add_argument("--blocksize", type=positive, default=64, help="weights that share one constant (64)")
     g.add_argument("--no-double-quant", action="store_true", help="constants in 32 bits instead of 8 around their mean")
-    g = p.add_argument_group("the step")
+
+
+def _step_options(g):
+    from ..costs.memory import PRECISIONS
+
     g.add_argument("--seq-len", type=positive, default=512, help="tokens a sequence (512)")
     g.add_argument("--batch-size", type=positive, default=1, help="sequences at a time (1)")
     g.add_argument(
@@ -69,15 +95,6 @@ def memory_parser(commands):
         default=None,
         help="what a number costs (paper for the published Llamas, engine for the others)",
     )
-    g = p.add_argument_group("what else to print")
-    g.add_argument("--measure", action="store_true", help="also run one step of --model base, and compare row by row")
-    g.add_argument(
-        "--audit", action="store_true", help="the QLoRA paper's numbers, recomputed, with verdicts (instead)"
-    )
-    g.add_argument(
-        "--out", default=None, metavar="FILE", help="where to draw (memory.svg if matplotlib is installed), or none"
-    )
-    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
 def _memory(args):
@@ -89,35 +106,17 @@ def _memory(args):
         _draw(args, ())
         return
     model = args.model or ("base" if args.measure else "llama-65b")
-    if args.measure and model != "base":
-        raise ValueError(
-            f"memory: --measure runs a step of the embedded model, and --model is {model!r}; expected 'base'"
-        )
     published = model in memory.MODELS and model.startswith("llama-")
-    name = args.precision or ("paper" if published and not args.measure else "engine")
-    if args.measure and name != "engine":
-        raise ValueError(
-            f"memory: --measure compares with what tinylora holds, so --precision must be engine, not {name}"
-        )
-    targets = args.target_modules
-    options = {
-        "r": args.r,
-        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
-        "blocksize": args.blocksize,
-        "double_quant": not args.no_double_quant,
-        "batch_size": args.batch_size,
-        "seq_len": args.seq_len,
-        "optimizer": args.optimizer,
-        "precision": memory.PRECISIONS[name],
-    }
-    config = memory.config_of(model)
+    precision = args.precision or ("paper" if published and not args.measure else "engine")
+    if args.measure:
+        _check_measurable(model, precision)
+    config, options = memory.config_of(model), _options(args, memory.PRECISIONS[precision])
+    plans = [(args.method, args.checkpointing)]
     if args.method == "all":
         plans = [("full", False), ("lora", False), ("qlora", False), ("qlora", True)]
-    else:
-        plans = [(args.method, args.checkpointing)]
     accounts = [memory.predict(config, method, checkpointing=c, **options) for method, c in plans]
     size = f"{memory.parameters(config):,} parameters"
-    print(f"{model}, {size}; {args.batch_size} × {args.seq_len} tokens, precision: {name}\n")
+    print(f"{model}, {size}; {args.batch_size} × {args.seq_len} tokens, precision: {precision}\n")
     print(memory.describe(accounts))
     if args.measure:
         for account, plan in zip(accounts, plans, strict=True):
@@ -126,6 +125,32 @@ def _memory(args):
     if published:
         print(f"\n{qlora_numbers.describe_size(model)}")
     _draw(args, accounts, published)
+
+
+def _check_measurable(model, precision):
+    if model != "base":
+        raise ValueError(
+            f"memory: --measure runs a step of the embedded model, and --model is {model!r}; expected 'base'"
+        )
+    if precision != "engine":
+        raise ValueError(
+            f"memory: --measure compares with what tinylora holds, so --precision must be engine, not {precision}"
+        )
+
+
+def _options(args, precision):
+    """What `memory.predict` is told beside the model, the method and checkpointing."""
+    targets = args.target_modules
+    return {
+        "r": args.r,
+        "target_modules": "all-linear" if targets == ["all-linear"] else targets,
+        "blocksize": args.blocksize,
+        "double_quant": not args.no_double_quant,
+        "batch_size": args.batch_size,
+        "seq_len": args.seq_len,
+        "optimizer": args.optimizer,
+        "precision": precision,
+    }
 
 
 def _measured(args, options, method, checkpointing):
@@ -168,6 +193,7 @@ def _draw(args, accounts, published=False):
         print(f"\nfigure: {path}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------- paging
 def paging_parser(commands):
     p = command(
         commands,

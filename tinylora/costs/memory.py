@@ -28,6 +28,7 @@ from pathlib import Path
 from .. import data, ops
 from ..backend import array_module, move, whole
 from ..dtypes import BITS
+from ..kernels.attention import QUERY_BLOCK
 from ..models import files
 from ..models.gguf import GGUF
 from ..models.llama import LlamaConfig
@@ -218,13 +219,13 @@ def block_tape(config, batch_size, seq_len, trained, r=None, dropout=0.0, first=
 
 def _pairs(t):
     """Σ n_i e_i: the scores a head computes, in blocks of n_i queries that see the keys before e_i; t²/2 + 32 t where 64 divides t."""
-    step = ops.QUERY_BLOCK
+    step = QUERY_BLOCK
     return sum(min(step, t - start) * min(start + step, t) for start in range(0, t, step))
 
 
 def _queries(config, b, t):
     """Rows of queries that are kept: each once, block by block. A last block of one grouped query is a view, which keeps all."""
-    alone = config.num_attention_heads > config.num_key_value_heads and t % ops.QUERY_BLOCK == 1
+    alone = config.num_attention_heads > config.num_key_value_heads and t % QUERY_BLOCK == 1
     return b * t + (b * (t - 1) if alone else 0)
 
 
