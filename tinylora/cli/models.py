@@ -1,4 +1,4 @@
-"""generate, merge, quantize: the commands that open a model and make something of it."""
+"""generate, quantize, merge, convert: the commands that open a model and make something of it."""
 
 from pathlib import Path
 
@@ -67,26 +67,34 @@ def _generate(args):
 
 
 # ------------------------------------------------------------------------------------------------------------- quantize
+_QUANTIZE = """Measure every 4-bit code on the weights of a model folder (config.json and safetensors, any architecture),
+tensor by tensor and at equal bits: the relative squared error, how evenly the code's values are used, how normal the
+weights are (Shapiro-Wilk, row by row) and how many blocks hold an outlier. Beside them: normal weights, drawn and in theory.
+
+With --normality, measure only how normal they are, but on every row, by kind and length, and beside it what the test would
+see in rows whose law is known (QLoRA, appendix F: 7.5 % of LLaMA-7B's rows are rejected). --out then takes report.json and
+normality.svg, and PATH may be a GGUF file.
+
+With --out, also write the folder in 4 bits in bitsandbytes' format, which transformers opens (tried with llama, mistral,
+qwen2, qwen3, bert, gpt_neox and whisper; others are refused without --force). A Llama opens here as well: generate and
+finetune take the folder as --model. report.json and errors.svg lie beside it. Needs about twice the folder's size in memory."""
+
+_QUANTIZE_EXAMPLES = """examples:
+  tinylora quantize base                                        the embedded model
+  tinylora quantize my-model --out my-model-nf4                 measure, and write NF4 with double quantization
+  tinylora quantize my-model --codes nf4 bof4 --blocksize 128   only two codes, in larger blocks
+  tinylora quantize my-model.gguf --normality --out normal      are its rows normal?
+"""
+
+
 def quantize_parser(commands):
     from ..papers.codes_on_weights import CODES
 
     p = commands.add_parser(
         "quantize",
         help="what 4 bits do to a checkpoint's weights, and a 4-bit copy that transformers opens",
-        description="Measure every 4-bit code on the weights of a model folder (config.json and safetensors, any architecture),\n"
-        "tensor by tensor and at equal bits: the relative squared error, how evenly the code's values are used, how normal the\n"
-        "weights are (Shapiro-Wilk, row by row) and how many blocks hold an outlier. Beside them: normal weights, drawn and in theory.\n\n"
-        "With --normality, measure only how normal they are, but on every row, by kind and length, and beside it what the test would\n"
-        "see in rows whose law is known (QLoRA, appendix F: 7.5 % of LLaMA-7B's rows are rejected). --out then takes report.json and\n"
-        "normality.svg, and PATH may be a GGUF file.\n\n"
-        "With --out, also write the folder in 4 bits in bitsandbytes' format, which transformers opens (tried with llama, mistral,\n"
-        "qwen2, qwen3, bert, gpt_neox and whisper; others are refused without --force). A Llama opens here as well: generate and\n"
-        "finetune take the folder as --model. report.json and errors.svg lie beside it. Needs about twice the folder's size in memory.",
-        epilog="examples:\n"
-        "  tinylora quantize base                                        the embedded model\n"
-        "  tinylora quantize my-model --out my-model-nf4                 measure, and write NF4 with double quantization\n"
-        "  tinylora quantize my-model --codes nf4 bof4 --blocksize 128   only two codes, in larger blocks\n"
-        "  tinylora quantize my-model.gguf --normality --out normal      are its rows normal?\n",
+        description=_QUANTIZE,
+        epilog=_QUANTIZE_EXAMPLES,
         formatter_class=FORMAT,
     )
     p.set_defaults(run=_quantize)
@@ -129,9 +137,7 @@ def _quantize(args):
         return _normality(args)
     from tqdm import tqdm
 
-    from ..figures.style import save
     from ..interop import bitsandbytes
-    from ..models import files
     from ..papers import codes_on_weights
 
     folder = _folder(args.path)
@@ -139,25 +145,31 @@ def _quantize(args):
     if args.out:  # first what can be refused, then what takes long
         done = bitsandbytes.quantize_folder(folder, args.out, args.code, blocksize, double, args.skip, force=args.force)
     weights = _linear_weights(folder, args)
-    lines = [
-        codes_on_weights.measure(n, w, args.codes, blocksize, double)
-        for n, w in tqdm(weights.items(), desc="measuring", disable=None)
-    ]
-    normal = codes_on_weights.control(
-        max(weights.values(), key=lambda w: w.size).shape[1], args.codes, blocksize, double
-    )
+    bar = tqdm(weights.items(), desc="measuring", disable=None)
+    lines = [codes_on_weights.measure(name, w, args.codes, blocksize, double) for name, w in bar]
+    columns = max(weights.values(), key=lambda w: w.size).shape[1]
+    normal = codes_on_weights.control(columns, args.codes, blocksize, double)
     print(codes_on_weights.describe(lines, blocksize, normal))
     if args.out:
-        out = Path(args.out)
-        about = {"path": args.path, "blocksize": blocksize, "double_quant": double}
-        files.write_json(out / "report.json", codes_on_weights.as_json(lines, normal, **about))
-        bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
-        print(
-            f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
-        )
-        if can_draw():
-            save(codes_on_weights.draw_errors(lines, normal), out / "errors.svg")
-            print(f"figure: {out / 'errors.svg'}")
+        _report_quantized(args, done, lines, normal)
+
+
+def _report_quantized(args, done, lines, normal):
+    """Write report.json and, where matplotlib is there, errors.svg beside the quantized weights, and say what was written."""
+    from ..figures.style import save
+    from ..models import files
+    from ..papers import codes_on_weights
+
+    out = Path(args.out)
+    about = {"path": args.path, "blocksize": args.blocksize, "double_quant": not args.no_double_quant}
+    files.write_json(out / "report.json", codes_on_weights.as_json(lines, normal, **about))
+    bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
+    print(
+        f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
+    )
+    if can_draw():
+        save(codes_on_weights.draw_errors(lines, normal), out / "errors.svg")
+        print(f"figure: {out / 'errors.svg'}")
 
 
 def _folder(path):
@@ -189,16 +201,24 @@ def _linear_weights(folder, args):
 
 
 def _normality(args):
-    import re
-
     from tqdm import tqdm
 
-    from ..interop import bitsandbytes
-    from ..models import files
-    from ..models.gguf import GGUF
     from ..papers import normality
+
+    _refuse_what_only_codes_need(args)
+    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
+        raise ValueError(f"--out {args.out} is a file; expected a folder")
+    names, source, stored = _weights_to_test(args)
+    pairs = ((n, source[n]) for n in tqdm(names, desc="testing", disable=None))  # of a GGUF one tensor at a time
+    groups, short = normality.measure(pairs, args.blocksize)
+    power = _power(args, {g.length for g in groups})
+    print(normality.describe(groups, power, stored, short, args.blocksize))
+    if args.out:
+        _report_normality(args, groups, power, short)
+
+
+def _refuse_what_only_codes_need(args):
     from ..papers.codes_on_weights import CODES
-    from ..papers.normality import rejected_against_length
 
     for name, given in (
         ("--codes", tuple(args.codes) != tuple(CODES)),
@@ -208,39 +228,51 @@ def _normality(args):
     ):
         if given:
             raise ValueError(f"{name} has nothing to do where --normality measures no code; leave one of them out")
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out} is a file; expected a folder")
-    stored = False
-    if args.path.endswith(".gguf"):
-        source = GGUF(args.path)
-        weights = [n for n in source if len(source.kind(n)[1]) == 2 and not re.search(bitsandbytes.NOT_LINEAR, n)]
-        weights = [n for n in weights if not any(word in n for word in args.skip)]
-        if not weights:
-            raise ValueError(f"{args.path} holds no linear weights, or --skip leaves none")
-        stored = any(source.kind(n)[0].startswith("Q4") for n in weights)
-    else:
-        weights = source = _linear_weights(_folder(args.path), args)
-    pairs = ((n, source[n]) for n in tqdm(weights, desc="testing", disable=None))  # of a GGUF one tensor at a time
-    groups, short = normality.measure(pairs, args.blocksize)
 
-    def draw(lengths):
-        lengths = sorted({*lengths, normality.PAPER["length"]})
-        return {n: normality.drawn(n, args.draws, args.blocksize) for n in tqdm(lengths, desc="drawing", disable=None)}
 
-    power = draw(g.length for g in groups)
-    print(normality.describe(groups, power, stored, short, args.blocksize))
-    if args.out:
-        out, figure = Path(args.out), None
-        if can_draw():  # before anything is written
-            power |= draw({64, 128, 256, 512, 1024, 2048} - set(power))
-            figure = rejected_against_length({Path(args.path).stem: groups}, power)
-        about = {"path": args.path, "blocksize": args.blocksize, "draws": args.draws}
-        files.write_json(out / "report.json", normality.as_json(groups, power, short, **about))
-        if figure:
-            from ..figures.style import save
+def _weights_to_test(args):
+    """(names of linear weights, what gives the array of a name, whether a GGUF holds them in 4 bits)."""
+    import re
 
-            save(figure, out / "normality.svg")
-        print(f"\n{'report.json and normality.svg lie' if figure else 'report.json lies'} in {out}")
+    from ..interop import bitsandbytes
+    from ..models.gguf import GGUF
+
+    if not args.path.endswith(".gguf"):
+        weights = _linear_weights(_folder(args.path), args)
+        return list(weights), weights, False
+    source = GGUF(args.path)
+    names = [n for n in source if len(source.kind(n)[1]) == 2 and not re.search(bitsandbytes.NOT_LINEAR, n)]
+    names = [n for n in names if not any(word in n for word in args.skip)]
+    if not names:
+        raise ValueError(f"{args.path} holds no linear weights, or --skip leaves none")
+    return names, source, any(source.kind(n)[0].startswith("Q4") for n in names)
+
+
+def _power(args, lengths):
+    """{length: what the test sees in rows drawn from known laws}, for these lengths and the paper's."""
+    from tqdm import tqdm
+
+    from ..papers import normality
+
+    bar = tqdm(sorted({*lengths, normality.PAPER["length"]}), desc="drawing", disable=None)
+    return {n: normality.drawn(n, args.draws, args.blocksize) for n in bar}
+
+
+def _report_normality(args, groups, power, short):
+    """Write report.json and, where matplotlib is there, normality.svg, and say so."""
+    from ..figures.style import save
+    from ..models import files
+    from ..papers import normality
+
+    out, figure = Path(args.out), None
+    if can_draw():  # before anything is written
+        power |= _power(args, {64, 128, 256, 512, 1024, 2048} - set(power))
+        figure = normality.rejected_against_length({Path(args.path).stem: groups}, power)
+    about = {"path": args.path, "blocksize": args.blocksize, "draws": args.draws}
+    files.write_json(out / "report.json", normality.as_json(groups, power, short, **about))
+    if figure:
+        save(figure, out / "normality.svg")
+    print(f"\n{'report.json and normality.svg lie' if figure else 'report.json lies'} in {out}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- merge
@@ -302,6 +334,7 @@ def _open(path, quantize, adapter=None):
     return load_adapter(model, adapter) if adapter else model
 
 
+# --------------------------------------------------------------------------------------------------------------------- convert
 def convert_parser(commands):
     p = command(
         commands,
@@ -309,7 +342,8 @@ def convert_parser(commands):
         _convert,
         "write a GGUF file as a Hugging Face folder",
         "Write config.json, model.safetensors, the tokenizer and the ids that end a text, which AutoModelForCausalLM and\n"
-        "AutoTokenizer open. One weight is in memory at a time. Needs the packages of tinylora[llm].\n\n"
+        "AutoTokenizer open. One weight is in memory at a time. Needs the packages of the extra llm\n"
+        "(in a clone of tinylora: pip install -e '.[llm]').\n\n"
         "A GGUF's 4- and 8-bit weights are dequantized: float32 holds them exactly, bfloat16 rounds them once more.",
         "examples:\n"
         "  tinylora convert SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2\n"

@@ -216,7 +216,9 @@ def _switch(args):
         texts = {"jargon": None, "source": own_source(args.out)}
     job = replace(JOB, model=args.model, method=args.method, r=args.r, alpha=args.alpha, device=args.device)
     plan = recipe(args, RECIPE)
-    prompts = dict(zip(texts, args.prompts, strict=True)) if args.prompts else {} if args.texts else PROMPTS
+    prompts = {} if args.texts else PROMPTS
+    if args.prompts:
+        prompts = dict(zip(texts, args.prompts, strict=True))
     folders = train(texts, args.out, job, plan)
     shown = demonstrate(texts, folders, job, plan, prompts, args.max_new_tokens, args.pieces, seed=args.seed)
     print(describe(shown, list(texts)))
