@@ -118,9 +118,8 @@ def test_only_the_adapter_is_on_the_tape_beside_activations(rng):
 
     full, frozen = held(tiny.model()), held(tl.add_lora(tiny.model(), r=2, target_modules=["q_proj", "v_proj"]))
     tokens, c = x.size, tiny.CONFIG
-    inputs_of_frozen_layers = (
-        4 * tokens * c.num_hidden_layers * (c.hidden_size + c.hidden_size + c.intermediate_size)
-    )  # o, gate and up, down
+    widths = c.hidden_size + c.hidden_size + c.intermediate_size  # the inputs of o, of gate and up, of down
+    inputs_of_frozen_layers = 4 * tokens * c.num_hidden_layers * widths
     assert full - frozen > inputs_of_frozen_layers
 
 

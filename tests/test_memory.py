@@ -128,9 +128,8 @@ def test_the_bytes_are_the_same_on_every_device(xp, rng):
         optimizer = AdamW(model.trainable(), pager=Pager(device=xp))
         measured = memory.measure(model, batch(rng, 2, 9), optimizer)
         predicted = memory.predict(model.config, method, r=3, batch_size=2, seq_len=9)
-        if (
-            xp.__name__ == "fake_cupy"
-        ):  # its views make a new `base` at each look, so the tape finds a buffer several times
+        # The stand-in's views make a new `base` at each look, so the tape finds a buffer several times.
+        if xp.__name__ == "fake_cupy":
             measured = replace(measured, activations=predicted.activations)
         agree(predicted, measured)
 
@@ -204,9 +203,8 @@ def test_optimizer_state_takes_8_bytes_a_parameter_or_2_and_the_blocks_absmax():
     assert memory.optimizer_bytes(sizes, "adamw8bit") == 8 * 4095 + (2 * 4096 + 2 * 4 * 16) + (2 * 4097 + 2 * 4 * 17)
     assert memory.optimizer_bytes(sizes, precision=memory.MASTER) == 12 * sum(sizes)
     plain, eight = (memory.predict("llama-7b", r=64, optimizer=o) for o in ("adamw", "adamw8bit"))
-    assert eight.optimizer / plain.optimizer == pytest.approx(
-        (2 + 8 / 256) / 8
-    )  # no tensor is small, and all are whole blocks
+    # No tensor is small, and all are whole blocks.
+    assert eight.optimizer / plain.optimizer == pytest.approx((2 + 8 / 256) / 8)
     assert replace(plain, optimizer=0) == replace(eight, optimizer=0)
     with pytest.raises(ValueError, match="optimizer 'sgd' is unknown"):
         memory.predict("base", optimizer="sgd")

@@ -397,5 +397,11 @@ def describe_agreement(predicted, measured):
     table = [("", "predicted", "measured", "difference")]
     pairs = {name: (n, measured.rows()[name]) for name, n in predicted.rows().items()}
     for name, (p, m) in {**pairs, "total": (predicted.total, measured.total)}.items():
-        table.append((name, f"{p:,}", f"{m:,}", "0" if p == m else f"{100 * (p / m - 1) if m else math.inf:+.4f} %"))
+        table.append((name, f"{p:,}", f"{m:,}", _difference(p, m)))
     return aligned(table)
+
+
+def _difference(predicted, measured):
+    if predicted == measured:
+        return "0"
+    return f"{100 * (predicted / measured - 1) if measured else math.inf:+.4f} %"

@@ -104,7 +104,9 @@ def _digest(array):
 
 def predicted(fraction, order, state):
     """Bytes moved a step: 0 at 100 %, else 2 · state around and 2 · (state − budget) back and forth."""
-    return 0 if fraction >= 1 else 2 * state * (1 if order == "around" else 1 - fraction)
+    if fraction >= 1:
+        return 0
+    return 2 * state * (1 if order == "around" else 1 - fraction)
 
 
 def describe(costs, state, same):

@@ -175,8 +175,10 @@ def corpus(job, tokenizer):
 def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_before=True, progress=True, trace=False):
     """Run a job; returns its Report. With `out`, the folder gets report.json, checkpoint.safetensors and adapter/ (or model/).
 
-    Killed and started again with the same arguments, it goes on from the last checkpoint, and on the same machine ends with the same
-    bytes. trace: also write paging.csv (step, page, event, bytes), from the step at which this process began.
+    Killed and started again with the same arguments, it goes on from the last checkpoint; on the same machine, with the same BLAS
+    kernel, it ends with the same bytes as a run that was left alone.
+
+    trace    also write paging.csv (step, page, event, bytes), from the step at which this process began
     """
     done = finished(job, recipe, out)
     if done is not None:
