@@ -262,7 +262,15 @@ def test_the_embedded_text_is_split_by_entries():
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"batch_size": -1}, {"shards": 0}, {"clip": -1}, {"lr": float("nan")}, {"schedule": "linear"}],
+    [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"batch_size": -1},
+        {"shards": 0},
+        {"clip": -1},
+        {"lr": float("nan")},
+        {"schedule": "linear"},
+    ],
 )
 def test_bad_recipes(change):
     with pytest.raises(ValueError, match="expected"):
