@@ -32,6 +32,7 @@ from ..kernels.attention import QUERY_BLOCK
 from ..models import files
 from ..models.gguf import GGUF
 from ..models.llama import LlamaConfig
+from ..nn import is_adapter_weight
 from ..optim import AdamW
 from ..quant import NESTED_BLOCKSIZE, QuantizedTensor
 from ..tape import tape_bytes, watch_rebuilds
@@ -353,7 +354,7 @@ def measure(model, batch, optimizer=None, label="measured"):
     activations, gradients = _step(model, batch, weights.values())
     optimizer = AdamW(trained) if optimizer is None else optimizer
     quantized = [w for w in weights.values() if isinstance(w, QuantizedTensor)]
-    adapters = [w for name, w in weights.items() if ".bypasses." in name]
+    adapters = [w for name, w in weights.items() if is_adapter_weight(name)]
     return Account(
         label,
         weights=_sum_bytes(weights.values()) - _sum_bytes(quantized) - _sum_bytes(adapters),
