@@ -159,12 +159,12 @@ def _measured(args, options, method, checkpointing):
 
     from .. import adapters, backend
     from ..costs import memory
-    from ..interop import bitsandbytes
+    from ..models.llama import Llama
     from ..nn import quantize_linears
     from ..training import finetune
 
     job = finetune.Job()
-    model = bitsandbytes.open_model("base")
+    model = Llama.from_pretrained("base")
     if method != "full":
         code = "nf4" if method == "qlora" else "bfloat16"
         quantize_linears(model, code, options["blocksize"], options["double_quant"])

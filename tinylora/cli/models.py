@@ -327,10 +327,10 @@ def _merge(args):
 
 def _open(path, quantize, adapter=None):
     """The model of a folder, quantized and with an adapter on it if asked for."""
-    from ..interop.bitsandbytes import open_model
     from ..interop.peft import load_adapter
+    from ..models.llama import Llama
 
-    model = open_model(path, quantize=None if quantize == "none" else quantize)
+    model = Llama.from_pretrained(path, quantize=None if quantize == "none" else quantize)
     return load_adapter(model, adapter) if adapter else model
 
 

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .. import adapters, backend, data
-from ..interop import bitsandbytes, peft
+from ..interop import peft
 from ..models import files, fourbit
+from ..models.llama import Llama
 from ..nn import STORED
 from ..optim import AdamW
 from ..paging import Pager
@@ -123,7 +124,8 @@ def prepare(job, seed=0):
     code = method.code
     stored = fourbit.is_quantized(job.model)
     wanted = {"code": code, "blocksize": job.blocksize, "double_quant": True, "compute_dtype": job.compute_dtype}
-    model = bitsandbytes.open_model(job.model, job.compute_dtype, quantize=wanted if code and not stored else None)
+    quantize = wanted if code and not stored else None
+    model = Llama.from_pretrained(job.model, quantize=quantize, compute_dtype=job.compute_dtype)
     found = {w.code_name for _, w in model.named_weights() if isinstance(w, QuantizedTensor)}
     if stored and found != {code}:
         raise ValueError(
