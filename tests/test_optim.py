@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tinylora import AdamW, Pager, Tensor, backend
-from tinylora.optim import clip_grad_norm, schedule
+from tinylora.optim import clip_grad_norm
+from tinylora.training.schedule import schedule
 
 
 def by_hand(p, grads, lr, b1, b2, eps, wd):

@@ -38,6 +38,7 @@ from .paging import Pager
 from .quant import QuantizedTensor, quantize
 from .tape import checkpoint, tape_bytes
 from .tensor import Tensor, no_grad, primitive
+from .training import schedule as rates
 from .training.adamw8bit import AdamW8bit
 
 __version__ = "0.1.0"
@@ -88,6 +89,7 @@ for _old, _new, _names in (
     (backend, scatter, "scatter_add"),
     (backend, copies, "pinned_zeros copy_to_device copy_to_host managed_zeros prefetch_managed keep_freed_memory"),
     (tensor, tape, "checkpoint watch_rebuilds tape_bytes"),
+    (optim, rates, "schedule"),
     (nn, kbit, "Embedding16bit store_in_16_bits prepare_for_kbit_training"),
     (lora, kinds, "LoRAEmbedding LoRAConv EmbeddingBypass ConvBypass KINDS ADAPTABLE LINEAR bypass_for lora_layer"),
 ):

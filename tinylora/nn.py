@@ -194,9 +194,8 @@ class Linear(Module):
     """y = x Wᵀ + b.   weight (out, in) ~ U(−1/√in, 1/√in), which is torch's kaiming_uniform(a=√5); bias (out,) or None."""
 
     def __init__(self, in_features, out_features, bias=False):
-        self.weight = Tensor(
-            uniform((out_features, in_features), 1 / math.sqrt(max(in_features, 1))), requires_grad=True
-        )
+        bound = 1 / math.sqrt(max(in_features, 1))
+        self.weight = Tensor(uniform((out_features, in_features), bound), requires_grad=True)
         self.bias = Tensor(np.zeros(out_features, np.float32), requires_grad=True) if bias else None
 
     @classmethod

@@ -1,4 +1,4 @@
-"""AdamW as one elementwise equation that runs page by page; clipping of gradients; learning-rate schedules.
+"""AdamW as one elementwise equation that runs page by page, and the clipping of gradients.
 
 For a parameter p with gradient g, at step t = 1, 2, … with the learning rate η and the weight decay λ,
 
@@ -15,7 +15,8 @@ budget the parameters end with the same bits.
 Differs from torch and bitsandbytes: there is no fused kernel. Every second step goes through the pages from the last to the
 first, so that the pages that are still resident are used first.
 
-Leaves out: AMSGrad, and sparse gradients. AdamW with its state in 8 bits is `training.adamw8bit`.
+Leaves out: AMSGrad, sparse gradients, and learning-rate schedules (`training.schedule`). AdamW with its state in 8 bits is
+`training.adamw8bit`.
 """
 
 import itertools
@@ -131,9 +132,8 @@ class AdamW:
         adamw_step(p, g, m, v, self.step_count, lr, self.betas, self.eps, slot.group["weight_decay"], scratch)
 
     def _buffer(self, page):
-        xp = array_module(page)
         if self._scratch is None or self._scratch.shape[1] < page.shape[1]:
-            self._scratch = xp.empty((2, page.shape[1]), np.float32)
+            self._scratch = array_module(page).empty((2, page.shape[1]), np.float32)
         return self._scratch
 
     def zero_grad(self):
@@ -176,19 +176,3 @@ def clip_grad_norm(params, max_norm):
         for g in grads:
             g *= max_norm / total
     return total
-
-
-def schedule(kind, step, steps, warmup=0, floor=0.1):
-    """The factor on the learning rate at step = 0 … steps − 1.
-
-    "constant": 1 after a linear warm-up over `warmup` steps. "cosine": from 1 down to `floor` along half a cosine after
-    the same warm-up.
-    """
-    if kind not in ("constant", "cosine"):
-        raise ValueError(f"schedule {kind!r} is unknown: expected 'constant' or 'cosine'")
-    if step < warmup:
-        return (step + 1) / warmup
-    if kind == "constant":
-        return 1.0
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -47,9 +47,7 @@ class Counters:
     bytes_in: int = 0
     bytes_out: int = 0
 
-    @property
-    def bytes_moved(self):
-        return self.bytes_in + self.bytes_out
+    bytes_moved = property(lambda self: self.bytes_in + self.bytes_out)
 
 
 class Pager:

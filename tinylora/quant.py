@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import codebooks
-from .backend import array_module, is_array, move
+from .backend import array_module, is_array, move, whole
 from .dtypes import as_float32, dtype_name
 from .kernels.dequantize import dequantized
 from .kernels.rounding import CPU, RULES, signed_absmax, torch_mean
@@ -144,10 +144,8 @@ def quantize(w, code="nf4", blocksize=64, double_quant=False, rule="bitsandbytes
     """
     if rule not in RULES:
         raise ValueError(f"quantize: rule {rule!r} is unknown: expected one of {', '.join(map(repr, RULES))}")
-    if blocksize is not None and (not isinstance(blocksize, (int, np.integer)) or blocksize < 1):
-        raise ValueError(
-            f"quantize: blocksize = {blocksize!r}, expected a whole number, 1 or more, or None for the whole tensor"
-        )
+    if blocksize is not None:
+        whole("quantize: blocksize", blocksize)
     code_name, values = codebooks.get(code)
     nested = codebooks.get_nested(nested_code)  # looked up first, so that a wrong name is said in any case
     form = QuantizedTensor(None, None, values, code_name, blocksize, (), "", rule, bool(signed))

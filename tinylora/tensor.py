@@ -124,9 +124,7 @@ class Tensor:
     nbytes = property(lambda self: self.data.nbytes)
     device = property(lambda self: backend.device_of(self.data))
 
-    @property
-    def is_leaf(self):
-        return self._node is None
+    is_leaf = property(lambda self: self._node is None)
 
     def item(self):
         """The only element, as a Python float."""

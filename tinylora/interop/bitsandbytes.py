@@ -98,10 +98,6 @@ def load(folder, compute_dtype="float32"):
     return Llama.from_pretrained(folder, compute_dtype=compute_dtype)
 
 
-def open_model(path, compute_dtype="float32", dtype="float32", quantize=None):
-    return Llama.from_pretrained(path, dtype, quantize, compute_dtype)
-
-
 # ------------------------------------------------------------------------------------------------------------ any folder
 def is_linear_weight(name, w, skip=()):
     """Whether a tensor of a checkpoint is the weight of a linear layer, as far as its name and shape tell."""

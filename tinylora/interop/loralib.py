@@ -36,6 +36,7 @@ import numpy as np
 
 from .. import backend, ops
 from ..adapters import conv
+from ..backend import whole
 from ..nn import Module, normal, uniform
 from ..tensor import Tensor, no_grad
 
@@ -54,8 +55,7 @@ class LoRALayer(Module):
 
     def __init__(self, r, lora_alpha, lora_dropout, merge_weights):
         name = type(self).__name__
-        if not isinstance(r, (int, np.integer)) or r < 0:
-            raise ValueError(f"loralib.{name}: r = {r!r}, expected a whole number, 0 or more")
+        whole(f"loralib.{name}: r", r, least=0)
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"loralib.{name}: lora_dropout = {lora_dropout}, expected 0 <= lora_dropout < 1")
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout

@@ -3,6 +3,7 @@
 finetune    the main job: QLoRA, LoRA or full fine-tuning, with every byte accounted for
 compare     the same job by every method and for several seeds
 train       the loop: batches, accumulation, clipping, evaluation, checkpoints, resuming
+schedule    the learning rate over the steps
 corpus      running text, and questions with answers
 pretrain    how the embedded model was made
 adamw8bit   AdamW with 8-bit states, as bitsandbytes rounds them

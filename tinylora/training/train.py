@@ -24,10 +24,11 @@ from .. import backend, ops
 from ..backend import move, whole
 from ..kernels import copies
 from ..models import safetensors
-from ..optim import AdamW, clip_grad_norm, schedule
+from ..optim import AdamW, clip_grad_norm
 from ..tape import tape_bytes, watch_rebuilds
 from ..tensor import no_grad, state
 from .corpus import scored_bytes
+from .schedule import schedule
 
 
 @dataclass(frozen=True)

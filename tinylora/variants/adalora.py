@@ -3,7 +3,7 @@
 import numpy as np
 
 from .. import backend, ops
-from ..backend import array_module
+from ..backend import array_module, whole
 from ..nn import normal
 from .bypass import AdditiveBypass, tensor_like, wrap
 
@@ -20,8 +20,7 @@ class AdaLoRALinear(AdditiveBypass):
 
     def __init__(self, base, r=12, alpha=16):
         super().__init__(base)
-        if r < 1:
-            raise ValueError(f"AdaLoRALinear: r = {r}, expected a whole number, 1 or more")
+        r = whole("AdaLoRALinear: r", r)
         self.r, self.alpha = r, alpha
         self.P = tensor_like(base, normal((base.out_features, r), 0.02), trained=True)
         self.Lambda = tensor_like(base, np.zeros(r), trained=True)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from .. import backend, ops
-from ..backend import array_module
+from ..backend import array_module, whole
 from ..nn import Module, uniform
 from ..tensor import Tensor
 
@@ -66,8 +66,7 @@ class QALoRALinear(Module):
     def __init__(self, base, r=8, alpha=16):
         if not isinstance(base, IntegerLinear):
             raise ValueError(f"QALoRALinear: expected an IntegerLinear, got {type(base).__name__}")
-        if r < 1:
-            raise ValueError(f"QALoRALinear: r = {r}, expected a whole number, 1 or more")
+        r = whole("QALoRALinear: r", r)
         base.requires_grad_(False)
         self.base_layer, self.r, self.alpha, n = base, r, alpha, base.groups
         dtype, xp = base.scale.dtype, array_module(base.scale.data)

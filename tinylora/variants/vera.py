@@ -6,6 +6,7 @@ import numpy as np
 
 from .. import ops
 from ..adapters.targets import find_targets
+from ..backend import whole
 from .bypass import AdditiveBypass, tensor_like, wrap
 
 
@@ -48,8 +49,7 @@ def add_vera(model, r=256, seed=0, target_modules="all-linear", d_initial=0.1):
     A (r, largest in) and B (largest out, r) ~ U(−√(6/fan_in), √(6/fan_in)), fan_in the last axis: Kaiming's uniform for
     ReLU, as PEFT draws it, from a generator of its own (`seed`; the numbers are not torch's). Trained: Σ (out + r).
     """
-    if r < 1:
-        raise ValueError(f"add_vera: r = {r}, expected a whole number, 1 or more")
+    r = whole("add_vera: r", r)
     targets = [model.get(path) for path in find_targets(model, target_modules)]
     rng = np.random.default_rng(seed)
     shapes = (r, max(t.in_features for t in targets)), (max(t.out_features for t in targets), r)

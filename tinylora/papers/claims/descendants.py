@@ -17,8 +17,9 @@ from ... import backend, nn, ops, variants
 from ...figures.style import COLOURS, SMALL, canvas
 from ...lora import LoRALinear
 from ...nn import Linear4bit
-from ...optim import AdamW, schedule
+from ...optim import AdamW
 from ...quant import quantize
+from ...training.schedule import schedule
 from .drawing import PALE, bars, dots, given_or_run
 from .registry import Drawing, Experiment, above, below, judge, spread, values
 from .toys import linear, orthonormal, squared_error, weight

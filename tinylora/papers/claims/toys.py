@@ -14,8 +14,9 @@ import numpy as np
 
 from ... import backend, nn
 from ...lora import LoRALinear
-from ...optim import AdamW, schedule
+from ...optim import AdamW
 from ...tensor import Tensor
+from ...training.schedule import schedule
 
 
 class Planted:
