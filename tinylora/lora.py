@@ -69,6 +69,19 @@ class LinearBypass(Module):
         self.build(base, init, lora_bias)
         self.to(array_module(stored_array(base.weight)))
 
+    def build(self, base, init, lora_bias):
+        """Set lora_A and lora_B, drawn from the current generator: two layers first, then A's own start, as in PEFT; B = 0."""
+        if not hasattr(base, "in_features"):
+            raise TypeError(f"lora: a {type(base).__name__} is no linear layer; adapters.lora_layer takes other kinds")
+        r, n, out = self.r, base.in_features, base.out_features
+        self.lora_A, self.lora_B = Linear(n, r), Linear(r, out, bias=lora_bias)
+        self.lora_A.weight.data = uniform((r, n), 1 / math.sqrt(n)) if init == "kaiming" else normal((r, n), 1 / r)
+        self.lora_B.weight.data = np.zeros((out, r), np.float32)
+
+    def through(self, x, base):
+        """B(A(x)), not yet scaled."""
+        return self.lora_B(self.lora_A(x))
+
     def forward(self, x, base, base_output):
         """s B A x: what is added to the base's output."""
         return self.through(self.dropped(x), base) * self.scaling
@@ -90,20 +103,7 @@ class LinearBypass(Module):
         """The input as the factors see it."""
         return ops.dropout(x, self.dropout) if self.training else x
 
-    # What follows is for a linear base; `adapters.kinds` has it for embeddings and convolutions.
-    def build(self, base, init, lora_bias):
-        """Set lora_A and lora_B, drawn from the current generator: two layers first, then A's own start, as in PEFT; B = 0."""
-        if not hasattr(base, "in_features"):
-            raise TypeError(f"lora: a {type(base).__name__} is no linear layer; adapters.lora_layer takes other kinds")
-        r, n, out = self.r, base.in_features, base.out_features
-        self.lora_A, self.lora_B = Linear(n, r), Linear(r, out, bias=lora_bias)
-        self.lora_A.weight.data = uniform((r, n), 1 / math.sqrt(n)) if init == "kaiming" else normal((r, n), 1 / r)
-        self.lora_B.weight.data = np.zeros((out, r), np.float32)
-
-    def through(self, x, base):
-        """B(A(x)), not yet scaled."""
-        return self.lora_B(self.lora_A(x))
-
+    # Shapes: these three are for a linear base; `adapters.kinds` has them for embeddings and convolutions.
     def factors(self):
         """(B, A) as matrices (outputs × r) and (r × inputs), views of the arrays."""
         return self.lora_B.weight.data, self.lora_A.weight.data
@@ -135,9 +135,9 @@ class LoRALayer(Module):
         self.base_layer, self.bypasses, self.active = base.requires_grad_(False), {name: made}, (name,)
 
     def forward(self, x):
-        y = base_output = self.base_layer(x)
+        y = base_output = self.base_layer(x)  # W₀ x
         for name in self.active:
-            y = y + self.bypasses[name](x, self.base_layer, base_output)
+            y = y + self.bypasses[name](x, self.base_layer, base_output)  # + s B A x
         return y
 
     def _only(self, what):
