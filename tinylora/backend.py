@@ -60,7 +60,7 @@ def array_module(x):
 
 
 def is_array(x):
-    """True for a host or a device array (anything with `shape`, `dtype` and `__getitem__`), False for scalars and lists."""
+    """True for a host or a device array (an array type with `ravel` and `dtype`), False for scalars and lists."""
     kind = type(x)
     return kind is np.ndarray or (
         hasattr(kind, "ravel") and hasattr(kind, "dtype") and not issubclass(kind, np.generic)
@@ -68,7 +68,7 @@ def is_array(x):
 
 
 def device_of(x):
-    """ "cpu" for a NumPy array, "cuda" for a device array."""
+    """Where an array lives: "cpu" (NumPy) or "cuda"."""
     return "cpu" if array_module(x) is np else "cuda"
 
 

@@ -13,7 +13,7 @@ QLoRA's equation 4 is another code: taken literally, its first value is −∞.
     evenly spaced        int4, int8
     small floats         fp4 (the grid of bitsandbytes, OCP's E2M1, E3M0), fp8_e4m3, fp8_e5m2
     least error          bof4(blocksize, criterion, signed), af4(blocksize), lloyd_max(levels)
-    8 bits, by decades   dynamic8, which bitsandbytes uses for the constants of double quantization
+    8 bits, by decades   dynamic8, which bitsandbytes uses for the absmax values that double quantization stores
 
 The values stand in ascending order. The one exception is `fp4`, whose index is the bit pattern of a small float.
 
@@ -28,7 +28,7 @@ from functools import cache
 
 import numpy as np
 
-from .numerics.solved import af4, bof4, expected_max, lloyd_max, power_of  # noqa: F401 (handed on)
+from .numerics.solved import af4, bof4, expected_max, lloyd_max, power_of  # noqa: F401 (re-exported)
 
 #: Where the outermost NF4 quantile lies. bitsandbytes states the number without its origin; it equals 1 − ½(1/32 + 1/30) cut to seven
 #: digits: the mean of half a bin of 16 (where a symmetric code of 16 values ends) and half a bin of 15 (where one with a 0 ends).
@@ -47,7 +47,7 @@ def linspace_f32(start, stop, n):
         xᵢ = fma(h, i, start) for i < n/2,  fma(−h, n−1−i, stop) otherwise,  h = (stop − start)/(n − 1) in float32
 
     A fused multiply-add rounds once. In float64 the product h·i is exact (24 + 8 bits), and the sum is rounded to 53
-    bits before the rounding to 24, which only differs from one rounding if it lands within 2⁻⁵³ of a tie.
+    bits before the rounding to 24. The two only differ where the float64 sum lies within 2⁻⁵³ of a tie between two float32 numbers.
     """
     a, b = np.float32(start), np.float32(stop)
     h = np.float32((b - a) / np.float32(n - 1))
@@ -59,9 +59,7 @@ def linspace_f32(start, stop, n):
 
 def _normal_inverse(probabilities):
     """Φ⁻¹(p) in float64, rounded to float32."""
-    from statistics import (
-        NormalDist,  # accurate to the last bits, without scipy; imported here since it is slow to load
-    )
+    from statistics import NormalDist  # accurate to the last bits without scipy; slow to load, so not at the top
 
     inverse = NormalDist().inv_cdf
     return np.array([inverse(float(p)) for p in probabilities], np.float32)
@@ -83,6 +81,7 @@ def _frozen(values):
 
 @cache
 def _nf4():
+    """NF4, computed once."""
     return _quantile_code(_normal_inverse, 8, 7, NF4_OFFSET)
 
 
@@ -115,9 +114,10 @@ def normal_float(bits=4, offset=None):
 def closed_form(blocksize=64, criterion="mse"):
     """NF4's recipe with its offset at Φ(E[M]/√(1+p)), M the largest of `blocksize` normal magnitudes. (16,) float32, ascending.
 
-    p = 1 ("mae") or 2 ("mse"). Many values that minimize E|error|ᵖ lie as dense as f^(1/(1+p)) (Panter and Dite 1951). For a normal law
-    that is a normal law √(1+p) times as wide, in whose units the edge of a block, E[M], lies at E[M]/√(1+p). Within 0.4 % of the
-    best pinned code's error for blocks of 16 to 4096 (tests/test_optimality.py).
+    p = 1 ("mae") or 2 ("mse"). Let f be the density of the weights. The values of a large code that minimizes E|error|ᵖ have a density
+    proportional to f^(1/(1+p)) (Panter and Dite 1951). For normal weights that is a normal density √(1+p) times as wide. In its units
+    the edge of a block, E[M], lies at E[M]/√(1+p). The code's error is within 0.4 % of that of the best code with −1, 0 and 1, for
+    blocks of 16 to 4096 (tests/test_optimality.py).
     """
     from statistics import NormalDist
 
@@ -174,6 +174,7 @@ def int8():
 
 
 def _symmetric(magnitudes):
+    """The magnitudes, divided by their largest, with both signs: float32, ascending."""
     positive = np.unique(magnitudes / magnitudes.max())
     return np.concatenate([-positive[:0:-1], positive]).astype(np.float32)
 
@@ -190,6 +191,7 @@ def fp8_e5m2():
 
 @cache
 def _dynamic8(signed):
+    """`dynamic8`, computed once and read-only."""
     values = [0.0, 1.0]
     for i in range(7):  # decade 10^(i−6): 2^i (signed) or 2^(i+1) (unsigned) bins between 0.1 and 1, each at its middle
         boundaries = linspace_f32(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
@@ -217,6 +219,7 @@ NESTED = {"dynamic8": dynamic8, "fp8_e4m3": fp8_e4m3, "fp8_e5m2": fp8_e5m2, "int
 
 @cache
 def _shared(name):
+    """The one read-only array that all tensors of a named code share."""
     return _frozen((NAMED | NESTED)[name]())
 
 
@@ -234,7 +237,7 @@ def get(code):
 
 
 def get_nested(code):
-    """The values of an 8-bit code for the constants of double quantization, read-only and shared."""
+    """The values of an 8-bit code for the absmax values of double quantization, read-only and shared."""
     if code not in NESTED:
         raise ValueError(f"nested_code {code!r} is unknown: expected one of {', '.join(NESTED)}")
     return _shared(code)

@@ -8,7 +8,7 @@ of the 23 mantissa bits. So
 In arithmetic, a bfloat16 number is held as a float32 whose lower half is zero. A product of two such matrices is summed
 in float32 and rounded once at the end; QLoRA's equation 5 has such products. In storage, a bfloat16 is a uint16.
 
-The logical dtypes are named by strings: "float32", "float16", "bfloat16".
+The logical dtypes are named by strings: "float32", "float16", "bfloat16". ("float64" is taken too, for gradient checks.)
 
 Differs from torch: rounding is an explicit call (`round_to`), and there is no autocast. A product of bfloat16 matrices
 is rounded as tensor cores round it, and takes the time of a float32 product, because NumPy has no other.
@@ -91,9 +91,9 @@ def as_float32(x):
 
 @dataclass(frozen=True)
 class BFloat16Array:
-    """A weight stored in two bytes a number, as a 16-bit checkpoint stores it. Plain data; `dequantize` gives float32 back.
+    """A weight stored in two bytes per number, as a 16-bit checkpoint stores it. Plain data; `dequantize` gives float32 back.
 
-    It has the same face as a QuantizedTensor (shape, size, nbytes, bits_per_param, dequantize), so a frozen layer does
+    It has the same interface as a QuantizedTensor (shape, size, nbytes, bits_per_param, dequantize), so a frozen layer does
     not care which of the two it holds.
     """
 

@@ -7,8 +7,8 @@ the whole weight would have,
 
     ∂L/∂A = s Bᵀ G,     ∂L/∂B = s G Aᵀ
 
-So until the first step an adapted layer computes what its base computes, bit for bit. At the first step B has a
-gradient, and A's gradient is 0.
+Because B starts at 0, an adapted layer computes what its base computes until the first step, bit for bit. At the first step B
+has a gradient, and A's gradient is 0.
 
 QLoRA is the same bypass beside a layer in 4 bits (QLoRA eq. 5). The scale s stands in QLoRA's eq. 3 and is missing in
 its eq. 5; it is applied here, as in the authors' code. rsLoRA is the same bypass with another scale, s = α/√r
@@ -17,9 +17,9 @@ its eq. 5; it is applied here, as in the authors' code. rsLoRA is the same bypas
 A layer holds any number of named bypasses beside one base, and those that are active add up. `merge` gives a new layer
 with W = W₀ + s B A, so that nothing is computed beside it (LoRA §4.1).
 
-Differs from PEFT: the names (`lora_A`, `lora_B`, `scaling`, `base_layer`) and the shapes are PEFT's, and the scale is applied
-last, as there. Merging leaves W₀ alone, because subtracting s B A in float32 would not restore it; merging into 4 bits
-reports the error that it makes. Differs from loralib: `eval()` changes no weight.
+As in PEFT, the factors are `lora_A` and `lora_B`, the base is `base_layer`, the shapes are the same, and the scale (`scaling`) is
+applied last. Differs from PEFT: merging leaves W₀ alone, because subtracting s B A in float32 would not restore it; merging into
+4 bits reports the error that it makes. Differs from loralib: `eval()` changes no weight.
 
 Leaves out: embeddings and convolutions (`adapters.kinds`), DoRA (`adapters.dora`), what is done to a whole model (`adapters`), and
 a different adapter for each row of a batch (`adapters.switch`).
@@ -43,6 +43,8 @@ INITS = ("kaiming", "gaussian")
 class LinearBypass(Module):
     """s B(A(x)) beside a linear layer.   A (r, in) ~ U(−1/√in, 1/√in), B (out, r) = 0, s = α/r.   LoRA eq. 3, §4.1.
 
+    The paper's A is Gaussian; loralib and PEFT draw it uniformly.
+
     lora_A, lora_B    the factors, layers with a `weight` each
     init              "kaiming": as above, which loralib and PEFT use; "gaussian": A ~ N(0, 1/r²)
     use_rslora        s = α/√r instead
@@ -54,7 +56,7 @@ class LinearBypass(Module):
     started_by, magnitude = "", None
     dora = None  # the class that use_dora makes; adapters.dora puts it here
 
-    def __new__(cls, *args, use_dora=False, **options):
+    def __new__(cls, *args, use_dora=False, **options):  # for DoRA only; skip it at first
         return super().__new__(cls.dora if use_dora else cls)
 
     def __init__(
@@ -70,7 +72,7 @@ class LinearBypass(Module):
         self.to(array_module(stored_array(base.weight)))
 
     def build(self, base, init, lora_bias):
-        """Set lora_A and lora_B, drawn from the current generator: two layers first, then A's own start, as in PEFT; B = 0."""
+        """Set lora_A and lora_B = 0. Both layers first draw a weight that is overwritten, in PEFT's order: seeded runs depend on it."""
         if not hasattr(base, "in_features"):
             raise TypeError(f"lora: a {type(base).__name__} is no linear layer; adapters.lora_layer takes other kinds")
         r, n, out = self.r, base.in_features, base.out_features
@@ -96,11 +98,11 @@ class LinearBypass(Module):
         return base.dense() + self.delta(base)
 
     def change(self, base, w0):
-        """weight(base) − W₀: what this bypass contributes to a sum of several."""
+        """weight(base) − W₀: what this bypass contributes to a sum of several. (Without a magnitude W₀ is not needed.)"""
         return self.delta(base)
 
     def dropped(self, x):
-        """The input as the factors see it."""
+        """dropout(x) while training, else x."""
         return ops.dropout(x, self.dropout) if self.training else x
 
     # Shapes: these three are for a linear base; `adapters.kinds` has them for embeddings and convolutions.
@@ -113,7 +115,7 @@ class LinearBypass(Module):
         return matrix
 
     def row(self, vector, y):
-        """A vector over the outputs, shaped to multiply y."""
+        """A vector over the outputs, shaped to multiply y (DoRA's magnitude does)."""
         return vector
 
 
@@ -141,6 +143,7 @@ class LoRALayer(Module):
         return y
 
     def _only(self, what):
+        """An attribute of the one active bypass."""
         if len(self.active) != 1:
             raise AttributeError(f"{what}: {len(self.active)} adapters are active here; take it from .bypasses[name]")
         return getattr(self.bypasses[self.active[0]], what)
@@ -181,6 +184,7 @@ class LoRALayer(Module):
         return with_weight(self.base_layer, self.merged(names), bias) if self._named(names) else self.base_layer
 
     def _named(self, names):
+        """The bypasses of these names (of the active ones) that this layer has."""
         return [self.bypasses[n] for n in (self.active if names is None else names) if n in self.bypasses]
 
 

@@ -48,7 +48,7 @@ def move_tensor(tensor, device):
 
 
 def is_adapter_weight(path):
-    """Whether a dotted path leads into an adapter: through the bypasses of a LoRALayer, or to a name that begins with lora_."""
+    """Whether a dotted path leads into an adapter: through a LoRALayer's bypasses (see `lora`), or to a name that begins with lora_."""
     return any(part == "bypasses" or part.startswith("lora_") for part in path.split("."))
 
 
@@ -83,7 +83,7 @@ class Module:
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
     def named_weights(self):
-        """(path, Tensor or stored weight) of everything held, each object once (a tied head is its embedding)."""
+        """(path, Tensor or stored weight) of everything held, each object once: a head tied to the embedding appears as that."""
         seen = set()
         for path, module in self.named_modules():
             for name, value in vars(module).items():
@@ -221,7 +221,8 @@ class _FrozenLinear(Module):
 
     def __init__(self, weight, bias=None, compute_dtype="float32", backward_weight="stored"):
         self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
-        self.backward_weight, name = backward_weight, type(self).__name__
+        self.backward_weight = backward_weight
+        name = type(self).__name__
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(f"{name}: compute_dtype {compute_dtype!r}, expected 'float32' or 'bfloat16'")
         if backward_weight not in ("stored", "forward"):
@@ -243,8 +244,8 @@ class Linear4bit(_FrozenLinear):
     """y = x Ŵᵀ + b, Ŵ = doubleDequant(weight) (QLoRA eq. 5 and 6). weight is a QuantizedTensor of shape (out, in).
 
     compute_dtype     "float32" (products as they are) or "bfloat16" (operands, bias and result rounded to bfloat16 around a float32 sum)
-    backward_weight   "stored": casts in bitsandbytes' order (0.50.2 in train mode), so that a weight that was once bfloat16 is rounded to
-                      it in the backward pass, also where the forward pass took it in float32. "forward": the plain way, Ŵ in both
+    backward_weight   "stored": in the backward pass Ŵ is first rounded to the weight's original dtype, as bitsandbytes does in train
+                      mode (0.50.2). "forward": the backward pass uses the forward's Ŵ
 
     Differs from bitsandbytes: the compute dtype is never guessed from the first input; eval() changes nothing (there, on CPUs with
     AVX512-BF16, it repacks the weight and rounds its constants).
@@ -297,10 +298,11 @@ class RMSNorm(Module):
 
 
 def quantize_linears(model, code="nf4", blocksize=64, double_quant=True, compute_dtype="float32", **options):
-    """Replace every Linear of the model by a frozen Linear4bit, in place; returns the model. All other parameters are frozen.
+    """Replace every Linear of the model but lm_head by a frozen Linear4bit, in place; returns the model. All else is frozen too.
 
-    As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` keep their 16 or 32 bits.
-    code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base). options: see `quantized_linear`.
+    As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` (lm_head) keep their 16 or 32 bits.
+    code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base). Double quantization is on here, and off in
+    `quant.quantize`. options: those of `quantized_linear`.
     """
     if any(is_adapter_weight(path) for path, _ in model.named_modules()):
         raise ValueError("quantize_linears: the model carries an adapter; quantize first, then add_lora (or merge)")
@@ -317,7 +319,7 @@ def quantized_linear(path, layer, code="nf4", blocksize=64, double_quant=True, c
                      skip=("lm_head",), dtype="float32", **options):  # fmt: skip
     """The frozen layer that takes the place of a Linear at this path; the layer itself if a name in `skip` ends the path.
 
-    dtype     "bfloat16": the weight is rounded to it first, and says so; options: those of `quant.quantize`
+    dtype     "bfloat16": the weight is rounded to it first, and its `dtype` is then "bfloat16"; options: those of `quant.quantize`
     """
     if any(path == s or path.endswith("." + s) for s in skip):
         return layer

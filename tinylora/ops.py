@@ -19,8 +19,8 @@ Shapes: the last axis is the feature axis, as in torch. float32 in gives float32
 Differs from torch.nn.functional: there is no autocast, no in-place version, and no integer tensor (token ids, masks and
 indices are plain arrays).
 
-Leaves out: convolutions (`adapters.conv`), and operations that a Llama does not need. `causal_attention` is the short
-form of its equation; `kernels.attention` has the one that works on blocks of queries and skips hidden keys.
+Leaves out: convolutions (`adapters.conv`), and most operations that a Llama does not need. `_attend` is attention's equation;
+`causal_attention` runs it on blocks of queries (`kernels.attention`). The functions `sum` and `max` hide Python's in this file.
 """
 
 import math
@@ -173,6 +173,7 @@ def index(x, key):
 
 
 def _is_basic(key):
+    """Whether a key is made of whole numbers and slices, which pick no element twice."""
     return all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in (key if isinstance(key, tuple) else (key,)))
 
 
@@ -229,13 +230,13 @@ def linear(x, w, b=None):
 def linear_frozen(x, q, b=None, compute_dtype="float32", backward_weight="stored"):
     """y = x Ŵᵀ + b, Ŵ = dequantize(q);   x̄ = ḡ Ŵ,   b̄ = Σ ḡ over rows.   QLoRA eq. 5 without the adapter.
 
-    x (..., in); q any stored weight with `shape` (out, in), `dtype` and `dequantize(dtype)`; b (out,). There is no pullback for Ŵ, and
-    the one for x captures q, never Ŵ: the dense weight is rebuilt for the backward pass and dropped again.
+    x (..., in); q any stored weight with `shape` (out, in), `dtype` and `dequantize(dtype)`; b (out,). There is no pullback for Ŵ. The
+    one for x captures q, and neither Ŵ nor x: the dense weight is rebuilt for the backward pass and dropped again.
 
     compute_dtype     "float32", or "bfloat16": x, Ŵ, b, then y, and the gradients are rounded to bfloat16 around float32 sums
-    backward_weight   "stored": Ŵ is rounded to the dtype that the weight once had before it meets ḡ, as bitsandbytes does. Where that is
-                      bfloat16 and the compute dtype float32, forward and backward then use two different weights.
-                      "forward": the forward's own Ŵ, so that x̄ is its exact gradient
+    backward_weight   "stored": in the backward pass Ŵ is first rounded to the weight's original dtype, as bitsandbytes does. Where that
+                      dtype is bfloat16 and the compute dtype float32, forward and backward use two different weights.
+                      "forward": the backward pass uses the forward's Ŵ, so that x̄ is the exact gradient
     """
     _check_linear(x, q.shape)
     rounded = (lambda a: a) if compute_dtype == "float32" else (lambda a: round_to(a, compute_dtype))
@@ -295,7 +296,7 @@ def softmax_cross_entropy(z, targets, mask=None, reduction="mean"):
 
     z (..., n) logits, targets (...) integers below n, mask (...) of 0 and 1 (or weights): only the target tokens count,
     the prompt is masked out. reduction="sum" leaves out the division, so that micro-batches with different masks add up
-    exactly. An all-zero mask gives 0. In nats.
+    exactly. An all-zero mask gives 0. L is in nats.
     """
     xp, shape = array_module(z), z.shape
     for name, x in (("targets", targets), ("mask", mask)):
@@ -312,8 +313,8 @@ def softmax_cross_entropy(z, targets, mask=None, reduction="mean"):
     if reduction == "mean":
         weight = weight / xp.maximum(weight.sum(), np.finfo(z.dtype).tiny)
     p = _rows(z - z.max(axis=-1, keepdims=True)) if z.size else _rows(z)
-    chosen = p[rows, t]
-    xp.exp(p, out=p)  # in place: with 49,152 tokens a copy of the logits of 256 positions is 50 MB
+    chosen = p[rows, t]  # log softmax(z)[t] = chosen − log Σ eᵖ
+    xp.exp(p, out=p)  # in place: with a vocabulary of 49,152 a copy of the logits of 256 positions is 50 MB
     total = p.sum(axis=-1)
     loss = (weight * (xp.log(total) - chosen)).sum()
     p /= total[:, None]
@@ -403,6 +404,7 @@ def rope_table(positions, head_dim, theta=10000.0, dtype=np.float32):
 
 
 def _rotate(x, cos, sin):
+    """The pair (a, b) of x's halves turned by the angle: (a cos − b sin, b cos + a sin)."""
     half = x.shape[-1] // 2
     a, b = x[..., :half], x[..., half:]
     y = array_module(x).empty_like(x)
@@ -424,7 +426,9 @@ def rope(x, cos, sin):
 
 @primitive
 def causal_attention(q, k, v):
-    """y = P v, P = softmax(mask(q kᵀ/√d));   v̄ = Pᵀ ḡ,  S̄ = P (P̄ − Σ P̄ P),  P̄ = ḡ vᵀ,  q̄ = S̄ k/√d,  k̄ = S̄ᵀ q/√d.
+    """y = P v, P = softmax(mask(q kᵀ/√d));   v̄ = Pᵀ ḡ,  P̄ = ḡ vᵀ,  S̄ = P ∘ (P̄ − Σ P̄ ∘ P),  q̄ = S̄ k/√d,  k̄ = S̄ᵀ q/√d.
+
+    ∘ is the elementwise product; all other products are of matrices.
 
     q (b, t, heads, d), k and v (b, s, kv_heads, d) with s ≥ t: query i sees the keys 0 … s − t + i. heads must be a
     multiple of kv_heads: query heads share a key head in groups (grouped-query attention, Ainslie et al. 2023). -> (b,
@@ -450,7 +454,7 @@ def _attend(q, k, v):
 
     q, k, v = split(q), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = (q * scale) @ k.swapaxes(-1, -2)  # (b, groups, m t, s)
-    if t > 1:
+    if t > 1:  # −∞ on every key after the query
         scores.reshape(b, groups, m, t, s)[...] += xp.triu(xp.full((t, s), -np.inf, dtype=q.dtype), k=s - t + 1)
     p = _softmax(scores)
 
@@ -472,6 +476,7 @@ def _attend(q, k, v):
 
 @primitive
 def _masked(x, keep, scale):
+    "y = x m scale;   x̄ = ḡ m scale"
     return x * keep * scale, (lambda g: g * keep * scale,)
 
 

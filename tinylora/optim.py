@@ -19,7 +19,6 @@ Leaves out: AMSGrad, sparse gradients, and learning-rate schedules (`training.sc
 `training.adamw8bit`.
 """
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,17 +38,17 @@ def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
     xp = array_module(p)
     a, b = xp.empty((2, len(p)), p.dtype) if scratch is None else scratch[:, : len(p)]
     b1, b2 = betas
-    m *= b1
+    m *= b1  # m ← β₁ m + (1 − β₁) g
     xp.multiply(g, 1 - b1, out=a)
     m += a
-    v *= b2
+    v *= b2  # v ← β₂ v + (1 − β₂) g²
     xp.multiply(g, g, out=a)
     a *= 1 - b2
     v += a
-    xp.sqrt(v, out=a)
+    xp.sqrt(v, out=a)  # a = √v̂ + ε
     a *= 1 / math.sqrt(1 - b2**t)
     a += eps
-    xp.divide(m, a, out=b)
+    xp.divide(m, a, out=b)  # b = η m̂ / a
     b *= lr / (1 - b1**t)
     if weight_decay:
         p *= 1 - lr * weight_decay
@@ -74,8 +73,8 @@ class AdamW:
     bit.
 
     Every second step goes through the pages from the last to the first (`back_and_forth`). No element depends on another, so no bit
-    changes; but the pages used last are the ones that are still resident. Round and round, the least recently used page is always the
-    one that is needed next, and everything moves in every step however large the budget is.
+    changes; but the pages used last are the ones that are still resident. If every step began at the first page, the least recently
+    used page would always be the one that is needed next: with any budget below the total, every page would move in every step.
     """
 
     back_and_forth = True
@@ -114,8 +113,9 @@ class AdamW:
         todo = [(slot, i) for slot in slots for i in range(len(slot.pages))]
         if self.back_and_forth and self.step_count % 2 == 0:
             todo.reverse()
-        for (slot, i), after in itertools.zip_longest(todo, todo[1:]):
-            page = self.pager.page(slot.pages[i], then=after and after[0].pages[after[1]])
+        numbers = [slot.pages[i] for slot, i in todo]
+        for (slot, i), number, after in zip(todo, numbers, [*numbers[1:], None], strict=False):
+            page = self.pager.page(number, then=after)
             start = i * self.pager.shape(slot.pages[0])[1]
             part = slice(start, start + page.shape[1])
             p, g = slot.p.data.reshape(-1)[part], slot.p.grad.reshape(-1)[part]
@@ -132,6 +132,7 @@ class AdamW:
         adamw_step(p, g, m, v, self.step_count, lr, self.betas, self.eps, slot.group["weight_decay"], scratch)
 
     def _buffer(self, page):
+        """Two rows to compute in, as long as the page; kept from page to page."""
         if self._scratch is None or self._scratch.shape[1] < page.shape[1]:
             self._scratch = array_module(page).empty((2, page.shape[1]), np.float32)
         return self._scratch
@@ -165,6 +166,7 @@ class AdamW:
         return {"m": m.reshape(slot.p.shape), "v": v.reshape(slot.p.shape)}
 
     def _write(self, slot, parts):
+        """Overwrite a slot's state with what `_read` gave."""
         self.pager.write(slot.pages, np.stack([parts["m"].reshape(-1), parts["v"].reshape(-1)]))
 
 

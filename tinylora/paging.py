@@ -12,7 +12,8 @@ A page is a block of `page_bytes` and not a whole tensor, so a tensor may be lar
 number of hits, faults and evictions and the bytes moved; `trace` lists every event, if that is asked for. Where the pages
 live while they are not resident, and who copies them, is in `kernels.pools`.
 
-Without a budget nothing is evicted or copied, and the pages are plain arrays.
+Without a budget nothing is evicted or copied, and the pages are plain arrays (except in the pool "managed", whose pages the CUDA
+driver moves).
 
 Two things beside this, one for speed and one for memory:
   * An optimizer knows which page comes next. `page(i, then=j)` starts to bring page j while the caller works on page i.
@@ -37,7 +38,8 @@ from .kernels import pools
 
 @dataclass
 class Counters:
-    """What a Pager has done so far: calls, and the bytes that its copies moved. Each use of a page is a hit or a fault."""
+    """What a Pager has done so far: calls, and the bytes that its copies moved. Each use of a page that can
+    move is a hit or a fault."""
 
     hits: int = 0
     faults: int = 0
@@ -59,8 +61,8 @@ class Pager:
     device          where resident pages live: "cpu", "cuda" or an array module
     trace           True: keep a list of (step, page, event, bytes); set `step` to label it. The events are "fault", "prefetch"
                     (bytes come in), "evict" (bytes go out) and "hit"
-    prefetch        bring the next page beside the work on this one. None: on a device. On NumPy a thread does it, and handing a page of
-                    256 kB over takes longer than copying it (`tinylora paging`)
+    prefetch        bring the next page beside the work on this one. None: only if the device is a GPU. On NumPy a thread does it, and
+                    handing a page of 256 kB over takes longer than copying it (`tinylora paging`)
     whole_tensors   cut state as bitsandbytes does: see `pools.whole_tensors`
     """
 
@@ -90,7 +92,7 @@ class Pager:
         self.counters, self.step, self.trace = Counters(), 0, [] if trace else None
         self.resident_bytes = self.peak_resident_bytes = 0
         self._pages = []  # page number -> page in the pool; or the resident array itself, where nothing moves
-        self._paged = set()  # the numbers of those that move
+        self._moves = set()  # the numbers of the pages that can move
         self._resident = OrderedDict()  # page number -> frame, least recently used first
         self._coming = None  # (page number, ticket) of the page that is under way
 
@@ -105,12 +107,12 @@ class Pager:
     @property
     def unpaged_bytes(self):
         """Bytes of the pages that always stay."""
-        return sum(page.nbytes for i, page in enumerate(self._pages) if i not in self._paged)
+        return sum(page.nbytes for i, page in enumerate(self._pages) if i not in self._moves)
 
     def allocate(self, rows, n, dtype=np.float32, multiple=1):
         """Page numbers that hold `rows` parallel vectors of n elements, zero-filled: each page is (rows, up to k).
 
-        k is a multiple of `multiple`, save in the last page: what is quantized in blocks must not be cut within a block.
+        k is a multiple of `multiple`, except in the last page: what is quantized in blocks must not be cut within a block.
         """
         itemsize, first = np.dtype(dtype).itemsize, len(self._pages)
         k = max(self.page_bytes // (itemsize * rows) // multiple, 1) * multiple
@@ -126,7 +128,7 @@ class Pager:
         shapes = [(rows, min(k, n - start)) for start in range(0, n, k)]
         self._pages += self.pool.allocate(shapes, dtype) if moves else [self.xp.zeros(shape, dtype) for shape in shapes]
         numbers = range(first, len(self._pages))
-        self._paged.update(numbers if moves else ())
+        self._moves.update(numbers if moves else ())
         return numbers
 
     def shape(self, number):
@@ -135,7 +137,7 @@ class Pager:
 
     def page(self, number, then=None):
         """The resident array of a page; valid until the next call. Writes to it are kept. then: the page that is wanted next."""
-        if number not in self._paged:
+        if number not in self._moves:
             return self._pages[number]
         self._arrive()
         frame = self._resident.get(number)
@@ -144,7 +146,7 @@ class Pager:
             self.counters.hits += 1
             self._note("hit", number)
             if self.budget is None:
-                self.pool.exchange([], frame)  # managed memory: the driver may have taken it away meanwhile
+                self.pool.exchange([], frame)  # managed memory: the driver may have moved it out; ask for it back
         else:
             frame = self.pool.wait(self._bring(number))
             self.counters.faults += 1
@@ -154,9 +156,10 @@ class Pager:
         return frame
 
     def _prefetch(self, number, beside):
+        """Start to bring a page in, if it fits the budget beside the one in use."""
         together = self._pages[beside].nbytes + self._pages[number].nbytes
-        if number in self._paged and number not in self._resident and (self.budget is None or together <= self.budget):
-            with contextlib.suppress(MemoryError):  # a guess takes no page's place but by the budget
+        if number in self._moves and number not in self._resident and (self.budget is None or together <= self.budget):
+            with contextlib.suppress(MemoryError):  # it may evict for the budget, but not because memory ran out
                 self._coming = (number, self._bring(number, ahead=True))
 
     def _arrive(self):
@@ -189,6 +192,7 @@ class Pager:
             going.append(self._evict())
 
     def _came_in(self, event, number, frame):
+        """Enter a page that has arrived into the table and the books."""
         self._resident[number] = frame
         self.counters.bytes_in += frame.nbytes
         self._note(event, number, frame.nbytes)
@@ -219,10 +223,11 @@ class Pager:
             if not (self._resident or self._coming):
                 raise
         self.counters.rescues += 1
-        self.evict_all()  # only here: the error, and with it all that f had allocated, is gone
+        self.evict_all()  # outside `except`: only now is f's memory freed
         return f(*args)
 
     def _note(self, event, number, nbytes=0):
+        """A line of the trace, if one is kept."""
         if self.trace is not None:
             self.trace.append((self.step, number, event, nbytes))
 
@@ -244,9 +249,9 @@ class Pager:
     def _settled(self, pages):
         """The arrays that hold these pages now; nothing is under way meanwhile."""
         self._arrive()
-        if self._paged:
+        if self._moves:
             self.pool.finish()
         yield [self._resident.get(i, self._pages[i]) for i in pages]
         for i in pages:
-            if i in self._paged and i not in self._resident:
+            if i in self._moves and i not in self._resident:
                 self.pool.release(self._pages[i])

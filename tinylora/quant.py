@@ -12,7 +12,7 @@ dequantizing divides by it. Here c is the code, and dequantizing multiplies by a
 Double quantization stores the m_b in 8 bits as well (QLoRA §3). Their mean μ is subtracted, and the rest is quantized
 in blocks of 256, with an 8-bit code d and a float32 constant n for each of these blocks:
 
-    m_b ≈ d[k_b] · n_⌊b/256⌋ + μ                                            (QLoRA eq. 6 is both steps, one after the other)
+    m_b ≈ d[k_b] · n_⌊b/256⌋ + μ                                            (QLoRA eq. 6 restores m_b in this way, then the weight)
 
     bits a weight, in blocks of 64:   4 + 32/64 = 4.5   becomes   4 + 8/64 + 32/(64 · 256) = 4.127
 
@@ -22,8 +22,9 @@ for. The bits are the same as there, on a CPU: how ties, zeros, partial blocks a
 rule (`kernels.rounding`), and μ is torch's float32 sum in torch's order on one thread. From 32,768 blocks on, torch's
 sum depends on its number of threads; `offset=` takes another μ.
 
-Leaves out: gradients. A quantized weight is never trained. This file does not import the tensor. Whoever only wants to
-know NF4 reads `codebooks` and this file; what makes dequantizing fast is in `kernels.dequantize`.
+Leaves out: gradients. A quantized weight is never trained, and this file does not import `tensor`. Whoever only wants to know
+NF4 reads `codebooks`, this file and, for the search of the nearest value, `kernels.rounding`. What makes dequantizing fast is in
+`kernels.dequantize`.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +42,10 @@ NESTED_BLOCKSIZE = 256
 
 @dataclass(frozen=True)
 class DoubleQuantized:
-    """absmax in 8 bits: codes (blocks,) uint8, absmax (blocks/256,) float32, offset float32, code (≤ 256,) float32; blocksize 256."""
+    """absmax in 8 bits: m_b ≈ code[codes] · absmax + offset.   QLoRA §3.
+
+    codes (blocks,) uint8: indices into code (≤ 256,) float32; absmax (blocks/256,) float32; offset: the mean μ, float32; blocksize 256
+    """
 
     codes: np.ndarray
     absmax: np.ndarray
@@ -56,8 +60,8 @@ class DoubleQuantized:
     def restore(self):
         """d[k_b] · n_⌊b/256⌋ + μ, with two float32 roundings. (blocks,)"""
         xp = array_module(self.codes)
-        scale = xp.repeat(self.absmax, self.blocksize)[: len(self.codes)]
-        return self.code[self.codes] * scale + self.offset
+        absmax = xp.repeat(self.absmax, self.blocksize)[: len(self.codes)]
+        return self.code[self.codes] * absmax + self.offset
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class QuantizedTensor:
 
     @property
     def absmax(self):
-        """One float32 a block: as measured, or restored where it is double-quantized."""
+        """One float32 per block: as measured, or restored where it is double-quantized."""
         with np.errstate(all="ignore"):
             return self.constants.restore() if self.double_quant else self.constants
 
@@ -106,7 +110,10 @@ class QuantizedTensor:
         return xp.stack([self.packed >> 4, self.packed & 15], axis=1).reshape(-1)[: self.size].reshape(self.shape)
 
     def dequantize(self, dtype=None):
-        """The bits of `dequantize(self)`, rounded once to `dtype` (default: the weight's own). bfloat16 comes in float32 storage."""
+        """`dequantize(self)` by a faster kernel, equal in every bit; rounded once to `dtype` (default: the weight's own).
+
+        bfloat16 comes in float32 storage.
+        """
         with np.errstate(all="ignore"):
             return dequantized(self, self.absmax, dtype_name(dtype or self.dtype))
 
@@ -148,6 +155,7 @@ def quantize(w, code="nf4", blocksize=64, double_quant=False, rule="bitsandbytes
         whole("quantize: blocksize", blocksize)
     code_name, values = codebooks.get(code)
     nested = codebooks.get_nested(nested_code)  # looked up first, so that a wrong name is said in any case
+    # settings only: there is no weight yet
     form = QuantizedTensor(None, None, values, code_name, blocksize, (), "", rule, bool(signed))
     return _quantize(w, form, nested if double_quant else None, offset, check_finite, name)
 
@@ -160,7 +168,7 @@ def quantize_like(w, q, name="weight"):
     q = q.to(lambda a: move(a, "cpu"))
     if not q.double_quant:
         return _quantize(w, q, None, None, True, name)
-    uncentred = q.offset == 0 and bool((q.nested_absmax != 0).any())  # and not just a weight of zeros
+    uncentred = q.offset == 0 and bool((q.nested_absmax != 0).any())  # a weight of zeros has mean 0 either way
     return _quantize(w, q, q.constants.code, 0.0 if uncentred else None, True, name)
 
 
@@ -173,6 +181,7 @@ def _quantize(w, form, nested_code, offset, check_finite, name):
     size = int(form.blocksize or max(len(flat), 1))
     with np.errstate(all="ignore"):
         absmax = rule.absmax(flat, size)
+        # a block's absmax is finite if its weights are; the GPU's rule passes NaN over
         if check_finite and not np.isfinite(absmax if rule is CPU else CPU.absmax(flat, size)).all():
             _refuse(flat, np.shape(w), name)
         if form.signed:
@@ -185,6 +194,7 @@ def _quantize(w, form, nested_code, offset, check_finite, name):
 
 
 def _refuse(flat, shape, name):
+    """Say where the first NaN or Inf is."""
     bad = np.flatnonzero(~np.isfinite(flat))
     where = tuple(int(i) for i in np.unravel_index(bad[0], shape))
     raise ValueError(

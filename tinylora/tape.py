@@ -15,8 +15,8 @@ For n equal blocks, the tape is then the inputs of the n blocks and, at any time
 block. The price is a second forward pass. The state of the random generator is restored for it, so dropout draws the
 same mask.
 
-`watch_rebuilds` calls a function with each output that a checkpoint rebuilds. It measures the tape that comes on top while
-one block is rebuilt.
+`watch_rebuilds` calls a function with each output that a checkpoint rebuilds. With `tape_bytes` as that function, it shows how
+large the tape of a rebuilt block is.
 
 Differs from torch: torch's reentrant checkpoint passes no gradient on if none of the inputs needs one. Here it is
 enough that a parameter inside fn needs one, as under LoRA.
@@ -46,6 +46,7 @@ def checkpoint(fn, *xs):
         out = fn(*xs)
     if not out.requires_grad:
         return out
+    xp, arrays = array_module(out.data), [x.data for x in xs]
 
     def pull(g, need):
         fresh = [Tensor(x, n) for x, n in zip(arrays, need, strict=True)]
@@ -60,12 +61,11 @@ def checkpoint(fn, *xs):
             accumulate(state.sink, leaf, h)
         return [xp.zeros_like(x) if n and h is None else h for x, h, n in zip(arrays, gradients, need, strict=True)]
 
-    xp, arrays = array_module(out.data), [x.data for x in xs]
     return on_tape("checkpoint", Tensor(out.data), xs, pull, needed=True)
 
 
 def watch_rebuilds(callback):
-    """Within the block, callback(y) sees each y that a checkpoint rebuilds in this thread: its tape is on top of the one held."""
+    """Within the block, callback(y) sees each y that a checkpoint rebuilds in this thread; its tape exists beside the one that is held."""
     return setting("watch", callback)
 
 

@@ -1,8 +1,8 @@
 """A tensor that remembers how it was made, and the walk that turns a loss into gradients.
 
-Write x̄ = ∂L/∂x for the gradient of the loss L with respect to x. An operation y = f(x) has a pullback, the function that
-maps ȳ to x̄. It is written once, as a forward equation with one pullback for each argument beside it; in a pullback, g is
-the gradient of the output:
+Write x̄ = ∂L/∂x for the gradient of the loss L with respect to x. An operation z = f(x) has a pullback, the function that
+maps z̄ to x̄. An operation is written once, as a forward equation with one pullback for each argument beside it. The gradient of
+the output is called g in the code and ḡ in the equations:
 
     @primitive
     def mul(x, y):
@@ -17,8 +17,9 @@ weight has no weight-gradient pullback, so what LoRA saves can be measured (`tap
 Three things are done here once, so that no operation has to do them:
   * Broadcasting is undone. If an input was stretched, its gradient is summed over the stretched axes (`unbroadcast`).
   * A tensor that is used twice receives the sum of what comes back: b = a + a gives ā = 2 b̄.
-  * The walk visits operations from the youngest to the oldest. An operation is younger than its inputs, so its gradient
-    is complete when it is visited. There is no recursion, so a deep model cannot hit Python's recursion limit.
+  * The walk (`chain_rule`) visits operations from the youngest to the oldest. Every operation that uses a result is younger
+    than the one that made it, so a gradient is complete when its operation is visited. There is no recursion, so a deep model
+    cannot hit Python's recursion limit.
 
 Differs from torch: gradients are plain arrays. Views do not share a gradient, and no operation works in place.
 
@@ -41,7 +42,7 @@ class _State(threading.local):
     mode = "record"  # "record": build the tape; "probe": only work out requires_grad; "off": neither
     sink = None  # where backward puts the gradients of leaves, if not into .grad
     watch = None  # called with each tensor that a checkpoint rebuilds, before its tape is walked
-    around = None  # called as around(f, *arguments) in place of every forward and pullback f: costs/flops.py counts products so
+    around = None  # called as around(f, *arguments) in place of every forward and pullback f; costs/flops.py counts products with it
 
 
 state = _State()
@@ -49,14 +50,18 @@ _clock = itertools.count()
 
 
 def _run(f, *arguments, **options):
+    """f(*arguments, **options), or what `state.around` makes of it."""
     return f(*arguments, **options) if state.around is None else state.around(f, *arguments, **options)
 
 
 class Node:
     """One step of the tape: where its inputs came from, and how a gradient goes back to them.
 
+    order       when it was made: a later step has a larger number
     parents     a Node for an intermediate input, the Tensor itself for a leaf; only inputs that need a gradient
-    pullbacks   one function a parent, or a single function of (g, need) for all of them; None once used
+    places      which of the operation's arguments the parents are; arity: how many arguments it has
+    pullbacks   one function per parent, or a single function of (g, need) for all of them; None once used
+
     Intermediate data is not held here: what is kept is what the pullbacks captured.
     """
 
@@ -71,7 +76,10 @@ class Node:
         return self.order > other.order  # the youngest comes first
 
     def contributions(self, g):
-        """(parent, gradient, whether its memory is used by nothing else) for this step's output gradient g; releases the pullbacks."""
+        """Yield (parent, its gradient, fresh) for the gradient g of this step's output; fresh: nothing else uses that memory.
+
+        The pullbacks are released.
+        """
         pullbacks, self.pullbacks = self.pullbacks, None
         if pullbacks is None:
             raise RuntimeError(
@@ -90,7 +98,7 @@ class Node:
                 raise RuntimeError(
                     f"{self.name}: a pullback returned shape {h.shape} for an input of shape {parent.shape}"
                 )
-            fresh = summed is not h or (h is not g and h.base is None)
+            fresh = summed is not h or (h is not g and h.base is None)  # made by unbroadcast, or neither g nor a view
             yield parent, summed.astype(parent.dtype, copy=False), fresh or summed.dtype != parent.dtype
 
 
@@ -171,6 +179,7 @@ class Tensor:
         if gradient.shape != self.shape:
             raise ValueError(f"backward: the gradient has shape {gradient.shape}, the tensor {self.shape}")
         sink = into if into is not None else state.sink
+        # a checkpoint's pullback adds the gradients of its parameters to state.sink during the walk
         with setting("sink", sink if sink is not None else {}) as found:
             for leaf, g in chain_rule(self, gradient).items():
                 accumulate(found, leaf, g)
@@ -182,8 +191,8 @@ class Tensor:
 def chain_rule(y, gradient):
     """x̄ = Σ (∂z/∂x)ᵀ z̄ over every operation z that x went into, from y down to the leaves. -> {leaf: gradient}
 
-    The operations are visited from the youngest to the oldest. An operation is older than everything that was computed
-    from its result, so its gradient is complete when it is visited. A visit has three steps:
+    The operations are visited from the youngest to the oldest. Whatever was computed from an operation's result is younger
+    than the operation, so its gradient is complete when it is visited. A visit has three steps:
 
         look up      the gradient z̄ of the operation's output
         contribute   its pullbacks turn z̄ into one gradient for each input
@@ -194,11 +203,11 @@ def chain_rule(y, gradient):
     waiting = [y._node] if y._node else []  # a heap, the youngest operation first
     while waiting:
         node = heapq.heappop(waiting)
-        g = sums.pop(node)
-        for parent, h, fresh in node.contributions(g):
+        g = sums.pop(node)  # look up
+        for parent, h, fresh in node.contributions(g):  # contribute
             if isinstance(parent, Node) and parent not in sums:
                 heapq.heappush(waiting, parent)
-            sums.add(parent, h, fresh)
+            sums.add(parent, h, fresh)  # sum
     return {leaf: g if leaf in sums.ours else g.copy() for leaf, g in sums.items()}
 
 
@@ -243,7 +252,7 @@ def setting(name, value):
 
 
 def unbroadcast(g, shape):
-    """The adjoint of broadcasting is summation: sum g over every axis along which `shape` was stretched."""
+    """Broadcasting copies, so its pullback sums: Σ g over every axis along which `shape` was stretched."""
     if g.shape == shape:
         return g
     extra = g.ndim - len(shape)
@@ -289,6 +298,7 @@ def on_tape(name, result, args, pullbacks, needed=False):
 
 
 def _same_device(name, raw):
+    """TypeError if the arrays among the arguments lie on different devices."""
     kinds = {array_module(a) for a in raw if is_array(a)}
     if len(kinds) > 1:
         where = ", ".join(f"argument {i} on {backend.device_of(a)}" for i, a in enumerate(raw) if is_array(a))
