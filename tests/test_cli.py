@@ -175,20 +175,20 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bytes(setup, tmp
         )
 
     whole = start(tmp_path / "whole")
-    assert whole.wait(120) == 0, whole.stderr.read().decode()
+    assert whole.wait(1200) == 0, whole.stderr.read().decode()
     checkpoint = tmp_path / "killed" / "checkpoint.safetensors"
     for _ in range(3):
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         run, began = start(tmp_path / "killed"), time.time()
         while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before:
-            assert run.poll() is None and time.time() - began < 60, "no checkpoint was written"
+            assert run.poll() is None and time.time() - began < 1200, "no checkpoint was written"
             time.sleep(0.005)
         time.sleep(random.uniform(0, 0.2))
         run.send_signal(signal.SIGKILL)
-        assert run.wait(60) == -signal.SIGKILL, "it had finished before it could be killed"
+        assert run.wait(1200) == -signal.SIGKILL, "it had finished before it could be killed"
         run.stderr.close()
     last = start(tmp_path / "killed")
-    assert last.wait(120) == 0, last.stderr.read().decode()
+    assert last.wait(1200) == 0, last.stderr.read().decode()
     for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "checkpoint.safetensors"):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert not list((tmp_path / "killed").rglob("*.part"))
@@ -226,7 +226,7 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(setup, tmp_path):
     pytest.importorskip("resource")
     command = ["finetune", *setup, *QUICK, "--steps", "6", "--checkpoint-every", "2", "--out"]
     full = [sys.executable, "-c", FULL_AFTER_ONE, *command, str(tmp_path / "run")]
-    failed = subprocess.run(full, capture_output=True, text=True, timeout=120)
+    failed = subprocess.run(full, capture_output=True, text=True, timeout=1200)
     assert failed.returncode == 2 and "what was there before is untouched" in failed.stderr, failed.stderr
     tensors, _ = safetensors.load_safetensors(tmp_path / "run" / "checkpoint.safetensors")
     assert tensors["optimizer.step"] == 2
