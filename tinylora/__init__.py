@@ -101,12 +101,12 @@ ROOMS = (
     "data",
     "figures",
     "interop",
+    "kernels",
     "models",
+    "numerics",
     "papers",
     "training",
     "variants",
-    "kernels",
-    "numerics",
 )
 
 
