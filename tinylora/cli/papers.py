@@ -115,7 +115,7 @@ def _experiments(args):
     if args.out:
         from ..papers.claims import page
 
-        page.write_page(results, args.out, pictures=can_draw())
+        page.write_page(results, args.seeds, args.out, pictures=can_draw())
         print(f"the page: {Path(args.out) / 'README.md'}")
 
 

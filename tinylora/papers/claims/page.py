@@ -16,11 +16,11 @@ lies within the 90 % interval of its mean (`registry.above`). What was tuned sta
 """
 
 
-def write_page(results, folder, pictures=True):
+def write_page(results, seeds, folder, pictures=True):
     """Write README.md (one section an experiment: claim, paper, measured, verdict, figure) and the figures to a folder."""
-    folder, seeds = Path(folder), len(next(iter(results.values())))
+    folder = Path(folder)
     drawn = _draw(results, folder) if pictures else {}
-    text = INTRODUCTION.format(seeds=", ".join(map(str, range(seeds))))
+    text = INTRODUCTION.format(seeds=", ".join(map(str, seeds)))
     text += "".join(_section(name, found, drawn.get(name)) for name, found in results.items())
     files.write_text(folder / "README.md", text.rstrip() + "\n")
 
