@@ -2,12 +2,13 @@
 
 import json
 
+import fake_cupy
 import numpy as np
 import pytest
 import tiny
 
 import tinylora as tl
-from tinylora import Tensor, adapters, backend, ops
+from tinylora import Tensor, adapters, backend, nn, ops
 from tinylora.interop import peft
 from tinylora.nn import Linear4bit
 
@@ -896,3 +897,38 @@ def test_the_base_weight_in_a_file_is_compared_under_another_adapter_too(tmp_pat
     safetensors.save_safetensors(path, tensors | {key: tiny.zoo().embed.weight.data + 1})
     with pytest.raises(ValueError, match="is not this model's"):
         peft.load_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["embed"], name="other"), tmp_path)
+
+
+def test_moving_a_model_that_keeps_an_earlier_base_gives_every_layer_its_own_weight(rng):
+    """Old stored weights are freed while new ones are made: a table of ids that outlives them would mix layers of one shape up."""
+    for _ in range(8):
+        m = nn.Module()
+        m.layers = [nn.Linear(64, 64) for _ in range(12)]
+        tl.quantize_linears(m)
+        tl.add_lora(m, r=2, target_modules=[f"layers.{i}" for i in range(0, 12, 2)], name="a")
+        tl.add_lora(m, r=2, target_modules=[f"layers.{i}" for i in range(1, 12, 2)], name="b")
+        adapters.merge(m, "a", keep=True)  # the layers of "b" stand in the model and among what is kept
+        before = [layer.dense() for layer in m.layers]
+        for device in (fake_cupy, "cpu"):
+            m.to(device)
+        assert all(a.tobytes() == layer.dense().tobytes() for a, layer in zip(before, m.layers, strict=True))
+
+
+def test_no_rows_for_a_batch_of_two_is_a_sentence(rng):
+    m = tl.add_lora(tiny.model(), r=2)
+    with pytest.raises(ValueError, match="0 adapter names for a batch of 2 rows"), tl.adapter_rows(m, []):
+        m(tiny.ids(rng, 2, 4))
+
+
+def test_a_forward_of_ones_own_on_a_layer_stays(rng):
+    m = tl.add_lora(tiny.model(), r=2)
+    _, layer = adapters.lora_layers(m)[0]
+    layer.forward = own = lambda x: x
+    tl.set_adapter(m, "default")
+    assert layer.forward is own
+
+
+@pytest.mark.parametrize("make", [lambda: tl.LoRALinear(nn.Linear(4, 4), r=2), lambda: nn.Embedding(4, 4)])
+def test_only_linear_layers_get_the_linear_bypass(make):
+    with pytest.raises(TypeError, match="is no linear layer"):
+        tl.LoRALinear(make(), r=2)

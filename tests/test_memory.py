@@ -107,7 +107,7 @@ def test_the_training_loop_reports_what_was_predicted(method, checkpointing, rng
 
 
 def test_checkpointing_trades_the_tape_for_the_blocks_inputs():
-    """The main job's tape, 172,056,576 bytes as the README has it, would be 45,744,128 with checkpointing."""
+    """The main job's tape, 172,056,576 bytes as docs/commands.md has it, would be 45,744,128 with checkpointing."""
     kept, rebuilt = (
         memory.predict("base", batch_size=8, seq_len=256, shards=2, checkpointing=c) for c in (False, True)
     )

@@ -319,3 +319,11 @@ def test_every_operation_is_checked_here():
     named = set(re.findall(r"ops\.(\w+)", here.read_text(encoding="utf-8"))) | {"add", "sub", "mul", "div"}
     operations = {name for name, f in vars(ops).items() if hasattr(f, "__wrapped__") and f.__module__ == ops.__name__}
     assert {name for name in operations | {"concatenate", "dropout"} if not name.startswith("_")} <= named | {"conv"}
+
+
+@pytest.mark.parametrize("op", [ops.sum, ops.max])
+def test_a_single_number_reduced_over_its_last_axis_is_itself(op):
+    x = Tensor(np.float64(3.0), requires_grad=True)
+    y = op(x, axis=-1)
+    y.backward()
+    assert y.item() == 3.0 and x.grad == 1.0

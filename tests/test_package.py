@@ -78,6 +78,7 @@ def test_imports_go_down_the_table_of_rooms():
     for path in sorted(ROOM.rglob("*.py")):
         room = path.relative_to(ROOM).with_suffix("").parts[0]
         if room != "__init__":
+            assert room in BELOW, f"{room} is in no row of the table of rooms"
             upwards = imports(path) - {room} - below(room)
             assert not upwards, f"{path.relative_to(ROOM)} imports {', '.join(upwards)}, which is not below {room}"
     assert "papers" in BELOW["cli"] and not any("papers" in rooms for room, rooms in BELOW.items() if room != "cli")
@@ -126,6 +127,48 @@ def test_a_comment_and_a_docstring_are_no_code(tmp_path):
     assert lines_of_code(path) == 6
 
 
+def test_every_module_of_the_old_layout_is_in_the_table():
+    """All that stood at the top of the package in 0.1's first layout, and neither stayed there nor became a room of its name."""
+    old = """checkpoints corpus counting derivation experiments files finetune flops footprints gguf intrinsic laws llama memory normality
+        optim8bit optimality paging_costs pretrain ranks rounding subspaces survey switching tokenizers train"""
+    assert set(tinylora.MOVED) == set(old.split())
+    for name in ("conv", "pools", "adapters", "variants", "interop", "figures", "data", "cli"):
+        assert getattr(tinylora, name).__name__.endswith(name)
+
+
+@pytest.mark.parametrize(
+    "old",
+    [
+        "ops.conv",
+        "ops.QUERY_BLOCK",
+        "paging.WHOLE_TENSORS_FROM",
+        "backend.scatter_add",
+        "backend.pinned_zeros",
+        "backend.keep_freed_memory",
+        "tensor.checkpoint",
+        "tensor.watch_rebuilds",
+        "tensor.tape_bytes",
+        "optim.schedule",
+        "nn.store_in_16_bits",
+        "nn.prepare_for_kbit_training",
+        "nn.Embedding16bit",
+        "lora.LoRAEmbedding",
+        "lora.LoRAConv",
+        "lora.bypass_for",
+        "lora.lora_layer",
+        "lora.Bypass",
+        "adapters.adapters",
+        "variants.Beside",
+        "checkpoints.open_checkpoint",
+        "checkpoints.Checkpoint",
+        "adapters.COMBINATIONS",
+    ],
+)
+def test_names_that_left_a_file_are_found_there(old):
+    module, name = old.split(".")
+    assert hasattr(getattr(tinylora, module), name)
+
+
 @pytest.mark.parametrize("name", tinylora.MOVED)
 def test_modules_that_moved_are_found_under_their_old_names(name):
     module = getattr(tinylora, name)
@@ -133,6 +176,7 @@ def test_modules_that_moved_are_found_under_their_old_names(name):
     for place in places:
         public = [key for key, value in vars(place).items() if getattr(value, "__module__", None) == place.__name__]
         assert public and all(getattr(module, key) is getattr(place, key) for key in public if not key.startswith("_"))
+    assert getattr(tinylora, name) is module, "made once"
     exec(f"from tinylora import {name}", {})
 
 

@@ -9,11 +9,11 @@ import pytest
 
 TOP = Path(__file__).parents[1]
 README = (TOP / "README.md").read_text(encoding="utf-8")
+ROOMS = ("docs", "figures", "notebooks", "tests", "tinylora")
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(str(p.relative_to(TOP)) for p in sorted(TOP.glob("*/*.md"))),
-    "figures/claims/README.md",
+    *(str(p.relative_to(TOP)) for room in ROOMS for p in sorted((TOP / room).rglob("*.md"))),
 ]
 
 
@@ -52,7 +52,7 @@ def test_pictures_links_and_anchors_exist(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_files_that_the_pages_name_exist(name):
     for path in re.findall(
-        r"`((?:tests|tinylora|notebooks|figures)/[\w./-]+\.(?:py|md|svg|npz|csv|json))`",
+        r"`((?:tests|tinylora|notebooks|figures|docs)/[\w./-]+\.(?:py|md|svg|npz|csv|json))`",
         (TOP / name).read_text(encoding="utf-8"),
     ):
         assert "NN" in path or (TOP / path).exists(), f"{name} names {path}"

@@ -31,6 +31,7 @@ from .adapters import (
 from .backend import seed
 from .kernels import attention, copies, pools, scatter
 from .lora import LoRALinear
+from .models import folders
 from .models.llama import KVCache, Llama, LlamaConfig
 from .nn import quantize_linears
 from .optim import AdamW
@@ -71,7 +72,6 @@ MOVED = {
     "optimality": "numerics.optimality",
     "optim8bit": "training.adamw8bit",
     "paging_costs": "costs.paging",
-    "pools": "kernels.pools",
     "pretrain": "training.pretrain",
     "ranks": "papers.ranks",
     "rounding": "kernels.rounding",
@@ -95,6 +95,8 @@ for _old, _new, _names in (
 ):
     for _name in _names.split():
         setattr(_old, _name, getattr(_new, _name))
+del _old, _new, _names, _name
+lora.Bypass, folders.Checkpoint, folders.open_checkpoint = lora.LinearBypass, folders.ModelFiles, folders.open_model
 ROOMS = (
     "cli",
     "costs",
@@ -120,4 +122,5 @@ def __getattr__(name):
     together = types.ModuleType(f"{__name__}.{name}", found[0].__doc__)  # a module that was split
     for module in reversed(found):
         vars(together).update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+    globals()[name] = together  # made once
     return together

@@ -110,10 +110,10 @@ def move(x, device):
     return x.get() if xp is np else xp.asarray(x)
 
 
-def whole(name, value, least=1):
-    """value as an int, if it is a whole number, `least` or more; else ValueError in a sentence that names it."""
+def whole(name, value, least=1, otherwise=""):
+    """value as an int, if it is a whole number, `least` or more; else ValueError in a sentence that names it and ends in `otherwise`."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} = {value!r}, expected a whole number, {least} or more")
+        raise ValueError(f"{name} = {value!r}, expected a whole number, {least} or more{otherwise}")
     return int(value)
 
 

@@ -9,7 +9,7 @@ its block. NF4's values are quantiles of the normal distribution, divided by the
 
 QLoRA's equation 4 is another code: taken literally, its first value is −∞.
 
-    from quantiles       nf4, normal_float(bits), sf4(nu); closed_form(blocksize, criterion) moves NF4's offset o to the block size
+    from quantiles       nf4, normal_float(bits), sf4(nu); closed_form(blocksize, criterion) chooses NF4's offset o for a block size
     evenly spaced        int4, int8
     small floats         fp4 (the grid of bitsandbytes, OCP's E2M1, E3M0), fp8_e4m3, fp8_e5m2
     least error          bof4(blocksize, criterion, signed), af4(blocksize), lloyd_max(levels)
@@ -227,8 +227,7 @@ def get(code):
     """(name, values by index) of a 4-bit code given by name, or of a custom code: up to 16 ascending values."""
     if isinstance(code, str):
         if code not in NAMED:
-            known = ", ".join(NAMED)
-            raise ValueError(f"code {code!r} is unknown: expected one of {known}, or a sorted array of up to 16 values")
+            raise ValueError(f"code {code!r} is unknown: expected one of {', '.join(NAMED)}, or up to 16 sorted values")
         return code, _shared(code)
     values = np.array(code, np.float32)
     if values.ndim != 1 or not 2 <= len(values) <= 16 or not np.isfinite(values).all() or (np.diff(values) <= 0).any():

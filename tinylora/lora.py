@@ -73,7 +73,7 @@ class LinearBypass(Module):
 
     def build(self, base, init, lora_bias):
         """Set lora_A and lora_B = 0. Both layers first draw a weight that is overwritten, in PEFT's order: seeded runs depend on it."""
-        if not hasattr(base, "in_features"):
+        if not isinstance(base, (Linear, Linear4bit, Linear16bit)):
             raise TypeError(f"lora: a {type(base).__name__} is no linear layer; adapters.lora_layer takes other kinds")
         r, n, out = self.r, base.in_features, base.out_features
         self.lora_A, self.lora_B = Linear(n, r), Linear(r, out, bias=lora_bias)

@@ -166,15 +166,16 @@ class Module:
             w.grad = None
 
     def to(self, device, memo=None):
-        """Move every weight to "cpu" or "cuda", in place. memo: {id of a stored weight: the moved one}, so that shared ones stay shared."""
+        """Move every weight to "cpu" or "cuda", in place. memo: {id of a stored weight: (the moved one, itself)}, to share them."""
         xp, memo = backend.module_for(device), {} if memo is None else memo
         for name, value in list(vars(self).items()):
             if isinstance(value, Tensor):
                 move_tensor(value, xp)
             elif isinstance(value, STORED):
-                if id(value) not in memo:
-                    memo[id(value)] = value.to(lambda a: move(a, xp))
-                setattr(self, name, memo[id(value)])
+                if id(value) not in memo:  # both are kept in it, so that neither id is used again meanwhile
+                    moved = value.to(lambda a: move(a, xp))
+                    memo[id(value)] = memo[id(moved)] = moved, value
+                setattr(self, name, memo[id(value)][0])
         for _, child in self.named_children():
             child.to(xp, memo)
         return self
@@ -325,6 +326,8 @@ def quantized_linear(path, layer, code="nf4", blocksize=64, double_quant=True, c
         return layer
     if isinstance(code, str) and code == "bfloat16":
         return Linear16bit.of(layer, compute_dtype)
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"quantize: dtype {dtype!r}, expected 'float32' or 'bfloat16'")
     w = BFloat16Array.of(layer.dense()) if dtype == "bfloat16" else layer.dense()
     q = quantize(w, code, blocksize, double_quant, name=f"{path}.weight", **options)
     return Linear4bit(q, layer.bias, compute_dtype)

@@ -107,7 +107,7 @@ def sqrt(x):
 # ---------------------------------------------------------------------------------------------------------------- reductions
 def _kept(shape, axis):
     """The shape of a reduction over axis that keeps the reduced axes, as length 1: it broadcasts against the input."""
-    n = len(shape)
+    n = len(shape) or 1
     axes = range(n) if axis is None else {a % n for a in (axis if isinstance(axis, tuple) else (axis,))}
     return tuple(1 if i in axes else length for i, length in enumerate(shape))
 

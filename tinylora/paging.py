@@ -55,7 +55,7 @@ class Counters:
 class Pager:
     """A page table over blocks of optimizer state.
 
-    budget          most bytes resident at a time, or None for no limit
+    budget          most bytes resident at a time, or None for no limit; it holds for what is allocated afterwards
     page_bytes      bytes of a page (a short last page is allowed)
     pool            "host", "file" or "managed": see `kernels.pools`
     device          where resident pages live: "cpu", "cuda" or an array module
@@ -106,7 +106,7 @@ class Pager:
 
     @property
     def unpaged_bytes(self):
-        """Bytes of the pages that always stay."""
+        """Bytes of the pages that always stay: without a budget, all of them."""
         return sum(page.nbytes for i, page in enumerate(self._pages) if i not in self._moves)
 
     def allocate(self, rows, n, dtype=np.float32, multiple=1):

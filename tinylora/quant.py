@@ -152,7 +152,7 @@ def quantize(w, code="nf4", blocksize=64, double_quant=False, rule="bitsandbytes
     if rule not in RULES:
         raise ValueError(f"quantize: rule {rule!r} is unknown: expected one of {', '.join(map(repr, RULES))}")
     if blocksize is not None:
-        whole("quantize: blocksize", blocksize)
+        whole("quantize: blocksize", blocksize, otherwise=", or None for the whole tensor")
     code_name, values = codebooks.get(code)
     nested = codebooks.get_nested(nested_code)  # looked up first, so that a wrong name is said in any case
     # settings only: there is no weight yet

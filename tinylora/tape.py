@@ -52,8 +52,7 @@ def checkpoint(fn, *xs):
         fresh = [Tensor(x, n) for x, n in zip(arrays, need, strict=True)]
         with backend.using_generator(copy.deepcopy(rng)), setting("mode", "record"):
             again = fn(*fresh)
-        if state.watch is not None:
-            state.watch(again)
+        state.watch(again)
         inside = {}
         again.backward(g, into=inside)
         gradients = [inside.pop(x, None) for x in fresh]

@@ -41,7 +41,7 @@ from .backend import array_module, is_array
 class _State(threading.local):
     mode = "record"  # "record": build the tape; "probe": only work out requires_grad; "off": neither
     sink = None  # where backward puts the gradients of leaves, if not into .grad
-    watch = None  # called with each tensor that a checkpoint rebuilds, before its tape is walked
+    watch = staticmethod(lambda y: None)  # called with each tensor that a checkpoint rebuilds
     around = None  # called as around(f, *arguments) in place of every forward and pullback f; costs/flops.py counts products with it
 
 

@@ -12,6 +12,10 @@
 An adapter is its bypasses and, if asked for, copies of parameters that it trains whole: biases (`bias`) and modules such
 as a head (`modules_to_save`). Active, its copies stand in the model; otherwise the base's own parameters do.
 
+The files: `switch` (on, off, active), `combine`, `merge`, `config` (an adapter's settings and arrays), `targets` (which layers),
+`state` (what a model knows of its adapters), `kinds` and `conv` (bypasses of embeddings and convolutions), `dora`, `kbit` (a base of few
+bits made ready).
+
 Compared with PEFT: the same vocabulary and the same numbers. The base's biases are kept, so a disabled or detached
 adapter leaves the base as it was (PEFT trains them in place and warns); unmerging puts W₀ back instead of subtracting;
 `linear` combination is there because PEFT has it, with its cross terms said. Left out: ties, dare and magnitude pruning.
@@ -19,8 +23,9 @@ adapter leaves the base as it was (PEFT trains them in place and warns); unmergi
 
 from ..lora import LoRALayer, count_parameters, print_trainable_parameters, trainable_parameters
 from . import dora  # noqa: F401 (use_dora makes its classes)
-from .combine import add_weighted_adapter
+from .combine import COMBINATIONS, add_weighted_adapter
 from .config import BASE, BIASES, Adapter, LoRAConfig
+from .kinds import ADAPTABLE, LINEAR
 from .merge import merge, merge_errors, unmerge
 from .state import active_adapters, configs
 from .switch import adapter_of, adapter_rows, add_lora, attach, delete_adapter, detach, disable_adapter, set_adapter
@@ -29,8 +34,8 @@ from .targets import base_of, find_targets, lora_layers
 adapters = lora_layers  # the name until 0.1
 
 # fmt: off
-__all__ = ["BASE", "BIASES", "Adapter", "LoRAConfig", "LoRALayer", "active_adapters", "adapter_of", "adapter_rows", "adapters",
-           "add_lora", "add_weighted_adapter", "attach", "base_of", "configs", "count_parameters", "delete_adapter", "detach",
-           "disable_adapter", "find_targets", "lora_layers", "merge", "merge_errors", "print_trainable_parameters", "set_adapter",
-           "trainable_parameters", "unmerge"]
+__all__ = ["ADAPTABLE", "BASE", "BIASES", "COMBINATIONS", "LINEAR", "Adapter", "LoRAConfig", "LoRALayer", "active_adapters",
+           "adapter_of", "adapter_rows", "adapters", "add_lora", "add_weighted_adapter", "attach", "base_of", "configs",
+           "count_parameters", "delete_adapter", "detach", "disable_adapter", "find_targets", "lora_layers", "merge", "merge_errors",
+           "print_trainable_parameters", "set_adapter", "trainable_parameters", "unmerge"]
 # fmt: on

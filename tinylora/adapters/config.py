@@ -19,7 +19,7 @@ class LoRAConfig:
     r, alpha, dropout     of each bypass; rank_pattern and alpha_pattern {name or regular expression: value} override the
                           first two where the end of a layer's path matches (as in PEFT)
     target_modules        which layers carry a bypass: see `find_targets`
-    use_rslora, use_dora, lora_bias     see lora.Bypass
+    use_rslora, use_dora, lora_bias     see lora.LinearBypass
     bias                  "none", "all" (every bias of the model is trained), "lora_only" (those of the adapted layers)
     modules_to_save       names of modules that are trained whole, and saved with the adapter
     """
@@ -63,7 +63,7 @@ class LoRAConfig:
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
 
     def options(self, path):
-        """Bypass's arguments for the layer at `path`."""
+        """The bypass's arguments for the layer at `path`."""
         return {
             "r": pattern(self.rank_pattern, path, self.r),
             "alpha": pattern(self.alpha_pattern, path, self.alpha),

@@ -1,6 +1,6 @@
 """Convolutions over one, two and three spatial axes, as layers.
 
-    y[b, o, p] = Σ_ck x[b, c, stride p + dilation k − padding] W[o, c, k] + bias[o]                    (see ops.conv)
+    y[b, o, p] = Σ_ck x[b, c, stride p + dilation k − padding] W[o, c, k] + bias[o]                    (see `conv`)
 
 Shapes, names, argument order and the start of the weights are those of torch.nn.Conv1d, Conv2d and Conv3d, so that a state dict carries
 over. Differs from torch in that only zeros pad (no padding_mode, no "same"), and inputs always have a batch axis. Transposed
@@ -60,7 +60,7 @@ _DOC = """y = x ⋆ W + b over {axes}.   x (b, in, {space}), weight (out, in/gro
 
     Both weight and bias ~ U(−1/√n, 1/√n) with n = in/groups · {product}, the fan-in: torch's kaiming_uniform(a=√5), and its bias.
     kernel_size, stride, padding and dilation: a whole number, or one for each axis. Errors: ValueError for a kernel_size or groups
-    that does not fit, and from ops.conv for inputs that do not.
+    that does not fit, and from `conv` for inputs that do not.
     """
 
 

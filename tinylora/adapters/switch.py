@@ -177,7 +177,7 @@ def _active(model, names, rows=None):
     routes = {id(layer): vars(layer).get("forward") for _, layer in lora_layers(model)}
     activate(model, names)
     for _, layer in lora_layers(model):
-        _route(layer, rows and functools.partial(_by_rows, layer, rows))
+        _route(layer, None if rows is None else functools.partial(_by_rows, layer, rows))
     try:
         yield model
     finally:
@@ -187,8 +187,9 @@ def _active(model, names, rows=None):
 
 
 def _route(layer, forward):
-    """Let this function be the layer's forward; None: its class's own again."""
-    vars(layer).pop("forward", None)
+    """Let this function be the layer's forward; None: take such a one off."""
+    if getattr(vars(layer).get("forward"), "func", None) is _by_rows:
+        del layer.forward
     if forward is not None:
         layer.forward = forward
 

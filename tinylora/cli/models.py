@@ -92,7 +92,7 @@ def quantize_parser(commands):
 
     p = commands.add_parser(
         "quantize",
-        help="what 4 bits do to a checkpoint's weights, and a 4-bit copy that transformers opens",
+        help="what 4 bits do to a model's weights, and a 4-bit copy that transformers opens",
         description=_QUANTIZE,
         epilog=_QUANTIZE_EXAMPLES,
         formatter_class=FORMAT,

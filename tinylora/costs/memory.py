@@ -346,7 +346,8 @@ def measure(model, batch, optimizer=None, label="measured"):
     batch        (inputs, targets, mask) as `data.batch` gives them: integer arrays (b, t), and 0 or 1; the mask may be None
     optimizer    whatever has `state_bytes` and was made for this model's trained parameters; a new AdamW by default
 
-    A bypass that trains some parameters whole (modules_to_save) has these among the weights.
+    A bypass that trains some parameters whole (modules_to_save) has these among the weights. What is an adapter's is told by its name
+    (`nn.is_adapter_weight`): of a layer of `variants`, those that begin with lora_.
     """
     trained, weights = model.trainable(), dict(model.named_weights())
     if not trained:

@@ -128,7 +128,7 @@ def _unit(nbytes):
 
 
 def paging_costs(costs, state, title=None):
-    """Left: bytes moved a step against the budget. Right: time over the optimizer without one. `costs` from paging_costs.measure"""
+    """Left: bytes moved a step against the budget. Right: time over the optimizer without one. `costs` from costs.paging.measure"""
     figure, (left, right) = canvas(9.2, 3.7, ncols=2)
     styles = {"around": (COLOURS[2], "s"), "back and forth": (COLOURS[0], "o")}
     for order, (colour, mark) in styles.items():

@@ -91,7 +91,7 @@ def quantization_config(q, compute_dtype="float32", skip=("lm_head",)):
 
 def load(folder, compute_dtype="float32"):
     """A Llama with Linear4bit layers from a folder that bitsandbytes, transformers or `save` wrote. All weights are frozen."""
-    if not is_quantized(folder):
+    if not files.read_json(Path(folder) / "config.json").get("quantization_config"):
         raise ValueError(
             f"{Path(folder) / 'config.json'} has no quantization_config of bitsandbytes; Llama.from_pretrained opens dense folders"
         )

@@ -334,11 +334,15 @@ class Llama(Module):
         quantize        None, a code ("nf4", ..., "bfloat16"), or a dict of nn.quantized_linear's options: each linear weight is
                         quantized as it is read and its dense form dropped. The result is that of quantize_linears, all frozen;
                         with dtype "bfloat16" the quantized weights say that they were bfloat16, as bitsandbytes' then do
-        compute_dtype   of a 4-bit folder's layers, all frozen; bitsandbytes, transformers or interop.bitsandbytes.save wrote it
+        compute_dtype   of the quantized layers, whether `quantize` makes them or a 4-bit folder has them (bitsandbytes, transformers or
+                        interop.bitsandbytes.save wrote it); all of that model is frozen
 
         Else `requires_grad` is True. Nothing random is drawn, and never more than one dense matrix is in memory beside what
         stays. Errors are sentences that name the file, the tensor and the shapes; they come before anything is loaded.
         """
+        for what, name in (("dtype", dtype), ("compute_dtype", compute_dtype)):
+            if name not in ("float32", "bfloat16"):
+                raise ValueError(f"from_pretrained: {what} {name!r} is unknown: expected 'float32' or 'bfloat16'")
         if fourbit.is_quantized(path):
             if quantize is not None:
                 raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
@@ -355,7 +359,9 @@ class Llama(Module):
             layer = model.get(path)
             layer.weight.data = folders.rounded(opened.weights.float32(name), dtype)
             if options is not None and isinstance(layer, Linear):
-                model.replace(path, quantized_linear(path, layer, dtype=dtype, **options))
+                model.replace(
+                    path, quantized_linear(path, layer, dtype=dtype, **{"compute_dtype": compute_dtype, **options})
+                )
         return model if options is None else model.requires_grad_(False)
 
     def save_pretrained(self, folder, dtype="bfloat16", extra_config=None):

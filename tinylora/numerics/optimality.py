@@ -73,7 +73,7 @@ class Block:
 def block_law(blocksize, law=Normal(), order=_ORDER):  # noqa: B008 (a frozen dataclass)
     """The law of a block of I weights, as nodes and their shares -> Block. ValueError for a blocksize below 2."""
     if not isinstance(law, (Normal, StudentT, ScaleMixture)):
-        raise TypeError(f"expected a law such as laws.Normal(), got {law!r}")
+        raise TypeError(f"expected a law such as distributions.Normal(), got {law!r}")
     return _block_law(_blocksize(blocksize), law, int(order))
 
 

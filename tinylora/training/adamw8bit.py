@@ -146,7 +146,7 @@ def fma(a, b, c):
 
 
 def _cpu_round(x, signed):
-    """rounding.cpu_quantize_8bit of rows of a block each, on any device."""
+    """kernels.rounding.cpu_quantize_8bit of rows of a block each, on any device."""
     xp = array_module(x)
     size = xp.abs(x)
     absmax = size.max(axis=1)
@@ -204,7 +204,7 @@ def _flush(x):
 
 
 def _cuda_round(x, signed):
-    """rounding.cuda_quantize_8bit of rows of a block each, on any device: halving, and a tie goes to the even code."""
+    """kernels.rounding.cuda_quantize_8bit of rows of a block each, on any device: halving, and a tie goes to the even code."""
     xp = array_module(x)
     bounds, absmax = _bounds(xp, signed), xp.abs(x).max(axis=1)
     s = _flush(x * _flush(np.float32(1) / absmax)[:, None])

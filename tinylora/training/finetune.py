@@ -47,8 +47,9 @@ METHODS = {
     "qlora-int4": Method("QLoRA, Int4 + double quantization", "int4", adapts=True),
 }
 
-#: The default recipes. The learning rates were chosen on the last twentieth of the training text, never on the held-out one (the
-#: README lists what was tried); LoRA wants the larger one (3 times here; "LoRA Without Regret" fits about 10 times on large models).
+#: The default recipes. The learning rates were chosen on the last twentieth of the training text, never on the held-out one;
+#: figures/README.md lists what was tried. LoRA wants the larger one: 3 times as large here. "LoRA Without Regret" fits about 10 times
+#: on large models.
 LORA_RECIPE = Recipe(steps=300, batch_size=8, seq_len=256, lr=3e-3, schedule="cosine", warmup=12)
 FULL_RECIPE = replace(LORA_RECIPE, lr=1e-3)
 

@@ -29,6 +29,9 @@ EXPERIMENTS = {
     **dynamics.EXPERIMENTS,
     **descendants.EXPERIMENTS,
 }
+assert len(EXPERIMENTS) == sum(len(m.EXPERIMENTS) for m in (planted, directions, dynamics, descendants)), (
+    "a name stands twice"
+)
 
 
 def run(names=None, seeds=(0, 1, 2), progress=None):

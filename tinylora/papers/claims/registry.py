@@ -93,7 +93,7 @@ def judge(sentence, conditions):
     else:
         word = "holds in part" if True in outcomes else "fails in part" if False in outcomes else "undecided"
     open_ = [what for what, outcome in zip(conditions, outcomes, strict=True) if outcome is None]
-    return f"{word}: {sentence}" + (f"; undecided over these seeds: {', '.join(open_)}" if open_ else "")
+    return f"{word}: {sentence}" + (f"; undecided over these seeds: {'; '.join(open_)}" if open_ else "")
 
 
 def run_all(registry, names=None, seeds=SEEDS, progress=None):
