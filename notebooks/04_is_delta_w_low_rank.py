@@ -245,7 +245,7 @@ assert (np.diff(shape["ample"]) < 0).all() and round(shape["rise_scarce"], 1) ==
 # its least (Table 18: 0.9 %). With 16 times the examples the U is gone. A best rank, then, is a property of the task, the noise
 # *and* the number of examples.
 #
-# A language model is not a planted regression. `tinylora ranks` runs the sweep of Table 6 on the embedded base model; the README
+# A language model is not a planted regression. `tinylora ranks` runs the sweep of Table 6 on the embedded base model; figures/README.md
 # has its table. Compare its shape with both panels of the figure above before you call it flat.
 #
 # ## 6 · Few examples

@@ -23,6 +23,7 @@ from grading import grade
 import tinylora as tl
 from tinylora.papers.claims import dynamics, toys
 from tinylora.papers.claims.registry import above
+from tinylora.training import finetune
 
 rng = np.random.default_rng(0)
 SEEDS = (0, 1, 2)
@@ -447,7 +448,7 @@ for key, label in (("r4", "r = 4, α = 32"), ("r16", "r = 16, α = 32"), ("r4_al
     print(f"{label:14}: best rate over that of full fine-tuning {ratio[key][0]:g} to {ratio[key][1]:g}")
 assert ratio["r4"][0] >= 0.5 and ratio["r4"][1] <= 2 and ratio["r16"][0] >= 0.5 and ratio["r16"][1] <= 2
 assert ratio["r4_alpha1"][0] >= 2 and ratio["r4_alpha1"][1] < 10
-recipes = tl.finetune.LORA_RECIPE.lr, tl.finetune.FULL_RECIPE.lr
+recipes = finetune.LORA_RECIPE.lr, finetune.FULL_RECIPE.lr
 print("the embedded model's recipes: LoRA {}, full {}".format(*recipes))
 assert recipes == (3e-3, 1e-3) and round(2e-4 / 5e-6) == 40
 
@@ -455,7 +456,7 @@ assert recipes == (3e-3, 1e-3) and round(2e-4 / 5e-6) == 40
 # **The toy does not show a factor of ten**: 0.5 to 1 at $r = 4$, 0.5 to 2 at $r = 16$ (with α = 32, which "LoRA Without
 # Regret" uses), and 2 to 8 at α = 1. That α/32 wants a larger rate is the exchange: $\sqrt{32} = 5.7$ times, were $A_0$
 # scaled with it; with $A_0$ as it is, 4 to 8 times, on a grid of powers of two. For the embedded model the default recipes
-# are 3e-3 with LoRA and 1e-3 in full, a factor of 3, neither searched finely (README).
+# are 3e-3 with LoRA and 1e-3 in full, a factor of 3, neither searched finely (figures/README.md).
 #
 # ## Where paper and code differ
 #

@@ -87,7 +87,7 @@ for blocksize in (None, 64):
 assert (before == after)[untouched].all()  # with blocks, the errors of the others stay as they were
 
 # %% [markdown]
-# Now by hand, in blocks of 64, with the rounding of bitsandbytes (see `tinylora/rounding.py`). For a whole block it
+# Now by hand, in blocks of 64, with the rounding of bitsandbytes (see `tinylora/kernels/rounding.py`). For a whole block it
 # multiplies by the float32 reciprocal of $m_b$ instead of dividing, which matters only next to a boundary. The
 # nearest value is found by counting the midpoints below $x$, so a tie goes to the lower value. Two indices share a
 # byte, the even element in the high half. Every byte must equal the library's.

@@ -28,7 +28,7 @@ from grading import grade
 import tinylora as tl
 from tinylora import codebooks, quantize
 from tinylora.kernels.rounding import CPU, CUDA, torch_mean
-from tinylora.numerics import optimality
+from tinylora.numerics import distributions, optimality
 from tinylora.quant import quantize_constants
 
 NF4 = codebooks.nf4()
@@ -380,10 +380,10 @@ for B in (128, 64, 32):
     normal = np.sqrt(optimality.affine_error(B) / nf4_error(B))
     ratio = PUBLISHED["affine"][B] / PUBLISHED["NF4"][B]
     print(f"blocks of {B:3}: affine / NF4 {ratio:.3f}; normal weights {normal:.3f}")
-heavy = tl.laws.StudentT(20)
+heavy = distributions.StudentT(20)
 for B, expected in ((64, (1.131, 1.084, 1.131)), (32, (1.073, 1.026, 1.066))):
     ratios = [PUBLISHED["affine"][2 * B] / PUBLISHED["NF4"][B]]
-    for law in (tl.laws.Normal(), heavy):
+    for law in (distributions.Normal(), heavy):
         affine, nf4 = optimality.affine_error(2 * B, law=law), optimality.expected_error(NF4, B, law=law)
         ratios.append(np.sqrt(affine / nf4))
     print("{:.2f} bits:     affine / NF4 {:.3f}; normal weights {:.3f}; Student t {:.3f}".format(4 + 16 / B, *ratios))
@@ -585,7 +585,7 @@ _ = grade("11-4", exercise_4)
 # ## Summary
 #
 # - Double quantization: 8 bits around the mean in blocks of 256, from 0.5 to 0.127 bits a weight. Done by hand it equals
-#   `quantize(…, double_quant=True)` to the bit (`quant.py`; tests `test_quant.py`, `test_rounding.py`).
+#   `quantize(…, double_quant=True)` to the bit (`quant.py`; tests `tests/test_quant.py`, `tests/test_rounding.py`).
 # - It costs 0.05 % of squared error with the dynamic map. Without the mean E4M3 would cost 9.2 %, and a signed scale, whose mean is
 #   nearly 0, 10.6 %.
 # - At equal block size affine int4 beats NF4 in blocks below 82. At equal bits the two meet at 4.68 bits with 16-bit constants, at 4.33

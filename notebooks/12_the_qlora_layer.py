@@ -505,7 +505,7 @@ assert abs(different["float16", "bfloat16"][0] - 0.06) < 0.01
 # ## 8 · What prepare does to a model
 #
 # Before training, PEFT's `prepare_model_for_kbit_training` does three things, and so does
-# `nn.prepare_for_kbit_training`: it freezes everything, turns the *other* 16-bit weights (embedding, head) into
+# `adapters.kbit.prepare_for_kbit_training`: it freezes everything, turns the *other* 16-bit weights (embedding, head) into
 # float32, and switches checkpointing on. The 4-bit layers stay.
 
 # %% tags=["hide-input"]

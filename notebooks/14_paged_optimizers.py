@@ -594,10 +594,11 @@ _ = grade("14-4", exercise_4)
 # ## Summary
 #
 # - AdamW is elementwise, so its state can be cut and paged: the same bits at every budget, page size, pool and order (`paging.py`,
-#   `pools.py`, `optim.py`; tests `test_paging.py`, `test_optim.py`).
+#   `kernels/pools.py`, `optim.py`; tests `tests/test_paging.py`, `tests/test_optim.py`).
 # - Round and round, LRU moves 2 · state a step at any budget below 100 %. Back and forth it is 2 · (state − budget), and nothing can
 #   do better.
 # - A long sequence that does not fit evicts all pages and goes on (`Pager.yielding`): 2 · state once, here 17.7 MB, and nothing in
 #   the other steps.
 # - bitsandbytes pages states of 100,000 elements or more: nothing for LLaMA-7B up to r = 9, everything from r = 25 on.
-# - 8-bit states take 2.03 bytes a parameter instead of 8 (`AdamW8bit`, `test_optim8bit.py`). Notebook 15 adds up what else is in memory.
+# - 8-bit states take 2.03 bytes a parameter instead of 8 (`AdamW8bit`, `tests/test_optim8bit.py`). Notebook 15 adds up what else is in
+#   memory.

@@ -554,9 +554,9 @@ _ = grade("15-4", exercise_4)
 # ## Summary
 #
 # - Two accounts: state (weights, codes, constants, adapters, gradients, moments), which does not depend on the text, and the tape, which
-#   grows with it. Counted by hand they equal `memory.predict` and `memory.measure` to the byte (`test_memory.py`), and an allocator that
-#   knows nothing of tapes finds the same within 2 %.
+#   grows with it. Counted by hand they equal `memory.predict` and `memory.measure` to the byte (`tests/test_memory.py`), and an allocator
+#   that knows nothing of tapes finds the same within 2 %.
 # - Small model, 256 tokens: state 33.3, 8.7 and 5.7 MB in full fine-tuning, LoRA and QLoRA; the tape stays at 21.5 MB, and checkpointing
 #   makes it 5.8.
 # - Llama-65B: 783.4 GB, 141.1, 44.9. The paper's adapter and optimizer labels follow one formula exactly; its model bars, 567 MB and
-#   5,048 MB cannot be derived (`qlora_numbers.audit`, `test_claims_qlora.py`; `tinylora memory --audit` prints all of them).
+#   5,048 MB cannot be derived (`qlora_numbers.audit`, `tests/papers/test_claims_qlora.py`; `tinylora memory --audit` prints all of them).
