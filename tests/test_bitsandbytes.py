@@ -99,6 +99,13 @@ def test_dense_weights_are_written_in_the_shortest_exact_form(tmp_path):
     assert safetensors.load_folder(tmp_path / "b")["model.norm.weight"].dtype == np.float32
 
 
+def test_a_folder_that_is_called_base_is_not_the_embedded_model(tmp_path, monkeypatch):
+    bnb.save(tl.quantize_linears(tiny.model(), "nf4"), tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    again = bnb.load("base")
+    assert again.config == tiny.model().config and isinstance(again.model.layers[0].mlp.up_proj, tl.nn.Linear4bit)
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -106,7 +113,8 @@ def test_dense_weights_are_written_in_the_shortest_exact_form(tmp_path):
         (lambda m, f: bnb.save(tl.quantize_linears(m, "int4"), f), "opens the codes nf4 and fp4"),
         (lambda m, f: bnb.save(tl.quantize_linears(m, "nf4", 48), f), "in blocks of 48"),
         (lambda m, f: bnb.save(tl.add_lora(tl.quantize_linears(m, "nf4")), f), "carries an adapter"),
-        (lambda m, f: (m.save_pretrained(f), bnb.load(f)), "no quantization_config"),
+        (lambda m, f: (m.save_pretrained(f), bnb.load(f)), "no config.json with bitsandbytes' quantization_config"),
+        (lambda m, f: bnb.load(f / "nowhere"), "no config.json with bitsandbytes' quantization_config"),
     ],
 )
 def test_errors_are_sentences(call, words, tmp_path):

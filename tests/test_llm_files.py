@@ -696,11 +696,14 @@ def test_the_folder_can_go_when_the_model_is_open(tmp_path):
     assert m.generate("a", 3)
 
 
-def test_dtypes_are_checked_at_the_one_door(tmp_path):
-    for options in ({"compute_dtype": "nonsense"}, {"dtype": "float16"}):
+def test_dtypes_are_checked_at_the_one_door():
+    nested = {"quantize": {"code": "nf4", "compute_dtype": "float16"}}
+    for options in ({"compute_dtype": "nonsense"}, {"dtype": "float16"}, nested):
         with pytest.raises(ValueError, match="is unknown: expected 'float32' or 'bfloat16'"):
             Llama.from_pretrained("base", **options)
     model = Llama.from_pretrained("base", quantize="nf4", compute_dtype="bfloat16")
     assert model.model.layers[0].mlp.up_proj.compute_dtype == "bfloat16"
     with pytest.raises(ValueError, match="dtype 'float16', expected 'float32' or 'bfloat16'"):
         tl.quantize_linears(Llama.from_pretrained("base"), dtype="float16")
+    with pytest.raises(ValueError, match="dtype 'float16', expected 'float32' or 'bfloat16'"):
+        tl.quantize_linears(Llama.from_pretrained("base"), code="bfloat16", dtype="float16")

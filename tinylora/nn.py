@@ -166,7 +166,10 @@ class Module:
             w.grad = None
 
     def to(self, device, memo=None):
-        """Move every weight to "cpu" or "cuda", in place. memo: {id of a stored weight: (the moved one, itself)}, to share them."""
+        """Move every weight to "cpu" or "cuda", in place; a weight that two layers share is moved once, and shared again.
+
+        memo: {id of a weight, old or moved: (moved, old)}
+        """
         xp, memo = backend.module_for(device), {} if memo is None else memo
         for name, value in list(vars(self).items()):
             if isinstance(value, Tensor):
@@ -322,12 +325,12 @@ def quantized_linear(path, layer, code="nf4", blocksize=64, double_quant=True, c
 
     dtype     "bfloat16": the weight is rounded to it first, and its `dtype` is then "bfloat16"; options: those of `quant.quantize`
     """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"quantize: dtype {dtype!r}, expected 'float32' or 'bfloat16'")
     if any(path == s or path.endswith("." + s) for s in skip):
         return layer
     if isinstance(code, str) and code == "bfloat16":
         return Linear16bit.of(layer, compute_dtype)
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"quantize: dtype {dtype!r}, expected 'float32' or 'bfloat16'")
     w = BFloat16Array.of(layer.dense()) if dtype == "bfloat16" else layer.dense()
     q = quantize(w, code, blocksize, double_quant, name=f"{path}.weight", **options)
     return Linear4bit(q, layer.bias, compute_dtype)

@@ -23,7 +23,7 @@ import numpy as np
 from ..backend import move
 from ..dtypes import BFloat16Array, as_float32
 from ..models import files, safetensors
-from ..models.fourbit import from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors: handed on)
+from ..models.fourbit import from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors is handed on)
 from ..models.llama import Llama
 from ..nn import Linear, is_adapter_weight
 from ..quant import QuantizedTensor, quantize
@@ -91,11 +91,12 @@ def quantization_config(q, compute_dtype="float32", skip=("lm_head",)):
 
 def load(folder, compute_dtype="float32"):
     """A Llama with Linear4bit layers from a folder that bitsandbytes, transformers or `save` wrote. All weights are frozen."""
-    if not files.read_json(Path(folder) / "config.json").get("quantization_config"):
+    path = Path(folder).resolve()  # a folder that is called "base" is not the embedded model
+    if not is_quantized(path):
         raise ValueError(
-            f"{Path(folder) / 'config.json'} has no quantization_config of bitsandbytes; Llama.from_pretrained opens dense folders"
+            f"{folder} has no config.json with bitsandbytes' quantization_config; Llama.from_pretrained opens dense folders"
         )
-    return Llama.from_pretrained(folder, compute_dtype=compute_dtype)
+    return Llama.from_pretrained(path, compute_dtype=compute_dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ any folder

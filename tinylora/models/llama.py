@@ -335,11 +335,13 @@ class Llama(Module):
                         quantized as it is read and its dense form dropped. The result is that of quantize_linears, all frozen;
                         with dtype "bfloat16" the quantized weights say that they were bfloat16, as bitsandbytes' then do
         compute_dtype   of the quantized layers, whether `quantize` makes them or a 4-bit folder has them (bitsandbytes, transformers or
-                        interop.bitsandbytes.save wrote it); all of that model is frozen
+                        interop.bitsandbytes.save wrote it); all of that model is frozen. A dense layer has none
 
         Else `requires_grad` is True. Nothing random is drawn, and never more than one dense matrix is in memory beside what
         stays. Errors are sentences that name the file, the tensor and the shapes; they come before anything is loaded.
         """
+        options = {"code": quantize} if isinstance(quantize, str) else quantize
+        compute_dtype = (options or {}).get("compute_dtype", compute_dtype)
         for what, name in (("dtype", dtype), ("compute_dtype", compute_dtype)):
             if name not in ("float32", "bfloat16"):
                 raise ValueError(f"from_pretrained: {what} {name!r} is unknown: expected 'float32' or 'bfloat16'")
@@ -348,7 +350,6 @@ class Llama(Module):
                 raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
             return _in_4_bits(cls, Path(path), compute_dtype)
         model, opened = _open(cls, path)
-        options = {"code": quantize} if isinstance(quantize, str) else quantize
         unknown = set(options or ()) - set(_QUANTIZE_OPTIONS)
         if unknown:
             raise ValueError(
@@ -360,7 +361,7 @@ class Llama(Module):
             layer.weight.data = folders.rounded(opened.weights.float32(name), dtype)
             if options is not None and isinstance(layer, Linear):
                 model.replace(
-                    path, quantized_linear(path, layer, dtype=dtype, **{"compute_dtype": compute_dtype, **options})
+                    path, quantized_linear(path, layer, dtype=dtype, **{**options, "compute_dtype": compute_dtype})
                 )
         return model if options is None else model.requires_grad_(False)
 
