@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tinylora.papers import claims, subspaces
-from tinylora.papers.claims import directions, dynamics, planted, registry, toys
+from tinylora.papers.claims import directions, dynamics, page, planted, registry, toys
 
 SEEDS = (0, 1, 2)
 
@@ -281,6 +281,12 @@ def test_what_lies_within_the_spread_over_the_seeds_is_undecided():
     ):
         conditions = dict(zip("abc", outcomes, strict=False))
         assert registry.judge("x", conditions) == f"{word}: x; undecided over these seeds: {'abc'[len(outcomes) - 1]}"
+    assert registry.judge("x", {"a, b": None, "c": None}) == "undecided: x; undecided over these seeds: a, b; c"
+
+
+def test_the_page_names_the_seeds_it_was_made_with(tmp_path):
+    page.write_page(claims.run(["vera_counts"], [4, 7]), [4, 7], tmp_path, pictures=False)
+    assert "seeds 4, 7:" in (tmp_path / "README.md").read_text()
 
 
 def test_a_measured_number_is_printed_with_its_spread():
