@@ -128,7 +128,7 @@ def test_a_comment_and_a_docstring_are_no_code(tmp_path):
 
 
 def test_every_module_of_the_old_layout_is_in_the_table():
-    """All that stood at the top of the package in 0.1's first layout, and neither stayed there nor became a room of its name."""
+    """All that stood at the top of the package at commit 1c9820e, and neither stayed there nor became a room of its name."""
     old = """checkpoints corpus counting derivation experiments files finetune flops footprints gguf intrinsic laws llama memory normality
         optim8bit optimality paging_costs pretrain ranks rounding subspaces survey switching tokenizers train"""
     assert set(tinylora.MOVED) == set(old.split())

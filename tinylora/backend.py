@@ -1,7 +1,7 @@
 """Where an array lives: NumPy arrays on the host, CuPy arrays on a GPU.
 
-Operators and methods are the same for both kinds of array. Only where a function is needed does the code ask for the
-array's module:
+Operators and methods are the same for both kinds of array. For a function such as exp, the code first asks which module
+the array belongs to:
 
     xp = array_module(x)         # numpy or cupy
     xp.exp(x)
@@ -12,8 +12,8 @@ that carries an array across, and `transfers` counts what it carried:
     Y = move(X, "cuda")          # host -> device
     x = move(Y, "cpu")           # device -> host
 
-The file also has the random generator of each thread, and the one array function that needs a different line on each side,
-row-wise dot products.
+The file also has the random generator of each thread, and the one array function that is written differently for NumPy and
+for CuPy: row-wise dot products.
 
 Differs from torch: a device is "cpu" or "cuda", and the second is CuPy's current GPU. Random numbers are drawn on the
 host, so that one seed gives the same dropout mask on every device.

@@ -1,10 +1,11 @@
 """Codes: the 16 values that a 4-bit index stands for, or the 256 of an 8-bit index, each built from its definition.
 
 A code is a float32 vector. A weight that is stored as index i means code[i], times the largest magnitude (absmax) of
-its block. NF4's values are quantiles of the normal distribution, divided by the largest (QLoRA §3 and appendix E):
+its block. NF4's values are quantiles of the normal distribution (QLoRA §3 and appendix E). Each is divided by the largest of
+them, so that the last value is 1:
 
-    above 0    Φ⁻¹(p) at 8 evenly spaced probabilities p from o down towards ½
-    below 0    −Φ⁻¹(p) at 7 evenly spaced probabilities p from o down towards ½
+    above 0    Φ⁻¹(p) at 8 evenly spaced probabilities p, from o down; ½ would be the ninth
+    below 0    −Φ⁻¹(p) at 7 evenly spaced probabilities p, from o down; ½ would be the eighth
     and an exact 0;      o = 0.9677083, which is 1 − ½(1/32 + 1/30) cut to seven digits
 
 QLoRA's equation 4 is another code: taken literally, its first value is −∞.
@@ -224,10 +225,10 @@ def _shared(name):
 
 
 def get(code):
-    """(name, values by index) of a 4-bit code given by name, or of a custom code: up to 16 ascending values."""
+    """(name, values by index) of a 4-bit code given by name, or of a custom code: 2 to 16 ascending values."""
     if isinstance(code, str):
         if code not in NAMED:
-            raise ValueError(f"code {code!r} is unknown: expected one of {', '.join(NAMED)}, or up to 16 sorted values")
+            raise ValueError(f"code {code!r} is unknown: expected one of {', '.join(NAMED)}, or 2 to 16 sorted values")
         return code, _shared(code)
     values = np.array(code, np.float32)
     if values.ndim != 1 or not 2 <= len(values) <= 16 or not np.isfinite(values).all() or (np.diff(values) <= 0).any():

@@ -74,7 +74,7 @@ class LinearBypass(Module):
     def build(self, base, init, lora_bias):
         """Set lora_A and lora_B = 0. Both layers first draw a weight that is overwritten, in PEFT's order: seeded runs depend on it."""
         if not isinstance(base, (Linear, Linear4bit, Linear16bit)):
-            raise TypeError(f"lora: a {type(base).__name__} is no linear layer; adapters.lora_layer takes other kinds")
+            raise TypeError(f"lora: a {type(base).__name__} is not one of nn's linear layers; see adapters.add_lora")
         r, n, out = self.r, base.in_features, base.out_features
         self.lora_A, self.lora_B = Linear(n, r), Linear(r, out, bias=lora_bias)
         self.lora_A.weight.data = uniform((r, n), 1 / math.sqrt(n)) if init == "kaiming" else normal((r, n), 1 / r)

@@ -9,8 +9,8 @@ For a parameter p with gradient g, at step t = 1, 2, … with the learning rate 
 This is algorithm 2 of Loshchilov & Hutter 2019 in the form that torch has: the decay is scaled by η and comes first.
 
 No element depends on another. So the update of a tensor is the update of its pieces, one after the other, and m and v can
-be kept in pages (QLoRA §3, "Paged Optimizers"; see `paging`). A page holds m in its first row and v in its second. For every
-budget the parameters end with the same bits.
+be kept in pages (QLoRA §3, "Paged Optimizers"; see `paging`). A page holds m in its first row and v in its second.
+Whatever the budget of pages is, the parameters end with the same bits.
 
 Differs from torch and bitsandbytes: there is no fused kernel. Every second step goes through the pages from the last to the
 first, so that the pages that are still resident are used first.

@@ -15,7 +15,7 @@ live while they are not resident, and who copies them, is in `kernels.pools`.
 Without a budget nothing is evicted or copied, and the pages are plain arrays (except in the pool "managed", whose pages the CUDA
 driver moves).
 
-Two things beside this, one for speed and one for memory:
+The file has two more features. The first saves time, and the second saves memory:
   * An optimizer knows which page comes next. `page(i, then=j)` starts to bring page j while the caller works on page i.
   * The paper's pages give way when a long sequence needs their memory. `yielding(f)` runs f. If an allocation fails in f,
     every page is evicted and f runs once more. So f must depend on nothing but its arguments, as a micro-batch does.

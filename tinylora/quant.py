@@ -16,11 +16,11 @@ in blocks of 256, with an 8-bit code d and a float32 constant n for each of thes
 
     bits a weight, in blocks of 64:   4 + 32/64 = 4.5   becomes   4 + 8/64 + 32/(64 · 256) = 4.127
 
-Differs from bitsandbytes: any code and any block size are possible, and four 8-bit codes for the constants. A
+Differs from bitsandbytes: any code and any block size are possible, and the constants can be stored in any of four 8-bit codes. A
 QuantizedTensor is plain data, and its `size` counts weights, not bytes. NaN and Inf are refused unless they are asked
-for. The bits are the same as there, on a CPU: how ties, zeros, partial blocks and NaN are rounded is bitsandbytes' own
-rule (`kernels.rounding`), and μ is torch's float32 sum in torch's order on one thread. From 32,768 blocks on, torch's
-sum depends on its number of threads; `offset=` takes another μ.
+for. On a CPU the stored bits equal those of bitsandbytes: ties, zeros, partial blocks and NaN are rounded by its rule
+(`kernels.rounding`), and μ is torch's float32 sum in torch's order on one thread. From 32,768 blocks on, torch's sum
+depends on its number of threads. To use another mean, pass it as `offset=`.
 
 Leaves out: gradients. A quantized weight is never trained, and this file does not import `tensor`. Whoever only wants to know
 NF4 reads `codebooks`, this file and, for the search of the nearest value, `kernels.rounding`. What makes dequantizing fast is in

@@ -1,6 +1,6 @@
 """The tape: the memory that the forward pass leaves for the backward pass. Here it is measured, and traded for time.
 
-The tape behind a tensor is what the surviving pullbacks captured (see `tensor`). `tape_bytes` walks their closures and adds
+The tape behind a tensor is the set of arrays that its pullbacks still hold (see `tensor`). `tape_bytes` walks their closures and adds
 up the arrays that they keep alive, each buffer once:
 
     tape_bytes(loss, exclude=model.parameters())

@@ -343,11 +343,11 @@ def _base(config, method, blocksize, double_quant, precision):
 def measure(model, batch, optimizer=None, label="measured"):
     """The Account of a step that is really run: the bytes of the arrays that hold it. No weight and no .grad changes (dropout draws).
 
-    batch        (inputs, targets, mask) as `data.batch` gives them: integer arrays (b, t), and 0 or 1; the mask may be None
+    batch        (inputs, targets, mask) as `corpus.Text.batch` gives them: integer arrays (b, t), and 0 or 1; the mask may be None
     optimizer    whatever has `state_bytes` and was made for this model's trained parameters; a new AdamW by default
 
-    A bypass that trains some parameters whole (modules_to_save) has these among the weights. What is an adapter's is told by its name
-    (`nn.is_adapter_weight`): of a layer of `variants`, those that begin with lora_.
+    An adapter that trains some parameters whole (modules_to_save) has these counted among the weights. A parameter counts as an
+    adapter's if its name says so (`nn.is_adapter_weight`); in the layers of `variants`, these are the names that begin with lora_.
     """
     trained, weights = model.trainable(), dict(model.named_weights())
     if not trained:
