@@ -178,6 +178,7 @@ def test_modules_that_moved_are_found_under_their_old_names(name):
         assert public and all(getattr(module, key) is getattr(place, key) for key in public if not key.startswith("_"))
     assert getattr(tinylora, name) is module, "made once"
     exec(f"from tinylora import {name}", {})
+    assert importlib.import_module(f"tinylora.{name}") is module, "also as a module of its own"
 
 
 def test_only_backend_knows_cupy():

@@ -11,6 +11,8 @@ Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported
 """
 
 import importlib
+import importlib.machinery
+import sys
 import types
 
 from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant, tape, tensor
@@ -124,3 +126,23 @@ def __getattr__(name):
         vars(together).update({key: value for key, value in vars(module).items() if not key.startswith("__")})
     globals()[name] = together  # made once
     return together
+
+
+class _Moved:
+    """Lets `from tinylora.tokenizers import …` find a module that has moved: an import hook, for as long as the table stands."""
+
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        package, _, old = name.rpartition(".")
+        return importlib.machinery.ModuleSpec(name, _Moved) if package == __name__ and old in MOVED else None
+
+    @staticmethod
+    def create_module(spec):
+        return None
+
+    @staticmethod
+    def exec_module(module):
+        sys.modules[module.__name__] = getattr(sys.modules[__name__], module.__name__.rpartition(".")[2])
+
+
+sys.meta_path.append(_Moved)

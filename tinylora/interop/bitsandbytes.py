@@ -99,6 +99,9 @@ def load(folder, compute_dtype="float32"):
     return Llama.from_pretrained(path, compute_dtype=compute_dtype)
 
 
+open_model = load  # the name until 0.1
+
+
 # ------------------------------------------------------------------------------------------------------------ any folder
 def is_linear_weight(name, w, skip=()):
     """Whether a tensor of a checkpoint is the weight of a linear layer, as far as its name and shape tell."""
