@@ -5,9 +5,18 @@ import math
 import numpy as np
 import pytest
 
-from tinylora import AdamW, Pager, Tensor, backend
+from tinylora import AdamW, AdamW8bit, Pager, Tensor, add_lora, backend, set_adapter
+from tinylora.nn import Linear, Module
 from tinylora.optim import clip_grad_norm
 from tinylora.training.schedule import schedule
+
+
+class Sequence(Module):
+    """Layers by number."""
+
+    def __init__(self, *layers):
+        for i, layer in enumerate(layers):
+            setattr(self, str(i), layer)
 
 
 def by_hand(p, grads, lr, b1, b2, eps, wd):
@@ -28,6 +37,59 @@ def test_adamw_is_its_equation(xp, rng):
         p.grad = xp.asarray(g)
         optimizer.step()
     np.testing.assert_allclose(p.numpy(), by_hand(start, grads, 0.01, 0.8, 0.95, 1e-6, 0.1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [AdamW, AdamW8bit])
+def test_each_parameter_counts_its_own_steps(kind, rng):
+    """One that gets its first gradient late moves as if it had been trained alone, also after saving and loading."""
+    early, late, alone = (Tensor(np.zeros(5000, np.float32), requires_grad=True) for _ in range(3))
+    together, single = kind([early, late], lr=0.01), kind([alone], lr=0.01)
+    grads = rng.standard_normal((40, 5000)).astype(np.float32)
+    for step, g in enumerate(grads):
+        early.grad, late.grad = g.copy(), g.copy() if step >= 30 else None
+        together.step()
+        if step == 34:
+            saved, together = together.state_dict(), kind([early, late], lr=0.01)
+            together.load_state_dict({name: a.copy() for name, a in saved.items()})
+    for g in grads[30:]:
+        alone.grad = g.copy()
+        single.back_and_forth = False
+        single.step()
+    assert late.data.tobytes() == alone.data.tobytes() and early.data.tobytes() != late.data.tobytes()
+
+
+def test_adapters_trained_in_turn_move_as_far_as_one_trained_alone(rng):
+    """Two adapters in one optimizer: while one rests its clock stands still (LoRA's task switching)."""
+    model = Sequence(Linear(8, 8))
+    add_lora(model, r=2, name="a")
+    add_lora(model, r=2, name="b")
+    layer = model.get("0")
+    factors = {n: layer.bypasses[n].lora_B.weight for n in "ab"}
+    set_adapter(model, ["a", "b"])
+    optimizer = AdamW(list(factors.items()), lr=0.01)
+    for step in range(100):
+        set_adapter(model, "b" if step >= 99 else "a")
+        optimizer.zero_grad()
+        factors["b" if step >= 99 else "a"].grad = np.ones((8, 2), np.float32)
+        optimizer.step()
+    np.testing.assert_allclose(factors["b"].data, -0.01, rtol=1e-5)  # the first step is lr long
+
+
+def test_a_checkpoint_without_clocks_of_its_own_is_read(rng):
+    p = Tensor(np.zeros(3, np.float32), requires_grad=True)
+    optimizer = AdamW([p])
+    p.grad = np.ones(3, np.float32)
+    optimizer.step()
+    old = {name: a for name, a in optimizer.state_dict().items() if name != "t"}
+    again = AdamW([p])
+    again.load_state_dict(old)
+    assert again.state_dict()["t"].tolist() == [1]
+
+
+def test_a_parameter_given_twice_is_refused():
+    p, q = (Tensor(np.zeros(3, np.float32), requires_grad=True) for _ in range(2))
+    with pytest.raises(ValueError, match=r"AdamW: parameter two of shape \(3,\) is given twice"):
+        AdamW([{"params": [("one", p)]}, {"params": [q, ("two", p)], "lr": 0.1}])
 
 
 SIZES = ((7, 33), (1000,), (1,), (64, 64))

@@ -57,12 +57,13 @@ def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0
 
 @dataclass
 class Slot:
-    """A parameter, its group's settings, and the pages of its state."""
+    """A parameter, its group's settings, the pages of its state, and t: how often it has had a gradient."""
 
     name: str
     p: Tensor
     group: dict
     pages: Sequence
+    t: int = 0
 
 
 class AdamW:
@@ -93,6 +94,8 @@ class AdamW:
                     raise ValueError(f"{kind}: parameter {name} does not require a gradient; leave it out")
                 if not p.size:
                     raise ValueError(f"{kind}: parameter {name} of shape {p.shape} has no element; leave it out")
+                if any(slot.p is p for slot in self._slots):
+                    raise ValueError(f"{kind}: parameter {name} of shape {p.shape} is given twice; leave one out")
                 self._slots.append(Slot(name, p, group, self._allocate(p)))
         if not self._slots:
             raise ValueError(f"{kind}: there is nothing to optimize; no parameter requires a gradient")
@@ -103,11 +106,12 @@ class AdamW:
         return self.pager.total_bytes
 
     def step(self, lr_scale=1.0):
-        """Apply the gradients (p.grad); a parameter without one is left alone. lr_scale multiplies every group's lr."""
+        """Apply the gradients (p.grad); a parameter without one is left alone, and its t stands still. lr_scale multiplies every lr."""
         self.step_count += 1
         self.pager.step = self.step_count
         slots = [slot for slot in self._slots if slot.p.grad is not None]
-        for p in (slot.p for slot in slots):
+        for slot in slots:
+            slot.t, p = slot.t + 1, slot.p
             if not p.data.flags.c_contiguous:
                 p.data = array_module(p.data).ascontiguousarray(p.data)  # so that the flat view below is no copy
         todo = [(slot, i) for slot in slots for i in range(len(slot.pages))]
@@ -129,7 +133,7 @@ class AdamW:
         """Update p, which begins at element `start` of the slot's parameter, and its page of state."""
         m, v = page
         scratch = self._buffer(page)
-        adamw_step(p, g, m, v, self.step_count, lr, self.betas, self.eps, slot.group["weight_decay"], scratch)
+        adamw_step(p, g, m, v, slot.t, lr, self.betas, self.eps, slot.group["weight_decay"], scratch)
 
     def _buffer(self, page):
         """Two rows to compute in, as long as the page; kept from page to page."""
@@ -142,8 +146,8 @@ class AdamW:
             slot.p.grad = None
 
     def state_dict(self):
-        """{"name.m": array, "name.v": array} in the parameters' shapes, and "step"."""
-        state = {"step": np.array(self.step_count, np.int64)}
+        """{"name.m": array, "name.v": array} in the parameters' shapes, "step", and "t" of every parameter in their order."""
+        state = {"step": np.array(self.step_count), "t": np.array([slot.t for slot in self._slots])}
         for slot in self._slots:
             state |= {f"{slot.name}.{part}": values for part, values in self._read(slot).items()}
         return state
@@ -159,6 +163,8 @@ class AdamW:
         for slot in self._slots:  # only now that everything was found fit
             self._write(slot, {part: state[f"{slot.name}.{part}"] for part in self._read(slot)})
         self.step_count = int(state["step"])
+        for slot, t in zip(self._slots, state.get("t", [self.step_count] * len(self._slots)), strict=True):
+            slot.t = int(t)
 
     def _read(self, slot):
         """{part: array}: a slot's state, on the host."""

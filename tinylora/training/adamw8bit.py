@@ -267,7 +267,7 @@ class AdamW8bit(AdamW):
             return super()._update(slot, page, p, g, start, lr)
         absmax = slot.pages.absmax[:, start // BLOCKSIZE : -(-(start + len(p)) // BLOCKSIZE)]
         decay = slot.group["weight_decay"]
-        adamw8bit_step(p, g, *page, *absmax, self.step_count, lr, self.betas, self.eps, decay, self.rule)
+        adamw8bit_step(p, g, *page, *absmax, slot.t, lr, self.betas, self.eps, decay, self.rule)
 
     def _read(self, slot):
         parts = super()._read(slot)
