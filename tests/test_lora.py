@@ -118,6 +118,12 @@ def test_merging_into_4_bits_reports_its_error(xp, rng):
     assert merged.merge_error == pytest.approx(error, rel=1e-5) and 0.01 < error < 0.2
 
 
+def test_merging_into_4_bits_keeps_how_the_layer_multiplies(rng):
+    q = quantize(rng.standard_normal((8, 64), dtype=np.float32))
+    merged = LoRALinear(Linear4bit(q, compute_dtype="bfloat16", backward_weight="forward"), r=2).merge()
+    assert (merged.compute_dtype, merged.backward_weight) == ("bfloat16", "forward")
+
+
 def test_merging_into_4_bits_keeps_every_setting(rng):
     """A merge quantizes again as the base was quantized, so a zero adapter changes (almost) nothing."""
     w = rng.standard_normal((64, 256)).astype(np.float32)

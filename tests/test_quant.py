@@ -180,3 +180,10 @@ def test_bfloat16_array_has_the_face_of_a_quantized_tensor(rng):
     b = BFloat16Array.of(w)
     assert (b.shape, b.size, b.nbytes, b.bits_per_param) == ((3, 5), 15, 30, 16.0)
     assert b.dequantize().tobytes() == round_to(w, "bfloat16").tobytes()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0,)])
+def test_a_weight_without_elements_has_no_bits_per_parameter(shape):
+    for q in (quantize(np.zeros(shape, np.float32)), BFloat16Array.of(np.zeros(shape, np.float32))):
+        with pytest.raises(ValueError, match="no element"):
+            _ = q.bits_per_param

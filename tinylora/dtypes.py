@@ -16,6 +16,7 @@ is rounded as tensor cores round it, and takes the time of a float32 product, be
 Leaves out: dtypes of 8 bits. Those are codes here (`codebooks.fp8_e4m3`).
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,13 +90,29 @@ def as_float32(x):
     return x.astype(np.float32, copy=False), ("float32" if name == "float64" else name)
 
 
-@dataclass(frozen=True)
-class BFloat16Array:
-    """A weight stored in two bytes per number, as a 16-bit checkpoint stores it. Plain data; `dequantize` gives float32 back.
+class Stored:
+    """A frozen weight that is held in few bits. It is plain data: no gradient flows into it. A layer does not care which kind it holds.
 
-    It has the same interface as a QuantizedTensor (shape, size, nbytes, bits_per_param, dequantize), so a frozen layer does
-    not care which of the two it holds.
+    shape, dtype         what the weight was;  nbytes: what is held for it
+    held                 one of its arrays, which tells the device that it lives on
+    dequantize(dtype)    the weight in a logical dtype (default: its own)
+    to(move)             the same weight with its arrays passed through `move` (see backend.move)
+    like(w, name)        the array w, stored as this weight is
     """
+
+    size = property(lambda self: math.prod(self.shape))
+
+    @property
+    def bits_per_param(self):
+        """Bits held for each weight."""
+        if not self.size:
+            raise ValueError(f"bits_per_param: a weight of shape {tuple(self.shape)} has no element")
+        return 8 * self.nbytes / self.size
+
+
+@dataclass(frozen=True)
+class BFloat16Array(Stored):
+    """A weight stored in two bytes per number, as a 16-bit checkpoint stores it; `dequantize` gives float32 back."""
 
     bits: np.ndarray
 
@@ -105,9 +122,9 @@ class BFloat16Array:
         return cls(bfloat16_bits(x))
 
     shape = property(lambda self: self.bits.shape)
-    size = property(lambda self: self.bits.size)
     nbytes = property(lambda self: self.bits.nbytes)
-    bits_per_param, dtype = 16.0, "bfloat16"
+    held = property(lambda self: self.bits)
+    dtype = "bfloat16"
 
     def dequantize(self, dtype="bfloat16"):
         """W in the asked logical dtype; float32 and bfloat16 are both exact here."""
@@ -117,3 +134,6 @@ class BFloat16Array:
     def to(self, move):
         """The same weight with its array passed through `move` (see backend.move)."""
         return BFloat16Array(move(self.bits))
+
+    def like(self, w, name="weight"):
+        return BFloat16Array.of(w)

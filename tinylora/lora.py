@@ -32,9 +32,8 @@ import numpy as np
 
 from . import ops
 from .backend import array_module, whole
-from .dtypes import BFloat16Array
-from .nn import Linear, Linear4bit, Linear16bit, Module, normal, stored_array, uniform
-from .quant import QuantizedTensor, quantize_like
+from .dtypes import Stored
+from .nn import FrozenLinear, Linear, Module, normal, stored_array, uniform
 from .tensor import Tensor
 
 INITS = ("kaiming", "gaussian")
@@ -73,7 +72,7 @@ class LinearBypass(Module):
 
     def build(self, base, init, lora_bias):
         """Set lora_A and lora_B = 0. Both layers first draw a weight that is overwritten, in PEFT's order: seeded runs depend on it."""
-        if not isinstance(base, (Linear, Linear4bit, Linear16bit)):
+        if not isinstance(base, (Linear, FrozenLinear)):
             raise TypeError(f"lora: a {type(base).__name__} is not one of nn's linear layers; see adapters.add_lora")
         r, n, out = self.r, base.in_features, base.out_features
         self.lora_A, self.lora_B = Linear(n, r), Linear(r, out, bias=lora_bias)
@@ -189,7 +188,7 @@ class LoRALayer(Module):
 
 
 class LoRALinear(LoRALayer):
-    """h = W₀ x + s B(A(dropout(x))), s = α/r, around a Linear, Linear4bit or Linear16bit.   LoRA eq. 3; QLoRA eq. 5."""
+    """h = W₀ x + s B(A(dropout(x))), s = α/r, around a Linear or a FrozenLinear (in 4 or 16 bits).   LoRA eq. 3; QLoRA eq. 5."""
 
     in_features = property(lambda self: self.base_layer.in_features)
     out_features = property(lambda self: self.base_layer.out_features)
@@ -197,16 +196,10 @@ class LoRALinear(LoRALayer):
 
 def with_weight(base, wanted, bias):
     """A frozen layer of the base's kind, rounded as the base was, with another weight and bias; it knows its `merge_error`."""
-    old = base.weight
-    if isinstance(old, QuantizedTensor):
-        layer = Linear4bit(quantize_like(wanted, old), bias, base.compute_dtype)
-    elif isinstance(old, BFloat16Array):
-        layer = Linear16bit(BFloat16Array.of(wanted), bias, base.compute_dtype)
-    else:
-        layer = copy.copy(base)
-        layer.weight = Tensor(wanted)
-        if hasattr(base, "bias"):
-            layer.bias = bias
+    layer = copy.copy(base)
+    layer.weight = base.weight.like(wanted) if isinstance(base.weight, Stored) else Tensor(wanted)
+    if hasattr(base, "bias"):
+        layer.bias = bias
     difference = layer.dense() - wanted
     size = max(float((wanted * wanted).sum()), 1e-30)
     layer.merge_error = math.sqrt(float((difference * difference).sum()) / size)

@@ -28,17 +28,14 @@ import numpy as np
 
 from . import backend, ops
 from .backend import array_module, move
-from .dtypes import BFloat16Array, dtype_name
-from .quant import QuantizedTensor, quantize
+from .dtypes import BFloat16Array, Stored, dtype_name
+from .quant import quantize
 from .tensor import Tensor
-
-STORED = (QuantizedTensor, BFloat16Array)
 
 
 def stored_array(weight):
     """The array that a weight is held in, whichever kind it is: it tells on which device the weight lives."""
-    held_in = {QuantizedTensor: "packed", BFloat16Array: "bits"}
-    return getattr(weight, held_in.get(type(weight), "data"))
+    return weight.held if isinstance(weight, Stored) else weight.data
 
 
 def move_tensor(tensor, device):
@@ -87,7 +84,7 @@ class Module:
         seen = set()
         for path, module in self.named_modules():
             for name, value in vars(module).items():
-                if isinstance(value, (Tensor, *STORED)) and id(value) not in seen:
+                if isinstance(value, (Tensor, Stored)) and id(value) not in seen:
                     seen.add(id(value))
                     yield (f"{path}.{name}" if path else name), value
 
@@ -123,7 +120,7 @@ class Module:
             given, wanted = tuple(state[name].shape), tuple(mine[name].shape)
             if given != wanted:
                 raise ValueError(f"load_state_dict: {name} has shape {given}, the model's is {wanted}")
-            if isinstance(mine[name], STORED) != isinstance(state[name], STORED):
+            if isinstance(mine[name], Stored) != isinstance(state[name], Stored):
                 raise ValueError(f"load_state_dict: {name} is dense on one side and quantized on the other")
         for name in shared:
             w, new, xp = mine[name], state[name], array_module(stored_array(mine[name]))
@@ -174,7 +171,7 @@ class Module:
         for name, value in list(vars(self).items()):
             if isinstance(value, Tensor):
                 move_tensor(value, xp)
-            elif isinstance(value, STORED):
+            elif isinstance(value, Stored):
                 if id(value) not in memo:  # both are kept in it, so that neither id is used again meanwhile
                     moved = value.to(lambda a: move(a, xp))
                     memo[id(value)] = memo[id(moved)] = moved, value
@@ -220,8 +217,8 @@ class Linear(Module):
         return self.weight.data
 
 
-class _FrozenLinear(Module):
-    """A linear layer whose weight is stored data: `ops.linear_frozen` around `weight.dequantize`."""
+class FrozenLinear(Module):
+    """A linear layer whose weight is Stored (see `dtypes`): `ops.linear_frozen` around `weight.dequantize`."""
 
     def __init__(self, weight, bias=None, compute_dtype="float32", backward_weight="stored"):
         self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
@@ -244,7 +241,7 @@ class _FrozenLinear(Module):
         return self.weight.dequantize("float32")
 
 
-class Linear4bit(_FrozenLinear):
+class Linear4bit(FrozenLinear):
     """y = x Ŵᵀ + b, Ŵ = doubleDequant(weight) (QLoRA eq. 5 and 6). weight is a QuantizedTensor of shape (out, in).
 
     compute_dtype     "float32" (products as they are) or "bfloat16" (operands, bias and result rounded to bfloat16 around a float32 sum)
@@ -262,12 +259,16 @@ class Linear4bit(_FrozenLinear):
         return cls(q, linear.bias, compute_dtype)
 
 
-class Linear16bit(_FrozenLinear):
+class Linear16bit(FrozenLinear):
     """y = x Wᵀ + b with W stored in bfloat16, two bytes a weight: the frozen base of 16-bit LoRA."""
 
     @classmethod
-    def of(cls, linear, compute_dtype="float32"):
+    def of(cls, linear, compute_dtype="float32", name="weight"):
         return cls(BFloat16Array.of(linear.dense()), linear.bias, compute_dtype)
+
+
+#: How else than by a code of `quantize` a linear layer is stored: {name: function(layer, compute_dtype, name, …) -> FrozenLinear}.
+STORES = {"bfloat16": Linear16bit.of}
 
 
 class Embedding(Module):
@@ -305,8 +306,8 @@ def quantize_linears(model, code="nf4", blocksize=64, double_quant=True, compute
     """Replace every Linear of the model but lm_head by a frozen Linear4bit, in place; returns the model. All else is frozen too.
 
     As in transformers with bitsandbytes, embeddings, norms and the layers named in `skip` (lm_head) keep their 16 or 32 bits.
-    code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base). Double quantization is on here, and off in
-    `quant.quantize`. options: those of `quantized_linear`.
+    code="bfloat16" stores the weights in two bytes instead (16-bit LoRA's base); STORES lists such names. Double quantization is on
+    here, and off in `quant.quantize`. options: those of `quantized_linear`.
     """
     if any(is_adapter_weight(path) for path, _ in model.named_modules()):
         raise ValueError("quantize_linears: the model carries an adapter; quantize first, then add_lora (or merge)")
@@ -329,8 +330,8 @@ def quantized_linear(path, layer, code="nf4", blocksize=64, double_quant=True, c
         raise ValueError(f"quantize: dtype {dtype!r}, expected 'float32' or 'bfloat16'")
     if any(path == s or path.endswith("." + s) for s in skip):
         return layer
-    if isinstance(code, str) and code == "bfloat16":
-        return Linear16bit.of(layer, compute_dtype)
+    if isinstance(code, str) and code in STORES:
+        return STORES[code](layer, compute_dtype, f"{path}.weight", **options)
     w = BFloat16Array.of(layer.dense()) if dtype == "bfloat16" else layer.dense()
     q = quantize(w, code, blocksize, double_quant, name=f"{path}.weight", **options)
     return Linear4bit(q, layer.bias, compute_dtype)

@@ -33,7 +33,7 @@ import numpy as np
 
 from . import codebooks
 from .backend import array_module, is_array, move, whole
-from .dtypes import as_float32, dtype_name
+from .dtypes import Stored, as_float32, dtype_name
 from .kernels.dequantize import dequantized
 from .kernels.rounding import CPU, RULES, signed_absmax, torch_mean
 
@@ -65,7 +65,7 @@ class DoubleQuantized:
 
 
 @dataclass(frozen=True)
-class QuantizedTensor:
+class QuantizedTensor(Stored):
     """A weight in 4 bits: plain data, made by `quantize`.
 
     packed      (⌈size/2⌉,) uint8: the even element in the high half, the odd one in the low half
@@ -88,9 +88,8 @@ class QuantizedTensor:
     rule: str = "bitsandbytes-cpu"
     signed: bool = False
 
-    size = property(lambda self: int(np.prod(self.shape, dtype=np.int64)))
     nbytes = property(lambda self: self.packed.nbytes + self.constants.nbytes)
-    bits_per_param = property(lambda self: 8 * self.nbytes / self.size)
+    held = property(lambda self: self.packed)
     double_quant = property(lambda self: isinstance(self.constants, DoubleQuantized))
 
     @property
@@ -122,6 +121,9 @@ class QuantizedTensor:
         c = self.constants
         c = replace(c, codes=move(c.codes), absmax=move(c.absmax), code=move(c.code)) if self.double_quant else move(c)
         return replace(self, packed=move(self.packed), constants=c, code=move(self.code))
+
+    def like(self, w, name="weight"):
+        return quantize_like(w, self, name)
 
 
 def dequantize(q):

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import ops
 from ..lora import LinearBypass, LoRALayer, LoRALinear
-from ..nn import Embedding, Linear, Linear4bit, Linear16bit, Module, normal, uniform
+from ..nn import Embedding, FrozenLinear, Linear, Module, normal, uniform
 from ..tensor import Tensor
 from . import conv
 from .conv import Conv1d, Conv2d, Conv3d
@@ -107,7 +107,7 @@ class LoRAConv(LoRALayer):
 
 #: Which layers can be adapted, by what, and how: (base classes, layer, bypass).
 KINDS = (
-    ((Linear, Linear4bit, Linear16bit), LoRALinear, LinearBypass),
+    ((Linear, FrozenLinear), LoRALinear, LinearBypass),
     ((Embedding,), LoRAEmbedding, EmbeddingBypass),
     ((Conv1d, Conv2d, Conv3d), LoRAConv, ConvBypass),
 )

@@ -8,8 +8,9 @@ import numpy as np
 
 from .. import ops
 from ..backend import array_module, move
+from ..dtypes import Stored
 from ..lora import LoRALayer
-from ..nn import STORED, is_adapter_weight
+from ..nn import is_adapter_weight
 from ..tensor import Tensor
 from .config import BASE, Adapter, LoRAConfig, matches
 from .kinds import bypass_for, factor_shapes, lora_layer
@@ -97,7 +98,7 @@ def trained_whole(model, config, targets):
         stored = [
             p
             for p, w in model.named_weights()
-            if isinstance(w, STORED) and any(named(m, wanted) for m in parents(plain(p)))
+            if isinstance(w, Stored) and any(named(m, wanted) for m in parents(plain(p)))
         ]
         if stored:
             raise ValueError(

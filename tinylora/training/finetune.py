@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .. import adapters, backend, data
+from ..dtypes import Stored
 from ..interop import peft
 from ..models import files, fourbit
 from ..models.llama import Llama
-from ..nn import STORED
 from ..optim import AdamW
 from ..paging import Pager
 from ..quant import QuantizedTensor
@@ -233,7 +233,7 @@ def _identity(job, digests):
 
 def _bits_per_param(model):
     """Bits that a weight of the quantized (or 16-bit) layers takes with its constants; None if there are none."""
-    stored = [w for _, w in model.named_weights() if isinstance(w, STORED)]
+    stored = [w for _, w in model.named_weights() if isinstance(w, Stored)]
     return 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored) if stored else None
 
 

@@ -7,7 +7,7 @@ from ..adapters.kinds import LINEAR
 from ..adapters.targets import find_targets
 from ..backend import array_module
 from ..lora import with_weight
-from ..nn import Linear, Linear4bit, Linear16bit, Module, stored_array
+from ..nn import Linear, Module, stored_array
 from ..tensor import Tensor
 
 
@@ -15,7 +15,7 @@ class AdditiveBypass(Module):
     """h = base(x) + bypass(x), the base frozen: what VeRA, AdaLoRA and IEC share. A subclass defines `bypass` and `delta`."""
 
     def __init__(self, base):
-        if not isinstance(base, (Linear, Linear4bit, Linear16bit)):
+        if not isinstance(base, LINEAR):
             raise ValueError(f"variants: a {type(base).__name__} cannot carry this bypass; expected a linear layer")
         base.requires_grad_(False)
         self.base_layer = base
