@@ -251,6 +251,28 @@ def test_dora_starts_as_its_base_and_is_equation_5(kind, xp, rng):
     np.testing.assert_allclose(h.merge()(x).numpy(), h(x).numpy(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [[2], [0, 11], list(range(12))])
+def test_dora_leaves_a_row_of_zeros_as_it_is(rows, xp, rng):
+    """A pruned or padded output has no direction: output, merged weight and gradients stay finite, and the first output is the base's."""
+    base = Linear(64, 12, bias=True)
+    base.weight.data[rows] = 0
+    base.bias.data[:] = rng.standard_normal(12)
+    x = Tensor(xp.asarray(rng.standard_normal((5, 64)).astype(np.float32)))
+    h = lora_layer(base, r=2, use_dora=True).to(xp)
+    assert host(h(x).data).tobytes() == host(h.base_layer(x).data).tobytes()
+    assert not host(h.merge().dense())[rows].any()
+    h(x).sum().backward()
+    assert all(np.isfinite(host(p.grad)).all() for _, p in h.trainable())
+
+
+def test_dora_on_an_embedding_with_a_column_of_zeros(rng):
+    table = Embedding(7, 4)
+    table.weight.data[:, 1] = 0
+    h = lora_layer(table, r=2, use_dora=True)
+    ids = np.arange(7)
+    assert h(ids).data.tobytes() == table(ids).data.tobytes() and np.isfinite(h.merge().dense()).all()
+
+
 def test_doras_norm_gets_no_gradient_and_its_parts_the_ones_of_the_paper(rng):
     """DoRA §4.3, with n held constant: ∂L/∂m = Σ ḡ ⊙ (V x)/n, and B's gradient is LoRA's times m/n."""
     h = trained(layer("dense", r=4, alpha=4, use_dora=True), rng)

@@ -5,6 +5,9 @@
 The norm of each output's row is held constant in the backward pass, as the paper proposes for memory's sake. `use_dora=True` makes
 these classes in the place of the plain bypasses.
 
+A row of W₀ + s B A that is all zeros has no direction, and m/‖·‖ is 0/0 there. Such a row, as pruning and padding leave it, stays what
+it is: its factor is 1, so the first output is the base's there too. (PEFT 0.21 gives NaN.)
+
 Differs from PEFT: the norm always belongs to the base, also where another adapter is active beside this one.
 """
 
@@ -31,7 +34,7 @@ class DoRA:
         plain = base_output if dropped is x else base(dropped)
         if getattr(base, "bias", None) is not None:
             plain = plain - self.row(base.bias, plain)
-        factor = self.row(self.magnitude / self.norm(base), plain)  # the norm is an array: no gradient, §4.3
+        factor = self.row(self.factor(self.magnitude, base), plain)
         return (factor - 1.0) * plain + factor * low
 
     def norm(self, base):
@@ -40,10 +43,16 @@ class DoRA:
         w = w.T if isinstance(base, Embedding) else w.reshape(len(w), -1)
         return array_module(w).sqrt((w * w).sum(axis=1))
 
+    def factor(self, m, base):
+        """m/‖W₀ + s B A‖ (out,), and 1 where that norm is 0. The norm is an array: no gradient goes through it (§4.3)."""
+        norm = self.norm(base)
+        zero = norm == 0
+        return m / (norm + zero) * ~zero + zero
+
     def weight(self, base):
         """m (W₀ + ΔW)/‖W₀ + ΔW‖: the weight that this bypass makes of its base's."""
         w = super().weight(base)
-        factor = self.magnitude.data / self.norm(base)
+        factor = self.factor(self.magnitude.data, base)
         return w * (factor if isinstance(base, Embedding) else factor.reshape(-1, *[1] * (w.ndim - 1)))
 
     def change(self, base, w0):
