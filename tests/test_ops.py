@@ -118,6 +118,32 @@ def test_matmul(a, b, xp, rng):
     check(ops.matmul, rng.standard_normal(a), rng.standard_normal(b), xp=xp, value=np.matmul, rng=rng)
 
 
+def test_the_zeroth_power_has_gradient_zero_everywhere(xp):
+    """n xⁿ⁻¹ is 0 · 0⁻¹ at x = 0: the gradient of a constant is 0, there too, and no warning is raised."""
+    x = Tensor(xp.asarray(np.array([0.0, 2.0, -1.0], np.float32)), requires_grad=True)
+    (x**0).sum().backward()
+    assert backend.move(x.grad, "cpu").tolist() == [0, 0, 0]
+    y = Tensor(xp.asarray(np.zeros(2, np.float32)), requires_grad=True)
+    (y**1 + y**2 + y**0.0).sum().backward()  # 1 · 0⁰ = 1
+    assert backend.move(y.grad, "cpu").tolist() == [1, 1]
+
+
+def test_an_exponent_that_is_no_number_is_refused(xp):
+    x = Tensor(xp.asarray(np.ones(2, np.float32)), requires_grad=True)
+    for n in (x, Tensor(xp.asarray(np.ones(2, np.float32))), xp.asarray(np.ones(2, np.float32))):
+        with pytest.raises(TypeError, match="power: the exponent is a Tensor or an array, expected a number"):
+            x**n
+
+
+def test_methods_take_their_numbers_one_by_one_or_together(xp):
+    x = Tensor(xp.asarray(np.arange(6, dtype=np.float32).reshape(2, 3)))
+    y = Tensor(xp.asarray(np.arange(24, dtype=np.float32).reshape(2, 3, 4)))
+    assert x.transpose(1, 0).shape == x.transpose((1, 0)).shape == x.transpose().shape == (3, 2)
+    assert y.transpose(2, 0, 1).shape == (4, 2, 3) and x.reshape(3, 2).shape == x.reshape((3, 2)).shape == (3, 2)
+    with pytest.raises(ValueError, match=r"transpose: axes \(1, 0\) for an array of 3 axes; .* swapaxes"):
+        y.transpose(1, 0)
+
+
 def test_matmul_of_a_matrix_with_its_transpose(xp, rng):
     check(
         lambda x: ops.matmul(x, ops.transpose(x)), rng.standard_normal((3, 4)), xp=xp, value=lambda x: x @ x.T, rng=rng

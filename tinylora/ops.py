@@ -73,8 +73,10 @@ def neg(x):
 
 @primitive
 def power(x, n):
-    "z = xⁿ for a constant n;   x̄ = ḡ n xⁿ⁻¹.   (x * x * x is many times faster than x ** 3)"
-    return x**n, (lambda g: g * (n * x ** (n - 1)),)
+    "z = xⁿ for a number n;   x̄ = ḡ n xⁿ⁻¹, and 0 for n = 0, also where x = 0.   (x * x * x is many times faster than x ** 3)"
+    if backend.is_array(n):
+        raise TypeError("power: the exponent is a Tensor or an array, expected a number; write exp(n * log(x)) for xⁿ with such an n")
+    return x**n, (lambda g: g * (n * x ** (n - 1)) if n else 0 * g,)
 
 
 @primitive
@@ -146,6 +148,8 @@ def reshape(x, shape):
 @primitive
 def transpose(x, axes=None):
     "y = x with its axes permuted (reversed by default);   x̄ = ḡ with the inverse permutation"
+    if axes is not None and len(axes) != x.ndim:
+        raise ValueError(f"transpose: axes {axes} for an array of {x.ndim} axes; give all of them, or swap two with swapaxes")
     inverse = None if axes is None else tuple(int(i) for i in np.argsort([a % x.ndim for a in axes]))
     return x.transpose(axes), (lambda g: g.transpose(inverse),)
 
@@ -491,8 +495,9 @@ def dropout(x, p):
 
 
 # ---------------------------------------------------------------------------------------- the operators and methods of a Tensor
-def _reshape_method(x, *shape):
-    return reshape(x, shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape)
+def _several(operation):
+    """A method that takes its numbers one by one or as one tuple, as NumPy's do: x.reshape(2, 3), x.transpose((1, 0))."""
+    return lambda x, *numbers: operation(x, numbers[0] if len(numbers) == 1 and not isinstance(numbers[0], int) else numbers or None)
 
 
 Tensor.__add__ = Tensor.__radd__ = add
@@ -501,7 +506,7 @@ Tensor.__mul__ = Tensor.__rmul__ = mul
 Tensor.__truediv__, Tensor.__rtruediv__ = div, lambda x, y: div(y, x)
 Tensor.__matmul__, Tensor.__rmatmul__ = matmul, lambda x, y: matmul(y, x)
 Tensor.__neg__, Tensor.__pow__, Tensor.__getitem__ = neg, power, index
-Tensor.reshape, Tensor.transpose, Tensor.swapaxes = _reshape_method, transpose, swapaxes
+Tensor.reshape, Tensor.transpose, Tensor.swapaxes = _several(reshape), _several(transpose), swapaxes
 Tensor.sum, Tensor.mean, Tensor.max = sum, mean, max
 Tensor.exp, Tensor.log, Tensor.tanh, Tensor.sqrt = exp, log, tanh, sqrt
 Tensor.T = property(transpose)
