@@ -281,6 +281,21 @@ def test_the_command_prints_an_account(capsys):
     assert f"{wanted.total:,}" in out and "precision: engine" in out and out.count("\n") == 12
 
 
+@pytest.mark.parametrize("model", ["llama-65b", "base"])
+def test_the_command_says_whether_blocks_are_rebuilt(model, capsys):
+    """58.2 GB above a table in which < 48 GB holds: the second is with checkpointing."""
+    precision = memory.PRECISIONS["paper" if model.startswith("llama-") else "engine"]
+    without, with_ = (
+        tables.in_units(memory.predict(model, r=64, checkpointing=c, precision=precision).total) for c in (False, True)
+    )
+    command("--model", model, "--out", "none")
+    said = capsys.readouterr().out.splitlines()[1]
+    assert said == f"without checkpointing: {without} in all; with it: {with_}"
+    command("--model", model, "--checkpointing", "--out", "none")
+    said = capsys.readouterr().out.splitlines()[1]
+    assert said == f"with checkpointing: {with_} in all; without it: {without}"
+
+
 def test_the_command_measures_what_it_predicts(capsys):
     command(
         "--measure", "--method", "all", "--seq-len", "20", "--batch-size", "2", "--blocksize", "50", "-r", "3",

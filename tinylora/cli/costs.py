@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..costs.tables import in_units
 from .options import FORMAT, can_draw, command, positive, size
 
 # ----------------------------------------------------------------------------------------------------------------------- memory
@@ -116,8 +117,11 @@ def _memory(args):
         plans = [("full", False), ("lora", False), ("qlora", False), ("qlora", True)]
     accounts = [memory.predict(config, method, checkpointing=c, **options) for method, c in plans]
     size = f"{memory.parameters(config):,} parameters"
-    print(f"{model}, {size}; {args.batch_size} × {args.seq_len} tokens, precision: {precision}\n")
-    print(memory.describe(accounts))
+    print(f"{model}, {size}; {args.batch_size} × {args.seq_len} tokens, precision: {precision}")
+    if len(plans) == 1:
+        other = memory.predict(config, args.method, checkpointing=not args.checkpointing, **options)
+        print(_checkpointing(args.checkpointing, accounts[0].total, other.total))
+    print("\n" + memory.describe(accounts))
     if args.measure:
         for account, plan in zip(accounts, plans, strict=True):
             print(f"\n{account.label}, predicted and measured, in bytes")
@@ -125,6 +129,12 @@ def _memory(args):
     if published:
         print(f"\n{qlora_numbers.describe_size(model)}")
     _draw(args, accounts, published)
+
+
+def _checkpointing(on, total, other):
+    """Which of two accounts is printed, and the total of the other: the activations often decide whether a step fits."""
+    here, there = ("with", "without") if on else ("without", "with")
+    return f"{here} checkpointing: {in_units(total)} in all; {there} it: {in_units(other)}"
 
 
 def _check_measurable(model, precision):
