@@ -307,7 +307,6 @@ def test_pretrain_writes_a_folder_with_a_card(tmp_path, capsys):
     "arguments, words",
     [
         (["--target-modules", "query"], "target module 'query' does not exist; the layers are down_proj"),
-        (["-r", "0"], "r = 0"),
         (["--page-budget", "1k", "--page-bytes", "2k"], "budget of 1024 bytes is smaller than one page of 2048"),
         (["--model", "nowhere"], "nowhere: expected 'base' or a folder"),
         (["--text", "nowhere"], "nowhere does not exist"),
@@ -330,6 +329,31 @@ def test_bad_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2 and "usage: tinylora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("finetune --seed -1", "argument --seed: '-1' is not a whole number, 0 or more"),
+        ("finetune --seed 1.5", "argument --seed: '1.5' is not a whole number, 0 or more"),
+        ("finetune --compare --seeds 0 -2", "argument --seeds: '-2' is not a whole number, 0 or more"),
+        ("finetune --lr nan", "argument --lr: 'nan' is not a finite number, 0 or more"),
+        ("finetune --alpha inf", "argument --alpha: 'inf' is not a finite number"),
+        ("finetune -r 0", "argument -r: '0' is not a whole number, 1 or more"),
+        ("finetune --checkpoint-every -1", "argument --checkpoint-every: '-1' is not a whole number, 0 or more"),
+        ("finetune --page-budget -1k", "argument --page-budget: '-1k' is not a size"),
+        ("finetune --page-bytes infk", "argument --page-bytes: 'infk' is not a size"),
+        ("generate --temperature nan", "argument --temperature: 'nan' is not a finite number, 0 or more"),
+        ("generate --top-k 0", "argument --top-k: '0' is not a whole number, 1 or more"),
+        ("generate --top-p nan", "argument --top-p: 'nan' is not a finite number"),
+        ("experiments --seeds -1", "argument --seeds: '-1' is not a whole number, 0 or more"),
+        ("memory --seq-len x", "argument --seq-len: 'x' is not a whole number, 1 or more"),
+    ],
+)
+def test_a_number_that_cannot_be_is_said_with_its_option(words, sentence, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words.replace(" -1k", "=-1k").split())
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "pretrain"])

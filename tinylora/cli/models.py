@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .options import FORMAT, can_draw, command, positive
+from .options import FORMAT, can_draw, command, finite, positive, rate
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
@@ -35,9 +35,9 @@ def generate_parser(commands):
         help="the prompt is a user's question; print the answer (models with ChatML turns)",
     )
     p.add_argument("--max-new-tokens", type=positive, default=400, help="(400)")
-    p.add_argument("--temperature", type=float, default=0.7, help="(0.7)")
-    p.add_argument("--top-k", type=int, default=None, help="(off)")
-    p.add_argument("--top-p", type=float, default=None, help="(off)")
+    p.add_argument("--temperature", type=rate, default=0.7, help="(0.7)")
+    p.add_argument("--top-k", type=positive, default=None, help="(off)")
+    p.add_argument("--top-p", type=finite, default=None, help="(off)")
     p.add_argument("--out", default=None, help="write the text to this file instead of the terminal")
 
 

@@ -1,6 +1,7 @@
 """What several commands share: their frame, sizes and recipes on the command line."""
 
 import argparse
+import math
 from dataclasses import fields, replace
 
 FORMAT = argparse.RawDescriptionHelpFormatter
@@ -16,28 +17,42 @@ def command(commands, name, run, summary, description, epilog, device=True, seed
         )
     if seed:
         p.add_argument(
-            "--seed", type=int, default=0, help="decides batches, dropout, initial adapters and drawn text (0)"
+            "--seed", type=natural, default=0, help="decides batches, dropout, initial adapters and drawn text (0)"
         )
     p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
     return p
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
+def _number(kind, what, fine):
+    """An argparse type: text as this kind of number if it is `fine`, else a sentence, before which argparse names the option."""
+
+    def read(text):
+        try:
+            if fine(value := kind(text)):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+    return read
+
+
+positive = _number(int, "a whole number, 1 or more", lambda n: n >= 1)
+natural = _number(int, "a whole number, 0 or more", lambda n: n >= 0)
+finite = _number(float, "a finite number", math.isfinite)
+rate = _number(float, "a finite number, 0 or more", lambda x: math.isfinite(x) and x >= 0)
 
 
 def size(text):
     """A number of bytes, or a number with k, M or G (powers of 1024)."""
     units = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
     try:
-        return int(float(text[:-1]) * units[text[-1].lower()]) if text[-1:].lower() in units else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size: expected a number such as 1048576, 64k, 1M"
-        ) from None
+        value = int(float(text[:-1]) * units[text[-1].lower()]) if text[-1:].lower() in units else int(text)
+        if value >= 1:
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not a size: expected a number such as 1048576, 64k, 1M")
 
 
 def budget(text):
@@ -52,10 +67,10 @@ def recipe_options(p, defaults):
         ("batch_size", positive, "sequences a micro-batch"),
         ("accumulate", positive, "micro-batches added up before a step"),
         ("seq_len", positive, "tokens a sequence"),
-        ("lr", float, "learning rate"),
-        ("warmup", int, "steps of linear warm-up"),
-        ("weight_decay", float, "weight decay, on matrices only"),
-        ("clip", float, "largest norm of the gradient, 0 for no limit"),
+        ("lr", rate, "learning rate"),
+        ("warmup", natural, "steps of linear warm-up"),
+        ("weight_decay", rate, "weight decay, on matrices only"),
+        ("clip", rate, "largest norm of the gradient, 0 for no limit"),
         ("shards", positive, "parts of a micro-batch that run in threads; sums are ordered by it"),
     ):
         default = getattr(defaults, name)

@@ -5,7 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .options import FORMAT, can_draw, command, positive, recipe, recipe_options
+from .options import FORMAT, can_draw, command, finite, natural, positive, recipe, recipe_options
 
 
 # ------------------------------------------------------------------------------------------------------------------ nf4
@@ -86,7 +86,7 @@ def experiments_parser(commands):
     p.set_defaults(run=_experiments)
     p.add_argument("names", nargs="*", metavar="NAME", help="which (all)")
     p.add_argument("--list", action="store_true", help="only list the names")
-    p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="one run each (0 1 2)")
+    p.add_argument("--seeds", type=natural, nargs="+", default=(0, 1, 2), help="one run each (0 1 2)")
     p.add_argument(
         "--out", default=None, metavar="FOLDER", help="also write the table as README.md, with a figure for each claim"
     )
@@ -143,8 +143,8 @@ def ranks_parser(commands):
         "--text", default=None, help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the Jargon File)"
     )
     p.add_argument("-r", type=positive, nargs="+", default=RANKS, help=f"the ranks ({' '.join(map(str, RANKS))})")
-    p.add_argument("--alpha", type=float, default=JOB.alpha, help=f"the same for every rank ({JOB.alpha})")
-    p.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="(0 1 2)")
+    p.add_argument("--alpha", type=finite, default=JOB.alpha, help=f"the same for every rank ({JOB.alpha})")
+    p.add_argument("--seeds", type=natural, nargs="+", default=(0, 1, 2), help="(0 1 2)")
     p.add_argument("--out", default="ranks", help="folder for the runs and ranks.svg (ranks)")
     recipe_options(p, RECIPE)
 
@@ -193,7 +193,7 @@ def switch_parser(commands):
         "--method", choices=("qlora", "lora"), default=JOB.method, help="the base in NF4, or in bfloat16 (qlora)"
     )
     p.add_argument("-r", type=positive, default=JOB.r, help=f"rank of both adapters ({JOB.r})")
-    p.add_argument("--alpha", type=float, default=JOB.alpha, help=f"({JOB.alpha})")
+    p.add_argument("--alpha", type=finite, default=JOB.alpha, help=f"({JOB.alpha})")
     p.add_argument(
         "--prompts", nargs=2, default=None, metavar="TEXT", help="what the pieces of each adapter begin with"
     )

@@ -4,7 +4,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from .options import budget, can_draw, command, positive, recipe, recipe_options, size
+from .options import budget, can_draw, command, finite, natural, positive, rate, recipe, recipe_options, size
 
 # ------------------------------------------------------------------------------------------------------------- finetune
 _FINETUNE = """Fine-tune a pretrained Llama with QLoRA.
@@ -43,7 +43,7 @@ def finetune_parser(commands):
     _quantization_options(p.add_argument_group("quantization"))
     _memory_options(p.add_argument_group("memory"))
     p.add_argument(
-        "--eval-every", type=int, default=0, help="steps between held-out evaluations (0: only before and after)"
+        "--eval-every", type=natural, default=0, help="steps between held-out evaluations (0: only before and after)"
     )
     recipe_options(p, LORA_RECIPE)
     p.set_defaults(lr=None)  # full fine-tuning has a rate of its own
@@ -82,19 +82,19 @@ def _comparing_options(p):
         action="store_true",
         help="run every method for each of --seeds (instead of --method and --seed), print one table, draw one figure",
     )
-    p.add_argument("--seeds", type=int, nargs="+", default=None, help="seeds of --compare (0 1 2)")
+    p.add_argument("--seeds", type=natural, nargs="+", default=None, help="seeds of --compare (0 1 2)")
     p.add_argument(
         "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), help="methods of --compare (all)"
     )
-    p.add_argument("--full-lr", type=float, default=None, help="learning rate of full fine-tuning in --compare (0.001)")
+    p.add_argument("--full-lr", type=rate, default=None, help="learning rate of full fine-tuning in --compare (0.001)")
 
 
 def _lora_options(g):
     from ..training.finetune import Job
 
-    g.add_argument("-r", type=int, default=Job.r, help=f"rank of the bypass ({Job.r})")
-    g.add_argument("--alpha", type=float, default=Job.alpha, help=f"the bypass is scaled by alpha/r ({Job.alpha})")
-    g.add_argument("--dropout", type=float, default=Job.dropout, help="on the input of the bypass, while training (0)")
+    g.add_argument("-r", type=positive, default=Job.r, help=f"rank of the bypass ({Job.r})")
+    g.add_argument("--alpha", type=finite, default=Job.alpha, help=f"the bypass is scaled by alpha/r ({Job.alpha})")
+    g.add_argument("--dropout", type=rate, default=Job.dropout, help="on the input of the bypass, while training (0)")
     g.add_argument(
         "--target-modules",
         nargs="+",
@@ -156,7 +156,7 @@ def _memory_options(g):
         action="store_true",
         help="recompute each block in the backward pass instead of keeping its tape",
     )
-    g.add_argument("--checkpoint-every", type=int, default=50, help="steps between checkpoints on disk (50)")
+    g.add_argument("--checkpoint-every", type=natural, default=50, help="steps between checkpoints on disk (50)")
 
 
 def _finetune(args):
@@ -256,7 +256,7 @@ def pretrain_parser(commands):
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         default = getattr(LlamaConfig, name)
         g.add_argument("--" + name.replace("_", "-"), type=positive, default=default, help=f"({default})")
-    p.add_argument("--checkpoint-every", type=int, default=200, help="steps between checkpoints on disk (200)")
+    p.add_argument("--checkpoint-every", type=natural, default=200, help="steps between checkpoints on disk (200)")
     recipe_options(p, RECIPE)
 
 
