@@ -311,7 +311,7 @@ def test_pretrain_writes_a_folder_with_a_card(tmp_path, capsys):
         (["--model", "nowhere"], "nowhere: expected 'base' or a folder"),
         (["--text", "nowhere"], "nowhere does not exist"),
         (["--dropout", "1"], "dropout = 1.0"),
-        (["--seq-len", "5000"], "too short for sequences of 5000"),
+        (["--seq-len", "5000"], "of 5000 tokens are longer than the model's max_position_embeddings = 64"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words, setup, tmp_path, capsys):
@@ -354,6 +354,46 @@ def test_a_number_that_cannot_be_is_said_with_its_option(words, sentence, capsys
     with pytest.raises(SystemExit) as stop:
         main(words.replace(" -1k", "=-1k").split())
     assert stop.value.code == 2 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ("--method full -r 2", "-r has no effect here: full fine-tuning has no bypass"),
+        ("--method lora --blocksize 32", "--blocksize has no effect here: no layer is quantized in blocks"),
+        ("--page-budget none --pool file", "--pool has no effect here: with --page-budget none nothing is paged"),
+        ("--epochs 0.01 --steps 3", "--steps has no effect here: --epochs says how many there are"),
+        ("--full-lr 0.1", "--full-lr has no effect here: it is for --compare"),
+    ],
+)
+def test_an_option_without_effect_is_said(words, sentence, setup, tmp_path, capsys):
+    command = ["finetune", *setup, "--batch-size", "1", "--seq-len", "16", "--steps", "1", "--warmup", "0"]
+    assert main([*command, "--out", str(tmp_path / "run"), *words.split()]) == 0
+    said = capsys.readouterr().err
+    assert f"tinylora: finetune: {sentence}\n" in said and "Warning" not in said
+
+
+def test_the_block_size_of_a_4_bit_folder_is_its_own(setup, tmp_path, capsys):
+    four = tmp_path / "four"
+    assert main(["quantize", setup[1], "--out", str(four), "--blocksize", "32"]) == 0
+    command = ["finetune", *setup, "--model", str(four), "--steps", "1", "--seq-len", "16", "--warmup", "0"]
+    assert main([*command, "--blocksize", "64", "--out", str(tmp_path / "run")]) == 0
+    assert f"--blocksize has no effect here: {four} is in 4 bits already, and has its own" in capsys.readouterr().err
+
+
+def test_epochs_on_the_command_line(setup, tmp_path, capsys):
+    """Half an epoch, finished and asked for again; then a whole one, which goes on."""
+    command = ["finetune", *setup, *QUICK, "--out", str(tmp_path / "run"), "--schedule", "constant"]
+    assert main([*command, "--epochs", "0.5"]) == 0
+    half = json.loads((tmp_path / "run" / "report.json").read_text())
+    capsys.readouterr()
+    assert main([*command, "--epochs", "0.5"]) == 0
+    assert "this run has ended before" in capsys.readouterr().err
+    assert main([*command, "--epochs", "1"]) == 0
+    whole = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert half["recipe"]["steps"] == len(half["history"]) and whole["first_step"] == len(half["history"])
+    assert len(whole["history"]) == whole["recipe"]["steps"] >= 2 * len(half["history"]) - 1
+    assert whole["history"][: len(half["history"])] == half["history"]
 
 
 @pytest.mark.parametrize("command", ["finetune", "generate", "pretrain"])

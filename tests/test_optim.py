@@ -180,7 +180,7 @@ def test_state_round_trip_through_pages():
         (lambda: Pager(pool="tape"), "pool 'tape' is unknown"),
         (lambda: AdamW([]), "nothing to optimize"),
         (lambda: AdamW([Tensor(np.ones(3, np.float32))]), "does not require a gradient"),
-        (lambda: schedule("linear", 0, 10), "'linear' is unknown"),
+        (lambda: schedule("linaer", 0, 10), "'linaer' is unknown: expected one of 'constant', 'linear', 'cosine'"),
     ],
 )
 def test_errors_are_sentences(make, words):
@@ -202,6 +202,7 @@ def test_clipping(xp):
 
 def test_schedules():
     assert [schedule("constant", i, 10, warmup=4) for i in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [schedule("linear", i, 6, warmup=2) for i in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
     cosine = [schedule("cosine", i, 101, warmup=1, floor=0.1) for i in range(1, 102)]
     assert cosine[0] == 1.0 and math.isclose(cosine[50], 0.55) and math.isclose(cosine[100], 0.1)
     assert all(np.diff(cosine) < 0)

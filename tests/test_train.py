@@ -10,6 +10,7 @@ import tiny
 import tinylora as tl
 from tinylora import ops
 from tinylora.models.tokenizers import ByteTokenizer
+from tinylora.training import train
 from tinylora.training.corpus import Pairs, Text, read_corpus, read_text
 from tinylora.training.train import Recipe, bits_per_byte, fit
 
@@ -61,10 +62,10 @@ def test_the_same_seed_gives_the_same_bytes():
 
 def grads(m, data, recipe):
     """The gradients of one step, before the optimizer."""
-    from tinylora.training.train import _backward, workers
+    from tinylora.training.train import _backward, _Deal, workers
 
     with workers(recipe.shards) as pool:
-        loss, _, _ = _backward(m, data, recipe, 0, pool)
+        loss, _, _ = _backward(m, _Deal(data, recipe).batches(0), recipe, 0, pool)
     return loss, {name: p.grad for name, p in m.trainable()}
 
 
@@ -115,6 +116,69 @@ def test_a_run_that_stops_anywhere_resumes_to_the_same_bytes(pager, tmp_path):
         with pytest.raises(Stop):
             run(tmp_path / "b", stop)
     assert run(tmp_path / "b") == undisturbed
+
+
+@pytest.mark.parametrize("change", [{"steps": 9}, {"epochs": 0.75}])
+def test_more_steps_than_a_finished_run_had_end_as_if_they_had_been_planned(change, tmp_path):
+    """With a constant rate, to the byte: a finished run of 6 steps (or half an epoch) goes on."""
+    first = replace(RECIPE, **({"epochs": 0.5} if "epochs" in change else {}))
+
+    def run(out, recipe):
+        m = adapted(dropout=0.1)
+        result = fit(m, TEXT, recipe, out=out, progress=False)
+        return state(m), (out / "checkpoint.safetensors").read_bytes(), [row["step"] for row in result.history]
+
+    whole = run(tmp_path / "a", replace(first, **change))
+    run(tmp_path / "b", first)
+    assert run(tmp_path / "b", replace(first, **change)) == whole
+    with pytest.raises(ValueError, match=r"checkpoint of another run: its recipe\.(steps|epochs) is"):
+        run(tmp_path / "b", first)  # fewer than it has gone
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_a_schedule_that_is_laid_out_anew_is_said(kind, tmp_path):
+    fit(adapted(), TEXT, replace(RECIPE, schedule=kind), out=tmp_path, progress=False)
+    with pytest.warns(UserWarning, match=f"planned for 6 steps and goes on to 8: the {kind} schedule is laid"):
+        result = fit(adapted(), TEXT, replace(RECIPE, schedule=kind, steps=8), out=tmp_path, progress=False)
+    assert (result.first_step, len(result.history)) == (6, 8)
+
+
+@pytest.mark.parametrize("data", ["text", "pairs"])
+def test_an_epoch_shows_every_sequence_once(data):
+    """Two and a half epochs: the first two show each target token exactly twice, in two orders, and no step is empty."""
+    if data == "text":
+        data = Text([np.arange(1, 84), np.arange(100, 150)])
+        wanted = sorted([*range(2, 84), *range(101, 150)])
+    else:
+        data = Pairs([([1, 2], [i]) for i in range(10, 20)])
+        wanted = list(range(10, 20))
+    recipe = replace(RECIPE, epochs=2.5, batch_size=2, accumulate=2).planned(data)
+    n = len(data.examples(16))
+    assert recipe.steps == -(-round(2.5 * n) // 4)
+    deal, seen = train._Deal(data, recipe), []
+    for step in range(recipe.steps):
+        for inputs, targets, mask in deal.batches(step):
+            assert mask.any() and len(inputs) <= 2
+            seen += [sorted(row[m > 0].tolist()) for row, m in zip(targets, mask, strict=True)]
+    assert len(seen) == round(2.5 * n)
+    epochs = [[t for row in seen[i * n : (i + 1) * n] for t in row] for i in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == wanted and epochs[0] != epochs[1]
+    again = train._Deal(data, recipe).batches(recipe.steps - 1)  # what a resumed run sees
+    assert all(
+        (a == b).all()
+        for x, y in zip(again, deal.batches(recipe.steps - 1), strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
+
+
+def test_sequences_beyond_the_models_positions_are_refused():
+    words = (
+        "sequences of 65 tokens are longer than the model's max_position_embeddings = 64; choose a smaller --seq-len"
+    )
+    with pytest.raises(ValueError, match=words):
+        fit(adapted(), TEXT, replace(RECIPE, seq_len=65), progress=False)
+    with pytest.raises(ValueError, match=words):
+        train.bits_per_byte(adapted(), TEXT, 65)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +333,9 @@ def test_the_embedded_text_is_split_by_entries():
         {"shards": 0},
         {"clip": -1},
         {"lr": float("nan")},
-        {"schedule": "linear"},
+        {"schedule": "linaer"},
+        {"epochs": 0},
+        {"epochs": float("nan")},
     ],
 )
 def test_bad_recipes(change):

@@ -11,6 +11,7 @@ Expected errors (a missing file, a value out of range, no GPU) are one sentence 
 import argparse
 import os
 import sys
+import warnings
 
 from . import costs, models, papers, training
 from .options import FORMAT
@@ -18,12 +19,16 @@ from .options import FORMAT
 
 def main(argv=None):
     """Entry point; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
+    args.given = {word.partition("=")[0] for word in argv if word.startswith("-")}
     for stream in (sys.stdout, sys.stderr):  # a model may write any byte; a terminal may not know the character
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
-        return args.run(args) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _say
+            return args.run(args) or 0
     except KeyboardInterrupt:
         print("\ninterrupted; the last checkpoint is kept, and the same command goes on from it", file=sys.stderr)
         return 130
@@ -35,6 +40,11 @@ def main(argv=None):
             raise
         print(f"tinylora: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
         return 2
+
+
+def _say(message, category, *where, **more):
+    """A warning as a sentence, in the place of Python's line with a path and a category."""
+    print(f"tinylora: {message}", file=sys.stderr)
 
 
 def _parser():

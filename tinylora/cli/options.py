@@ -61,6 +61,8 @@ def budget(text):
 
 
 def recipe_options(p, defaults):
+    from ..training.schedule import SCHEDULES
+
     g = p.add_argument_group("recipe")
     for name, kind, text in (
         ("steps", positive, "optimizer steps"),
@@ -76,8 +78,15 @@ def recipe_options(p, defaults):
         default = getattr(defaults, name)
         g.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=f"{text} ({default:g})")
     g.add_argument(
+        "--epochs",
+        type=rate,
+        default=defaults.epochs,
+        metavar="N",
+        help="passes over the data instead of --steps: every sequence once a pass, in an order of its own (off)",
+    )
+    g.add_argument(
         "--schedule",
-        choices=("constant", "cosine"),
+        choices=SCHEDULES,
         default=defaults.schedule,
         help=f"of the learning rate ({defaults.schedule})",
     )

@@ -166,6 +166,7 @@ def _finetune(args):
     if args.lr is None:  # --compare takes that of full fine-tuning from --full-lr
         args.lr = (FULL_RECIPE if args.method == "full" and not args.compare else LORA_RECIPE).lr
     plan = recipe(args, LORA_RECIPE)
+    _say_what_has_no_effect(args, job)
     if args.trace and args.compare:
         raise ValueError("finetune: --trace follows one run, and --compare makes several; leave one of them out")
     if args.trace and job.page_budget is None:
@@ -174,6 +175,34 @@ def _finetune(args):
         )
     run = _compare if args.compare else _finetune_once
     run(args, job, plan)
+
+
+def _say_what_has_no_effect(args, job):
+    """A sentence for each option that was given and that nothing in this run looks at."""
+    import warnings
+
+    from ..codebooks import NAMED
+    from ..models import fourbit
+    from ..training.finetune import METHODS
+
+    methods = [METHODS[name] for name in (args.methods if args.compare else [args.method])]
+    lora = ["-r", "--alpha", "--dropout", "--target-modules", "--rslora", "--dora"]
+    for options, used, why in (
+        (lora, any(m.adapts for m in methods), "full fine-tuning has no bypass"),
+        (["--compute-dtype"], any(m.code for m in methods), "full fine-tuning has no frozen layer"),
+        (["--blocksize"], any(m.code in NAMED for m in methods), "no layer is quantized in blocks"),
+        (["--blocksize"], not fourbit.is_quantized(job.model), f"{job.model} is in 4 bits already, and has its own"),
+        (
+            ["--page-bytes", "--pool", "--whole-tensors"],
+            job.page_budget is not None,
+            "with --page-budget none nothing is paged",
+        ),
+        (["--method", "--seed"], not args.compare, "--compare takes --methods and --seeds"),
+        (["--methods", "--seeds", "--full-lr"], args.compare, "it is for --compare"),
+        (["--steps"], args.epochs is None, "--epochs says how many there are"),
+    ):
+        for option in sorted(args.given.intersection(options) if not used else ()):
+            warnings.warn(f"finetune: {option} has no effect here: {why}", stacklevel=2)
 
 
 def _job(args):

@@ -46,18 +46,26 @@ class Text:
         Windows start every `stride` tokens (half a window by default) and a token is scored in the first window that
         reaches it, so that it is predicted from at least length − stride tokens of context, except near the start.
         """
-        stride = stride or max(length // 2, 1)
-        inputs, targets, masks = [], [], []
-        for source in self.sources:
+        return self.rows(self.examples(length, stride or max(length // 2, 1)), length)
+
+    def examples(self, length, stride=None):
+        """What an epoch consists of: windows side by side (or every `stride` tokens), as (source, start, first token that counts)."""
+        found = []
+        for i, source in enumerate(self.sources):
             width, done = min(length, len(source) - 1), 0
-            for start in [*range(0, len(source) - 1 - width, stride), len(source) - 1 - width]:
-                row, mask = source[start : start + width + 1].astype(np.int64), np.zeros(length, np.float32)
-                mask[done - start : width] = 1
+            for start in [*range(0, len(source) - 1 - width, stride or length), len(source) - 1 - width]:
+                found.append((i, start, done - start))
                 done = start + width
-                inputs.append(np.pad(row[:-1], (0, length - width)))
-                targets.append(np.pad(row[1:], (0, length - width)))
-                masks.append(mask)
-        return np.stack(inputs), np.stack(targets), np.stack(masks)
+        return found
+
+    def rows(self, examples, length):
+        """Inputs, targets and mask of such windows, each (n, length)."""
+        ids, mask = np.zeros((len(examples), length + 1), np.int64), np.zeros((len(examples), length), np.float32)
+        for row, counted, (i, start, first) in zip(ids, mask, examples, strict=True):
+            tokens = self.sources[i][start : start + length + 1]
+            row[: len(tokens)] = tokens
+            counted[first : len(tokens) - 1] = 1
+        return ids[:, :-1], ids[:, 1:], mask
 
     def fingerprint(self):
         """A short hash of the content, by which a resumed run knows that the text is the same."""
@@ -77,13 +85,17 @@ class Pairs:
 
     def batch(self, rng, size, length):
         """`size` random pairs, cut or padded to `length`: inputs, targets, mask, each (size, length)."""
-        return self._rows([self.pairs[int(i)] for i in rng.integers(len(self.pairs), size=size)], length)
+        return self.rows([self.pairs[int(i)] for i in rng.integers(len(self.pairs), size=size)], length)
 
     def windows(self, length, stride=None):
         """Every pair once, cut to `length`."""
-        return self._rows(self.pairs, length)
+        return self.rows(self.pairs, length)
 
-    def _rows(self, pairs, length):
+    def examples(self, length):
+        """What an epoch consists of: the pairs whose answer begins within `length` tokens."""
+        return [(prompt, answer) for prompt, answer in self.pairs if answer and len(prompt) <= length]
+
+    def rows(self, pairs, length):
         if self._shortest_prompt > length:
             raise ValueError(f"pairs: no answer begins within sequences of {length} tokens; choose a larger --seq-len")
         ids, mask = np.zeros((len(pairs), length + 1), np.int64), np.zeros((len(pairs), length + 1), np.float32)

@@ -188,6 +188,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         return done
     model = prepare(job, recipe.seed)
     train, heldout = corpus(job, model.tokenizer)
+    recipe = recipe.planned(train)
     report = Report(asdict(job), asdict(recipe), inputs(job))
     report.trainable, report.parameters = adapters.count_parameters(model)
     report.bits_per_param = _bits_per_param(model)
@@ -326,8 +327,11 @@ def finished(job, recipe, out):
     if path is None or not path.exists():
         return None
     saved = files.read_json(path)
-    saved["job"] = {**asdict(Job()), **saved.get("job", {})}  # a report from before an option existed
+    for name, default in (("job", Job()), ("recipe", Recipe())):  # a report from before an option existed
+        saved[name] = {**asdict(default), **saved.get(name, {})}
     wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
+    if recipe.epochs is not None:  # how many steps they take is known when the data are read
+        wanted["recipe"]["steps"] = saved["recipe"]["steps"]
     same = all(saved.get(name) == value for name, value in wanted.items())
     return Report(**saved) if same and Path(saved["adapter"]).is_dir() else None
 

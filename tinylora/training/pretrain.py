@@ -44,6 +44,8 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
     texts = {Path(p).stem: np.frombuffer(read_text(p), np.uint8) for p in paths}
     cut = {name: int(len(t) * (1 - HELD_OUT)) for name, t in texts.items()}
     train = Text([t[: cut[name]] for name, t in texts.items()])
+    recipe = recipe.planned(train)
+    config = replace(config, max_position_embeddings=max(config.max_position_embeddings, recipe.seq_len))
     backend.seed(recipe.seed)
     model = Llama(config).to(device)
     about = {"config": asdict(config)}

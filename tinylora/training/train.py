@@ -14,8 +14,9 @@ import json
 import math
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,14 @@ from .schedule import schedule
 class Recipe:
     """All that decides how a run goes, apart from the model and the data.
 
-    lr follows `schedule` ("constant" or "cosine" down to `floor` times lr) after `warmup` steps; `clip` bounds the norm
-    of all gradients together (0: off); weight decay is for matrices only. A step sees accumulate × batch_size sequences
-    of seq_len tokens.
+    lr follows `schedule` ("constant", "linear" down to 0, or "cosine" down to `floor` times lr) after `warmup` steps; `clip` bounds
+    the norm of all gradients together (0: off); weight decay is for matrices only. A step sees accumulate × batch_size sequences
+    of seq_len tokens. Without `epochs` each is drawn at random from all of the data. With it the sequences are dealt out like cards:
+    each once an epoch, in an order of the epoch's own, and `steps` follows from the data (see `planned`).
     """
 
     steps: int = 300
+    epochs: float | None = None
     batch_size: int = 8
     seq_len: int = 256
     accumulate: int = 1
@@ -62,7 +65,16 @@ class Recipe:
         for name in ("lr", "warmup", "weight_decay", "clip", "eps"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"recipe: {name} = {getattr(self, name)}, expected 0 or more")
+        if self.epochs is not None and not (math.isfinite(self.epochs) and self.epochs > 0):
+            raise ValueError(f"recipe: epochs = {self.epochs}, expected more than 0, or None")
         schedule(self.schedule, 0, 1)  # an unknown name is said now, not after the first step
+
+    def planned(self, data):
+        """This recipe with the `steps` that its `epochs` take on these data; without epochs, itself."""
+        if self.epochs is None:
+            return self
+        sequences = max(round(self.epochs * len(data.examples(self.seq_len))), 1)
+        return replace(self, steps=-(-sequences // (self.batch_size * self.accumulate)))
 
 
 @dataclass
@@ -100,6 +112,16 @@ def progress_bar(iterable, enabled, **options):
     return tqdm(iterable, disable=not enabled, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
 
 
+def check_length(model, seq_len):
+    """ValueError if the model has fewer positions than a sequence has tokens."""
+    positions = model.config.max_position_embeddings
+    if seq_len > positions:
+        raise ValueError(
+            f"sequences of {seq_len} tokens are longer than the model's max_position_embeddings = {positions}; "
+            "choose a smaller --seq-len"
+        )
+
+
 def trimmed(inputs, targets, mask):
     """The three arrays without the columns after the last one that counts: in a causal model nothing before them depends on them."""
     counted = np.flatnonzero(mask.any(axis=0))
@@ -112,6 +134,7 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
 
     limit: the first so many windows only. The token that ends an answer costs bits and stands for no byte.
     """
+    check_length(model, seq_len)
     inputs, targets, mask = (a[:limit] for a in data.windows(seq_len))
     # Logits of more than 4 MB are not piled up.
     batch_size = max(min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1)
@@ -167,12 +190,15 @@ def fit(
     defaults                  {"job": {option: value}}: what a checkpoint that does not name an option had
     optimizer, pager          AdamW or AdamW8bit, and where its state lives
     """
+    recipe = recipe.planned(data)
+    check_length(model, recipe.seq_len)
+    deal = _Deal(data, recipe)
     trainable = model.trainable()
     optimizer = _optimizer(optimizer, trainable, recipe, pager)
     result = Result(gradient_bytes=sum(p.nbytes for _, p in trainable), optimizer_bytes=optimizer.state_bytes)
     identity, path, resuming = check_run(out, data, recipe, about, defaults)
     if resuming:
-        result.first_step = _resume(path, trainable, optimizer, result)
+        result.first_step = _resume(path, recipe, trainable, optimizer, result)
     first = result.first_step
     evaluated = eval_every if heldout is not None else 0
     weights = [w for _, w in model.named_weights()]
@@ -190,7 +216,7 @@ def fit(
             done, last = step + 1, step + 1 == recipe.steps
             optimizer.pager.step = done
             measured = weights if step == first else None
-            loss, tape, tokens = _backward(model, data, recipe, step, pool, optimizer.pager, measured)
+            loss, tape, tokens = _backward(model, deal.batches(step), recipe, step, pool, optimizer.pager, measured)
             _clip_and_step(optimizer, trainable, recipe, step, loss, path)
             row = {"step": done, "loss": loss}
             if evaluated and (last or done % evaluated == 0):
@@ -246,6 +272,32 @@ class _Pace:
         return f"loss {self.loss:.3f}, {self.rate:,.0f} tokens/s{heldout}"
 
 
+class _Deal:
+    """The micro-batches of each step: drawn with replacement, or with `epochs` dealt out, every sequence once an epoch."""
+
+    def __init__(self, data, recipe):
+        self.data, self.recipe, self.order = data, recipe, (None, None)
+        self.examples = None if recipe.epochs is None else data.examples(recipe.seq_len)
+
+    def batches(self, step):
+        """[(inputs, targets, mask)] of a step; what they are depends on the step alone, so that a run can be resumed there."""
+        r = self.recipe
+        if r.epochs is None:
+            draws = (np.random.default_rng([r.seed, step, i]) for i in range(r.accumulate))
+            return [self.data.batch(rng, r.batch_size, r.seq_len) for rng in draws]
+        hand = r.batch_size * r.accumulate
+        last = max(round(r.epochs * len(self.examples)), 1)
+        dealt = [self._card(place) for place in range(step * hand, min((step + 1) * hand, last))]
+        return [self.data.rows(dealt[i : i + r.batch_size], r.seq_len) for i in range(0, len(dealt), r.batch_size)]
+
+    def _card(self, place):
+        """The sequence at a place in the sequence of all epochs."""
+        epoch, i = divmod(place, len(self.examples))
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng([self.recipe.seed, epoch]).permutation(len(self.examples))
+        return self.examples[self.order[1][i]]
+
+
 # --------------------------------------------------------------------------------------------------------------- one backward pass
 @dataclass
 class _Shard:
@@ -257,13 +309,11 @@ class _Shard:
     tokens: int
 
 
-def _backward(model, data, recipe, step, pool, pager=None, measure=None):
+def _backward(model, batches, recipe, step, pool, pager=None, measure=None):
     """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights, tokens read).
 
     Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is run once more.
     """
-    draws = (np.random.default_rng([recipe.seed, step, i]) for i in range(recipe.accumulate))
-    batches = [data.batch(rng, recipe.batch_size, recipe.seq_len) for rng in draws]
     count = max(sum(float(mask.sum()) for _, _, mask in batches), 1)
     gradients, loss, tape, tokens = {}, 0.0, 0, 0
     for i, batch in enumerate(batches):
@@ -330,7 +380,11 @@ def _save(path, identity, trainable, optimizer, result):
 
 
 def check_run(out, data, recipe, about=None, defaults=None):
-    """(identity, path, whether a checkpoint lies there) of a run in `out`; ValueError if the checkpoint is of another run."""
+    """(identity, path, whether a checkpoint lies there) of a run in `out`; ValueError if the checkpoint is of another run.
+
+    A run may have more steps, or epochs, than the one that left the checkpoint: it goes on from there.
+    """
+    recipe = recipe.planned(data)
     identity = _as_json({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})})
     path = Path(out) / "checkpoint.safetensors" if out else None
     if path is None or not path.exists():
@@ -338,9 +392,11 @@ def check_run(out, data, recipe, about=None, defaults=None):
     _, metadata = safetensors.load_safetensors(path)
     theirs = json.loads(metadata.get("tinylora", "{}")).get("identity", {})
     # Options that are newer than the checkpoint had their defaults; those that no longer matter are not compared.
-    for key, values in _as_json(defaults or {}).items():
+    for key, values in _as_json({"recipe": {"epochs": None}, **(defaults or {})}).items():
         if isinstance(theirs.get(key), dict):
             theirs[key] = {name: v for name, v in {**values, **theirs[key]}.items() if name in identity[key]}
+    if _shorter(theirs.get("recipe"), recipe):
+        theirs["recipe"] |= {"steps": recipe.steps, "epochs": recipe.epochs}
     for key in sorted(identity.keys() | theirs.keys()):
         a, b = theirs.get(key), identity.get(key)
         if a != b:
@@ -354,15 +410,28 @@ def check_run(out, data, recipe, about=None, defaults=None):
     return identity, path, True
 
 
+def _shorter(saved, recipe):
+    """Whether a checkpoint's recipe was planned for at most as many steps as this one, and in the same way."""
+    planned = saved.get("steps") if isinstance(saved, dict) else None
+    return isinstance(planned, int) and planned <= recipe.steps and (saved["epochs"] is None) == (recipe.epochs is None)
+
+
 def _as_json(x):
     """x as it comes back from a file: tuples are lists."""
     return json.loads(json.dumps(x))
 
 
-def _resume(path, trainable, optimizer, result):
-    """Load a checkpoint of the same run; returns the step to go on from."""
+def _resume(path, recipe, trainable, optimizer, result):
+    """Load a checkpoint of the same run, or of one of fewer steps; returns the step to go on from."""
     tensors, metadata = safetensors.load_safetensors(path)
     about = json.loads(metadata["tinylora"])
+    before = about["identity"]["recipe"]["steps"]
+    if before != recipe.steps and recipe.schedule != "constant":
+        warnings.warn(
+            f"{path} was planned for {before} steps and goes on to {recipe.steps}: the {recipe.schedule} schedule is laid over all of "
+            "them anew, so it does not end as a run does that was planned for them from the start",
+            stacklevel=2,
+        )
     for name, p in trainable:
         saved = tensors.get(f"param.{name}")
         if saved is None or saved.shape != p.shape:
