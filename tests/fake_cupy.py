@@ -71,6 +71,7 @@ _FUNCTIONS = [
     "outer",
     "prod",
     "repeat",
+    "rint",
     "sign",
     "sin",
     "sqrt",

@@ -26,7 +26,7 @@ class Embedding16bit(Module):
 
 
 def store_in_16_bits(model):
-    """Hold every Linear and Embedding that is not in 4 bits in bfloat16, frozen, in place: what a 16-bit checkpoint takes. Norms stay."""
+    """Hold each dense Linear and Embedding in bfloat16, frozen, in place: what a 16-bit checkpoint takes. Norms and fewer bits stay."""
     for path, layer in list(model.named_modules()):
         if type(layer) in (Linear, Embedding):
             model.replace(path, (Linear16bit if isinstance(layer, Linear) else Embedding16bit).of(layer))
@@ -34,10 +34,10 @@ def store_in_16_bits(model):
 
 
 def prepare_for_kbit_training(model, gradient_checkpointing=True):
-    """What PEFT's prepare_model_for_kbit_training does: freeze all, 16-bit weights to float32, checkpoint each block. In place.
+    """What PEFT's prepare_model_for_kbit_training does: freeze all, 16-bit weights to float32, checkpoint each block. Returns the model.
 
-    4-bit layers stay. Everything else that is stored in 16 bits (embedding, head) then takes twice the bytes. PEFT lets the embedding's
-    output ask for a gradient besides, which torch's reentrant checkpoint needs and `tape.checkpoint` does not. Returns the model.
+    Layers in 4 and in 8 bits stay. Everything else that is stored in 16 bits (embedding, head) then takes twice the bytes. PEFT lets
+    the embedding's output ask for a gradient too: torch's reentrant checkpoint needs that, and `tape.checkpoint` does not.
     """
     for path, layer in list(model.named_modules()):
         if isinstance(layer, (Linear16bit, Embedding16bit)):
@@ -48,3 +48,7 @@ def prepare_for_kbit_training(model, gradient_checkpointing=True):
     if hasattr(model, "gradient_checkpointing"):
         model.gradient_checkpointing = gradient_checkpointing
     return model.requires_grad_(False)
+
+
+#: PEFT's name for it until 4-bit bases came in May 2023 and it was renamed prepare_model_for_kbit_training; PEFT 0.10 dropped this name.
+prepare_model_for_int8_training = prepare_for_kbit_training

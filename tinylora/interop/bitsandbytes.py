@@ -1,6 +1,6 @@
-"""4-bit weights in bitsandbytes' format: folders that transformers opens with `load_in_4bit`, and the reverse.
+"""Weights in 4 and 8 bits in bitsandbytes' format: folders that transformers opens with bitsandbytes, and the reverse.
 
-A weight <path>.weight of shape (out, in) becomes, in a safetensors file,
+A 4-bit weight <path>.weight of shape (out, in) becomes, in a safetensors file,
 
     <path>.weight                                          (⌈n/2⌉, 1) uint8, the even element in the high half
     <path>.weight.absmax                                   (blocks,) float32; with double quantization uint8
@@ -11,7 +11,8 @@ A weight <path>.weight of shape (out, in) becomes, in a safetensors file,
 and config.json gains a `quantization_config`. Both maps are read from the file and not assumed: the CPU quantizer of bitsandbytes up to
 0.49 put −1 in front of its 8-bit map, and dequantizing with another map would be wrong.
 
-bitsandbytes knows the codes NF4 and FP4, in blocks of 32 to 4096; other codes are refused with a sentence. Left out: LLM.int8().
+bitsandbytes knows the codes NF4 and FP4, in blocks of 32 to 4096; other codes are refused with a sentence. A weight in 8 bits (LLM.int8)
+becomes its codes, its scales and a mark: see `models.eightbit`. Left out: `quantize_folder` in 8 bits, and a folder in both.
 """
 
 import re
@@ -22,7 +23,8 @@ import numpy as np
 
 from ..backend import move
 from ..dtypes import BFloat16Array, as_float32
-from ..models import files, safetensors
+from ..models import eightbit, files, safetensors
+from ..models.eightbit import Linear8bit, VectorwiseInt8
 from ..models.fourbit import from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors is handed on)
 from ..models.llama import Llama
 from ..nn import Linear, is_adapter_weight
@@ -44,35 +46,50 @@ OPENED = ("llama", "mistral", "qwen2", "qwen3", "bert", "gpt_neox", "whisper")
 
 # ------------------------------------------------------------------------------------------------------------------- one model
 def save(model, folder, compute_dtype="float32"):
-    """Write a model whose linear layers are in 4 bits (`quantize_linears`) as config.json and model.safetensors.
+    """Write a model whose linear layers are in 4 bits or in 8 (`quantize_linears`) as config.json and model.safetensors.
 
     All other weights are written in bfloat16 where that holds every one of them exactly, else in float32.
     """
-    tensors, dense, quantized = {}, {}, None
+    tensors, dense, kinds = {}, {}, {}
     for name, w in model.named_weights():
         if is_adapter_weight(name):
             raise ValueError(
                 "save: the model carries an adapter; merge it, or save it alone with interop.peft.save_adapter"
             )
-        if isinstance(w, QuantizedTensor):
-            tensors |= to_tensors(name, w)
-            quantized = w
+        if isinstance(w, (QuantizedTensor, VectorwiseInt8)):
+            tensors |= to_tensors(name, w) if isinstance(w, QuantizedTensor) else eightbit.to_tensors(name, w)
+            kinds[type(w)] = w
         else:
             dense[name] = w if isinstance(w, BFloat16Array) else move(w.data if isinstance(w, Tensor) else w, "cpu")
-    if quantized is None:
+    if not kinds:
         raise ValueError(
-            "save: the model has no 4-bit layers; quantize_linears makes them, save_pretrained writes dense ones"
+            "save: the model has no 4-bit layers and no 8-bit ones; quantize_linears makes them, save_pretrained writes dense ones"
         )
     half = {name: w if isinstance(w, BFloat16Array) else BFloat16Array.of(w) for name, w in dense.items()}
     exact = all(
         (half[n].dequantize("float32") == w).all() for n, w in dense.items() if not isinstance(w, BFloat16Array)
     )
-    kept = sorted(path for path, layer in model.named_modules() if isinstance(layer, Linear))
+    kept = sorted(path for path, layer in model.named_modules() if isinstance(layer, Linear)) or ["lm_head"]
     config = {**model.config.to_dict(), "dtype": "bfloat16" if exact else "float32"}
-    config["quantization_config"] = quantization_config(quantized, compute_dtype, kept or ["lm_head"])
+    if len(kinds) > 1:
+        raise ValueError("save: the model has layers both in 4 and in 8 bits, and config.json can say only one of them")
+    if QuantizedTensor in kinds:
+        config["quantization_config"] = quantization_config(kinds[QuantizedTensor], compute_dtype, kept)
+    else:
+        config["quantization_config"] = eightbit.quantization_config(_threshold(model), kept)
     safetensors.save_safetensors(Path(folder) / "model.safetensors", tensors | (half if exact else dense))
     model.tokenizer.save(Path(folder))
     files.write_json(Path(folder) / "config.json", config)
+
+
+def _threshold(model):
+    """The one threshold of a model's Linear8bit layers."""
+    found = sorted({layer.threshold for _, layer in model.named_modules() if isinstance(layer, Linear8bit)})
+    if len(found) > 1:
+        raise ValueError(
+            f"save: the layers have different thresholds ({found[0]} and {found[-1]}), config.json holds one"
+        )
+    return found[0]
 
 
 def quantization_config(q, compute_dtype="float32", skip=("lm_head",)):
@@ -90,7 +107,7 @@ def quantization_config(q, compute_dtype="float32", skip=("lm_head",)):
 
 
 def load(folder, compute_dtype="float32"):
-    """A Llama with Linear4bit layers from a folder that bitsandbytes, transformers or `save` wrote. All weights are frozen."""
+    """A Llama with Linear4bit or Linear8bit layers from a folder that bitsandbytes, transformers or `save` wrote. All of it is frozen."""
     path = Path(folder).resolve()  # a folder that is called "base" is not the embedded model
     if not is_quantized(path):
         raise ValueError(

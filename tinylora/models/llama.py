@@ -34,7 +34,7 @@ from ..nn import (
 )
 from ..tape import checkpoint
 from ..tensor import Tensor, no_grad
-from . import files, folders, fourbit, safetensors
+from . import eightbit, files, folders, fourbit, safetensors
 from .tokenizers import ByteTokenizer, load_tokenizer
 
 
@@ -328,14 +328,14 @@ class Llama(Module):
     # ------------------------------------------------------------------------------------------------------------------ folders
     @classmethod
     def from_pretrained(cls, path, dtype="float32", quantize=None, compute_dtype="float32"):
-        """A model from "base" (the embedded one), a folder with config.json and safetensors, dense or in 4 bits, or FILE.gguf.
+        """A model from "base" (the embedded one), a folder with config.json and safetensors, dense or in 4 or 8 bits, or FILE.gguf.
 
         dtype           "float32": as stored, 16 bits widened exactly; "bfloat16": each weight rounded to it, in float32 storage
-        quantize        None, a code ("nf4", ..., "bfloat16"), or a dict of nn.quantized_linear's options: each linear weight is
-                        quantized as it is read and its dense form dropped. The result is that of quantize_linears, all frozen;
+        quantize        None, a code ("nf4", ..., "bfloat16", "int8_vectorwise"), or a dict of nn.quantized_linear's options: each linear
+                        weight is quantized as it is read and its dense form dropped. The result is that of quantize_linears, all frozen;
                         with dtype "bfloat16" the quantized weights say that they were bfloat16, as bitsandbytes' then do
-        compute_dtype   of the quantized layers, whether `quantize` makes them or a 4-bit folder has them (bitsandbytes, transformers or
-                        interop.bitsandbytes.save wrote it); all of that model is frozen. A dense layer has none
+        compute_dtype   of the quantized layers, whether `quantize` makes them or a 4- or 8-bit folder has them (bitsandbytes,
+                        transformers or interop.bitsandbytes.save wrote it); all of that model is frozen. A dense layer has none
 
         Else `requires_grad` is True. Nothing random is drawn, and never more than one dense matrix is in memory beside what
         stays. Errors are sentences that name the file, the tensor and the shapes; they come before anything is loaded.
@@ -347,8 +347,9 @@ class Llama(Module):
                 raise ValueError(f"from_pretrained: {what} {name!r} is unknown: expected 'float32' or 'bfloat16'")
         if fourbit.is_quantized(path):
             if quantize is not None:
-                raise ValueError(f"{path} is in 4 bits already; leave --quantize out")
-            return _in_4_bits(cls, Path(path), compute_dtype)
+                bits = 8 if eightbit.is_eight_bits(files.read_json(Path(path) / "config.json")) else 4
+                raise ValueError(f"{path} is in {bits} bits already; leave --quantize out")
+            return _in_few_bits(cls, Path(path), compute_dtype)
         model, opened = _open(cls, path)
         unknown = set(options or ()) - set(_QUANTIZE_OPTIONS)
         if unknown:
@@ -384,8 +385,8 @@ class Llama(Module):
         )
 
 
-def _in_4_bits(cls, folder, compute_dtype):
-    """The model of a folder in bitsandbytes' format: Linear4bit layers, and the rest widened to float32."""
+def _in_few_bits(cls, folder, compute_dtype):
+    """The model of a folder in bitsandbytes' format: Linear4bit or Linear8bit layers, and the rest widened to float32."""
     config = files.read_json(folder / "config.json")
     if config["quantization_config"].get("quant_method") != "bitsandbytes":
         raise ValueError(
@@ -394,12 +395,14 @@ def _in_4_bits(cls, folder, compute_dtype):
     shape = LlamaConfig.from_dict(config, folder / "config.json")
     tensors = safetensors.load_folder(folder)
     model = cls(shape, load_tokenizer(folder, shape.vocab_size), draw=False)
-    layers, state = dict(model.named_modules()), {}
-    for name in fourbit.names(tensors):
-        state[name], path = fourbit.from_tensors(name, tensors, folder), name.removesuffix(".weight")
+    layers, state, stored, few, options = dict(model.named_modules()), {}, fourbit, Linear4bit, {}
+    if eightbit.is_eight_bits(config):
+        stored, few, options = eightbit, eightbit.Linear8bit, eightbit.options(config, tensors, folder / "config.json")
+    for name in stored.names(tensors):
+        state[name], path = stored.from_tensors(name, tensors, folder), name.removesuffix(".weight")
         if not isinstance(layers.get(path), Linear) or layers[path].weight.shape != state[name].shape:
             raise ValueError(f"{folder}: {name} of shape {state[name].shape} fits no linear layer of its config.json")
-        model.replace(path, Linear4bit(state[name], layers[path].bias, compute_dtype))
+        model.replace(path, few(state[name], layers[path].bias, compute_dtype, **options))
     if shape.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
     state |= {n: w.dequantize("float32") if isinstance(w, BFloat16Array) else w for n, w in tensors.items()}
@@ -437,7 +440,7 @@ def convert(path, folder, dtype="bfloat16"):
 
 # fmt: off
 _QUANTIZE_OPTIONS = ("code", "blocksize", "double_quant", "compute_dtype", "skip", "rule", "offset", "check_finite", "nested_code",
-                     "signed")
+                     "signed", "threshold", "integer_products")
 # fmt: on
 
 
