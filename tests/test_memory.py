@@ -70,7 +70,7 @@ def test_any_llama_is_predicted_to_the_byte(method, rng):
         backend.seed(1)
         model = tl.Llama(config)
         if method != "full":
-            quantize_linears(model, "nf4" if method == "qlora" else "bfloat16", blocksize, double)
+            quantize_linears(model, finetune.METHODS[method].code, blocksize, double)
             tl.add_lora(model, r)
         model.gradient_checkpointing = checkpointing
         options = {"r": r, "blocksize": blocksize, "double_quant": double, "batch_size": b, "seq_len": t}
@@ -123,7 +123,7 @@ def test_the_bytes_are_the_same_on_every_device(xp, rng):
     for method in memory.METHODS:
         model = tiny.model().to(xp)
         if method != "full":
-            quantize_linears(model, "nf4" if method == "qlora" else "bfloat16")
+            quantize_linears(model, finetune.METHODS[method].code)
             tl.add_lora(model, r=3)
         optimizer = AdamW(model.trainable(), pager=Pager(device=xp))
         measured = memory.measure(model, batch(rng, 2, 9), optimizer)

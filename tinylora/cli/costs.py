@@ -176,7 +176,7 @@ def _measured(args, options, method, checkpointing):
     job = finetune.Job()
     model = Llama.from_pretrained("base")
     if method != "full":
-        code = "nf4" if method == "qlora" else "bfloat16"
+        code = finetune.METHODS[method].code
         quantize_linears(model, code, options["blocksize"], options["double_quant"])
         backend.seed(0)
         adapters.add_lora(model, options["r"], target_modules=options["target_modules"])

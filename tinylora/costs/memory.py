@@ -1,8 +1,9 @@
 """Where the memory goes: the bytes of a training step, predicted from a Llama's sizes, and measured on one that runs.
 
     weights        embeddings, norms, head; for full fine-tuning and 16-bit LoRA the linear layers as well
-    codes          ⌈n/2⌉ bytes for n weights in 4 bits
-    constants      4 bytes for each block of B weights; double-quantized 1 byte a block, 4 for 256 of these, 4 for the mean
+    codes          ⌈n/2⌉ bytes for n weights in 4 bits; n for n weights in 8 bits (LLM.int8)
+    constants      4 bytes for each block of B weights; double-quantized 1 byte a block, 4 for 256 of these, 4 for the mean. In 8
+                   bits 4 bytes for each row
     adapters       r (d_in + d_out) numbers for each adapted matrix
     gradients      one number for each trained one
     optimizer      AdamW: two. In 8 bits: two bytes, and two float32 for 256 numbers; tensors under 4,096 stay in 32 bits
@@ -10,8 +11,8 @@
                    inputs of the blocks, and the tape of the one block that is being rebuilt
 
 `predict` multiplies shapes, for any Llama. `measure` adds up arrays that exist. On a model of this package the two agree in
-every row to the byte, for full fine-tuning, LoRA and QLoRA, with and without checkpointing. (In full fine-tuning `train.fit` reports
-a few bytes a token more where a batch is cut into shards: each keeps the whole batch's token ids.)
+every row to the byte, for full fine-tuning, LoRA (on 16 or 8 bits) and QLoRA, with and without checkpointing. (In full fine-tuning
+`train.fit` reports a few bytes a token more where a batch is cut into shards: each keeps the whole batch's token ids.)
 
 What the dtypes are is a `Precision`: ENGINE is what tinylora holds, PAPER what QLoRA counts (16-bit weights and gradients, float32
 Adam: 12 bytes a parameter in full fine-tuning), MASTER the same with a float32 copy of what is trained (16 bytes).
@@ -30,6 +31,7 @@ from ..backend import array_module, move, whole
 from ..dtypes import BITS
 from ..kernels.attention import QUERY_BLOCK
 from ..models import files
+from ..models.eightbit import VectorwiseInt8
 from ..models.gguf import GGUF
 from ..models.llama import LlamaConfig
 from ..nn import is_adapter_weight
@@ -55,7 +57,7 @@ MODELS = {
     "llama-65b": _llama(80, 64, 8192, 22016),
     "smollm2-135m": LlamaConfig(49152, 576, 1536, 30, 9, 3, 8192, rope_theta=100000.0),
 }
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora", "int8")
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,23 @@ class Account:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
+    codes8: int = 0
 
     def rows(self):
-        """{printed name: bytes}, in order."""
-        return {name: getattr(self, field) for field, name in ROWS.items()}
+        """{printed name: bytes}, in order. A row for 8 bits is there only where something is held in them."""
+        named = {}
+        for field, name in ROWS.items():
+            named[name] = getattr(self, field)
+            if field == "codes" and self.codes8:
+                named[EIGHT_BITS] = self.codes8
+        return named
 
     @property
     def total(self):
         return sum(self.rows().values())
 
 
-#: Account's fields and the names under which they are printed.
+#: Account's fields and the names under which they are printed; codes8 has a row of its own where something is held in 8 bits.
 ROWS = {
     "weights": "weights in 16 or 32 bits",
     "codes": "weights in 4 bits",
@@ -118,6 +126,7 @@ ROWS = {
     "optimizer": "optimizer state",
     "activations": "activations (tape)",
 }
+EIGHT_BITS = "weights in 8 bits"
 
 
 def config_of(model):
@@ -280,7 +289,7 @@ def predict(
     """The Account of a training step (see the module's equations), from sizes alone. Nothing is allocated.
 
     config                   a LlamaConfig (or anything with its fields), or what `config_of` takes: "llama-65b", "base", a folder
-    method                   "full"; "lora": linear layers frozen in 16 bits; "qlora": in 4 bits, and constants
+    method                   "full"; "lora": linear layers frozen in 16 bits; "qlora": in 4 bits, "int8": in 8, and constants
     r, target_modules        rank of the bypasses; "all-linear", or names in MATRICES
     blocksize, double_quant  of the 4-bit weights
     batch_size, seq_len      of a micro-batch; cut into `shards` that run side by side, as train.fit does
@@ -329,12 +338,15 @@ def _bytes_of(dtype):
 
 
 def _base(config, method, blocksize, double_quant, precision):
-    """{"weights", "codes", "constants"}: the bytes of the base model, whose linear layers "qlora" holds in 4 bits."""
-    linears = [o * i for o, i in llama_shapes(config)]
+    """{"weights", "codes", …}: the bytes of the base model, whose linear layers "qlora" holds in 4 bits and "int8" in 8."""
+    shapes = llama_shapes(config)
+    linears = [o * i for o, i in shapes]
     dense = _bytes_of(precision.weights) * sum(math.prod(shape) for shape in _dense_shapes(config))
     if method == "qlora":
         constants = sum(constants_bytes(n, blocksize, double_quant) for n in linears)
         return {"weights": dense, "codes": sum(map(codes_bytes, linears)), "constants": constants}
+    if method == "int8":
+        return {"weights": dense, "codes8": sum(linears), "constants": sum(4 * o for o, _ in shapes)}
     kept_as = precision.weights if method == "full" else precision.linears
     return {"weights": dense + _bytes_of(kept_as) * sum(linears)}
 
@@ -354,13 +366,14 @@ def measure(model, batch, optimizer=None, label="measured"):
         raise ValueError("memory: no parameter requires a gradient, so there is no training step to measure")
     activations, gradients = _step(model, batch, weights.values())
     optimizer = AdamW(trained) if optimizer is None else optimizer
-    quantized = [w for w in weights.values() if isinstance(w, QuantizedTensor)]
+    four, eight = ([w for w in weights.values() if isinstance(w, kind)] for kind in (QuantizedTensor, VectorwiseInt8))
     adapters = [w for name, w in weights.items() if is_adapter_weight(name)]
     return Account(
         label,
-        weights=_sum_bytes(weights.values()) - _sum_bytes(quantized) - _sum_bytes(adapters),
-        codes=_sum_bytes(w.packed for w in quantized),
-        constants=_sum_bytes(w.constants for w in quantized),
+        weights=_sum_bytes(weights.values()) - _sum_bytes([*four, *eight]) - _sum_bytes(adapters),
+        codes=_sum_bytes(w.packed for w in four),
+        codes8=_sum_bytes(w.codes for w in eight),
+        constants=_sum_bytes([*(w.constants for w in four), *(w.scales for w in eight)]),
         adapters=_sum_bytes(adapters),
         gradients=_sum_bytes(gradients.values()),
         optimizer=optimizer.state_bytes,
@@ -389,7 +402,8 @@ def describe(accounts):
     """The accounts side by side, as text: a row for each part, bytes, and a last row in GB, MB or kB."""
     accounts = list(accounts)
     table = [("", *(a.label for a in accounts))]
-    table += [(name, *(f"{a.rows()[name]:,}" for a in accounts)) for name in ROWS.values()]
+    names = max((list(a.rows()) for a in accounts), key=len)
+    table += [(name, *(f"{a.rows().get(name, 0):,}" for a in accounts)) for name in names]
     table += [("total, bytes", *(f"{a.total:,}" for a in accounts)), ("total", *(in_units(a.total) for a in accounts))]
     return aligned(table)
 

@@ -8,6 +8,7 @@ from .style import COLOURS, canvas
 PARTS = {
     "weights": ("weights, 16 or 32 bits", "0.35"),
     "codes": ("4-bit codes", COLOURS[0]),
+    "codes8": ("8-bit codes", COLOURS[4]),
     "constants": ("constants", "#a9bcd9"),
     "adapters": ("adapters", COLOURS[2]),
     "gradients": ("gradients", "#f2c9a5"),
@@ -34,9 +35,10 @@ def account_bars(accounts, title=None):
     accounts = list(accounts)
     figure, ax = canvas(9.2, 1.25 + 0.78 * len(accounts))
     longest = max(a.total for a in accounts)
+    shown = [field for field in PARTS if field in ROWS or any(a.codes8 for a in accounts)]
     scale, unit = next((u for u in ((GB, "GB"), (1e6, "MB")) if longest >= u[0]), (1e3, "kB"))
     for y, account in enumerate(accounts):
-        parts = [(getattr(account, field) / scale, PARTS[field][1]) for field in ROWS]
+        parts = [(getattr(account, field) / scale, PARTS[field][1]) for field in shown]
         end = stacked_bar(ax, y, parts, 0.42)
         ax.annotate(
             in_units(account.total),
@@ -49,14 +51,18 @@ def account_bars(accounts, title=None):
         )
         said = "   ".join(
             f"{PARTS[field][0].split(',')[0]} {in_units(getattr(account, field))}"
-            for field in ROWS
+            for field in shown
             if getattr(account, field)
         )
         ax.annotate(said, (0, y - 0.27), (2, 0), textcoords="offset points", fontsize=7.5, color="0.25", va="bottom")
-    for _, (name, colour) in PARTS.items():
+    for name, colour in map(PARTS.get, shown):
         ax.barh(0, 0, facecolor=colour, label=name, **HATCH.get(colour, {}))
     ax.legend(
-        frameon=False, fontsize=8, ncols=7, loc="upper center", bbox_to_anchor=(0.45, -0.1 - 0.24 / len(accounts))
+        frameon=False,
+        fontsize=8,
+        ncols=len(shown),
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.1 - 0.24 / len(accounts)),
     )
     ax.get_legend().set_in_layout(True)
     ax.set_yticks(range(len(accounts)), [a.label for a in accounts], fontsize=9)
