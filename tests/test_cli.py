@@ -96,7 +96,7 @@ def test_prompt_and_answer_files_train_too(setup, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "qlora-fp4", "qlora-int4"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora-fp4", "qlora-int4", "int8"])
 def test_other_methods(method, setup, tmp_path, capsys):
     assert main(["finetune", *setup, *QUICK, "--steps", "2", "--method", method, "--out", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / ("model" if method == "full" else "adapter")).is_dir()

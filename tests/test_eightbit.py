@@ -13,6 +13,7 @@ import tinylora as tl
 from tinylora import Llama, Tensor, backend, nn, no_grad, ops
 from tinylora.adapters import kbit
 from tinylora.adapters.merge import merge_errors
+from tinylora.costs import parameters
 from tinylora.dtypes import BFloat16Array, round_to
 from tinylora.interop import bitsandbytes
 from tinylora.kernels import vectorwise
@@ -322,3 +323,93 @@ def test_one_folder_has_one_form_of_weights_and_one_threshold(tmp_path):
     with pytest.raises(ValueError, match="both in 4 and in 8 bits"):
         bitsandbytes.save(model, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ the command line
+def test_an_adapter_on_8_bits_from_the_command_line_to_a_merged_folder(tmp_path, capsys):
+    """finetune --method int8, generate on the same base, merge into 8 bits with its price, and go on from the folder."""
+    from tinylora.cli import main
+
+    tiny.model().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("\n\n".join(f"word {i}\n  n. The {i}th of them." for i in range(80)))
+    train = [
+        "finetune",
+        "--steps",
+        "2",
+        "--seq-len",
+        "32",
+        "--batch-size",
+        "2",
+        "-r",
+        "2",
+        "--text",
+        str(tmp_path / "text.txt"),
+    ]
+    base, run = ["--model", str(tmp_path / "base")], tmp_path / "run"
+    assert main([*train, *base, "--method", "int8", "--blocksize", "32", "--out", str(run)]) == 0
+    printed, said = capsys.readouterr()
+    assert printed.startswith("LoRA, LLM.int8 base") and "--blocksize has no effect here" in said
+    report = json.loads((run / "report.json").read_text())
+    model = tl.quantize_linears(tiny.model(), code=CODE)
+    held = [w for _, w in model.named_weights() if isinstance(w, VectorwiseInt8)]
+    assert report["bits_per_param"] == 8 * sum(w.nbytes for w in held) / sum(w.size for w in held)
+    dense = dict(Llama.from_pretrained(tmp_path / "base").named_parameters())
+    quantized = dict(Llama.from_pretrained(tmp_path / "base", quantize=CODE).named_weights())
+    pairs = [(dense[n].data, w.dequantize("float32")) for n, w in quantized.items() if isinstance(w, VectorwiseInt8)]
+    lost, power = (
+        sum(float(np.square(x, dtype=float).sum()) for x in xs)
+        for xs in ([b - a for a, b in pairs], [a for a, _ in pairs])
+    )
+    assert 1e-5 < report["weight_error"] < 1e-4 and report["weight_error"] == pytest.approx(lost / power)
+
+    adapted = [*base, "--adapter", str(run / "adapter"), "--quantize", "int8"]
+    assert main(["generate", *adapted, "--prompt", "word", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("word")
+    merged = str(tmp_path / "merged")
+    assert main(["merge", *adapted, "--out", merged]) == 0
+    printed = capsys.readouterr().out
+    assert "error of merging into 8 bits" in printed and printed.count("_proj") == 14
+    assert isinstance(Llama.from_pretrained(merged).get("model.layers.0.mlp.up_proj"), Linear8bit)
+    assert main([*train, "--model", merged, "--method", "int8", "--out", str(tmp_path / "again")]) == 0
+    assert (
+        json.loads((tmp_path / "again" / "report.json").read_text())["weight_error"] is None
+    )  # the dense weights are gone
+    capsys.readouterr()
+    assert main([*train, "--model", merged, "--out", str(tmp_path / "no")]) == 2
+    assert "is stored in int8_vectorwise; the method 'qlora' starts from nf4" in capsys.readouterr().err
+
+
+def test_a_comparison_takes_8_bits_where_they_are_named(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from tinylora.cli import main
+    from tinylora.training.compare import compare
+    from tinylora.training.finetune import COMPARED
+
+    tiny.model().save_pretrained(tmp_path / "base")
+    (tmp_path / "text.txt").write_text("one and two and three and four and five\n" * 60)
+    methods = ["lora", "int8", "qlora", "qlora-fp4", "qlora-int4", "full"]
+    words = [
+        "--steps",
+        "1",
+        "--seq-len",
+        "16",
+        "--batch-size",
+        "2",
+        "-r",
+        "2",
+        "--compare",
+        "--seeds",
+        "0",
+        "--methods",
+        *methods,
+    ]
+    files = ["--model", str(tmp_path / "base"), "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
+    assert main(["finetune", *files, *words]) == 0
+    lines = {line.split("  ")[0]: line.split() for line in capsys.readouterr().out.splitlines()}
+    row = lines["LoRA, LLM.int8 base"]
+    shapes = parameters.llama_shapes(tiny.CONFIG)
+    bits = 8 + 32 * sum(out for out, _ in shapes) / sum(out * n for out, n in shapes)
+    assert row[3:5] == ["1", f"{bits:.3f}"] and 1e-5 < float(row[5]) < 1e-4
+    assert lines["LoRA, bfloat16 base"][3:6] == ["1", "16.000", "0.00e+00"]
+    assert "int8" not in COMPARED and compare.__defaults__[2] == COMPARED
+    assert (tmp_path / "run" / "compare.svg").read_text().count("LLM.int8") >= 1

@@ -24,9 +24,9 @@ def generate_parser(commands):
     p.add_argument("--adapter", default=None, help="an adapter folder, written by finetune or by PEFT")
     p.add_argument(
         "--quantize",
-        choices=("none", "nf4", "fp4", "int4"),
+        choices=("none", "nf4", "fp4", "int4", "int8"),
         default="none",
-        help="hold the linear layers in 4 bits (none)",
+        help="hold the linear layers in 4 bits, or in 8 (none)",
     )
     p.add_argument("--prompt", default="\n", help="the text to continue")
     p.add_argument(
@@ -283,7 +283,7 @@ def merge_parser(commands):
         _merge,
         "put an adapter into its model for good",
         "Write a model folder with W = W0 + (alpha/r) B A in place of W0, so that nothing is added at inference (LoRA 4.1).\n\n"
-        "A base in 4 bits is dequantized, added to and quantized again with the same settings; what that costs is printed for\n"
+        "A base in 4 or 8 bits is dequantized, added to and quantized again with the same settings; what that costs is printed for\n"
         "each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 03). A dense base loses\n"
         "nothing beside the rounding of the file's dtype.",
         "examples:\n"
@@ -295,7 +295,10 @@ def merge_parser(commands):
     p.add_argument("--model", default="base", help="'base' (embedded), a model folder, or FILE.gguf")
     p.add_argument("--adapter", required=True, help="an adapter folder, written by finetune or by PEFT")
     p.add_argument(
-        "--quantize", choices=("none", "nf4", "fp4"), default="none", help="hold the linear layers in 4 bits (none)"
+        "--quantize",
+        choices=("none", "nf4", "fp4", "int8"),
+        default="none",
+        help="hold the linear layers in 4 bits, or in 8 (none)",
     )
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of a dense model's file (float32)"
@@ -306,16 +309,18 @@ def merge_parser(commands):
 def _merge(args):
     from .. import adapters
     from ..interop import bitsandbytes
+    from ..models.eightbit import Linear8bit
     from ..nn import Linear4bit
 
     model = _open(args.model, args.quantize, args.adapter)
     if any(f"{path}.weight" in model.tied_parameters for path, _ in adapters.lora_layers(model)):
         model.untie()  # the head keeps the embedding's own weights, as it had them beside the adapter
     adapters.merge(model)
-    errors = {path: e for path, e in adapters.merge_errors(model).items() if isinstance(model.get(path), Linear4bit)}
-    if errors:
+    few = {path: layer for path, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))}
+    if errors := {path: e for path, e in adapters.merge_errors(model).items() if path in few}:
         width = max(map(len, errors))
-        print("error of merging into 4 bits, |W' - W|/|W|")
+        bits = 8 if isinstance(few[next(iter(errors))], Linear8bit) else 4
+        print(f"error of merging into {bits} bits, |W' - W|/|W|")
         for path, error in errors.items():
             print(f"  {path:<{width}}  {error:.4f}")
         print(f"  {'mean':<{width}}  {sum(errors.values()) / len(errors):.4f}")
@@ -328,9 +333,10 @@ def _merge(args):
 def _open(path, quantize, adapter=None):
     """The model of a folder, quantized and with an adapter on it if asked for."""
     from ..interop.peft import load_adapter
+    from ..models import eightbit
     from ..models.llama import Llama
 
-    model = Llama.from_pretrained(path, quantize=None if quantize == "none" else quantize)
+    model = Llama.from_pretrained(path, quantize={"none": None, "int8": eightbit.CODE}.get(quantize, quantize))
     return load_adapter(model, adapter) if adapter else model
 
 

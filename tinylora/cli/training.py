@@ -75,7 +75,7 @@ def _model_options(p):
 
 
 def _comparing_options(p):
-    from ..training.finetune import METHODS
+    from ..training.finetune import COMPARED, METHODS
 
     p.add_argument(
         "--compare",
@@ -84,7 +84,11 @@ def _comparing_options(p):
     )
     p.add_argument("--seeds", type=natural, nargs="+", default=None, help="seeds of --compare (0 1 2)")
     p.add_argument(
-        "--methods", nargs="+", choices=tuple(METHODS), default=tuple(METHODS), help="methods of --compare (all)"
+        "--methods",
+        nargs="+",
+        choices=tuple(METHODS),
+        default=COMPARED,
+        help=f"methods of --compare ({' '.join(COMPARED)})",
     )
     p.add_argument("--full-lr", type=rate, default=None, help="learning rate of full fine-tuning in --compare (0.001)")
 

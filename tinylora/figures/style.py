@@ -7,7 +7,7 @@ import numpy as np
 
 from ..models import files
 
-COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3")
+COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3", "#937860")
 
 SMALL = {"textcoords": "offset points", "fontsize": 8.5}
 

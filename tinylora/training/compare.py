@@ -1,5 +1,7 @@
 """The same job by every method and for several seeds: full fine-tuning, LoRA on the bfloat16 base, QLoRA with NF4, FP4 and Int4.
 
+LoRA on a base in LLM.int8 takes part where it is named.
+
 What it returns is printed by `costs.methods` and drawn by `figures.runs`.
 """
 
@@ -7,11 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .finetune import FULL_RECIPE, METHODS, finetune, finished
+from .finetune import COMPARED, FULL_RECIPE, METHODS, finetune, finished
 
 
 def compare(
-    job, recipe, seeds=(0, 1, 2), out=None, methods=tuple(METHODS), full_lr=FULL_RECIPE.lr, progress=True, eval_every=0
+    job, recipe, seeds=(0, 1, 2), out=None, methods=COMPARED, full_lr=FULL_RECIPE.lr, progress=True, eval_every=0
 ):
     """{method: [Report for each seed]}: the same text, steps and batches for every method; full fine-tuning at its own rate.
 

@@ -4,7 +4,7 @@
     bits per byte
 
 `finetune` does it once and returns a Report. `compare` does it for each method and seed: full fine-tuning, LoRA on the
-bfloat16 base, QLoRA with NF4, FP4 and Int4.
+bfloat16 base, QLoRA with NF4, FP4 and Int4; and, where it is named, LoRA on a base in LLM.int8.
 """
 
 import csv
@@ -15,14 +15,15 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from .. import adapters, backend, data
 from ..dtypes import Stored
 from ..interop import peft
-from ..models import files, fourbit
+from ..models import eightbit, files, folders, fourbit
 from ..models.llama import Llama
 from ..optim import AdamW
 from ..paging import Pager
-from ..quant import QuantizedTensor
 from ..tensor import Tensor
 from .adamw8bit import AdamW8bit
 from .corpus import question_and_answer, read_corpus, read_text, running_text
@@ -45,7 +46,10 @@ METHODS = {
     "qlora": Method("QLoRA, NF4 + double quantization", "nf4", adapts=True),
     "qlora-fp4": Method("QLoRA, FP4 + double quantization", "fp4", adapts=True),
     "qlora-int4": Method("QLoRA, Int4 + double quantization", "int4", adapts=True),
+    "int8": Method("LoRA, LLM.int8 base", eightbit.CODE, adapts=True),
 }
+#: Those that `compare` runs by default.
+COMPARED = ("full", "lora", "qlora", "qlora-fp4", "qlora-int4")
 
 #: The default recipes. The learning rates were chosen on the last twentieth of the training text, never on the held-out one;
 #: figures/README.md lists what was tried. LoRA wants the larger one: 3 times as large here. "LoRA Without Regret" fits about 10 times
@@ -108,6 +112,7 @@ class Report:
     trainable: int = 0
     parameters: int = 0
     bits_per_param: float | None = None
+    weight_error: float | None = None  # Σ (ŵ − w)² / Σ w² of the weights that are held in few bits
     bytes: dict = field(default_factory=dict)
     paging: dict = field(default_factory=dict)
     samples: dict = field(default_factory=dict)
@@ -127,7 +132,7 @@ def prepare(job, seed=0):
     wanted = {"code": code, "blocksize": job.blocksize, "double_quant": True, "compute_dtype": job.compute_dtype}
     quantize = wanted if code and not stored else None
     model = Llama.from_pretrained(job.model, quantize=quantize, compute_dtype=job.compute_dtype)
-    found = {w.code_name for _, w in model.named_weights() if isinstance(w, QuantizedTensor)}
+    found = {w.code_name for _, w in model.named_weights() if hasattr(w, "code_name")}
     if stored and found != {code}:
         raise ValueError(
             f"{job.model} is stored in {', '.join(found)}; the method {job.method!r} starts from {code or 'dense weights'}"
@@ -201,6 +206,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         return bits_per_byte(model, heldout, progress=progress, **limits), sample(model)
 
     if measure_before:
+        report.weight_error = _weight_error(model, job)
         report.before, report.samples["before"] = score()
     result = fit(
         model,
@@ -236,6 +242,20 @@ def _bits_per_param(model):
     """Bits that a weight of the quantized (or 16-bit) layers takes with its constants; None if there are none."""
     stored = [w for _, w in model.named_weights() if isinstance(w, Stored)]
     return 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored) if stored else None
+
+
+def _weight_error(model, job):
+    """Σ (ŵ − w)² / Σ w² over the weights in few bits, w as job.model has them; None if there are none, or if that is in few bits itself."""
+    stored = {adapters.targets.plain(n): w for n, w in model.named_weights() if isinstance(w, Stored)}
+    if not stored or fourbit.is_quantized(job.model):
+        return None
+    source, lost, power = folders.open_model(job.model).weights, 0.0, 0.0
+    for name, w in stored.items():
+        dense = source.float32(name)
+        difference = w.to(lambda a: backend.move(a, "cpu")).dequantize("float32") - dense
+        lost += float(np.square(difference, dtype=np.float64).sum())
+        power += float(np.square(dense, dtype=np.float64).sum())
+    return lost / power if power else 0.0
 
 
 def _bytes(model, result, pager):
@@ -346,6 +366,8 @@ def describe(report):
     rows.append(("trainable parameters", f"{report.trainable:,} of {report.parameters:,} ({share})"))
     if report.bits_per_param is not None:
         rows.append(("bits per quantized parameter", f"{report.bits_per_param:.3f}"))
+    if report.weight_error is not None:
+        rows.append(("relative squared error of these", f"{report.weight_error:.2e}"))
     rows += [(f"bytes: {name}", f"{n:,}") for name, n in report.bytes.items()]
     p, since = report.paging, f", since step {report.first_step}" if report.first_step else ""
     if p["budget"] is not None:
