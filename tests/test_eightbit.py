@@ -249,7 +249,8 @@ def test_the_example_of_the_post(rng, tmp_path, capsys):
             assert isinstance(merged, Linear8bit) and 0 < errors[path] < 0.02
             own = np.linalg.norm(merged.weight.dequantize("float32") - wanted) / np.linalg.norm(wanted)
             assert errors[path] == pytest.approx(own, rel=1e-4)
-        assert np.linalg.norm(model(ids).data - adapted) < 0.03 * np.linalg.norm(adapted)
+        # in eval mode s B A x, which was exact, is now rounded with x and with W: 0.02 to 0.03 over 150 seeds
+        assert np.linalg.norm(model(ids).data - adapted) < 0.06 * np.linalg.norm(adapted)
 
 
 # -------------------------------------------------------------------------------------------------------------------- folders
@@ -377,6 +378,33 @@ def test_an_adapter_on_8_bits_from_the_command_line_to_a_merged_folder(tmp_path,
     capsys.readouterr()
     assert main([*train, "--model", merged, "--out", str(tmp_path / "no")]) == 2
     assert "is stored in int8_vectorwise; the method 'qlora' starts from nf4" in capsys.readouterr().err
+
+
+def test_a_folder_is_quantized_to_8_bits_by_the_command(tmp_path, capsys):
+    from tinylora.cli import main
+
+    tiny.model().save_pretrained(tmp_path / "base")
+    assert (
+        main(["quantize", str(tmp_path / "base"), "--codes", "nf4", "--code", "int8", "--out", str(tmp_path / "eight")])
+        == 0
+    )
+    printed = capsys.readouterr().out
+    shapes = parameters.llama_shapes(tiny.CONFIG)
+    bits = 8 + 32 * sum(out for out, _ in shapes) / sum(out * n for out, n in shapes)
+    assert f"14 weights written to {tmp_path / 'eight'} in int8, {bits:.3f} bits each" in printed
+    here, there = Llama.from_pretrained(tmp_path / "base", quantize=CODE), Llama.from_pretrained(tmp_path / "eight")
+    for name, w in here.named_weights():
+        if isinstance(w, VectorwiseInt8):
+            assert (dict(there.named_weights())[name].codes == w.codes).all()
+    large = tiny.model()
+    large.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    large.save_pretrained(tmp_path / "large")
+    assert (
+        main(["quantize", str(tmp_path / "large"), "--codes", "nf4", "--code", "int8", "--out", str(tmp_path / "no")])
+        == 2
+    )
+    assert "up_proj.weight holds NaN, Inf or numbers above 65,504" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_comparison_takes_8_bits_where_they_are_named(tmp_path, capsys):

@@ -18,6 +18,7 @@ from test_oracle import (
     losses,
     one_thread,  # noqa: F401 (used by itself)
     open_in_transformers,
+    other_architecture,
     parameter_line,
     random_ids,
     random_llama,
@@ -264,6 +265,28 @@ def test_an_8_bit_folder_that_transformers_wrote_opens_here_with_the_same_bits(t
         agree(model(ids).data, their_logits(theirs, ids), 1e-4, "logits")
 
 
+@pytest.mark.parametrize("kind", ["bert", "bert, masked", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "whisper"])
+def test_an_8_bit_copy_of_another_architecture_runs_in_transformers(kind, tmp_path):
+    """The same modules are in 8 bits as in transformers' own quantization, with the same bits, and the model runs."""
+    model, run = other_architecture(kind)
+    model.eval().save_pretrained(tmp_path / "dense")
+    done = tl.interop.bitsandbytes.quantize_folder(tmp_path / "dense", tmp_path / "eight", CODE, progress=False)
+    theirs = open_in_transformers(tmp_path / "eight", type(model)).eval()
+    own = open_in_transformers(
+        tmp_path / "dense", type(model), quantization_config=transformers.BitsAndBytesConfig(load_in_8bit=True)
+    )
+    layers = {path: layer for path, layer in theirs.named_modules() if isinstance(layer, bnb.nn.Linear8bitLt)}
+    assert set(layers) == {path for path, layer in own.named_modules() if isinstance(layer, bnb.nn.Linear8bitLt)}
+    assert len(layers) == len(done)
+    for path, layer in layers.items():
+        (name,) = (n for n in done if f"{path}.weight".endswith(n))
+        assert same_bits(done[name].codes, layer.weight.data) and same_bits(done[name].scales, layer.weight.SCB), path
+        assert same_bits(done[name].codes, own.get_submodule(path).weight.data), path
+    with torch.no_grad():
+        dense, eight = run(model, torch.arange(20)[None]), run(theirs, torch.arange(20)[None])
+    assert float((dense - eight).norm() / dense.norm()) < 0.05
+
+
 def test_an_adapter_trained_here_on_8_bits_computes_the_same_in_peft(rng, tmp_path):
     random_llama(rng).save_pretrained(tmp_path / "base", dtype="float32")
     ours = Llama.from_pretrained(tmp_path / "base", quantize=CODE)
@@ -312,3 +335,22 @@ def test_torchs_int8_product_is_wrong_for_rows_of_one(rng):
     assert (vectorwise.whole_product(a, b) == right).all()
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.__version__.startswith("2.13."):
         assert (torch._int_mm(torch.from_numpy(a), torch.from_numpy(b).t()).numpy() != right).any()
+
+
+def test_the_line_of_the_post_is_what_peft_counts_on_the_shapes_of_the_model():
+    """T5 1.1 XXL on torch's meta device, where shapes have no memory. (transformers 5 ties a T5's head; that model had its own.)"""
+    from tinylora.papers import lora_numbers
+
+    layers, d, heads, d_kv, d_ff = lora_numbers.T5_XXL
+    config = transformers.T5Config(
+        vocab_size=lora_numbers.T5_VOCABULARY, d_model=d, d_kv=d_kv, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
+        num_heads=heads, feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.T5ForConditionalGeneration(config)
+        model.lm_head.weight = torch.nn.Parameter(torch.empty(lora_numbers.T5_VOCABULARY, d))
+        lora = peft.LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q", "v"], lora_dropout=0.05, task_type="SEQ_2_SEQ_LM"
+        )
+        counted = peft.get_peft_model(model, lora).get_nb_trainable_parameters()
+    assert counted == lora_numbers.post()[1:] == (18_874_368, 11_154_206_720)

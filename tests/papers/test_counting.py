@@ -1,5 +1,6 @@
 """Counting: the formulas against built models, and the audit of the paper's numbers, one test for each claim."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -295,3 +296,29 @@ def test_a_finding_is_said_only_where_the_rows_bear_it_out():
     right = [replace(r, verdict="rounds to") if r.method == "BitFit" else r for r in ROWS]
     left = [f for f in lora_numbers.findings(ROWS) if not f.startswith("BitFit")]
     assert lora_numbers.findings(right) == left and len(left) == 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the post
+def test_the_line_that_pefts_example_prints_follows_from_the_shapes(capsys):
+    """LoRA with r = 16 on W_q and W_v of T5 1.1 XXL: 24 + 24 + 24 attentions on 11,135,332,352 weights."""
+    from tinylora.cli import main
+
+    said = "trainable params: 18874368 || all params: 11154206720 || trainable%: 0.16921300163961817"
+    assert main(["count"]) == 0
+    printed = capsys.readouterr().out
+    assert said in printed.splitlines() and "11,135,332,352 weights" in printed and "= 18,874,368." in printed
+    assert re.search(r"^116 numbers: .*22 does not follow", printed, re.M)
+    assert lora_numbers.post()[1:] == (72 * 2 * 16 * (4096 + 4096), 11_135_332_352 + 18_874_368)
+    assert lora_numbers.post(r=8)[1] == 18_874_368 // 2
+
+
+def test_the_weights_of_a_t5_are_counted_one_by_one(rng):
+    L, d, n, d_kv, m, V, b = (int(x) for x in rng.integers(2, 30, 7))
+    attention = [(n * d_kv, d)] * 3 + [(d, n * d_kv)]  # q, k, v, o
+    mlp, norm = [(m, d), (m, d), (d, m)], [(d,)]
+    encoder = L * (attention + norm + mlp + norm)
+    decoder = L * (attention + norm + attention + norm + mlp + norm)
+    ends = 2 * [(b, n), (d,)] + 2 * [
+        (V, d)
+    ]  # the biases by distance and the last norm of each half; embedding and head
+    assert parameters.t5(L, d, n, d_kv, m, V, b) == sum(int(np.prod(shape)) for shape in encoder + decoder + ends)

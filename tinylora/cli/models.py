@@ -75,13 +75,15 @@ With --normality, measure only how normal they are, but on every row, by kind an
 see in rows whose law is known (QLoRA, appendix F: 7.5 % of LLaMA-7B's rows are rejected). --out then takes report.json and
 normality.svg, and PATH may be a GGUF file.
 
-With --out, also write the folder in 4 bits in bitsandbytes' format, which transformers opens (tried with llama, mistral,
-qwen2, qwen3, bert, gpt_neox and whisper; others are refused without --force). A Llama opens here as well: generate and
-finetune take the folder as --model. report.json and errors.svg lie beside it. Needs about twice the folder's size in memory."""
+With --out, also write the folder in 4 bits (or in 8: --code int8) in bitsandbytes' format, which transformers opens (tried with
+llama, mistral, qwen2, qwen3, bert, gpt_neox and whisper; others are refused without --force). A Llama opens here as well:
+generate and finetune take the folder as --model. report.json and errors.svg lie beside it. Needs about twice the folder's
+size in memory."""
 
 _QUANTIZE_EXAMPLES = """examples:
   tinylora quantize base                                        the embedded model
   tinylora quantize my-model --out my-model-nf4                 measure, and write NF4 with double quantization
+  tinylora quantize my-model --out my-model-8 --code int8       measure, and write LLM.int8
   tinylora quantize my-model --codes nf4 bof4 --blocksize 128   only two codes, in larger blocks
   tinylora quantize my-model.gguf --normality --out normal      are its rows normal?
 """
@@ -126,9 +128,11 @@ def quantize_parser(commands):
     p.add_argument(
         "--draws", type=positive, default=2000, help="rows drawn from each known law, for --normality (2000)"
     )
-    p.add_argument("--out", default=None, help="write the 4-bit folder, or what --normality found, here")
+    p.add_argument("--out", default=None, help="write the folder in few bits, or what --normality found, here")
     p.add_argument("--force", action="store_true", help="also write architectures that were not tried in transformers")
-    p.add_argument("--code", choices=("nf4", "fp4"), default="nf4", help="the code to write with (nf4)")
+    p.add_argument(
+        "--code", choices=("nf4", "fp4", "int8"), default="nf4", help="what to write: a 4-bit code, or LLM.int8 (nf4)"
+    )
     p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
@@ -138,12 +142,14 @@ def _quantize(args):
     from tqdm import tqdm
 
     from ..interop import bitsandbytes
+    from ..models import eightbit
     from ..papers import codes_on_weights
 
     folder = _folder(args.path)
     double, blocksize = not args.no_double_quant, args.blocksize
     if args.out:  # first what can be refused, then what takes long
-        done = bitsandbytes.quantize_folder(folder, args.out, args.code, blocksize, double, args.skip, force=args.force)
+        code = eightbit.CODE if args.code == "int8" else args.code
+        done = bitsandbytes.quantize_folder(folder, args.out, code, blocksize, double, args.skip, force=args.force)
     weights = _linear_weights(folder, args)
     bar = tqdm(weights.items(), desc="measuring", disable=None)
     lines = [codes_on_weights.measure(name, w, args.codes, blocksize, double) for name, w in bar]

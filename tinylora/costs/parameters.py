@@ -65,6 +65,17 @@ def transformer(layers, d, vocab, positions, extra=0):
     return layers * (12 * d * d + 13 * d) + (vocab + positions) * d + 2 * d + extra
 
 
+def t5(layers, d, heads, d_kv, d_ff, vocab, buckets=32):
+    """L (4 d h + 3 d m + 2 d) + L (8 d h + 3 d m + 3 d) + 2 b n + 2 d + 2 V d: T5 1.1, L layers in each half, h = n d_kv. -> int
+
+    A decoder's layer has two attentions. The MLP is gated, nothing has a bias, embedding and head are apart, and the first
+    attention of each half adds one of b learned biases for each of its n heads.
+    """
+    attention, mlp = 4 * d * heads * d_kv, 3 * d * d_ff
+    halves = layers * (attention + mlp + 2 * d) + layers * (2 * attention + mlp + 3 * d)
+    return halves + 2 * (buckets * heads + d) + 2 * vocab * d
+
+
 def llama_shapes(config, targets=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")):
     """[(out, in)] of the named matrices in all layers of a Llama, from anything with LlamaConfig's fields."""
     d, m = config.hidden_size, config.intermediate_size

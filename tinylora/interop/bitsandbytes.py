@@ -12,7 +12,7 @@ and config.json gains a `quantization_config`. Both maps are read from the file 
 0.49 put −1 in front of its 8-bit map, and dequantizing with another map would be wrong.
 
 bitsandbytes knows the codes NF4 and FP4, in blocks of 32 to 4096; other codes are refused with a sentence. A weight in 8 bits (LLM.int8)
-becomes its codes, its scales and a mark: see `models.eightbit`. Left out: `quantize_folder` in 8 bits, and a folder in both.
+becomes its codes, its scales and a mark: see `models.eightbit`. Left out: a folder in both.
 """
 
 import re
@@ -39,7 +39,7 @@ NOT_LINEAR = (
 #: Heads that are tied to an embedding are in no file; transformers must still be told that they are dense.
 _HEADS = ("lm_head", "embed_out", "proj_out", "cls.predictions.decoder")
 
-#: model_types whose 4-bit copies were opened and run in transformers (tests/oracle/test_oracle.py). Others may store a
+#: model_types whose copies in 4 and in 8 bits were opened and run in transformers (tests/oracle). Others may store a
 #: linear weight as (in, out), as GPT-2 does, or fuse experts on loading, and would come out wrong.
 OPENED = ("llama", "mistral", "qwen2", "qwen3", "bert", "gpt_neox", "whisper")
 
@@ -143,8 +143,10 @@ def quantize_folder(
     rule="bitsandbytes-cpu",
     force=False,
 ):
-    """A 4-bit copy of a folder with config.json and safetensors files: its linear weights in 4 bits, all other tensors as they were, and
+    """A copy of a folder with config.json and safetensors files: its linear weights in 4 bits, all other tensors as they were, and
     the small files that lie beside them (tokenizer, chat template, licence). Returns {name: QuantizedTensor}.
+
+    code="int8_vectorwise" writes LLM.int8 instead, {name: VectorwiseInt8}; blocks, double quantization and rule are nothing to it.
 
     Linear weights are the matrices named *.weight apart from embeddings and heads, and apart from names that contain a word of `skip`.
     Architectures outside OPENED are refused unless `force` is true. So is a target that holds another, dense model. ValueError says
@@ -162,11 +164,18 @@ def quantize_folder(
         if not np.isfinite(as_float32(tensors[name])[0]).all():
             raise ValueError(f"{name} holds NaN or Inf; leave it out (skip, or --skip {name})")
     for name in tqdm(linear, desc=f"quantizing to {code}", disable=None if progress else True):
-        done[name] = quantize(tensors.pop(name), code, blocksize, double_quant, rule, name=name)
-        tensors |= to_tensors(name, done[name])
+        if code == eightbit.CODE:
+            done[name] = VectorwiseInt8.of(tensors.pop(name), name)
+            tensors |= eightbit.to_tensors(name, done[name])
+        else:
+            done[name] = quantize(tensors.pop(name), code, blocksize, double_quant, rule, name=name)
+            tensors |= to_tensors(name, done[name])
     dense = {n.removesuffix(".weight") for n, w in tensors.items() if n.endswith(".weight") and len(w.shape) == 2}
     kept = sorted({*_HEADS, *dense} - {n.removesuffix(".weight") for n in done})
-    config["quantization_config"] = quantization_config(done[linear[0]], skip=kept)
+    if code == eightbit.CODE:
+        config["quantization_config"] = eightbit.quantization_config(skip=kept)
+    else:
+        config["quantization_config"] = quantization_config(done[linear[0]], skip=kept)
     for path in sorted(source.iterdir()):  # tokenizer, chat template, licence
         if path.is_file() and _goes_along(path.name):
             with files.atomic(target / path.name) as temporary:
@@ -189,7 +198,7 @@ def _check_folders(source, target, force):
         raise ValueError(f"{target} holds another, dense model; choose a new folder")
     if config.get("model_type") not in OPENED and not force:
         raise ValueError(
-            f"{source}: 4-bit copies of {config.get('model_type')!r} were not tried in transformers "
+            f"{source}: quantized copies of {config.get('model_type')!r} were not tried in transformers "
             f"(tried: {', '.join(OPENED)}); force writes one all the same"
         )
     return config
@@ -212,7 +221,7 @@ _WEIGHTS = (
 
 
 def _goes_along(name):
-    """Whether a file of the source belongs beside the 4-bit weights: no other weights, no adapter, nothing hidden."""
+    """Whether a file of the source belongs beside the quantized weights: no other weights, no adapter, nothing hidden."""
     return (
         not name.endswith(_WEIGHTS) and not name.startswith(".") and name not in ("config.json", "adapter_config.json")
     )

@@ -6,6 +6,8 @@ parameter counts of tables 1 to 5, 13 and 15 and of appendix D, table 1's percen
 §7.3's ratios. (Table 7's random column is `subspaces.expected_projection`.) Tables 6, 8 and 16 to 18 print no counts; table 14 repeats
 table 13's, and 13 repeats table 3's but for three.
 
+Beside the paper: `post()` derives the line that PEFT prints in a post of 2023, for LoRA on a T5 of 11 billion weights in 8 bits.
+
 What is said: each number gets a verdict (see `verdict`). `describe()` is the audit as text. It ends with `findings()`, the sentences on
 what does not hold; their numbers and the conditions under which they are said come from the audit's rows. Printed numbers are kept as
 printed, with their place.
@@ -18,9 +20,11 @@ from ..costs.parameters import (
     adapter_h,
     adapter_l,
     bitfit,
+    lora,
     lora_square,
     prefix_embedding,
     prefix_layer,
+    t5,
     transformer,
 )
 from ..costs.tables import aligned
@@ -278,6 +282,28 @@ def describe():
         table.append((r.where, r.model, r.method, r.setting, r.printed, *numbers, r.verdict))
     lines = [aligned(table, left=(0, 1, 2, 3, 7)), "", f"{len(rows)} numbers: {tally(rows)}", ""]
     return "\n".join([*lines, *(f"* {finding}" for finding in findings(rows))])
+
+
+#: T5 1.1 XXL (Raffel et al. 2020; google/t5-v1_1-xxl, flan-t5-xxl): layers in each half, width, heads, width of a head and of the MLP.
+T5_XXL, T5_VOCABULARY = (24, 4096, 64, 64, 10240), 32128
+
+
+def post(r=16):
+    """(text, trained, all) of the line that PEFT's example prints, "trainable params: …", from shapes alone.
+
+    The example is LoRA with r = 16 on W_q and W_v of flan-t5-xxl, its base in LLM.int8 (2023). PEFT did not separate thousands then.
+    """
+    layers, d, heads, d_kv, d_ff = T5_XXL
+    attentions = 3 * layers  # in the encoder, in the decoder, and from the decoder to the encoder
+    trained = 2 * attentions * lora(d, heads * d_kv, r)
+    base = t5(*T5_XXL, T5_VOCABULARY)
+    text = (
+        f"T5 1.1 of 11B: {layers} + {layers} layers of width {d:,}, {heads} heads of {d_kv}, MLPs of {d_ff:,} and {T5_VOCABULARY:,} "
+        f"tokens are {base:,} weights.\n"
+        f"LoRA with r = {r} on W_q and W_v of {attentions} attentions: {2 * attentions} · {r} · ({d} + {heads * d_kv}) = {trained:,}.\n"
+        f"trainable params: {trained} || all params: {base + trained} || trainable%: {100 * trained / (base + trained)}"
+    )
+    return text, trained, base + trained
 
 
 def findings(rows=None):
