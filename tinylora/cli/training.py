@@ -21,6 +21,7 @@ _FINETUNE_EXAMPLES = r"""examples:
   tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out
   tinylora finetune --text pairs.jsonl --out pairs      {"prompt": ..., "answer": ...} lines; the loss is on the answer
   tinylora finetune --target-modules q_proj v_proj --out qv  the paper's choice of layers
+  tinylora finetune --method int8 --out int8            LoRA on a base in 8 bits (LLM.int8)
   tinylora finetune --trace --page-budget 256k --out traced  a figure of what was paged, step by step
   tinylora finetune --compare --out compare             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure
 

@@ -28,7 +28,7 @@ _PER_127_SQUARED = np.float32(6.200124e-05)  # bitsandbytes' constant on a CPU; 
 
 
 def quantize(x, threshold=0.0):
-    """(c, s, O): codes (n, k) int8, scales (n,) float32, outlier columns (integers, ascending).   §2.1, §3.1, §3.2.
+    """(c, s, O): codes (n, k) int8, scales (n,) float32, numbers of the outlier columns, ascending.   §2.1, §3.1, §3.2.
 
     x           (n, k) float, n rows with a scale each; a float16 copy is quantized
     threshold   a column with an entry |x| ≥ threshold (rounded to float16 itself) is in O: its codes are 0. 0: O is empty
@@ -36,15 +36,21 @@ def quantize(x, threshold=0.0):
     The outliers are left out of the scales, but the other entries of their columns are not: s may be larger than the codes need.
     """
     xp = array_module(x)
+    columns = xp.zeros(0, np.int64)
     with np.errstate(all="ignore"):
-        half = x.astype(np.float16)
-        outliers = xp.abs(half) >= np.float16(threshold if threshold > 0 else np.nan)  # nothing is as large as NaN
-        columns = xp.flatnonzero(outliers.any(axis=0))
-        inner = xp.where(outliers, np.float16(0), half).astype(np.float32)
-        scales = xp.abs(inner).max(axis=1)
-        codes = xp.rint(inner * (np.float32(1) / scales * np.float32(127))[:, None])
-    codes[:, columns] = 0
-    codes[~xp.isfinite(codes)] = 0  # a row of zeros, or with something infinite
+        x = x.astype(np.float16).astype(np.float32)
+        scales = xp.abs(x).max(axis=1)
+        limit = np.float32(np.float16(threshold))
+        if threshold > 0 and not (scales < limit).all():
+            outliers = xp.abs(x) >= limit
+            columns = xp.flatnonzero(outliers.any(axis=0))
+            x = xp.where(outliers, np.float32(0), x)
+            scales = xp.abs(x).max(axis=1)
+        codes = xp.rint(x * (np.float32(1) / scales * np.float32(127))[:, None])
+    if len(columns):
+        codes[:, columns] = 0
+    if not ((scales > 0) & xp.isfinite(scales)).all():  # a row of zeros, or with something infinite
+        codes[~xp.isfinite(codes)] = 0
     return codes.astype(np.int8), scales, columns
 
 
@@ -73,7 +79,9 @@ def product(x, codes, scales, threshold=0.0, bias=None, rounded=lambda y: y):
     rounded   to the layer's dtype: the product of codes with the bias, the columns of the weight that meet outliers, and the sum
     """
     own, own_scales, columns = quantize(x, threshold)
-    y = whole_product(own, codes).astype(np.float32) * (own_scales[:, None] * scales) * _PER_127_SQUARED
+    y = whole_product(own, codes).astype(np.float32)
+    y *= own_scales[:, None] * scales
+    y *= _PER_127_SQUARED
     if bias is not None:
         y += bias
     y = rounded(y)
