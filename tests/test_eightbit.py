@@ -294,6 +294,7 @@ def test_a_damaged_folder_is_refused_with_the_name_of_the_tensor(tmp_path):
         ({f"{path}.SCB": nan}, "a scale that is negative, Inf or NaN"),
         ({f"{path}.weight": None}, "expected model.layers.0.mlp.up_proj.weight as a matrix of int8"),
         ({f"{path}.weight": whole[f"{path}.weight"].astype(F)}, "as a matrix of int8"),
+        ({f"{path}.weight": whole[f"{path}.weight"] | np.int8(-128)}, "holds −128, to which no weight is rounded"),
         ({f"{path}.weight": whole[f"{path}.weight"][:, 1:].copy()}, "fits no linear layer"),
         ({f"{path}.weight_format": np.array(2, np.uint8)}, "weight_format is 2; only 0, row by row, is read"),
         ({"lm_head2.weight": whole[f"{path}.weight"], "lm_head2.SCB": whole[f"{path}.SCB"]}, "fits no linear layer"),

@@ -184,6 +184,8 @@ def from_tensors(name, tensors, where="the file"):
     fault = None
     if codes is None or codes.dtype != np.int8 or codes.ndim != 2:
         fault = f"expected {name} as a matrix of int8"
+    elif (codes == -128).any():
+        fault = f"{name} holds −128, to which no weight is rounded"
     elif scales is None or scales.dtype != np.float32 or scales.shape != codes.shape[:1]:
         fault = f"expected {path}{_SCALES} as {len(codes)} float32, one for each row"
     elif not np.isfinite(scales).all() or (scales < 0).any():
