@@ -260,7 +260,7 @@ def test_rope_depends_on_the_distance_only(rng):
     assert abs(dot[0] - dot[1]) < 1e-12
 
 
-def attention_by_hand(q, k, v):
+def attention_by_hand(q, k, v, window=None):
     b, t, heads, d = q.shape
     s, groups = k.shape[1], k.shape[2]
     y = np.zeros_like(q)
@@ -268,9 +268,10 @@ def attention_by_hand(q, k, v):
         for h in range(heads):
             for j in range(t):
                 seen = s - t + j + 1
-                score = k[i, :seen, h * groups // heads] @ q[i, j, h] / np.sqrt(d)
+                first = 0 if window is None else max(seen - window, 0)
+                score = k[i, first:seen, h * groups // heads] @ q[i, j, h] / np.sqrt(d)
                 p = np.exp(score - score.max())
-                y[i, j, h] = (p / p.sum()) @ v[i, :seen, h * groups // heads]
+                y[i, j, h] = (p / p.sum()) @ v[i, first:seen, h * groups // heads]
     return y
 
 
@@ -286,14 +287,25 @@ def test_causal_attention(t, s, heads, groups, xp, rng):
     check(ops.causal_attention, *(np.swapaxes(a, 1, 2).copy().swapaxes(1, 2) for a in (q, k, v)), xp=xp, rng=rng)
 
 
-def test_attention_blocks_change_nothing(monkeypatch, rng):
+@pytest.mark.parametrize("t, s", [(5, 5), (1, 6), (3, 7), (70, 70), (66, 80)])
+@pytest.mark.parametrize("window", [1, 2, 5, 64, 200])
+def test_a_sliding_window(t, s, window, xp, rng):
+    q, k, v = (rng.standard_normal((1, n, h, 4)) for n, h in ((t, 4), (s, 2), (s, 2)))
+    expected = attention_by_hand(q, k, v, window)
+    check(
+        lambda q, k, v: ops.causal_attention(q, k, v, window=window), q, k, v, xp=xp, value=lambda *_: expected, rng=rng
+    )
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 20, 49])
+def test_attention_blocks_change_nothing(window, monkeypatch, rng):
     arrays = [rng.standard_normal((2, 50, h, 8)) for h in (4, 2, 2)]
     g = rng.standard_normal(arrays[0].shape)
     results = []
     for block in (7, 1000):
         monkeypatch.setattr(attention, "QUERY_BLOCK", block)
         tensors = [Tensor(a, requires_grad=True) for a in arrays]
-        y = ops.causal_attention(*tensors)
+        y = ops.causal_attention(*tensors, window=window)
         y.backward(g)
         results.append([y.data, *(t.grad for t in tensors)])
     for a, b in zip(*results, strict=True):

@@ -30,7 +30,7 @@ import numpy as np
 from . import backend
 from .backend import array_module, rowdot
 from .dtypes import round_to
-from .kernels.attention import in_blocks
+from .kernels.attention import in_blocks, unseen
 from .kernels.scatter import scatter_add
 from .tensor import Tensor, primitive
 
@@ -429,7 +429,7 @@ def rope(x, cos, sin):
 
 
 @primitive
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, window=None):
     """y = P v, P = softmax(mask(q kᵀ/√d));   v̄ = Pᵀ ḡ,  P̄ = ḡ vᵀ,  S̄ = P ∘ (P̄ − Σ P̄ ∘ P),  q̄ = S̄ k/√d,  k̄ = S̄ᵀ q/√d.
 
     ∘ is the elementwise product; all other products are of matrices.
@@ -437,15 +437,16 @@ def causal_attention(q, k, v):
     q (b, t, heads, d), k and v (b, s, kv_heads, d) with s ≥ t: query i sees the keys 0 … s − t + i. heads must be a
     multiple of kv_heads: query heads share a key head in groups (grouped-query attention, Ainslie et al. 2023). -> (b,
     t, heads, d). `_attend` is the equation; `in_blocks` runs it on 64 queries at a time, which never look at the keys after them.
+    window: how many keys a query sees at the most, its own included (Mistral's sliding window); None for all.
     """
     (b, t, heads, d), (_, s, groups, _) = q.shape, k.shape
     if heads % groups or k.shape != v.shape or k.shape[0] != b or k.shape[3] != d or s < t:
         raise ValueError(f"causal_attention: q is (b, t, heads, d) = {q.shape}, k is {k.shape}, v is {v.shape}; k and v must be "
                          "(b, s, kv_heads, d) with s >= t and heads a multiple of kv_heads")
-    return in_blocks(_attend, q, k, v)
+    return in_blocks(_attend, q, k, v, window)
 
 
-def _attend(q, k, v):
+def _attend(q, k, v, window=None):
     """causal_attention in one piece."""
     (b, t, heads, d), (s, groups) = q.shape, k.shape[1:3]
     xp, m, scale = array_module(q), heads // groups, 1 / math.sqrt(d)
@@ -458,8 +459,8 @@ def _attend(q, k, v):
 
     q, k, v = split(q), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     scores = (q * scale) @ k.swapaxes(-1, -2)  # (b, groups, m t, s)
-    if t > 1:  # −∞ on every key after the query
-        scores.reshape(b, groups, m, t, s)[...] += xp.triu(xp.full((t, s), -np.inf, dtype=q.dtype), k=s - t + 1)
+    if t > 1:  # −∞ on every key that the query does not see
+        scores.reshape(b, groups, m, t, s)[...] += unseen(xp, t, s, window, q.dtype)
     p = _softmax(scores)
 
     def pull(g, need):
