@@ -9,11 +9,19 @@ from gradcheck import check
 
 import tinylora as tl
 from tinylora import KVCache, Llama, LlamaConfig, no_grad, ops
+from tinylora.dtypes import BFloat16Array
+from tinylora.interop import bitsandbytes
+from tinylora.models import folders, fourbit, llama, safetensors
 from tinylora.models.tokenizers import ByteTokenizer
 
 
 def loss(m, x, t):
     return ops.softmax_cross_entropy(m(x), t)
+
+
+def rewrite(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_gradients_of_the_whole_model_against_central_differences(rng):
@@ -108,6 +116,149 @@ def test_two_streams_can_take_turns():
     ] == alone and m.training
 
 
+# ------------------------------------------------------------------------------------------------------------------- spare tensors
+def rewritten(folder, change):
+    """The folder's tensors, changed."""
+    tensors = safetensors.load_folder(folder)
+    change(tensors)
+    safetensors.save_safetensors(folder / "model.safetensors", tensors)
+
+
+#: A dense folder, and one of each way in which a folder may hold few bits.
+HELD = pytest.mark.parametrize("code", [None, "nf4", "int8_vectorwise"])
+
+
+def write(m, folder, code, dtype="float32"):
+    """Write a model as one of HELD; it is then what was written."""
+    bitsandbytes.save(tl.quantize_linears(m, code), folder) if code else m.save_pretrained(folder, dtype)
+
+
+@HELD
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_of_its_own_beside_a_tied_embedding_is_the_head(code, dtype, tmp_path, rng):
+    m, x = tiny.model(tie_word_embeddings=False), tiny.ids(rng, 1, 9)
+    write(m, tmp_path, code, dtype)
+    expected = tiny.logits(Llama.from_pretrained(tmp_path), x)
+    rewrite(tmp_path, tie_word_embeddings=True)
+    again = Llama.from_pretrained(tmp_path)
+    assert (
+        (tiny.logits(again, x) == expected).all() and not again.config.tie_word_embeddings and not again.tied_parameters
+    )
+    if not code:
+        llama.convert(tmp_path, tmp_path / "out", "float32")
+        assert (tiny.logits(Llama.from_pretrained(tmp_path / "out"), x) == expected).all()
+
+
+@HELD
+def test_a_head_that_is_the_embedding_over_again_is_spare(code, tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(safetensors, "_PIECE", 1000)
+    m, x = tiny.model(), tiny.ids(rng, 1, 9)
+    for w in m.parameters():
+        w.data = tl.dtypes.round_to(w.data, "bfloat16")
+    write(m, tmp_path, code, "bfloat16")
+    embedding = safetensors.load_folder(tmp_path)["model.embed_tokens.weight"]
+    wide = embedding.dequantize("float32") if isinstance(embedding, BFloat16Array) else embedding
+    for head in (embedding, wide):  # the same numbers in two dtypes
+        rewritten(tmp_path, lambda tensors, head=head: tensors.update({"lm_head.weight": head}))
+        again = Llama.from_pretrained(tmp_path)
+        assert again.lm_head is None and (tiny.logits(again, x) == tiny.logits(m, x)).all()
+    other = wide.copy()
+    other[-1, -1] += 1e-3  # one number in the last piece
+    rewritten(tmp_path, lambda tensors: tensors.update({"lm_head.weight": other}))
+    assert (Llama.from_pretrained(tmp_path).lm_head.weight.data == other).all()
+    rewritten(tmp_path, lambda tensors: tensors.update({"lm_head.weight": wide[:-1]}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has shape \(255, 32\)"):
+        Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("code", ["nf4", "int8_vectorwise"])
+def test_a_head_in_few_bits_beside_a_tied_embedding(code, tmp_path, rng):
+    m, x = tl.quantize_linears(tiny.model(tie_word_embeddings=False), code, skip=()), tiny.ids(rng, 1, 9)
+    bitsandbytes.save(m, tmp_path)
+    rewrite(tmp_path, tie_word_embeddings=True)
+    assert (tiny.logits(Llama.from_pretrained(tmp_path), x) == tiny.logits(m, x)).all()
+
+
+def test_an_untied_model_without_a_head_is_refused(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    rewrite(tmp_path, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"the first is lm_head\.weight, and tie_word_embeddings is false"):
+        Llama.from_pretrained(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------- other ways of quantizing
+METHODS = [
+    ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "gptq"),
+    ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+    ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "fp8"),
+    ({"quantization_config": {"quant_method": "hqq", "quant_config": {}}}, "hqq"),
+    ({"quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}}, "compressed-tensors"),
+    ({"compression_config": {"quant_method": "compressed-tensors"}}, "compressed-tensors"),
+    ({"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4"),
+    ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
+    ({"quantization_config": "aqlm"}, "aqlm"),
+    ({"quantization_config": {"bits": 4}}, "a method without a name"),
+    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": False}}, "bitsandbytes"),
+]
+
+
+@pytest.mark.parametrize("changes, method", METHODS, ids=[f"{m} {i}" for i, (_, m) in enumerate(METHODS)])
+def test_every_door_names_the_method_that_it_does_not_open(changes, method, tmp_path):
+    tiny.model().save_pretrained(tmp_path / "m")
+    rewrite(tmp_path / "m", **changes)
+    doors = {
+        "from_pretrained": Llama.from_pretrained,
+        "interop": bitsandbytes.load,
+        "its old name": bitsandbytes.open_model,
+        "quantize": lambda path: bitsandbytes.quantize_folder(path, tmp_path / "out", progress=False),
+        "convert": lambda path: llama.convert(path, tmp_path / "out"),
+        "finetune": lambda path: tl.finetune.prepare(tl.finetune.Job(model=str(path))),
+    }
+    said = {}
+    for name, opens in doors.items():
+        with pytest.raises(ValueError, match=f"quantized by '{method}'; tinylora opens dense folders, ") as caught:
+            opens(tmp_path / "m")
+        said[name] = str(caught.value)
+    assert len(set(said.values())) == 1 and str(tmp_path / "m") in said["interop"], "all doors say the same"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "file, method",
+    [("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")],
+)
+def test_older_folders_name_their_method_in_a_file_beside(file, method, tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / file).write_text("{}")
+    for opens in (Llama.from_pretrained, bitsandbytes.load):
+        with pytest.raises(ValueError, match=f"quantized by '{method}'"):
+            opens(tmp_path)
+
+
+def test_4_bits_that_are_not_there_and_not_wanted(tmp_path):
+    tiny.model().save_pretrained(tmp_path / "dense")
+    rewrite(
+        tmp_path / "dense", quantization_config={"load_in_4bit": True}
+    )  # as transformers wrote it first, without a method
+    assert fourbit.held(tmp_path / "dense") == "4bit"
+    with pytest.raises(ValueError, match="says load_in_4bit, and none of the folder's weights is in 4 bits"):
+        Llama.from_pretrained(tmp_path / "dense")
+    bitsandbytes.save(tl.quantize_linears(tiny.model()), tmp_path / "four")
+    with pytest.raises(ValueError, match="its weights are in bitsandbytes' 4 bits; expected a model that is dense"):
+        llama.convert(tmp_path / "four", tmp_path / "out")
+    with pytest.raises(ValueError, match="quantized already"):
+        bitsandbytes.quantize_folder(tmp_path / "four", tmp_path / "out", progress=False)
+    assert folders.open_model(tmp_path / "four", held="4bit").config["vocab_size"] == 256
+
+
+@HELD
+def test_a_folder_ends_its_texts_where_generation_config_says(code, tmp_path):
+    write(tiny.model(), tmp_path, code)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9], "bos_token_id": 1}))
+    c = Llama.from_pretrained(tmp_path).config
+    assert (c.eos_token_id, c.bos_token_id) == ((7, 9), 1)
+
+
 def test_a_full_cache_says_so(rng):
     with pytest.raises(ValueError, match="4 tokens are held and 2 come in; its capacity is 5"):
         m, cache = tiny.model(), KVCache(5)
@@ -155,11 +306,6 @@ def test_a_folder_round_trip(tied, dtype, tmp_path, rng):
     assert (tmp_path / "model.safetensors").stat().st_size < sum(p.size for p in m.parameters()) * (
         4 if dtype == "float32" else 2
     ) + 4000
-
-
-def rewrite(folder, **changes):
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.mark.parametrize(

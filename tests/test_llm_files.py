@@ -323,6 +323,52 @@ def test_a_gguf_is_the_model_that_was_written(changes, tmp_path, rng):
     assert (logits(m, x) == logits(again, x)).all()
 
 
+def dequantizable():
+    """The types that the gguf package dequantizes."""
+    gguf = pytest.importorskip("gguf")
+    found = []
+    for kind in gguf.GGMLQuantizationType:
+        with contextlib.suppress(NotImplementedError):
+            gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            found.append(kind)
+    return found
+
+
+def test_every_type_that_can_be_dequantized_is_read(tmp_path, rng):
+    """IQ4_NL and its like begin with the letter of an integer type and are floats in few bits."""
+    gguf, kinds = pytest.importorskip("gguf"), dequantizable()
+    assert {"IQ4_NL", "IQ2_XXS", "IQ3_S", "TQ1_0", "Q6_K", "F16"} <= {kind.name for kind in kinds}
+    for kind in kinds:
+        width = max(gguf.GGML_QUANT_SIZES[kind][0], 32)
+        sizes = {"hidden_size": width, "intermediate_size": width, "head_dim": width // 4}
+        m = tiny.model(**sizes, num_hidden_layers=1)
+        raw, written = {}, {}
+        for name, w in m.named_parameters():
+            if w.ndim == 2:
+                shape = (len(w.data), width // gguf.GGML_QUANT_SIZES[kind][0] * gguf.GGML_QUANT_SIZES[kind][1])
+                raw[name] = rng.integers(0, 60, shape, dtype=np.uint8)  # no scale in it is NaN or Inf
+                written[name] = gguf.dequantize(raw[name], kind)
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        sizes = {"context_length": 64, "embedding_length": width, "block_count": 1, "feed_forward_length": width}
+        for name, value in (sizes | {"attention.head_count": 4, "attention.head_count_kv": 2}).items():
+            writer.add_uint32(f"llama.{name}", value)
+        writer.add_layer_norm_rms_eps(1e-5)
+        for name, w in m.named_parameters():
+            if w.ndim == 2:
+                writer.add_tensor(llm_files.gguf_name(name), raw[name], raw_dtype=kind)
+            else:
+                writer.add_tensor(llm_files.gguf_name(name), w.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        again = dict(Llama.from_pretrained(tmp_path / "m.gguf").named_parameters())
+        for name, w in written.items():
+            heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2])
+            found = again[name].data
+            assert (llm_files.interleaved(found, heads) if heads else found).tobytes() == w.tobytes(), (kind.name, name)
+
+
 @pytest.mark.parametrize("kinds", [("Q4_0",), ("Q4_1", "Q8_0"), ("F16", "BF16", "F32"), ("Q5_0", "Q5_1")])
 def test_a_gguf_in_few_bits_is_what_the_bits_stand_for(kinds, tmp_path, rng, monkeypatch):
     pytest.importorskip("gguf")

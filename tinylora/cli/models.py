@@ -192,9 +192,9 @@ def _folder(path):
 def _linear_weights(folder, args):
     """{name: array} of a folder's dense linear weights."""
     from ..interop import bitsandbytes
-    from ..models import files, safetensors
+    from ..models import fourbit, safetensors
 
-    if (folder / "config.json").is_file() and files.read_json(folder / "config.json").get("quantization_config"):
+    if fourbit.is_quantized(folder):
         raise ValueError(f"{args.path} is quantized already; measure the dense model")
     weights = {
         n: w for n, w in safetensors.load_folder(folder).items() if bitsandbytes.is_linear_weight(n, w, args.skip)

@@ -190,7 +190,7 @@ def _check_folders(source, target, force):
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected a model folder as transformers saves it")
     config = files.read_json(source / "config.json")
-    if config.get("quantization_config"):
+    if is_quantized(source):
         raise ValueError(f"{source / 'config.json'} says that the model is quantized already")
     if target.resolve() == source.resolve():
         raise ValueError(f"{target} would overwrite its source")

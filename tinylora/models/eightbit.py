@@ -146,11 +146,6 @@ nn.STORES[CODE] = Linear8bit.of
 
 
 # ------------------------------------------------------------------------------------------------------------------------ folders
-def is_eight_bits(config):
-    """Whether a config.json describes a folder in LLM.int8."""
-    return bool((config.get("quantization_config") or {}).get("load_in_8bit"))
-
-
 def options(config, tensors, where):
     """The threshold of such a folder's layers, as an option of Linear8bit. ValueError if its weights are not in 8 bits after all."""
     given = config["quantization_config"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..data import base_folder
 from ..dtypes import BFloat16Array
-from . import files, safetensors
+from . import files, fourbit, safetensors
 from .gguf import GGUF
 from .tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
 
@@ -25,7 +25,8 @@ class ModelFiles:
     """A model that lies on a disk.
 
     config     a Hugging Face config.json as a dict, with the ids of generation_config.json; it stands in `config_path`
-    weights    {name: array}, lazily; also kind(name) -> (dtype, shape), float32(name) -> array, where(name) -> file
+    weights    {name: array}, lazily; also kind(name) -> (dtype, shape), is_float(name) -> bool, float32(name) -> array,
+               where(name) -> file, and in folders pieces(name) -> the same float32 numbers, piece by piece
     """
 
     path: Path
@@ -36,24 +37,41 @@ class ModelFiles:
     def check(self, shapes, whole=True):
         """Whether the file holds these tensors, and no others if `whole`; ValueError names the first that does not fit.
 
-        Two kinds of tensors may be there as well: a head where the config ties it to the embedding, and the table of
-        rotary frequencies that old folders carry along.
+        Two kinds of tensors may be there as well: see `spare`.
         """
-        spare = {"lm_head.weight"} if self.config.get("tie_word_embeddings") else set()
-        names = {n for n in self.weights if n not in spare and not n.endswith(".rotary_emb.inv_freq")}
+        names = set(self.weights) - self.spare(shapes)
         unfit = f"does not fit its {'header' if self.config_path == self.path else self.config_path.name}"
         if missing := sorted(shapes.keys() - names):
-            raise ValueError(f"{self.path} {unfit}: {len(missing)} tensors are missing, the first is {missing[0]}")
+            why = ", and tie_word_embeddings is false" if missing == ["lm_head.weight"] else ""
+            raise ValueError(f"{self.path} {unfit}: {len(missing)} tensors are missing, the first is {missing[0]}{why}")
         if whole and (unknown := sorted(names - shapes.keys())):
             where = self.weights.where(unknown[0])
             raise ValueError(f"{where} {unfit}: it holds {unknown[0]}, which the model does not have")
         for name, shape in shapes.items():
-            kind, found = self.weights.kind(name)
+            found = self.weights.kind(name)[1]
             if tuple(found) != tuple(shape):
                 where = self.weights.where(name)
                 raise ValueError(f"{where} {unfit}: {name} has shape {tuple(found)}, the model's is {tuple(shape)}")
-            if kind.startswith(("I", "U")) or kind == "BOOL":
-                raise ValueError(f"{self.weights.where(name)}: {name} has dtype {kind}, expected floats")
+            self.check_floats(name)
+
+    def check_floats(self, name):
+        if not self.weights.is_float(name):
+            where, kind = self.weights.where(name), self.weights.kind(name)[0]
+            raise ValueError(f"{where}: {name} has dtype {kind}, expected floats")
+
+    def spare(self, names):
+        """The tensors that a model with these parameters does without: the rotary tables that old folders carry along (`rope.agrees`
+        compares them with the config), and a head where the model has none but its embedding (`own_head` compares the two)."""
+        return {n for n in self.weights if is_rotary_table(n) or (n == "lm_head.weight" and n not in names)}
+
+    def own_head(self):
+        """Whether there is a head that is not the embedding over again: transformers does not tie them then, whatever the config says."""
+        head, embedding, w = "lm_head.weight", "model.embed_tokens.weight", self.weights
+        if head not in w:
+            return False
+        if not w.is_float(head) or w.kind(head)[1] != w.kind(embedding)[1]:
+            return True
+        return any((a != b).any() for a, b in zip(w.pieces(head), w.pieces(embedding), strict=True))
 
     def tokenizer(self):
         """The model's tokenizer; ValueError if it has more tokens than the model."""
@@ -65,8 +83,16 @@ class ModelFiles:
         return fitting(BPETokenizer.from_gguf(self.weights.fields, self.path), size, self.path)
 
 
-def open_model(path):
-    """The ModelFiles of "base" (the embedded model), a folder with config.json and safetensors, or FILE.gguf."""
+def is_rotary_table(name):
+    """Whether a tensor is the table of rotary frequencies that transformers once saved with each layer."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def open_model(path, held="dense"):
+    """The ModelFiles of "base" (the embedded model), a folder with config.json and safetensors, or FILE.gguf.
+
+    held   how the weights of the folder must be held: "dense", "4bit" or "8bit" (see `fourbit.held`)
+    """
     folder = base_folder() if str(path) == "base" else Path(path)
     if folder.suffix == ".gguf" and not folder.is_dir():
         opened = GGUF(folder)
@@ -79,8 +105,9 @@ def open_model(path):
     if (folder / "generation_config.json").is_file():  # an instruction-tuned model may end its answers at other tokens
         ids = files.read_json(folder / "generation_config.json")
         config |= {name: ids[name] for name in _TOKENS if ids.get(name) is not None}
-    if config.get("quantization_config"):
-        raise ValueError(f"{path} is quantized already; Llama.from_pretrained opens 4-bit folders of bitsandbytes")
+    if (found := fourbit.held(folder)) != held:
+        names = {"dense": "dense", "4bit": "in bitsandbytes' 4 bits", "8bit": "in bitsandbytes' LLM.int8()"}
+        raise ValueError(f"{path}: its weights are {names[found]}; expected a model that is {names[held]}")
     return ModelFiles(folder, config, folder / "config.json", safetensors.open_folder(folder))
 
 

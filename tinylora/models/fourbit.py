@@ -124,7 +124,36 @@ def _same_or(ours, theirs):
     return ours if ours.tobytes() == theirs.tobytes() else theirs
 
 
+# ------------------------------------------------------------------------------------------------------------- a model folder
+#: What the sentences about other folders end with.
+OPENS = "tinylora opens dense folders, folders in bitsandbytes' 4 or 8 bits and GGUF files"
+
+_BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+def held(path):
+    """How a model folder holds its weights: "dense", or in bitsandbytes' "4bit" or "8bit". ValueError names any other method.
+
+    config.json says so in `quantization_config` (transformers), `compression_config` (older compressed-tensors) or `quantization` (MLX),
+    or a file beside it does (AutoGPTQ, AutoAWQ and ModelOpt, before transformers knew them).
+    """
+    folder = Path(path)
+    if str(path) == "base" or not (folder / "config.json").is_file():
+        return "dense"
+    config = files.read_json(folder / "config.json")
+    said = [config[key] for key in ("quantization_config", "compression_config") if config.get(key)]
+    methods = [entry.get("quant_method") if isinstance(entry, dict) else entry for entry in said]
+    methods += ["mlx"] * bool(config.get("quantization"))
+    methods += [method for name, method in _BESIDE.items() if (folder / name).is_file()]
+    if not methods:
+        return "dense"
+    if said and isinstance(said[0], dict) and methods[0] in (None, "bitsandbytes"):
+        for bits in ("4bit", "8bit"):
+            if said[0].get(f"load_in_{bits}") or said[0].get(f"_load_in_{bits}"):
+                return bits
+    raise ValueError(f"{folder}: its weights are quantized by {methods[0] or 'a method without a name'!r}; {OPENS}")
+
+
 def is_quantized(path):
-    """Whether a path is a folder whose config.json says that it is quantized."""
-    config = Path(path) / "config.json"
-    return str(path) != "base" and config.is_file() and bool(files.read_json(config).get("quantization_config"))
+    """Whether a path is a folder in bitsandbytes' 4 or 8 bits; ValueError as in `held`."""
+    return held(path) != "dense"

@@ -80,6 +80,10 @@ class GGUF(Mapping):
         shape, kind, _ = self._tensors[name]
         return self._package.GGMLQuantizationType(kind).name, shape
 
+    def is_float(self, name):
+        """Every type that can be dequantized holds floats; a file with another does not open."""
+        return True
+
     def where(self, name):
         """The file that holds a tensor."""
         return self.path

@@ -34,8 +34,8 @@ from ..nn import (
 )
 from ..tape import checkpoint
 from ..tensor import Tensor, no_grad
-from . import eightbit, files, folders, fourbit, safetensors
-from .tokenizers import ByteTokenizer, load_tokenizer
+from . import eightbit, folders, fourbit
+from .tokenizers import ByteTokenizer
 
 
 @dataclass(frozen=True)
@@ -345,11 +345,11 @@ class Llama(Module):
         for what, name in (("dtype", dtype), ("compute_dtype", compute_dtype)):
             if name not in ("float32", "bfloat16"):
                 raise ValueError(f"from_pretrained: {what} {name!r} is unknown: expected 'float32' or 'bfloat16'")
-        if fourbit.is_quantized(path):
-            if quantize is not None:
-                bits = 8 if eightbit.is_eight_bits(files.read_json(Path(path) / "config.json")) else 4
-                raise ValueError(f"{path} is in {bits} bits already; leave --quantize out")
-            return _in_few_bits(cls, Path(path), compute_dtype)
+        held = fourbit.held(path)
+        if held != "dense" and quantize is not None:
+            raise ValueError(f"{path} is in {held[0]} bits already; leave --quantize out")
+        if held != "dense":
+            return _in_few_bits(cls, path, held, compute_dtype)
         model, opened = _open(cls, path)
         unknown = set(options or ()) - set(_QUANTIZE_OPTIONS)
         if unknown:
@@ -357,10 +357,10 @@ class Llama(Module):
                 f"from_pretrained: quantize has no option {min(unknown)!r}: expected {', '.join(_QUANTIZE_OPTIONS)}"
             )
         for name in [name for name, _ in model.named_parameters()]:
-            path = name.removesuffix(".weight")
+            path, _, part = name.rpartition(".")
             layer = model.get(path)
-            layer.weight.data = folders.rounded(opened.weights.float32(name), dtype)
-            if options is not None and isinstance(layer, Linear):
+            getattr(layer, part).data = folders.rounded(opened.weights.float32(name), dtype)
+            if options is not None and isinstance(layer, Linear) and part == "weight":
                 model.replace(
                     path, quantized_linear(path, layer, dtype=dtype, **{**options, "compute_dtype": compute_dtype})
                 )
@@ -385,41 +385,49 @@ class Llama(Module):
         )
 
 
-def _in_few_bits(cls, folder, compute_dtype):
+def _in_few_bits(cls, path, held, compute_dtype):
     """The model of a folder in bitsandbytes' format: Linear4bit or Linear8bit layers, and the rest widened to float32."""
-    config = files.read_json(folder / "config.json")
-    if config["quantization_config"].get("quant_method") != "bitsandbytes":
-        raise ValueError(
-            f"{folder / 'config.json'} has no quantization_config of bitsandbytes; other formats are not read"
-        )
-    shape = LlamaConfig.from_dict(config, folder / "config.json")
-    tensors = safetensors.load_folder(folder)
-    model = cls(shape, load_tokenizer(folder, shape.vocab_size), draw=False)
-    layers, state, stored, few, options = dict(model.named_modules()), {}, fourbit, Linear4bit, {}
-    if eightbit.is_eight_bits(config):
-        stored, few, options = eightbit, eightbit.Linear8bit, eightbit.options(config, tensors, folder / "config.json")
+    opened = folders.open_model(path, held)
+    model = _unfilled(cls, opened)
+    layers, tensors, state = dict(model.named_modules()), dict(opened.weights.items()), {}
+    for name in opened.spare(dict(model.named_parameters())):
+        del tensors[name]
+    stored, few, options = fourbit, Linear4bit, {}
+    if held == "8bit":
+        options = eightbit.options(opened.config, tensors, opened.config_path)
+        stored, few = eightbit, eightbit.Linear8bit
     for name in stored.names(tensors):
-        state[name], path = stored.from_tensors(name, tensors, folder), name.removesuffix(".weight")
-        if not isinstance(layers.get(path), Linear) or layers[path].weight.shape != state[name].shape:
-            raise ValueError(f"{folder}: {name} of shape {state[name].shape} fits no linear layer of its config.json")
-        model.replace(path, few(state[name], layers[path].bias, compute_dtype, **options))
-    if shape.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+        q, where = stored.from_tensors(name, tensors, path), name.removesuffix(".weight")
+        if not isinstance(layers.get(where), Linear) or layers[where].weight.shape != q.shape:
+            raise ValueError(f"{path}: {name} of shape {q.shape} fits no linear layer of its config.json")
+        model.replace(where, few(q, layers[where].bias, compute_dtype, **options))
+        state[name] = q
+    if not state:
+        raise ValueError(f"{opened.config_path} says load_in_4bit, and none of the folder's weights is in 4 bits")
+    for name in tensors:
+        opened.check_floats(name)
     state |= {n: w.dequantize("float32") if isinstance(w, BFloat16Array) else w for n, w in tensors.items()}
     try:
         model.load_state_dict(state)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{folder} does not fit its config.json: {error.args[0]}") from None
+        raise ValueError(f"{path} does not fit its config.json: {error.args[0]}") from None
     return model.requires_grad_(False)
+
+
+def _unfilled(cls, opened):
+    """A model of zeros for ModelFiles. A head beside an embedding to which the config ties it is the model's own if the two differ."""
+    config = LlamaConfig.from_dict(opened.config, opened.config_path)
+    tokenizer = opened.tokenizer()
+    opened.check({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}, whole=False)
+    if config.tie_word_embeddings and opened.own_head():
+        config = replace(config, tie_word_embeddings=False)
+    return cls(config, tokenizer, draw=False)
 
 
 def _open(cls, path):
     """(a model of zeros, the ModelFiles it is to be filled from): names, shapes and tokens fit, and nothing has been loaded."""
     opened = folders.open_model(path)
-    config = LlamaConfig.from_dict(opened.config, opened.config_path)
-    tokenizer = opened.tokenizer()
-    opened.check({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}, whole=False)
-    model = cls(config, tokenizer, draw=False)
+    model = _unfilled(cls, opened)
     opened.check({name: w.shape for name, w in model.named_parameters()})
     return model, opened
 

@@ -33,6 +33,7 @@ _NUMPY = {
 }
 _CODES = {kind: name for name, kind in _NUMPY.items()}
 _BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()} | {"BF16": 2}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 20  # elements widened at a time
 
 
@@ -130,22 +131,31 @@ class Safetensors(Mapping):
         array = array.reshape(shape)
         return BFloat16Array(array) if kind == "BF16" else array
 
+    def is_float(self, name):
+        """Whether a tensor holds floats that NumPy can widen to float32."""
+        return self._entries[name][0] in _FLOATS
+
     def float32(self, name):
         """A tensor as a float32 array of its own; a 16-bit one is widened piece by piece, so that it lies in memory once."""
+        shape, start = self._entries[name][1], 0
+        out = np.empty(math.prod(shape), np.float32)
+        for piece in self.pieces(name):
+            out[start : start + len(piece)] = piece
+            start += len(piece)
+        return out.reshape(shape)
+
+    def pieces(self, name):
+        """The numbers of a tensor in order, as float32 arrays (n,) of at most _PIECE elements."""
         kind, shape, begin = self._entries[name]
-        if kind not in ("F64", "F32", "F16", "BF16"):
+        if kind not in _FLOATS:
             raise ValueError(f"{self.path}: tensor {name} has dtype {kind}, expected floats")
-        out, stored = np.empty(math.prod(shape), np.float32), np.uint16 if kind == "BF16" else _NUMPY[kind]
+        size, stored = math.prod(shape), np.uint16 if kind == "BF16" else _NUMPY[kind]
         with open(self.path, "rb") as f:
             f.seek(begin)
-            if kind == "F32":
-                self._fill(f, out, name)
-                return out.reshape(shape)
-            for start in range(0, len(out), _PIECE):
-                piece = np.empty(min(_PIECE, len(out) - start), stored)
+            for start in range(0, size, _PIECE):
+                piece = np.empty(min(_PIECE, size - start), stored)
                 self._fill(f, piece, name)
-                out[start : start + len(piece)] = from_bfloat16_bits(piece) if kind == "BF16" else piece
-        return out.reshape(shape)
+                yield from_bfloat16_bits(piece) if kind == "BF16" else piece.astype(np.float32, copy=False)
 
     def _fill(self, f, array, name):
         if f.readinto(array.view(np.uint8)) != array.nbytes:
@@ -176,8 +186,14 @@ class Sharded(Mapping):
     def where(self, name):
         return self._shards[name].path
 
+    def is_float(self, name):
+        return self._shards[name].is_float(name)
+
     def float32(self, name):
         return self._shards[name].float32(name)
+
+    def pieces(self, name):
+        return self._shards[name].pieces(name)
 
 
 def _read_header(path):
