@@ -1,6 +1,10 @@
 """The model: gradients, the cache, folders on disk, generation."""
 
+import copy
 import json
+import math
+import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +15,7 @@ import tinylora as tl
 from tinylora import KVCache, Llama, LlamaConfig, no_grad, ops
 from tinylora.dtypes import BFloat16Array
 from tinylora.interop import bitsandbytes
-from tinylora.models import folders, fourbit, llama, safetensors
+from tinylora.models import folders, fourbit, llama, rope, safetensors
 from tinylora.models.tokenizers import ByteTokenizer
 
 
@@ -24,13 +28,15 @@ def rewrite(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_gradients_of_the_whole_model_against_central_differences(rng):
-    m, x, t = tiny.model(), tiny.ids(rng, 2, 7), tiny.ids(rng, 2, 7)
-    paths = [name.rpartition(".")[0] for name, _ in m.named_parameters()]
+@pytest.mark.parametrize("kind", [None, *tiny.FAMILY])
+def test_gradients_of_the_whole_model_against_central_differences(kind, rng):
+    m = tiny.of_the_family(kind, rng) if kind else tiny.model()
+    x, t = tiny.ids(rng, 2, 7), tiny.ids(rng, 2, 7)
+    places = [name.rpartition(".")[::2] for name, _ in m.named_parameters()]
 
     def with_weights(*tensors):
-        for path, w in zip(paths, tensors, strict=True):
-            m.get(path).weight = w
+        for (path, name), w in zip(places, tensors, strict=True):
+            setattr(m.get(path), name, w)
         return loss(m, x, t)
 
     check(with_weights, *(p.data.astype(np.float64) for p in m.parameters()), rng=rng)
@@ -83,8 +89,9 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(rng):
 
 
 @pytest.mark.parametrize("steps", [(10,), (1,) * 10, (4, 1, 5)])
-def test_the_cache_changes_nothing(steps, rng):
-    m, x = tiny.model(), tiny.ids(rng, 2, 10)
+@pytest.mark.parametrize("kind", [None, *tiny.FAMILY])
+def test_the_cache_changes_nothing(kind, steps, rng):
+    m, x = tiny.of_the_family(kind, rng) if kind else tiny.model(), tiny.ids(rng, 2, 10)
     whole, cache, start, parts = tiny.logits(m, x), KVCache(10), 0, []
     for n in steps:
         with no_grad():
@@ -114,6 +121,236 @@ def test_two_streams_can_take_turns():
     assert [
         a for a, _ in zip(m.stream("a", 20, seed=1), m.stream("b", 30, seed=2), strict=False)
     ] == alone and m.training
+
+
+# ---------------------------------------------------------------------------------------------------------------- the family
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_what_a_layer_sees_is_its_last_tokens(window, rng):
+    """Rotary positions tell distances only: one layer with a window computes what it computes of the last tokens alone."""
+    changes = {"num_hidden_layers": 1, "model_type": "mistral"}
+    slides, sees_all = (tiny.model(3, **changes, sliding_window=w) for w in (window, None))
+    x = tiny.ids(rng, 1, 33)
+    whole = tiny.logits(slides, x)
+    for i in rng.integers(0, 33, 8):
+        alone = tiny.logits(sees_all, x[:, max(i + 1 - window, 0) : i + 1])[:, -1]
+        np.testing.assert_allclose(whole[:, i], alone, rtol=1e-4, atol=1e-5)
+    assert np.allclose(whole, tiny.logits(sees_all, x), rtol=1e-4, atol=1e-5) == (window == 40)
+
+
+def test_a_window_at_its_edge_and_in_some_layers_only(rng):
+    """A token more than (window − 1) · layers back changes nothing, one that is so far back does; full layers see everything."""
+    x = tiny.ids(rng, 1, 20)
+    other = x.copy()
+    other[0, 0] = (x[0, 0] + 1) % 256
+    for kinds, reach in ((("sliding_attention",) * 2, 6), (("sliding_attention", "full_attention"), 20)):
+        m = tiny.model(model_type="qwen3", sliding_window=4, layer_types=kinds)
+        changed = np.abs(tiny.logits(m, x) - tiny.logits(m, other)).max(axis=(0, 2)) > 0
+        assert changed[: reach + 1].all() and not changed[reach + 1 :].any()
+
+
+def test_generation_slides_with_a_window_in_the_layers(rng):
+    m = tiny.of_the_family("mistral", rng)
+    with_cache, without = (list(m.stream("Hello", 100, use_cache=c, seed=4)) for c in (True, False))
+    assert with_cache == without and len(with_cache) == 100
+
+
+def llama3_frequency(omega, factor, low_freq_factor, high_freq_factor, old_context_len):
+    """Llama 3.1's own lines (apply_scaling in its model.py), for one frequency."""
+    low_freq_wavelen, high_freq_wavelen = old_context_len / low_freq_factor, old_context_len / high_freq_factor
+    wavelen = 2 * math.pi / omega
+    if wavelen < high_freq_wavelen:
+        return omega
+    if wavelen > low_freq_wavelen:
+        return omega / factor
+    smooth = (old_context_len / wavelen - low_freq_factor) / (high_freq_factor - low_freq_factor)
+    return (1 - smooth) * omega / factor + smooth * omega
+
+
+def test_frequencies_are_scaled_as_their_papers_say(rng):
+    for d, theta, factor, low, high, n in (
+        (128, 5e5, 8.0, 1.0, 4.0, 8192),
+        (64, 5e5, 32.0, 1.0, 4.0, 8192),
+        (16, 1e4, 3.5, 1.5, 9.0, 300),
+    ):
+        numbers = {
+            "factor": factor,
+            "low_freq_factor": low,
+            "high_freq_factor": high,
+            "original_max_position_embeddings": n,
+        }
+        expected = [llama3_frequency(theta ** (-2 * i / d), factor, low, high, n) for i in range(d // 2)]
+        got = rope.frequencies(d, theta, {"rope_type": "llama3", **numbers})
+        np.testing.assert_allclose(got, expected, rtol=1e-14)
+        assert len({round(g / theta ** (-2 * i / d), 9) for i, g in enumerate(got)}) > 2, "some are between"
+
+    d, theta, positions = 8, 1e4, np.arange(64)
+    c = replace(tiny.CONFIG, rope_scaling={"rope_type": "linear", "factor": 4.0})
+    for a, b in zip(rope.Tables()(c, 0, 64, np), ops.rope_table(positions / 4, d, theta), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-7)
+    c = replace(tiny.CONFIG, rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    for tokens in (10, 64, 65, 200):
+        base = theta * (2.0 * max(tokens, 64) / 64 - 1) ** (d / (d - 2))
+        for a, b in zip(rope.Tables()(c, 3, tokens, np), ops.rope_table(np.arange(3, tokens), d, base), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-7)
+    for a, b in zip(rope.Tables()(tiny.CONFIG, 5, 64, np), ops.rope_table(positions[5:], d, theta), strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("kind", [None, *tiny.FAMILY])
+def test_positions_end_at_max_position_embeddings(kind, rng):
+    m = tiny.of_the_family(kind, rng) if kind else tiny.model()
+    x, cache = tiny.ids(rng, 1, 65), KVCache(100)
+    m(x[:, :64], cache)
+    if kind == "dynamic":
+        assert m.config.positions == math.inf
+        assert np.isfinite(tiny.logits(m, x)).all() and np.isfinite(m(x[:, 64:], cache).data).all()
+        return
+    assert m.config.positions == 64 and m(x[:, :64])
+    for run in (lambda: m(x), lambda: m(x[:, 64:], cache)):
+        with pytest.raises(ValueError, match="65 tokens is longer than max_position_embeddings = 64"):
+            run()
+    assert cache.length == 64
+
+
+def test_a_dynamic_table_depends_on_the_text_and_not_on_what_was_read_before(rng):
+    m, x = tiny.of_the_family("dynamic", rng), tiny.ids(rng, 1, 90)
+    first = tiny.logits(m, x[:, :70])
+    tiny.logits(m, x)
+    assert (tiny.logits(m, x[:, :70]) == first).all()
+    assert not np.allclose(tiny.logits(m, x)[:, :70], first, atol=1e-3)
+
+
+def sized(**changes):
+    """A config.json of the smallest kind."""
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+    }
+    return {"model_type": "llama", **sizes, "num_key_value_heads": 2, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"model_type": "gemma2"}, "model_type is 'gemma2', tinylora reads 'llama', 'mistral', 'qwen2', 'qwen3'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn' is not supported"),
+        ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_scaling of type 'su' is not supported"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 1.0}}, "of type 'proportional' is not supported"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+            "'longrope' is supported only",
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling of type None is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "2"}},
+            "of type 'linear': factor is '2', expected a positive number",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "of type 'llama3': low_freq_factor is None"),
+        ({"rope_scaling": "linear"}, "rope_parameters = 'linear': expected one rotary table"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "expected one rotary table for all layers"),
+        ({"rope_theta": -1}, "rope_theta = -1, expected a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"is_causal": False}, "is_causal = False is not supported"),
+        ({"sliding_window": 8}, "sliding_window = 8 is not supported for model_type 'llama'"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window = 0, expected a whole number"),
+        (
+            {"model_type": "mistral", "attention_bias": True},
+            "attention_bias = True is not supported for model_type 'mistral'",
+        ),
+        ({"model_type": "qwen2", "mlp_bias": True}, "mlp_bias = True is not supported for model_type 'qwen2'"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 4}, "layer_types that differ are not supported"),
+        ({"model_type": "qwen2", "layer_types": ["chunked_attention"] * 4}, r"layer_types = \['chunked_attention'"),
+        ({"model_type": "qwen2", "layer_types": ["full_attention"] * 3}, "expected 4 times 'full_attention' or"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 4}, "there is no sliding_window"),
+        ({"model_type": "qwen2", "num_key_value_heads": 2.0}, "num_key_value_heads = 2.0, expected a whole number"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_its_name(changes, words, tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(sized(**changes)))
+    with pytest.raises(ValueError, match=words) as caught:
+        Llama.from_pretrained(tmp_path)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_what_is_not_said_means_what_transformers_makes_of_it():
+    mistral = LlamaConfig.from_dict(sized(model_type="mistral"))
+    assert (mistral.sliding_window, mistral.max_position_embeddings, mistral.head_dim) == (4096, 131072, 8)
+    assert LlamaConfig.from_dict(sized(model_type="mistral", sliding_window=None)).sliding_window is None
+    assert LlamaConfig.from_dict(sized(model_type="qwen2", sliding_window=7)).sliding_window is None
+    slides = sized(model_type="qwen2", use_sliding_window=True, max_window_layers=3)
+    c = LlamaConfig.from_dict(slides)
+    assert (c.sliding_window, [c.window(i) for i in range(4)]) == (4096, [None, None, None, 4096])
+    c = LlamaConfig.from_dict(slides | {"sliding_window": 9, "layer_types": ["sliding_attention"] * 4})
+    assert (c.sliding_window, c.layer_types, c.window(0)) == (9, None, 9)
+    assert LlamaConfig.from_dict(slides | {"max_window_layers": 28}).sliding_window is None
+    assert LlamaConfig.from_dict(sized(model_type="qwen3")).head_dim == 128
+    assert LlamaConfig.from_dict(sized(num_key_value_heads=None, max_position_embeddings=None)).num_key_value_heads == 4
+    assert LlamaConfig.from_dict(sized(max_position_embeddings=None)).max_position_embeddings == 2048
+    assert LlamaConfig.from_dict(sized(model_type="qwen2", attention_bias=True)).biased == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    }
+    assert LlamaConfig.from_dict(sized(hidden_act="swish", rope_parameters={"rope_theta": 7.0})).rope_theta == 7
+
+
+def test_both_spellings_of_scaled_positions():
+    new = {"rope_type": "linear", "factor": 4.0, "rope_theta": 3e4}
+    expected = ({"rope_type": "linear", "factor": 4.0}, 3e4)
+    for spelled in (
+        {"rope_parameters": new},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 3e4},
+        {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0}, "rope_theta": 3e4},
+        {
+            "rope_scaling": new,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5.0},
+        },  # as transformers decides
+    ):
+        c = LlamaConfig.from_dict(sized(**spelled))
+        assert (c.rope_scaling, c.rope_theta) == expected, spelled
+        assert LlamaConfig.from_dict(json.loads(json.dumps(c.to_dict()))) == c
+    numbers = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    c = LlamaConfig.from_dict(sized(rope_scaling=numbers, max_position_embeddings=77))
+    assert c.rope_scaling["original_max_position_embeddings"] == 77
+    c = LlamaConfig.from_dict(
+        sized(rope_scaling={**numbers, "original_max_position_embeddings": 9}, original_max_position_embeddings=8)
+    )
+    assert c.rope_scaling["original_max_position_embeddings"] == 8
+    one = rope.divided([1.0, 1.5, 2.0, 2.0])
+    c = LlamaConfig.from_dict(sized(rope_parameters=one))
+    assert c.rope_scaling == one and LlamaConfig.from_dict(c.to_dict()) == c
+    np.testing.assert_allclose(rope.divisors(8, 1e4, one), [1.0, 1.5, 2.0, 2.0])
+
+
+@pytest.mark.parametrize("kind", tiny.FAMILY)
+def test_the_family_in_4_bits_with_adapters_on_every_linear_layer(kind, tmp_path, rng):
+    m, x = tiny.of_the_family(kind, rng), tiny.ids(rng, 2, 9)
+    m.save_pretrained(tmp_path / "dense", "float32")
+    four = Llama.from_pretrained(tmp_path / "dense", quantize="nf4")
+    for name, layer in four.named_modules():
+        if isinstance(layer, tl.nn.Linear4bit):
+            assert (layer.bias is None) == (m.get(name).bias is None)
+    bitsandbytes.save(four, tmp_path / "four")
+    again = bitsandbytes.load(tmp_path / "four")
+    assert again.config == m.config and (tiny.logits(again, x) == tiny.logits(four, x)).all()
+    same = Llama.from_pretrained(tmp_path / "dense")
+    for name, layer in four.named_modules():
+        if isinstance(layer, tl.nn.Linear4bit):
+            same.get(name).weight.data = layer.dense()
+    np.testing.assert_allclose(tiny.logits(same, x), tiny.logits(four, x), rtol=1e-5, atol=1e-5)
+    for base in (again, same):
+        tiny.randomize_lora(tl.add_lora(base, r=2), rng)
+        assert len(tl.adapters.adapters(base)) == 14  # two layers
+        loss(base, x, x).backward()
+        assert all(np.abs(p.grad).max() > 0 for _, p in base.trainable())
+    expected = tiny.logits(same, x)
+    np.testing.assert_allclose(tiny.logits(tl.merge(same), x), expected, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------------- spare tensors
@@ -184,6 +421,24 @@ def test_an_untied_model_without_a_head_is_refused(tmp_path):
     rewrite(tmp_path, tie_word_embeddings=False)
     with pytest.raises(ValueError, match=r"the first is lm_head\.weight, and tie_word_embeddings is false"):
         Llama.from_pretrained(tmp_path)
+
+
+@HELD
+def test_rotary_tables_that_a_folder_carries_must_be_the_configs(code, tmp_path):
+    write(tiny.model(rope_scaling={"rope_type": "linear", "factor": 4.0}), tmp_path, code)
+    name, right = "model.layers.1.self_attn.rotary_emb.inv_freq", 10000.0 ** (-np.arange(4) / 4)
+    for table in (
+        right.astype(np.float32),
+        right.astype(np.float16),
+        (right / 4).astype(np.float32),
+        BFloat16Array.of(right.astype("f")),
+    ):
+        rewritten(tmp_path, lambda tensors, table=table: tensors.update({name: table}))
+        Llama.from_pretrained(tmp_path)
+    for table in (500000.0 ** (-np.arange(4) / 4), right / 2, np.ones(4), right[:3]):
+        rewritten(tmp_path, lambda tensors, table=table: tensors.update({name: table.astype(np.float32)}))
+        with pytest.raises(ValueError, match=r"inv_freq holds other frequencies than config\.json asks for"):
+            Llama.from_pretrained(tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------- other ways of quantizing
@@ -259,6 +514,89 @@ def test_a_folder_ends_its_texts_where_generation_config_says(code, tmp_path):
     assert (c.eos_token_id, c.bos_token_id) == ((7, 9), 1)
 
 
+# ------------------------------------------------------------------------------------------------------------------------- copies
+def after_a_step(m, rng):
+    """The model after a training step and a forward pass: with gradients, tables and whatever else these leave behind."""
+    if m.trainable():
+        loss(m, tiny.ids(rng, 2, 7), tiny.ids(rng, 2, 7)).backward()
+    m.generate("a", 3)
+    return m
+
+
+def adapted(rng, base=None, **options):
+    m = tl.add_lora(base or tiny.model(), r=2, **options)
+    return tiny.randomize_lora(m, rng)
+
+
+def several(rng):
+    m = adapted(rng)
+    tl.add_lora(m, r=3, name="second", target_modules=["q_proj", "down_proj"], init="gaussian")
+    for _, layer in tl.adapters.adapters(m):
+        for name, bypass in layer.bypasses.items():
+            bypass.lora_B.weight.data += 0.1 * (name == "second")
+    tl.set_adapter(m, ["default", "second"])
+    return m
+
+
+def merged(rng):
+    m = adapted(rng)
+    tl.merge(m, keep=True)
+    return m
+
+
+def checkpointed(rng):
+    m = adapted(rng, dropout=0.1)
+    m.gradient_checkpointing = True
+    return m
+
+
+COPIED = {
+    "dense": lambda rng: tiny.model(),
+    "untied": lambda rng: tiny.model().untie(),
+    "adapter": adapted,
+    "DoRA": lambda rng: adapted(rng, use_dora=True),
+    "several adapters": several,
+    "merged, and kept": merged,
+    "4 bits": lambda rng: adapted(rng, tl.quantize_linears(tiny.model())),
+    "8 bits": lambda rng: adapted(rng, tl.quantize_linears(tiny.model(), "int8_vectorwise")),
+    "16 bits": lambda rng: adapted(rng, tl.quantize_linears(tiny.model(), "bfloat16")),
+    "checkpointed": checkpointed,
+    **{
+        kind: lambda rng, kind=kind: adapted(rng, tiny.of_the_family(kind, rng))
+        for kind in ("dynamic", "mistral", "qwen3")
+    },
+}
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", COPIED)
+def test_a_copy_computes_the_same_and_is_its_own(kind, how, rng):
+    m, x = after_a_step(COPIED[kind](rng), rng), tiny.ids(rng, 2, 9)
+    m.eval()
+    again = how(m)
+    expected = tiny.logits(m, x)
+    assert (tiny.logits(again, x) == expected).all() and again.generate("a", 5) == m.generate("a", 5)
+    assert [n for n, _ in again.named_weights()] == [n for n, _ in m.named_weights()]
+    assert again.tied_parameters == m.tied_parameters and again.training == m.training
+    for w in again.parameters():
+        w.data += 1
+    assert (tiny.logits(m, x) == expected).all(), "the original is as it was"
+    assert not (tiny.logits(again, x) == expected).all()
+    if kind == "merged, and kept":
+        tl.unmerge(m)
+        assert not (tiny.logits(m, x) == expected).all()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copied_cache_goes_on_with_any_of_the_models(how, rng):
+    m, x, cache = tiny.model(), tiny.ids(rng, 1, 12), KVCache(12)
+    whole = tiny.logits(m, x)
+    m(x[:, :5], cache)
+    model, other = how((m, cache))
+    for who, held in ((m, how(cache)), (model, other), (model, how(cache)), (m, cache)):
+        np.testing.assert_allclose(who(x[:, 5:], held).data, whole[:, 5:], rtol=1e-4, atol=1e-5)
+
+
 def test_a_full_cache_says_so(rng):
     with pytest.raises(ValueError, match="4 tokens are held and 2 come in; its capacity is 5"):
         m, cache = tiny.model(), KVCache(5)
@@ -293,10 +631,10 @@ def test_bad_generation_options(options, words):
         tiny.model().generate(**({"prompt": "a"} | options))
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["tied", "untied", *tiny.FAMILY])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_folder_round_trip(tied, dtype, tmp_path, rng):
-    m = tiny.model(tie_word_embeddings=tied)
+def test_a_folder_round_trip(kind, dtype, tmp_path, rng):
+    m = tiny.of_the_family(kind, rng) if kind in tiny.FAMILY else tiny.model(tie_word_embeddings=kind == "tied")
     m.save_pretrained(tmp_path, dtype)
     again = Llama.from_pretrained(tmp_path)
     assert again.config == m.config
@@ -314,7 +652,7 @@ def test_a_folder_round_trip(tied, dtype, tmp_path, rng):
         ({"model_type": "gpt2"}, "model_type is 'gpt2', tinylora reads 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, r"8 tensors are missing, the first is model\.layers\.0\.self_attn\.k_proj\.bias"),
         (
             {"intermediate_size": 64},
             r"does not fit its config\.json: .*has shape \(48, 32\), the model's is \(64, 32\)",

@@ -16,12 +16,47 @@ CONFIG = LlamaConfig(
 )
 
 
+#: One of each kind of the family, as changes of CONFIG.
+FAMILY = {
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "llama with biases": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen2 with windows": {
+        "model_type": "qwen2",
+        "sliding_window": 4,
+        "layer_types": ("full_attention", "sliding_attention"),
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "rope_theta": 1e5},
+    "qwen3 with biases": {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
+}
+
+
 def model(seed=0, **changes):
     """A fresh model; the same seed gives the same weights."""
     from dataclasses import replace
 
     backend.seed(seed)
     return Llama(replace(CONFIG, **changes))
+
+
+def of_the_family(kind, rng):
+    """A model of FAMILY whose norms and biases are not those of a fresh one, ones and zeros."""
+    m = model(int(rng.integers(1000)), **FAMILY[kind])
+    for _, p in m.named_parameters():
+        if p.ndim == 1:
+            p.data += (0.3 * rng.standard_normal(p.shape)).astype(np.float32)
+    return m
 
 
 def ids(rng, *shape):

@@ -946,10 +946,10 @@ def folder(request, rng, tmp_path):
 
 @pytest.fixture
 def text(rng):
-    """400 bytes from a random place in the Jargon File's held-out half, as token ids (1, 400)."""
+    """256 bytes from a random place in the Jargon File's held-out half, as token ids (1, 256)."""
     words = jargon("heldout")
-    start = int(rng.integers(len(words) - 400))
-    return np.frombuffer(words[start : start + 400], np.uint8)[None].astype(np.int64)
+    start = int(rng.integers(len(words) - 256))
+    return np.frombuffer(words[start : start + 256], np.uint8)[None].astype(np.int64)
 
 
 def test_a_base_model_computes_in_transformers_what_it_computes_here(folder, text):

@@ -1,14 +1,22 @@
-"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU; parameters named as Hugging Face names them.
+"""Llama and its family: RMSNorm, rotary positions, grouped-query attention, SwiGLU; parameters named as Hugging Face names them.
 
     x ← x + W_o attention(rope(W_q n), rope(W_k n), W_v n),   n = rms_norm(x)
     x ← x + W_down (silu(W_gate n) ⊙ W_up n),                 n = rms_norm(x)
     logits = W_head rms_norm(x)            (W_head is the embedding where `tie_word_embeddings` is true)
 
-(Touvron et al. 2023, Llama 2.) `from_pretrained` reads the embedded model, Hugging Face folders and GGUF files, one weight
-at a time; `save_pretrained` writes a folder that transformers opens as LlamaForCausalLM. See `folders`.
+(Touvron et al. 2023, Llama 2.) What the others do otherwise, told apart by the config's `model_type`:
 
-Left out, with a sentence if a config asks for it: biases, rope scaling, activations other than silu, other
-architectures.
+    llama      `attention_bias`: biases on W_q, W_k, W_v, W_o; `mlp_bias`: on W_gate, W_up, W_down
+    mistral    a query sees `sliding_window` tokens, itself included (null: all)
+    qwen2      biases on W_q, W_k, W_v; with `use_sliding_window` the layers named in `layer_types` slide, or those from
+               `max_window_layers` on
+    qwen3      rms_norm of each head of W_q n and W_k n before the rotation; `attention_bias` and windows as above
+
+Rotary positions may be scaled: see `rope`. `from_pretrained` reads the embedded model, Hugging Face folders and GGUF files, one weight
+at a time; `save_pretrained` writes a folder that transformers opens as the same model. See `folders`.
+
+Left out, with a sentence if a config asks for it: activations other than silu, rotary positions on a part of a head, attention in both
+directions, other architectures. `attention_dropout` is not applied in training.
 """
 
 import math
@@ -34,15 +42,43 @@ from ..nn import (
 )
 from ..tape import checkpoint
 from ..tensor import Tensor, no_grad
-from . import eightbit, folders, fourbit
+from . import eightbit, folders, fourbit, rope
 from .tokenizers import ByteTokenizer
+
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
+_QWEN |= {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_MISTRAL = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
+#: {model_type: (transformers' class, what its config means where an entry is missing)}
+FAMILY = {
+    "llama": ("LlamaForCausalLM", {"max_position_embeddings": 2048}),
+    "mistral": ("MistralForCausalLM", _MISTRAL),
+    "qwen2": ("Qwen2ForCausalLM", _QWEN),
+    "qwen3": ("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}),
+}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_NULL_MEANS_SOMETHING = ("num_key_value_heads", "head_dim", "sliding_window")  # as many, hidden over heads, none
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+#: What else would change the numbers: {entry of a config: the values that it may have}
+_COMPUTED = {
+    "hidden_act": ("silu", "swish"),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1,),
+    "is_causal": (True,),
+    "use_bidirectional_attention": (False,),
+    "per_layer_config": ({},),
+}
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """The sizes of a Llama, and the tokens that begin and end its texts, under Hugging Face's names.
 
-    eos_token_id may be several: an instruction-tuned model may end its answers at another token than its texts.
+    eos_token_id      may be several: an instruction-tuned model may end its answers at another token than its texts
+    model_type        "llama", "mistral", "qwen2" or "qwen3": what these change stands at the top of the file
+    rope_scaling      None, or {"rope_type": "llama3", its numbers}: see `rope`
+    sliding_window    how many tokens a query sees, itself included; None for all
+    layer_types       for each layer "sliding_attention" or "full_attention"; None: all layers alike
     """
 
     vocab_size: int = 256
@@ -59,6 +95,12 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_id: int | tuple | None = None
     pad_token_id: int | None = None
+    model_type: str = "llama"
+    rope_scaling: dict | None = None
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple | None = None
 
     def __post_init__(self):
         if isinstance(self.eos_token_id, list):  # as JSON has it
@@ -72,47 +114,119 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config: head_dim = {self.head_dim} must be even, because rotary positions turn pairs")
+        _check_family(self.model_type)
+        for name, types in {"attention_bias": ("llama", "qwen3"), "mlp_bias": ("llama",)}.items():
+            if getattr(self, name) and self.model_type not in types:
+                raise ValueError(f"config: {name} = True is not supported for model_type {self.model_type!r}")
+        object.__setattr__(self, "rope_scaling", rope.checked(self.rope_scaling, self.head_dim))
+        self._check_windows()
+
+    def _check_windows(self):
+        """Refuse windows that are not computed; write those that are in one way: layer_types only where layers differ."""
+        window, kinds = self.sliding_window, self.layer_types
+        if window is not None and (type(window) is not int or window < 1):
+            raise ValueError(f"config: sliding_window = {window!r}, expected a whole number, 1 or more, or none")
+        if window is not None and self.model_type == "llama":
+            raise ValueError(f"config: sliding_window = {window} is not supported for model_type 'llama'")
+        listed = isinstance(kinds, (list, tuple)) and all(kind in (_SLIDING, _FULL) for kind in kinds)
+        if kinds is not None and not (listed and len(kinds) == self.num_hidden_layers):
+            raise ValueError(
+                f"config: layer_types = {kinds!r} is not supported: expected {self.num_hidden_layers} times {_FULL!r} or "
+                f"{_SLIDING!r}"
+            )
+        found = set(kinds or (_FULL if window is None else _SLIDING,))
+        if _SLIDING in found and window is None:
+            raise ValueError(f"config: layer_types has {_SLIDING!r} and there is no sliding_window")
+        if self.model_type == "mistral" and window is not None and found != {_SLIDING}:
+            raise ValueError("config: layer_types that differ are not supported for model_type 'mistral'")
+        object.__setattr__(self, "sliding_window", window if _SLIDING in found else None)
+        object.__setattr__(self, "layer_types", tuple(kinds) if len(found) > 1 else None)
+
+    def window(self, layer):
+        """How many tokens a query of this layer sees, itself included; None for all."""
+        return None if self.layer_types and self.layer_types[layer] == _FULL else self.sliding_window
+
+    @property
+    def positions(self):
+        """How many positions are defined: max_position_embeddings, or with rope_scaling "dynamic" without end."""
+        dynamic = self.rope_scaling is not None and self.rope_scaling["rope_type"] == "dynamic"
+        return math.inf if dynamic else self.max_position_embeddings
+
+    @property
+    def biased(self):
+        """The names of the linear layers of a block that have a bias."""
+        attention = ("q_proj", "k_proj", "v_proj") if self.attention_bias or self.model_type == "qwen2" else ()
+        out = ("o_proj",) if self.attention_bias else ()
+        return {*attention, *out, *(("gate_proj", "up_proj", "down_proj") if self.mlp_bias else ())}
 
     @classmethod
     def from_dict(cls, config, where="config.json"):
         """Read a Hugging Face config; refuse what this Llama does not compute."""
-        if config.get("model_type") != "llama":
-            raise ValueError(f"{where}: model_type is {config.get('model_type')!r}, tinylora reads 'llama'")
-        rope = config.get("rope_parameters") or {}
-        unsupported = {
-            "hidden_act": config.get("hidden_act", "silu") != "silu",
-            "attention_bias": config.get("attention_bias", False),
-            "mlp_bias": config.get("mlp_bias", False),
-            "rope_scaling": (config.get("rope_scaling") or {"rope_type": "default"}).get("rope_type") != "default",
-            "rope_interleaved": config.get("rope_interleaved", False),
-            "rope_parameters": rope.get("rope_type", "default") != "default",
-        }
-        for name, bad in unsupported.items():
-            if bad:
-                raise ValueError(f"{where}: {name} = {config[name]!r} is not supported by tinylora's Llama")
+        try:
+            return cls(**cls._understood(config))
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix('config: ')}") from None
+
+    @classmethod
+    def _understood(cls, config):
+        """The fields of a Hugging Face config, with transformers' defaults for its model_type."""
+        kind = config.get("model_type")
+        _check_family(kind)
+        for name, values in _COMPUTED.items():
+            if config.get(name) not in (None, *values):
+                raise ValueError(f"{name} = {config[name]!r} is not supported by tinylora's Llama")
+        given = {name: value for name, value in config.items() if value is not None or name in _NULL_MEANS_SOMETHING}
+        config = {**FAMILY[kind][1], **given}
         known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        for name in _SIZES:
             if name not in known:
-                raise ValueError(f"{where}: {name} is missing")
+                raise ValueError(f"{name} is missing")
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
+        for name in (*_SIZES, "num_key_value_heads", "max_position_embeddings", "head_dim"):
+            if name in known and (type(known[name]) is not int or known[name] < 1):
+                raise ValueError(f"{name} = {known[name]!r}, expected a whole number, 1 or more")
         known.setdefault("tie_word_embeddings", False)
-        known.setdefault("max_position_embeddings", 2048)
         known.setdefault("rms_norm_eps", 1e-6)
-        if "rope_theta" in rope:
-            known["rope_theta"] = rope["rope_theta"]
-        return cls(**known)
+        known["rope_theta"], known["rope_scaling"] = rope.read(config)
+        if kind == "qwen2":
+            known["attention_bias"] = False  # it has its biases whatever this says
+        if kind in ("qwen2", "qwen3"):
+            known["sliding_window"], known["layer_types"] = _qwen_windows(config)
+        return known
 
     def to_dict(self):
-        """The config as transformers reads it, old and new spelling of the rotary base included."""
+        """The config as transformers reads it, old and new spelling of the rotary positions included."""
+        sizes = asdict(self)
+        windows = {"sliding_window": sizes.pop("sliding_window")}
+        biases = {name: sizes.pop(name) for name in ("attention_bias", "mlp_bias")}
+        del sizes["layer_types"]
+        own = {"llama": biases, "mistral": windows, "qwen2": {}, "qwen3": {"attention_bias": self.attention_bias}}
+        if self.model_type in ("qwen2", "qwen3"):
+            kinds = [_SLIDING if self.window(i) else _FULL for i in range(self.num_hidden_layers)]
+            slides = {"use_sliding_window": self.sliding_window is not None, "max_window_layers": kinds.count(_FULL)}
+            own[self.model_type] |= {**windows, **slides, "layer_types": kinds}
         return {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [FAMILY[self.model_type][0]],
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            **asdict(self),
-            "rope_parameters": {"rope_theta": self.rope_theta, "rope_type": "default"},
+            **sizes,
+            **own[self.model_type],
+            **rope.written(self),
         }
+
+
+def _check_family(model_type):
+    if model_type not in FAMILY:
+        raise ValueError(f"config: model_type is {model_type!r}, tinylora reads {', '.join(map(repr, FAMILY))}")
+
+
+def _qwen_windows(config):
+    """(sliding_window, layer_types) of a Qwen's config: which layers slide may be a list, or all from max_window_layers on."""
+    window, kinds, full = config["sliding_window"], config.get("layer_types"), config["max_window_layers"]
+    if not config["use_sliding_window"] or window is None:
+        return None, kinds
+    if type(full) is not int:
+        raise ValueError(f"max_window_layers = {full!r}, expected a whole number")
+    return window, kinds or [_FULL if i < full else _SLIDING for i in range(config["num_hidden_layers"])]
 
 
 def _undrawn(*shape):
@@ -120,29 +234,32 @@ def _undrawn(*shape):
     return Tensor(np.broadcast_to(np.float32(0), shape), requires_grad=True)
 
 
-def _undrawn_linear(in_features, out_features):
-    return Linear.of(_undrawn(out_features, in_features))
+def _undrawn_linear(in_features, out_features, bias=False):
+    return Linear.of(_undrawn(out_features, in_features), _undrawn(out_features) if bias else None)
 
 
 class Attention(Module):
     """y = W_o [softmax(q kᵀ/√d) v], q and k rotated; key heads shared by groups of query heads."""
 
-    def __init__(self, c, linear=Linear):
-        self.config = c
-        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size)
+    def __init__(self, c, layer=0, linear=Linear):
+        self.config, self.layer = c, layer
+        queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+        self.q_proj = linear(c.hidden_size, queries, bias="q_proj" in c.biased)
+        self.k_proj = linear(c.hidden_size, keys, bias="k_proj" in c.biased)
+        self.v_proj = linear(c.hidden_size, keys, bias="v_proj" in c.biased)
+        self.o_proj = linear(queries, c.hidden_size, bias="o_proj" in c.biased)
+        if c.model_type == "qwen3":
+            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in range(2))
 
-    def forward(self, x, rope, cache=None):  # x (b, t, hidden) -> (b, t, hidden)
+    def forward(self, x, table, cache=None):  # x (b, t, hidden), table: cos and sin -> (b, t, hidden)
         b, t, _ = x.shape
-        d = self.config.head_dim
-        q = ops.rope(ops.reshape(self.q_proj(x), (b, t, -1, d)), *rope)
-        k = ops.rope(ops.reshape(self.k_proj(x), (b, t, -1, d)), *rope)
-        v = ops.reshape(self.v_proj(x), (b, t, -1, d))
+        q, k, v = (ops.reshape(w(x), (b, t, -1, self.config.head_dim)) for w in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.model_type == "qwen3":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rope(q, *table), ops.rope(k, *table)
         if cache is not None:
-            k, v = cache.extend(self, k.data, v.data)
-        y = ops.causal_attention(q, k, v)
+            k, v = cache.extend(self.layer, k.data, v.data)
+        y = ops.causal_attention(q, k, v, window=self.config.window(self.layer))
         return self.o_proj(ops.reshape(y, (b, t, -1)))
 
 
@@ -150,9 +267,9 @@ class MLP(Module):
     """y = W_down (silu(W_gate x) ⊙ W_up x): SwiGLU, Shazeer 2020."""
 
     def __init__(self, c, linear=Linear):
-        self.gate_proj = linear(c.hidden_size, c.intermediate_size)
-        self.up_proj = linear(c.hidden_size, c.intermediate_size)
-        self.down_proj = linear(c.intermediate_size, c.hidden_size)
+        self.gate_proj = linear(c.hidden_size, c.intermediate_size, bias="gate_proj" in c.biased)
+        self.up_proj = linear(c.hidden_size, c.intermediate_size, bias="up_proj" in c.biased)
+        self.down_proj = linear(c.intermediate_size, c.hidden_size, bias="down_proj" in c.biased)
 
     def forward(self, x):
         return self.down_proj(ops.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -161,14 +278,14 @@ class MLP(Module):
 class Block(Module):
     """One layer: attention, then the MLP, each on a normalized copy and added back."""
 
-    def __init__(self, c, linear=Linear):
+    def __init__(self, c, layer=0, linear=Linear):
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c, linear)
+        self.self_attn = Attention(c, layer, linear)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c, linear)
 
-    def forward(self, x, rope, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+    def forward(self, x, table, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), table, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -178,18 +295,22 @@ class Stack(Module):
     def __init__(self, c, linear=Linear):
         size = c.vocab_size, c.hidden_size
         self.embed_tokens = Embedding(*size) if linear is Linear else Embedding.of(_undrawn(*size))
-        self.layers = [Block(c, linear) for _ in range(c.num_hidden_layers)]
+        self.layers = [Block(c, i, linear) for i in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, one buffer a layer, filled from the left."""
+    """Keys and values of the tokens seen so far, one buffer a layer, filled from the left.
+
+    The logits are those of the whole text at once. With rope_scaling "dynamic" this holds up to max_position_embeddings; beyond, the
+    frequencies change with each token, and a key stays as it was turned when it came, as in transformers.
+    """
 
     def __init__(self, capacity):
         self.capacity, self.length, self._buffers = capacity, 0, {}
 
     def extend(self, layer, k, v):
-        """Append k and v (b, t, kv_heads, d) of one layer; return everything so far."""
+        """Append k and v (b, t, kv_heads, d) of the layer of this number; return everything so far."""
         xp, (b, t, heads, d) = array_module(k), k.shape
         if layer not in self._buffers:
             self._buffers[layer] = [xp.empty((b, self.capacity, heads, d), k.dtype) for _ in range(2)]
@@ -218,10 +339,12 @@ class Llama(Module):
         linear = Linear if draw else _undrawn_linear
         self.model = Stack(config, linear)
         self.lm_head = None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size)
-        self._rope = {}
+        self._rope = rope.Tables()
         for layer in self.model.layers if draw else ():
             for module in (layer.self_attn, layer.mlp):
                 for name, child in module.named_children():
+                    if not isinstance(child, Linear):
+                        continue
                     depth = math.sqrt(2 * config.num_hidden_layers) if name in ("o_proj", "down_proj") else 1.0
                     std = 1 / math.sqrt(child.in_features) / depth
                     child.weight.data = normal(child.weight.shape, std)
@@ -243,29 +366,23 @@ class Llama(Module):
             self.config = replace(self.config, tie_word_embeddings=False)
         return self
 
-    def _rope_table(self, start, end, like):
-        """cos and sin for positions start … end − 1, on `like`'s device, made once and sliced."""
-        xp = array_module(like)
-        if xp not in self._rope or len(self._rope[xp][0]) < end:
-            n = max(end, self.config.max_position_embeddings)
-            table = ops.rope_table(np.arange(n), self.config.head_dim, self.config.rope_theta)
-            self._rope[xp] = tuple(move(a, xp) for a in table)
-        return tuple(a[start:end] for a in self._rope[xp])
-
     def forward(self, ids, cache=None):
-        """logits (b, t, vocab) of integer ids (b, t). With a KVCache, ids continue what the cache has seen."""
+        """logits (b, t, vocab) of integer ids (b, t). With a KVCache, ids continue what the cache has seen.
+
+        ValueError where a position reaches max_position_embeddings, which the model was not made for; rope_scaling "dynamic" was.
+        """
         weight = stored_array(self.model.embed_tokens.weight)
         ids = move(np.asarray(ids) if not backend.is_array(ids) else ids, array_module(weight))
         if ids.ndim != 2:
             raise ValueError(f"llama: ids must be (batch, tokens), got shape {ids.shape}")
         start = cache.length if cache else 0
-        rope = self._rope_table(start, start + ids.shape[1], weight)
+        table = self._positions(start, start + ids.shape[1], weight)
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             if self.gradient_checkpointing and cache is None:
-                x = checkpoint(lambda h, layer=layer: layer(h, rope), x)
+                x = checkpoint(lambda h, layer=layer: layer(h, table), x)
             else:
-                x = layer(x, rope, cache)
+                x = layer(x, table, cache)
         if cache:
             cache.length += ids.shape[1]
         x = self.model.norm(x)
@@ -273,6 +390,16 @@ class Llama(Module):
             return self.lm_head(x)
         head = self.model.embed_tokens.weight
         return ops.linear(x, head) if isinstance(head, Tensor) else ops.linear_frozen(x, head)
+
+    def _positions(self, start, end, like):
+        """cos and sin for positions start … end − 1, on `like`'s device."""
+        c = self.config
+        if end > c.positions:
+            raise ValueError(
+                f"llama: a sequence of {end} tokens is longer than max_position_embeddings = {c.max_position_embeddings}, "
+                "the positions that the model knows; shorten it"
+            )
+        return self._rope(c, start, end, array_module(like))
 
     # ------------------------------------------------------------------------------------------------------------- generation
     def generate(
@@ -309,7 +436,7 @@ class Llama(Module):
             if len(ids) - first > window:
                 first, cache = len(ids) - window // 2, None
             if use_cache and cache is None:
-                cache, new = KVCache(window), ids[first:]
+                cache, new = KVCache(min(window, len(ids) - first + max_new_tokens)), ids[first:]
             else:
                 new = ids[-1:] if use_cache else ids[first:]
             training = self.training
@@ -421,6 +548,11 @@ def _unfilled(cls, opened):
     opened.check({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}, whole=False)
     if config.tie_word_embeddings and opened.own_head():
         config = replace(config, tie_word_embeddings=False)
+    for name in filter(folders.is_rotary_table, opened.weights):
+        if not rope.agrees(opened.weights.float32(name), config):
+            raise ValueError(
+                f"{opened.weights.where(name)}: {name} holds other frequencies than {opened.config_path.name} asks for"
+            )
     return cls(config, tokenizer, draw=False)
 
 

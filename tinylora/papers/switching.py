@@ -168,7 +168,7 @@ def _ways(model, names, folders):
 
 def _batch(model, names, heldout):
     """Rows of a batch through their own adapters: the largest difference from one at a time, and the seconds of each way."""
-    rows = np.stack([heldout[n].windows(128)[0][0] for n in names for _ in range(4)])
+    rows = np.stack([heldout[n].windows(min(128, model.config.positions))[0][0] for n in names for _ in range(4)])
     owners = [n for n in names for _ in range(4)]
 
     def together():

@@ -114,10 +114,9 @@ def progress_bar(iterable, enabled, **options):
 
 def check_length(model, seq_len):
     """ValueError if the model has fewer positions than a sequence has tokens."""
-    positions = model.config.max_position_embeddings
-    if seq_len > positions:
+    if seq_len > model.config.positions:
         raise ValueError(
-            f"sequences of {seq_len} tokens are longer than the model's max_position_embeddings = {positions}; "
+            f"sequences of {seq_len} tokens are longer than the model's max_position_embeddings = {model.config.positions}; "
             "choose a smaller --seq-len"
         )
 
