@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from tinylora.models import rope
+
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXT = [
     "Once upon a time there was a miller who had three sons, a mill, a donkey and a cat.",
@@ -24,6 +26,8 @@ NAMES = {  # llama.cpp's names by Hugging Face's, as its converter writes them
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
@@ -63,7 +67,8 @@ def gguf_name(name):
     if name in NAMES:
         return NAMES[name]
     _, _, block, rest = name.split(".", 3)
-    return f"blk.{block}.{NAMES[rest.removesuffix('.weight')]}.weight"
+    rest, _, suffix = rest.rpartition(".")
+    return f"blk.{block}.{NAMES[rest]}.{suffix}"
 
 
 def interleaved(w, heads):
@@ -79,7 +84,9 @@ def write_gguf(path, model, kinds=("F32",), tokenizer=None, pre="smollm", more=N
     """Write a model as llama.cpp's converter does; matrices take the types of `kinds` in turn. {Hugging Face's name: what was written}."""
     import gguf
 
-    c, writer = model.config, gguf.GGUFWriter(path, "llama")
+    c = model.config
+    arch = "llama" if c.model_type == "mistral" else c.model_type
+    writer = gguf.GGUFWriter(path, arch)
     entries = {
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
@@ -91,16 +98,23 @@ def write_gguf(path, model, kinds=("F32",), tokenizer=None, pre="smollm", more=N
         "attention.value_length": c.head_dim,
         "rope.dimension_count": c.head_dim,
         "vocab_size": c.vocab_size,
+        "attention.sliding_window": c.sliding_window,
         **overrides,
     }
     for name, value in entries.items():
         if value is not None:
-            writer.add_uint32(f"llama.{name}", value)
+            writer.add_uint32(f"{arch}.{name}", value)
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_theta)
     if tokenizer is not None:
         add_vocabulary(writer, tokenizer, pre)
-    for name, value in (more or {}).items():
+    more, extra_tensors = dict(more or {}), dict(extra_tensors or {})
+    if (c.rope_scaling or {}).get("rope_type") == "linear":
+        more |= {f"{arch}.rope.scaling.type": "linear", f"{arch}.rope.scaling.factor": c.rope_scaling["factor"]}
+    elif c.rope_scaling:
+        divisors = rope.divisors(c.head_dim, c.rope_theta, c.rope_scaling)
+        extra_tensors["rope_freqs.weight"] = divisors.astype(np.float32)
+    for name, value in more.items():
         (writer.add_string if isinstance(value, str) else writer.add_float32)(name, value)
     written, turn = {}, 0
     for name, w in model.named_parameters():
@@ -108,12 +122,13 @@ def write_gguf(path, model, kinds=("F32",), tokenizer=None, pre="smollm", more=N
         if w.ndim == 2:
             kind, turn = gguf.GGMLQuantizationType[kinds[turn % len(kinds)]], turn + 1
         heads = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}.get(name.split(".")[-2])
+        heads = heads if arch == "llama" else None
         packed = gguf.quantize(interleaved(w.data, heads) if heads else w.data, kind)
         writer.add_tensor(gguf_name(name), packed, raw_dtype=kind)
         written[name] = gguf.dequantize(
             gguf.quantize(w.data, kind), kind
         )  # whole rows are quantized, so their order does not matter
-    for name, w in (extra_tensors or {}).items():
+    for name, w in extra_tensors.items():
         writer.add_tensor(name, w)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,11 +1,14 @@
 """Real models' files: GGUF and sharded folders, read one weight at a time, and byte-pair vocabularies."""
 
 import contextlib
+import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import llm_files
@@ -17,7 +20,7 @@ import tinylora as tl
 from tinylora import Llama, LlamaConfig, no_grad
 from tinylora.dtypes import BFloat16Array, round_to
 from tinylora.interop import bitsandbytes
-from tinylora.models import files, folders, llama, safetensors
+from tinylora.models import files, folders, llama, rope, safetensors
 from tinylora.quant import QuantizedTensor
 
 SIZES = {"intermediate_size": 64}  # whole blocks of 32, as GGUF's types need
@@ -248,10 +251,10 @@ def test_tensors_that_may_and_may_not_be_there(tmp_path):
     tensors = safetensors.load_folder(tmp_path)
     spare = {
         "lm_head.weight": tensors["model.embed_tokens.weight"],
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": (10000.0 ** (-np.arange(4) / 4)).astype(np.float16),
     }
     safetensors.save_safetensors(tmp_path / "model.safetensors", tensors | spare)
-    Llama.from_pretrained(tmp_path)
+    assert Llama.from_pretrained(tmp_path).lm_head is None
     safetensors.save_safetensors(tmp_path / "model.safetensors", tensors | {"model.bias": np.ones(4, np.float32)})
     with pytest.raises(ValueError, match=r"it holds model\.bias, which the model does not have"):
         Llama.from_pretrained(tmp_path)
@@ -311,16 +314,65 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("changes", SHAPES)
+#: A GGUF has no dynamic scaling, and only a llama's and no Qwen's window.
+FAMILY = [kind for kind in tiny.FAMILY if kind not in ("dynamic", "qwen2 with windows")]
+
+
+@pytest.mark.parametrize("changes", [*SHAPES, *FAMILY], ids=str)
 def test_a_gguf_is_the_model_that_was_written(changes, tmp_path, rng):
     pytest.importorskip("gguf")
-    m, x = tiny.model(int(rng.integers(1000)), **SIZES, **changes), tiny.ids(rng, 2, 11)
+    family = changes in FAMILY
+    m = tiny.of_the_family(changes, rng) if family else tiny.model(int(rng.integers(1000)), **SIZES, **changes)
+    x = tiny.ids(rng, 2, 11)
     llm_files.write_gguf(tmp_path / "m.gguf", m)
+    if changes == "llama3":  # the header holds divisors, and not what they were computed from
+        d, theta, scaling = m.config.head_dim, m.config.rope_theta, m.config.rope_scaling
+        m.config = replace(m.config, rope_scaling=rope.divided(rope.divisors(d, theta, scaling).astype(np.float32)))
     again = Llama.from_pretrained(tmp_path / "m.gguf")
     assert again.config == m.config
     for (name, a), (other, b) in zip(m.named_weights(), again.named_weights(), strict=True):
         assert name == other and a.data.tobytes() == b.data.tobytes(), name
     assert (logits(m, x) == logits(again, x)).all()
+
+
+def test_scaled_positions_of_a_gguf_are_a_folders(tmp_path, rng):
+    """Llama 3.1's numbers are known again in its divisors; others stay divisors, which transformers has a name for, too."""
+    pytest.importorskip("gguf")
+    numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    large = {"head_dim": 64, "rope_theta": 5e5, "num_attention_heads": 2, "max_position_embeddings": 300}
+    for factor in (8.0, 32.0):
+        m = tiny.model(**SIZES, **large, rope_scaling={"rope_type": "llama3", "factor": factor, **numbers})
+        llm_files.write_gguf(tmp_path / "m.gguf", m)
+        again, x = Llama.from_pretrained(tmp_path / "m.gguf"), tiny.ids(rng, 1, 290)
+        assert again.config == m.config and (logits(again, x) == logits(m, x)).all()
+    m = tiny.model(**SIZES)
+    for value, expected in ((0.0, None), (4.0, {"rope_type": "linear", "factor": 4.0}), (1.0, None)):
+        for name in ("rope.scaling.factor", "rope.scale_linear"):  # the second is what older files say
+            llm_files.write_gguf(tmp_path / "m.gguf", m, more={f"llama.{name}": value})
+            assert Llama.from_pretrained(tmp_path / "m.gguf").config.rope_scaling == expected
+    off = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}  # llama.cpp: none is none
+    for more, tensors in ((off, {}), ({}, {"rope_freqs.weight": np.ones(4, np.float32)})):
+        llm_files.write_gguf(tmp_path / "m.gguf", m, more=more, extra_tensors=tensors)
+        assert Llama.from_pretrained(tmp_path / "m.gguf").config == m.config
+    divisors = rng.uniform(1, 9, 4).astype(np.float32)
+    llm_files.write_gguf(tmp_path / "m.gguf", m, extra_tensors={"rope_freqs.weight": divisors})
+    again, x = Llama.from_pretrained(tmp_path / "m.gguf"), tiny.ids(rng, 1, 30)
+    llama.convert(tmp_path / "m.gguf", tmp_path / "out", "float32")
+    assert (logits(again, x) == logits(Llama.from_pretrained(tmp_path / "out"), x)).all()
+    assert not np.allclose(logits(again, x), logits(m, x), atol=1e-3)
+
+
+def test_windows_of_a_gguf(tmp_path):
+    pytest.importorskip("gguf")
+    m = tiny.model(**SIZES, model_type="mistral", sliding_window=9)
+    for window, expected in ((9, ("mistral", 9)), (64, ("llama", None)), (0, ("llama", None))):
+        llm_files.write_gguf(tmp_path / "m.gguf", m, **{"attention.sliding_window": window})
+        c = Llama.from_pretrained(tmp_path / "m.gguf").config
+        assert (c.model_type, c.sliding_window) == expected
+    m = tiny.model(**SIZES, model_type="qwen2")
+    llm_files.write_gguf(tmp_path / "m.gguf", m, **{"attention.sliding_window": 9})
+    with pytest.raises(ValueError, match=r"qwen2\.attention\.sliding_window is 9; expected none"):
+        Llama.from_pretrained(tmp_path / "m.gguf")
 
 
 def dequantizable():
@@ -406,13 +458,42 @@ def test_a_permutation_that_is_not_undone_would_be_seen(tmp_path, rng, monkeypat
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"more": {"llama.rope.scaling.type": "linear"}}, "rope.scaling.type is 'linear'; expected no rope scaling"),
-        ({"more": {"llama.rope.scaling.factor": 2.0}}, "rope.scaling.factor is 2.0"),
+        ({"more": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type is 'yarn'; expected 'linear' or 'none'"),
+        ({"more": {"llama.rope.scaling.factor": -2.0}}, "rope.scaling.factor is -2.0, expected a positive number"),
+        (
+            {"more": {"llama.rope.scaling.attn_factor": 2.0}},
+            "attn_factor is 2.0; expected attention that is not scaled",
+        ),
+        ({"more": {"llama.attention.scale": 1.0}}, "llama.attention.scale is 1.0, expected 1/√8"),
+        ({"more": {"llama.logit_scale": 16.0}}, "llama.logit_scale is 16.0; expected logits that are not scaled"),
+        (
+            {"more": {"llama.rope.scaling.factor": 2.0}, "extra_tensors": {"rope_freqs.weight": np.full(4, 2, "f")}},
+            "rope.scaling.factor is 2.0 beside rope_freqs.weight; expected one of the two",
+        ),
         ({"rope.dimension_count": 4}, "rope.dimension_count is 4; expected every dimension"),
         ({"attention.value_length": 4}, "attention.value_length is 4"),
         ({"expert_count": 8}, "expert_count is 8; expected no experts"),
-        ({"extra_tensors": {"rope_freqs.weight": np.ones(4, np.float32)}}, "a tensor is named rope_freqs.weight"),
-        ({"extra_tensors": {"blk.0.attn_q.bias": np.ones(4, np.float32)}}, "a tensor is named blk.0.attn_q.bias"),
+        (
+            {"extra_tensors": {"rope_freqs.weight": np.ones(3, np.float32)}},
+            r"rope_freqs.weight is \[.*expected 4 positive",
+        ),
+        (
+            {"extra_tensors": {"rope_freqs.weight": np.zeros(4, np.float32)}},
+            r"rope_freqs.weight is \[.*expected 4 positive",
+        ),
+        (
+            {"extra_tensors": {"rope_factors_long.weight": np.ones(4, "f")}},
+            "a tensor is named rope_factors_long.weight",
+        ),
+        (
+            {"extra_tensors": {"blk.0.attn_q.bias": np.ones(32, np.float32)}},
+            r"7 tensors are missing, the first is model\.layers\.0\.self_attn\.k_proj\.bias",
+        ),
+        (
+            {"extra_tensors": {"blk.0.attn_q_norm.weight": np.ones(8, np.float32)}},
+            r"it holds model\.layers\.0\.self_attn\.q_norm\.weight, which the model does not have",
+        ),
+        ({"extra_tensors": {"blk.0.attn_q.scale": np.ones(1, np.float32)}}, "a tensor is named blk.0.attn_q.scale"),
         ({"extra_tensors": {"blk.0.output.weight": np.ones(4, np.float32)}}, "a tensor is named blk.0.output.weight"),
         ({"extra_tensors": {"attn_q.weight": np.ones(4, np.float32)}}, "a tensor is named attn_q.weight"),
         ({"extra_tensors": {"output.weight": np.ones((2, 2), np.int32)}}, "lm_head.weight is of type 26"),
@@ -585,6 +666,21 @@ def test_a_folder_carries_its_vocabulary(tmp_path):
 def _four(model, folder):
     bitsandbytes.save(tl.quantize_linears(model), folder)
     return folder
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_a_copied_model_has_its_vocabulary(how):
+    pytest.importorskip("tokenizers")
+    t = llm_files.trained()
+    m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size, eos_token_id=2), t)
+    m.generate("Once upon", 3)
+    again = how(m)
+    assert again.tokenizer is not t and again.tokenizer.settings == t.settings
+    for text in STRINGS:
+        ids = again.tokenizer.encode(text)
+        assert ids == t.encode(text) and again.tokenizer.decode(ids) == t.decode(ids)
+    assert again.tokenizer.chat_prompt("hi") == t.chat_prompt("hi")
+    assert again.generate("Once upon", 8, seed=3, stop=()) == m.generate("Once upon", 8, seed=3, stop=())
 
 
 def test_a_vocabulary_that_does_not_fit(tmp_path):

@@ -1,17 +1,22 @@
-"""GGUF files of Llamas, one tensor at a time, under Hugging Face's names.
+"""GGUF files of the Llama family, one tensor at a time, under Hugging Face's names.
 
     magic "GGUF" · version · tensors · entries | entries: name, type, value | tensors: name, shape, type, offset | data, aligned
 
-A GGUF pairs the neighbouring rows 2i and 2i + 1 of each head for the rotary turn, Hugging Face rows i and i + d/2:
+The architecture is "llama" (Mistral too: with `attention.sliding_window` it is read as one), "qwen2" or "qwen3". A GGUF of a llama pairs
+the neighbouring rows 2i and 2i + 1 of each head for the rotary turn, Hugging Face and the GGUFs of the others rows i and i + d/2:
 
-    row i of a head here = row 2i there,    row i + d/2 here = row 2i + 1 there,    i < d/2        (q and k only)
+    row i of a head here = row 2i there,    row i + d/2 here = row 2i + 1 there,    i < d/2        (q and k of a llama only)
 
-Dequantizing is the `gguf` package's (extra `llm`): F32, F16, BF16, Q4_0, Q4_1, Q8_0 and whatever else it knows, in pieces, so that
-a tensor lies in memory once. The header is read here and not by gguf.GGUFReader, which maps the whole file into memory (its
-pages count as resident) and keeps an array for each of the vocabulary's strings.
+Scaled rotary positions stand in `rope.scaling.type` ("linear") and `rope.scaling.factor`, or as one divisor a frequency in the tensor
+rope_freqs.weight (Llama 3.1 and later); see `rope`.
 
-Differs from transformers' reader in that whatever would change the model and is not understood is refused: other
-architectures, tensors that a Llama does not have (rope_freqs, biases, experts), rope scaling, a file that is cut short.
+Dequantizing is the `gguf` package's (extra `llm`): F32, F16, BF16, Q4_0, Q8_0, the K and IQ types and whatever else it knows, in
+pieces, so that a tensor lies in memory once. The header is read here and not by gguf.GGUFReader, which maps the whole file into memory
+(its pages count as resident) and keeps an array for each of the vocabulary's strings.
+
+Differs from transformers' reader, which reads neither scaled rotary positions nor windows, in that whatever would change the model
+and is not understood is refused: other architectures, tensors that the model does not have (experts, scales), other kinds of rope
+scaling, a file that is cut short. llama.cpp does not look at a llama's `attention.sliding_window`.
 """
 
 import math
@@ -22,9 +27,11 @@ from pathlib import Path
 
 import numpy as np
 
+from . import rope
+
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-_FAMILY = "llama"
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _PIECE = 1 << 22  # bytes dequantized at a time
 
 _NAMES = {
@@ -36,11 +43,16 @@ _NAMES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FREQUENCIES = "rope_freqs.weight"
+#: The numbers of Llama 3.1 to 3.3 but for the factor: what a rope_freqs.weight that fits them was made from.
+_LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 class GGUF(Mapping):
@@ -59,12 +71,15 @@ class GGUF(Mapping):
             self.fields, tensors = _read_header(self.path)
         except (ValueError, struct.error, OverflowError, MemoryError) as error:
             raise ValueError(f"{self.path} is not a whole GGUF file ({error})") from None
-        family = self.fields.get("general.architecture")
-        if family != _FAMILY:
-            raise ValueError(f"{self.path}: the architecture is {family!r}, tinylora reads {_FAMILY!r}")
+        self._family = self.fields.get("general.architecture")
+        if self._family not in ARCHITECTURES:
+            known = ", ".join(map(repr, ARCHITECTURES))
+            raise ValueError(f"{self.path}: the architecture is {self._family!r}, tinylora reads {known}")
         self._tensors = {self._rename(name): tensor for name, tensor in tensors.items()}
         self._check_types()
-        self.config = self._config()
+        divisors = self._read(_FREQUENCIES) if _FREQUENCIES in self._tensors else None
+        self._tensors.pop(_FREQUENCIES, None)
+        self.config = self._config(divisors)
 
     def __iter__(self):
         return iter(self._tensors)
@@ -89,6 +104,14 @@ class GGUF(Mapping):
         return self.path
 
     def __getitem__(self, name):
+        out = self._read(name)
+        for which, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+            if self._family == "llama" and f".{which}." in name:
+                out = halves(out, self.config[heads])
+        return out
+
+    def _read(self, name):
+        """A tensor as it lies in the file, dequantized."""
         shape, kind, place = self._tensors[name]
         kind = self._package.GGMLQuantizationType(kind)
         out = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
@@ -101,22 +124,20 @@ class GGUF(Mapping):
                 if f.readinto(raw) != raw.nbytes:
                     raise ValueError(f"{self.path}: tensor {name} ends too early; the file changed after it was opened")
                 out[start : start + len(raw)] = self._package.dequantize(raw, kind)
-        out = out.reshape(shape)
-        for which, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
-            if name.endswith(f".{which}.weight"):
-                out = halves(out, self.config[heads])
-        return out
+        return out.reshape(shape)
 
     def float32(self, name):
         return self[name]
 
     def _rename(self, name):
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", name)
+        if name == _FREQUENCIES:
+            return name
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         ours = _NAMES.get(match[2]) if match else None
         in_block = ours is not None and not ours.startswith(("model.", "lm_head"))
         if ours is None or in_block != (match[1] is not None):
             raise ValueError(f"{self.path}: a tensor is named {name}, which tinylora's Llama does not have")
-        return f"model.layers.{match[1]}.{ours}.weight" if in_block else f"{ours}.weight"
+        return f"model.layers.{match[1]}.{ours}.{match[3]}" if in_block else f"{ours}.{match[3]}"
 
     def _row_bytes(self, shape, kind):
         block, size = self._package.GGML_QUANT_SIZES[kind]
@@ -156,28 +177,42 @@ class GGUF(Mapping):
             return None
         return kind
 
-    def _config(self):
-        def field(name, default=None, kind=int):
-            value = self.fields.get(f"{_FAMILY}.{name}", default)
-            if type(value) not in (int, kind) or value <= 0:
-                raise ValueError(f"{self.path}: {_FAMILY}.{name} is {value!r}, expected a positive number")
-            return value
+    def _field(self, name, default=None, kind=int):
+        """A positive number of the header."""
+        value = self.fields.get(f"{self._family}.{name}", default)
+        if type(value) not in (int, kind) or not value > 0:
+            raise ValueError(f"{self.path}: {self._family}.{name} is {value!r}, expected a positive number")
+        return value
 
+    def _or_one(self, name):
+        """A positive number of the header; 1 where it is not there, or 0, which says nothing."""
+        return self._field(name, kind=float) if self.fields.get(f"{self._family}.{name}") else 1.0
+
+    def _expect(self, expected):
+        """{entry: (the value that it must have if it is there, what that means)}"""
+        for name, (value, what) in expected.items():
+            found = self.fields.get(f"{self._family}.{name}", value)
+            if found != value:
+                raise ValueError(f"{self.path}: {self._family}.{name} is {found!r}; expected {what}")
+
+    def _config(self, divisors):
+        field = self._field
         heads, hidden = field("attention.head_count"), field("embedding_length")
         head_dim = field("attention.key_length", hidden // heads or None)
-        alike = {
-            "attention.value_length": (head_dim, "heads of keys and values of one size"),
-            "rope.dimension_count": (head_dim, "every dimension of a head to be turned"),
-            "rope.scaling.type": ("none", "no rope scaling"),
-            "rope.scaling.factor": (1.0, "no rope scaling"),
-            "rope.scale_linear": (1.0, "no rope scaling"),
-            "expert_count": (0, "no experts"),
-        }
-        for name, (expected, what) in alike.items():
-            if self.fields.get(f"{_FAMILY}.{name}", expected) != expected:
-                raise ValueError(
-                    f"{self.path}: {_FAMILY}.{name} is {self.fields[f'{_FAMILY}.{name}']!r}; expected {what}"
-                )
+        self._expect(
+            {
+                "attention.value_length": (head_dim, "heads of keys and values of one size"),
+                "attention.causal": (True, "attention to what came before"),
+                "rope.dimension_count": (head_dim, "every dimension of a head to be turned"),
+                "expert_count": (0, "no experts"),
+                "logit_scale": (1.0, "logits that are not scaled"),
+                "residual_scale": (1.0, "residuals that are not scaled"),
+                "embedding_scale": (1.0, "embeddings that are not scaled"),
+            }
+        )
+        scale = self._field("attention.scale", kind=float) if self.fields.get(f"{self._family}.attention.scale") else 0
+        if scale and abs(scale * math.sqrt(head_dim) - 1) > 1e-3:
+            raise ValueError(f"{self.path}: {self._family}.attention.scale is {scale}, expected 1/√{head_dim}")
         if "model.embed_tokens.weight" not in self._tensors:
             raise ValueError(f"{self.path} holds no token_embd.weight")
         blocks = {int(name.split(".")[2]) for name in self._tensors if name.startswith("model.layers.")}
@@ -189,8 +224,9 @@ class GGUF(Mapping):
             f"{ours}_token_id": self.fields.get(f"tokenizer.ggml.{theirs}_token_id")
             for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
         }
+        theta = _shortest(field("rope.freq_base", 10000.0, kind=float))
         return {
-            "model_type": "llama",
+            "model_type": self._family,
             "vocab_size": self._tensors["model.embed_tokens.weight"][0][0],
             "hidden_size": hidden,
             "intermediate_size": field("feed_forward_length"),
@@ -199,11 +235,49 @@ class GGUF(Mapping):
             "num_key_value_heads": field("attention.head_count_kv", heads),
             "max_position_embeddings": field("context_length"),
             "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon", kind=float)),
-            "rope_theta": _shortest(field("rope.freq_base", 10000.0, kind=float)),
+            "rope_theta": theta,
+            "rope_scaling": self._scaling(divisors, theta, head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
             "head_dim": head_dim,
+            "attention_bias": any(".self_attn." in n and n.endswith("_proj.bias") for n in self._tensors),
+            "mlp_bias": any(".mlp." in n and n.endswith(".bias") for n in self._tensors),
+            **self._windows(),
             **tokens,
         }
+
+    def _windows(self):
+        """The entries of a config.json about the sliding window. A window as long as the text is none."""
+        if not self.fields.get(f"{self._family}.attention.sliding_window"):
+            return {}
+        window = self._field("attention.sliding_window")
+        if window >= self._field("context_length"):
+            return {}
+        if self._family != "llama":  # which layers slide stands in different places for different architectures
+            raise ValueError(f"{self.path}: {self._family}.attention.sliding_window is {window!r}; expected none")
+        return {"model_type": "mistral", "sliding_window": window}
+
+    def _scaling(self, divisors, theta, head_dim):
+        """rope_scaling as a config.json has it: llama.cpp takes a factor whose type is not said for "linear"."""
+        kind = self.fields.get(f"{self._family}.rope.scaling.type", "linear")
+        if kind not in ("none", "linear"):
+            raise ValueError(f"{self.path}: {self._family}.rope.scaling.type is {kind!r}; expected 'linear' or 'none'")
+        self._expect({"rope.scaling.attn_factor": (1.0, "attention that is not scaled")})
+        factor = _shortest(self._or_one("rope.scaling.factor"))
+        factor = _shortest(self._or_one("rope.scale_linear")) if factor == 1 else factor  # its name in older files
+        linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+        if divisors is None:
+            return linear
+        if divisors.shape != (head_dim // 2,) or not (divisors > 0).all():
+            raise ValueError(f"{self.path}: {_FREQUENCIES} is {divisors}, expected {head_dim // 2} positive numbers")
+        if linear is not None:
+            raise ValueError(
+                f"{self.path}: rope.scaling.factor is {factor!r} beside {_FREQUENCIES}; expected one of the two"
+            )
+        if (divisors == 1).all():
+            return None
+        llama3 = {"rope_type": "llama3", "factor": _shortest(divisors.max()), **_LLAMA3}
+        same = np.allclose(rope.divisors(head_dim, theta, llama3), divisors, rtol=1e-5, atol=0)
+        return llama3 if same else rope.divided(divisors)
 
 
 def halves(w, heads):
