@@ -49,7 +49,7 @@ def test_the_rows_follow_which_matrices_are_adapted(names, rng):
     """In the first block nothing before the first adapted matrix needs a gradient, so less is kept there."""
     b, t, r = (int(n) for n in rng.integers(1, [4, 100, 20]))
     for layers, checkpointing in ((1, False), (3, False), (1, True), (3, True)):
-        model = quantize_linears(tiny.model(num_hidden_layers=layers))
+        model = quantize_linears(tiny.model(num_hidden_layers=layers, max_position_embeddings=100))
         tl.add_lora(model, r, target_modules=names)
         model.gradient_checkpointing = checkpointing
         options = {"r": r, "target_modules": names, "batch_size": b, "seq_len": t, "checkpointing": checkpointing}
@@ -61,12 +61,12 @@ def test_any_llama_is_predicted_to_the_byte(method, rng):
     """Drawn widths, heads in groups or not, a head of its own or not, odd blocks, constants in 32 or 8 bits."""
     for checkpointing in (False, True):
         kv, groups, half = (int(n) for n in rng.integers(1, 4, 3))
+        b, t = (int(n) for n in rng.integers(1, [5, 140]))
         config = LlamaConfig(
             int(rng.integers(30, 90)), int(rng.integers(5, 40)), int(rng.integers(5, 70)), 2, kv * groups, kv,
-            int(rng.integers(2, 99)), tie_word_embeddings=bool(rng.integers(2)), head_dim=2 * half,
+            t + int(rng.integers(0, 99)), tie_word_embeddings=bool(rng.integers(2)), head_dim=2 * half,
         )  # fmt: skip
         blocksize, double, r = int(rng.integers(3, 90)), bool(rng.integers(2)), int(rng.integers(1, 9))
-        b, t = (int(n) for n in rng.integers(1, [5, 140]))
         backend.seed(1)
         model = tl.Llama(config)
         if method != "full":
@@ -79,6 +79,22 @@ def test_any_llama_is_predicted_to_the_byte(method, rng):
             memory.predict(config, method, checkpointing=checkpointing, **options),
             memory.measure(model, batch(rng, b, t, config.vocab_size)),
         )
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("kind", tiny.FAMILY)
+def test_the_family_is_predicted_to_the_byte(kind, checkpointing, rng):
+    """Biases, norms of heads, and windows, which leave blocks of scores out."""
+    model = tiny.model(max_position_embeddings=200, **tiny.FAMILY[kind])
+    assert memory.parameters(model.config) == sum(w.size for w in model.parameters())
+    codes = {"qlora": "nf4", "int8": "int8_vectorwise"}
+    for method, names in (*((m, "all-linear") for m in ("full", *codes)), ("qlora", ["v_proj", "up_proj"])):
+        model = tiny.model(max_position_embeddings=200, **tiny.FAMILY[kind])
+        if method in codes:
+            tl.add_lora(quantize_linears(model, codes[method]), 3, target_modules=names)
+        model.gradient_checkpointing = checkpointing
+        options = {"r": 3, "target_modules": names, "batch_size": 2, "seq_len": 150, "checkpointing": checkpointing}
+        agree(memory.predict(model.config, method, **options), memory.measure(model, batch(rng, 2, 150)))
 
 
 def test_dropout_gives_each_bypass_a_copy_of_its_input_and_a_mask(rng):

@@ -147,14 +147,22 @@ def config_of(model):
 
 # ------------------------------------------------------------------------------------------------------------- numbers of weights
 def parameters(config):
-    """V d (1 + untied) + Σ out · in + (2 L + 1) d: embedding, head, linear layers, norms. -> int"""
+    """V d (1 + untied) + Σ out · in + (2 L + 1) d: embedding, head, linear layers, norms; and a Qwen's biases and norms of heads. -> int"""
     return sum(math.prod(shape) for shape in _dense_shapes(config)) + sum(o * i for o, i in llama_shapes(config))
 
 
 def _dense_shapes(config):
-    """Shapes of everything that is no linear layer of a block: embedding, head (if untied), norms."""
-    d, heads = config.hidden_size, 1 if config.tie_word_embeddings else 2
-    return [(config.vocab_size, d)] * heads + [(d,)] * (2 * config.num_hidden_layers + 1)
+    """Shapes of everything that is no matrix of a block: embedding, head (if untied), norms, and a Qwen's biases and norms of heads."""
+    d, layers, heads = config.hidden_size, config.num_hidden_layers, 1 if config.tie_word_embeddings else 2
+    own = [(out,) for out, _ in llama_shapes(config, config.biased)] + [(config.head_dim,)] * (
+        2 * layers * _normed(config)
+    )
+    return [(config.vocab_size, d)] * heads + [(d,)] * (2 * layers + 1) + own
+
+
+def _normed(config):
+    """Whether each head's query and key pass a norm of their own."""
+    return config.model_type == "qwen3"
 
 
 def codes_bytes(size):
@@ -182,12 +190,13 @@ def optimizer_bytes(sizes, optimizer="adamw", precision=ENGINE):
 
 
 # ------------------------------------------------------------------------------------------------------------------- the tape
-def block_tape(config, batch_size, seq_len, trained, r=None, dropout=0.0, first=False, number=4):
+def block_tape(config, batch_size, seq_len, trained, r=None, dropout=0.0, first=False, number=4, window=None):
     """{operation: bytes} that one block's pullbacks hold, where `trained` names the matrices with a trained weight or bypass.
 
     r           the rank of the bypasses, or None: the weights themselves are trained, and with them the norms
     first       the first block, into which no gradient need go if the embedding is frozen
     number      bytes of a number (4 in this package)
+    window      how many keys a query sees (None: all)
 
     n = batch_size · seq_len rows, d the width, m the MLP's, h and h_kv those of the queries and of the keys. A buffer that two pullbacks
     hold is counted at the first. The weights, which some of them hold, are counted as weights; the rotary table once a model.
@@ -211,11 +220,13 @@ def block_tape(config, batch_size, seq_len, trained, r=None, dropout=0.0, first=
         return min(count, 1) * n * width * number
 
     norm = n * d * number + n * number  # x and one 1/√(mean(x²) + ε) a row
+    rows = n * (heads * q + config.num_key_value_heads * k) * _normed(config)  # of heads that pass a norm
     return {
         "rms_norm: x, ρ": norm * x,
         "q, k, v: x": read(("q_proj", "k_proj", "v_proj"), d, x),
+        **({"rms_norm of q, k: x, ρ": rows * (config.head_dim + 1) * number} if _normed(config) else {}),
         "attention: q, k, v": (_queries(config, b, t) * h + 2 * n * h_kv) * number * attention,
-        "attention: P": b * heads * _pairs(t) * number * attention,
+        "attention: P": b * heads * _pairs(t, window) * number * attention,
         "o: x": read(("o_proj",), h, attention),
         "rms_norm 2: x, ρ": norm * after,
         "gate, up: x": read(("gate_proj", "up_proj"), d, after),
@@ -227,10 +238,14 @@ def block_tape(config, batch_size, seq_len, trained, r=None, dropout=0.0, first=
     }
 
 
-def _pairs(t):
-    """Σ n_i e_i: the scores a head computes, in blocks of n_i queries that see the keys before e_i; t²/2 + 32 t where 64 divides t."""
+def _pairs(t, window=None):
+    """Σ n_i e_i: the scores a head computes, in blocks of n_i queries that see the keys before e_i; t²/2 + 32 t where 64 divides t.
+
+    With a window of w a block does not compute the keys more than w − 1 before its first query.
+    """
     step = QUERY_BLOCK
-    return sum(min(step, t - start) * min(start + step, t) for start in range(0, t, step))
+    begin = [0 if window is None else max(start + 1 - window, 0) for start in range(0, t, step)]
+    return sum(min(step, t - i * step) * (min((i + 1) * step, t) - first) for i, first in enumerate(begin))
 
 
 def _queries(config, b, t):
@@ -248,19 +263,22 @@ def tape(config, batch_size, seq_len, trained=MATRICES, r=None, dropout=0.0, che
     trained = tuple(trained)
     n, d, layers = batch_size * seq_len, config.hidden_size, config.num_hidden_layers
     options = {"r": r, "dropout": dropout, "number": number}
-    first = sum(block_tape(config, batch_size, seq_len, trained, first=True, **options).values())
-    other = sum(block_tape(config, batch_size, seq_len, trained, **options).values())
+    held = [
+        sum(block_tape(config, batch_size, seq_len, trained, first=i == 0, window=config.window(i), **options).values())
+        for i in range(layers)
+    ]
     full = r is None
-    turned = full or layers > 1 or bool({"q_proj", "k_proj"} & set(trained))  # a rotation is on the tape
-    rope = 4 * config.head_dim * max(seq_len, config.max_position_embeddings) * (turned or checkpointing)
+    # Whether a rotation is on a block's tape: not in a first block whose queries and keys need no gradient.
+    turned = [full or i > 0 or bool({"q_proj", "k_proj"} & set(trained)) for i in range(layers)]
+    rope = 4 * config.head_dim * max(seq_len, config.max_position_embeddings)
     if checkpointing:
-        largest = (other if layers > 1 else first) + rope * turned
+        largest = max(block + rope * turns for block, turns in zip(held, turned, strict=True))
         blocks = {"inputs of blocks": layers * n * d * number, "a block, rebuilt": largest}
     else:
-        blocks = {"blocks": first + (layers - 1) * other}
+        blocks = {"blocks": sum(held)}
     return {
         **blocks,
-        "rotary table": rope,
+        "rotary table": rope * (any(turned) or checkpointing),
         "embedding: ids": 8 * n * full,
         "last norm: x, ρ": n * (d + 1) * number,
         "head: x": n * d * number * full,
@@ -288,7 +306,7 @@ def predict(
 ):
     """The Account of a training step (see the module's equations), from sizes alone. Nothing is allocated.
 
-    config                   a LlamaConfig (or anything with its fields), or what `config_of` takes: "llama-65b", "base", a folder
+    config                   a LlamaConfig, or what `config_of` takes: "llama-65b", "base", a folder
     method                   "full"; "lora": linear layers frozen in 16 bits; "qlora": in 4 bits, "int8": in 8, and constants
     r, target_modules        rank of the bypasses; "all-linear", or names in MATRICES
     blocksize, double_quant  of the 4-bit weights
