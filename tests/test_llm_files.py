@@ -611,9 +611,10 @@ def test_the_chat_prompt_is_chatml():
         "<|im_start|>system\nYou are a miller.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     )
     assert t.chat_prompt("hi") == t.encode(expected) and t.chatml
-    assert t.chat_prompt("hi", system="") == t.encode(expected[expected.index("<|im_start|>user") :])
     assert t.chat_prompt("hi", system="Be short.") == t.encode(expected.replace("You are a miller.", "Be short."))
-    assert llm_files.trained(template=None).chat_prompt("hi") == t.chat_prompt("hi", system="")
+    assert t.chat_prompt("hi", system="") == t.encode(expected.replace("You are a miller.", "")), "as the template does"
+    plain, alone = llm_files.trained(template=None), expected[expected.index("<|im_start|>user") :]
+    assert plain.chats and plain.chat_prompt("hi") == plain.chat_prompt("hi", system="") == t.encode(alone)
 
 
 def test_a_vocabulary_without_marks_has_no_chat_prompt():
@@ -658,7 +659,7 @@ def test_a_folder_carries_its_vocabulary(tmp_path):
     assert again.generate("Once upon", 8, seed=3, stop=()) == m.generate("Once upon", 8, seed=3, stop=())
     four = bitsandbytes.load(_four(m, tmp_path / "four"))
     assert four.tokenizer.encode("In 1984") == t.encode("In 1984")
-    (tmp_path / "chat_template.jinja").write_text("{{ '<|im_start|>system\\nOther words.<|im_end|>\\n' }}")
+    (tmp_path / "chat_template.jinja").write_text(llm_files.TEMPLATE.replace("You are a miller.", "Other words."))
     other = Llama.from_pretrained(tmp_path).tokenizer
     assert other.chat_prompt("hi") == t.chat_prompt("hi", system="Other words.")
 

@@ -406,18 +406,30 @@ class Llama(Module):
         self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None
     ):
         """The continuation of `prompt` as text. temperature 0 is greedy; equal seeds give equal text. See `stream`."""
-        ids = list(self.stream(prompt, max_new_tokens, temperature, top_k, top_p, seed, use_cache, stop))
-        return self.tokenizer.decode(ids)
+        return self.tokenizer.continuation(
+            self.stream(prompt, max_new_tokens, temperature, top_k, top_p, seed, use_cache, stop)
+        )
 
     def stream(
-        self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None
+        self,
+        prompt,
+        max_new_tokens=200,
+        temperature=0.8,
+        top_k=None,
+        top_p=None,
+        seed=0,
+        use_cache=True,
+        stop=None,
+        cache=None,
     ):
         """Yield new token ids one at a time, each drawn from softmax(logits / temperature).
 
+        The prompt is a text, before which the tokenizer puts what it puts before a text (BOS), or ids, taken as they are.
         top_k keeps the k likeliest tokens, top_p the smallest set whose probability reaches p (Holtzman et al. 2019).
-        `stop` ends the text at that token id, or at one of several; by default at the config's eos_token_id, if it has
-        one (stop=() never stops). With a KV cache each token is one position of work. Past max_position_embeddings the
-        window slides: the second half of the context is read again and the cache starts anew.
+        `stop` ends the text at that token id, or at one of several; by default at the config's eos_token_id, or else the
+        tokenizer's end_ids, if there are any (stop=() never stops). With a KV cache each token is one position of work;
+        `cache` is one that has seen the prompt's first tokens already. Past max_position_embeddings the window slides:
+        the second half of the context is read again and the cache starts anew.
         """
         if temperature < 0:
             raise ValueError(f"generate: temperature = {temperature}, expected 0 (greedy) or more")
@@ -425,20 +437,20 @@ class Llama(Module):
             raise ValueError(f"generate: top_p = {top_p}, expected 0 < top_p <= 1")
         if top_k is not None and top_k < 1:
             raise ValueError(f"generate: top_k = {top_k}, expected 1 or more")
-        ids = list(self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt)
+        ids = [*self.tokenizer.front, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("generate: the prompt is empty; give at least one token to continue from")
-        stop = self.config.eos_token_id if stop is None else stop
-        stops = set() if stop is None else {stop} if isinstance(stop, (int, np.integer)) else set(stop)
-        rng, window, cache = np.random.default_rng(seed), self.config.max_position_embeddings, None
+        if stop is None:
+            stop = self.tokenizer.end_ids if self.config.eos_token_id is None else self.config.eos_token_id
+        stops = {stop} if isinstance(stop, (int, np.integer)) else set(stop)
+        rng, window = np.random.default_rng(seed), self.config.max_position_embeddings
         first = 0  # where the window that the model sees begins
         for _ in range(max_new_tokens):
             if len(ids) - first > window:
                 first, cache = len(ids) - window // 2, None
             if use_cache and cache is None:
-                cache, new = KVCache(min(window, len(ids) - first + max_new_tokens)), ids[first:]
-            else:
-                new = ids[-1:] if use_cache else ids[first:]
+                cache = KVCache(min(window, len(ids) - first + max_new_tokens))
+            new = ids[first + cache.length :] if use_cache else ids[first:]
             training = self.training
             self.eval()  # no dropout; the mode is put back before the caller gets the token
             try:

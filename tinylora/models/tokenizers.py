@@ -2,37 +2,59 @@
 
     ByteTokenizer    token i is byte i; there is nothing to learn or to download
     BPETokenizer     merges of neighbouring pieces, learned by whoever made the model (Sennrich et al. 2016), on bytes
-                     (Radford et al. 2019); run by the `tokenizers` package (extra `llm`)
+                     (Radford et al. 2019) or on characters (SentencePiece); run by the `tokenizers` package (extra `llm`)
 
-A BPETokenizer comes from a folder's tokenizer.json, or from the vocabulary and the merges inside a GGUF. A GGUF only names how
-text is cut before the merges (`tokenizer.ggml.pre`); PRE lists the names that are known here:
-
-    gpt-2     words, numbers, punctuation and runs of spaces, each with the one space before it
-    smollm    the same, after every digit was cut off by itself
-
-Differs from transformers in that its GGUF reader does not look at `pre` and cuts every text as gpt-2: for a smollm vocabulary the
-ids differ where a digit follows several white spaces, or is none of 0 to 9. Here digits are cut off, as the file says.
+A BPETokenizer comes from a folder's tokenizer.json, or from the vocabulary inside a GGUF (see `vocabularies`). Conversations become
+text by the model's chat template (see `templates`), or in ChatML where the vocabulary has its marks and there is no template.
 """
 
+import codecs
+import itertools
 import json
 import re
 
-from . import files
+from . import files, templates, vocabularies
 
-PRE = ("gpt-2", "smollm")
-_CONTROL, _USER_DEFINED = 3, 4  # GGUF's token types
-_START, _END = "<|im_start|>", "<|im_end|>"
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_ASKED, _ANSWERED = "Question", "Answer"  # a conversation that shows what a template writes behind an answer
 
 
-class ByteTokenizer:
+class Tokenizer:
+    """What is common to both.
+
+    vocab_size    the rows that a model needs for it: the largest id + 1
+    front         the ids that it puts before a text (BOS), if any
+    chats         whether the model knows turns
+    end_id        the token that ends an answer, or None
+    end_ids       every token that ends an answer or a text
+    """
+
+    front, chats, end_id, end_ids = (), False, None, ()
+
+    def following(self, text):
+        """The ids of a text that stands behind another one."""
+        return self.encode(text)
+
+    def pieces(self, tokens):
+        """Yield what each token adds to the text before it: "" within a character, and U+FFFD at the end for one that was cut."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token in tokens:
+            yield decoder.decode(self.token_bytes(token))
+        yield decoder.decode(b"", final=True)
+
+    def continuation(self, tokens):
+        """The `pieces` as one text. `decode` reads tokens as a text of their own, which for SentencePiece begins without its space."""
+        return "".join(self.pieces(tokens))
+
+
+class ByteTokenizer(Tokenizer):
     """ids = the UTF-8 bytes of the text; 256 tokens."""
 
     vocab_size = 256
-    end_id = None
 
-    def encode(self, text):
-        """str or bytes -> list of ints below 256."""
-        return list(text.encode("utf-8") if isinstance(text, str) else text)
+    def encode(self, text, add_special_tokens=False):
+        """str or bytes -> list of ints below 256. There are no special tokens to add."""
+        return list(checked(text).encode("utf-8") if isinstance(text, str) else text)
 
     def decode(self, ids):
         """ints -> str; bytes that are not UTF-8 (a cut character) become U+FFFD."""
@@ -46,79 +68,62 @@ class ByteTokenizer:
         """Nothing: a folder of 256 tokens without a tokenizer.json is read as bytes."""
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-pair encoding as the model's maker trained it.
 
-    backend    a tokenizers.Tokenizer
+    backend    a tokenizers.Tokenizer. What its file sets for single calls (truncation, padding, dropout of merges) is switched off:
+               a text is read whole, and each time alike. `save` leaves it out as well
     settings   what tokenizer_config.json says: bos_token, eos_token, ..., chat_template
+    where      the file that they stand in, for sentences about it
     """
 
-    def __init__(self, backend, settings=None):
-        self.backend, self.settings = backend, dict(settings or {})
-        self.vocab_size = backend.get_vocab_size()
-        self._special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-        decoder = (json.loads(backend.to_str()).get("decoder") or {}).get("type")
-        self._bytes = _byte_of_letter() if decoder == "ByteLevel" else None
+    def __init__(self, backend, settings=None, where="the tokenizer"):
+        self.backend, self.settings, self.where = backend, dict(settings or {}), where
+        backend.no_truncation()
+        backend.no_padding()
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        added = backend.get_added_tokens_decoder()
+        self._added = {i: token.content for i, token in added.items()}
+        self._special = {i for i, token in added.items() if token.special}
+        kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder is not None else ()
+        self._bytes = _byte_of_letter() if "ByteLevel" in kinds else None
+        marked = backend.encode("a", add_special_tokens=True)
+        alone = backend.encode("a", add_special_tokens=False).ids
+        mask = zip(marked.ids, marked.special_tokens_mask, strict=True)
+        self.front = tuple(i for i, special in itertools.takewhile(lambda pair: pair[1], mask))
+        self._prefixed = b"".join(map(self.token_bytes, alone)) == b" a"  # a text gets a space in front
 
     @classmethod
     def from_file(cls, path):
-        """From a tokenizer.json; tokenizer_config.json and chat_template.jinja are read if they lie beside it."""
-        package = _package()
+        """From a tokenizer.json and what lies beside it: tokenizer_config.json, special_tokens_map.json, and chat templates."""
+        package = vocabularies.package()
         try:
             backend = package.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the package raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer that the tokenizers package reads ({error})") from None
-        beside, template = path.parent / "tokenizer_config.json", path.parent / "chat_template.jinja"
-        settings = files.read_json(beside) if beside.is_file() else {}
-        if template.is_file():
-            settings["chat_template"] = template.read_text(encoding="utf-8")
-        return cls(backend, settings)
+        return cls(backend, _settings(path.parent), path.parent)
 
     @classmethod
     def from_gguf(cls, fields, where="the GGUF file"):
-        """From the entries tokenizer.ggml.* of a GGUF: tokens, token_type, merges, pre, the ids of bos, eos, ...."""
-        tokens, merges = fields.get("tokenizer.ggml.tokens"), fields.get("tokenizer.ggml.merges")
-        kind, pre = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.pre", "gpt-2")
-        if kind != "gpt2" or pre not in PRE:
-            raise ValueError(
-                f"{where}: its tokenizer is {kind!r} with pre {pre!r}; tinylora builds 'gpt2' (byte-level BPE) with pre "
-                f"{' or '.join(map(repr, PRE))}, and reads all others from the tokenizer.json of a model folder"
-            )
-        types = fields.get("tokenizer.ggml.token_type") or [1] * len(tokens or ())
-        if not tokens or not isinstance(merges, list) or len(types) != len(tokens) or len(set(tokens)) != len(tokens):
-            raise ValueError(f"{where}: tokenizer.ggml.tokens, token_type and merges do not belong together")
-        package = _package()
-        parts = package.pre_tokenizers
-        try:
-            vocabulary = {token: i for i, token in enumerate(tokens)}
-            pairs = [tuple(merge.split(" ", 1)) for merge in merges]
-            backend = package.Tokenizer(package.models.BPE(vocab=vocabulary, merges=pairs))
-        except Exception as error:
-            raise ValueError(f"{where}: the merges do not fit the vocabulary ({error})") from None
-        cut = parts.ByteLevel(add_prefix_space=bool(fields.get("tokenizer.ggml.add_space_prefix", False)))
-        digits = [parts.Digits(individual_digits=True)] if pre == "smollm" else []
-        backend.pre_tokenizer = parts.Sequence([*digits, cut])
-        backend.decoder = package.decoders.ByteLevel()
-        for special, code in ((True, _CONTROL), (False, _USER_DEFINED)):
-            added = [
-                package.AddedToken(token, special=special, normalized=False)
-                for token, kind in zip(tokens, types, strict=True)
-                if kind == code
-            ]
-            (backend.add_special_tokens if special else backend.add_tokens)(added)
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-            i = fields.get(f"tokenizer.ggml.{theirs}_token_id")
-            if i is not None and 0 <= i < len(tokens):
-                settings[f"{ours}_token"] = tokens[i]
-        if "tokenizer.chat_template" in fields:
-            settings["chat_template"] = fields["tokenizer.chat_template"]
-        return cls(backend, settings)
+        """From the entries tokenizer.* of a GGUF."""
+        return cls(*vocabularies.from_gguf(fields, where), where)
 
-    def encode(self, text):
-        """str (or UTF-8 bytes) -> list of ints; no token is added in front or behind. "<|im_end|>" and its like are one token."""
-        text = text if isinstance(text, str) else bytes(text).decode("utf-8")
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text, add_special_tokens=False):
+        """str (or UTF-8 bytes) -> list of ints. "<|im_end|>" and its like are one token.
+
+        add_special_tokens    True: with `front` before them. What a tokenizer would put behind a text (EOS) is never added
+        """
+        text = checked(text) if isinstance(text, str) else bytes(text).decode("utf-8")
+        ids = self.backend.encode(text, add_special_tokens=False).ids
+        return [*self.front, *ids] if add_special_tokens else ids
+
+    def following(self, text):
+        """The ids of a text that stands behind another one: without the space that some vocabularies put before a text."""
+        line = self.encode("\n") if self._prefixed else []
+        ids = self.encode("\n" + text) if self._prefixed else []
+        return ids[len(line) :] if line and ids[: len(line)] == line else self.encode(text)
 
     def decode(self, ids):
         """ints -> str, without the special tokens, which are marks and not text; a cut character becomes U+FFFD."""
@@ -128,48 +133,97 @@ class BPETokenizer:
         """The bytes that one token stands for; it may end in the middle of a character. None for a special token: b""."""
         if token in self._special:
             return b""
+        piece = self._added.get(token)
+        if piece is not None and self._bytes is not None:  # written as it is, not in letters that stand for bytes
+            return piece.encode("utf-8")
         piece = self.backend.id_to_token(int(token))
-        if piece is None:  # an id between the vocabulary's end and the size of the embedding
+        if piece is None:  # an id that no token has, up to the size of the embedding
             return b""
-        if self._bytes is not None and all(letter in self._bytes for letter in piece):
-            return bytes(self._bytes[letter] for letter in piece)
+        if self._bytes is not None:
+            known = all(letter in self._bytes for letter in piece)
+            return bytes(self._bytes[letter] for letter in piece) if known else piece.encode("utf-8")
         if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # the byte of a SentencePiece vocabulary
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode("utf-8")
 
     # ----------------------------------------------------------------------------------------------------------------- chat
     @property
-    def end_id(self):
-        """The token that ends an answer: <|im_end|> if there is one, else the tokenizer's eos_token, else None."""
-        for token in (_END, _text(self.settings.get("eos_token"))):
-            if token is not None and (i := self.backend.token_to_id(token)) is not None:
-                return i
-        return None
-
-    @property
     def chatml(self):
         """Whether the vocabulary has ChatML's marks, <|im_start|> and <|im_end|>."""
-        return all(self.backend.token_to_id(mark) is not None for mark in (_START, _END))
+        return all(self.backend.token_to_id(mark) is not None for mark in (templates.START, templates.END))
 
-    def chat_prompt(self, text, system=None):
-        """The ids before an answer, in ChatML: <|im_start|>user⏎text<|im_end|>⏎<|im_start|>assistant⏎.
+    @property
+    def chats(self):
+        """Whether the model knows turns: it has a chat template, or ChatML's marks."""
+        return bool(self.settings.get("chat_template")) or self.chatml
 
-        system   what stands before it as the system's words; by default what the model's chat template says by itself,
-                 if it does; "" for none
+    @property
+    def end_id(self):
+        """The token that ends an answer: what the chat template writes behind one, else the eos_token, else None."""
+        if self.chats:
+            text = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}])
+            closing = self.encode(text.rpartition(_ANSWERED)[2])
+            marks = [i for i in closing if not self._added.get(i, " ").isspace()]
+            if marks:
+                return marks[0]
+        return self._named("eos_token")
+
+    @property
+    def end_ids(self):
+        """The ids of end_id and of the eos_token, which differ in some models."""
+        return tuple(dict.fromkeys(i for i in (self.end_id, self._named("eos_token")) if i is not None))
+
+    def _named(self, name):
+        """The id of a special token by its name in the settings; None if there is none."""
+        token = _text(self.settings.get(name))
+        return None if token is None else self.backend.token_to_id(token)
+
+    def render(self, messages, add_generation_prompt=False, **more):
+        """The text of [{"role", "content"}, ...], as the model's chat template writes it; see `spoken`."""
+        return self.spoken(messages, add_generation_prompt, **more)[0]
+
+    def spoken(self, messages, add_generation_prompt=False, tools=None, documents=None, chat_template=None, **more):
+        """(text, spans): the rendered conversation, and where the template's {% generation %} marks an answer, (start, end) each.
+
+        add_generation_prompt    whether the text ends with what stands before an answer
+        chat_template            the name of one of several templates; by default "tool_use" if there are tools, else "default"
+        tools, documents, more   further variables of the template
         """
-        if not self.chatml:
-            raise ValueError(f"chat: the vocabulary has no {_START} and {_END}; tinylora writes ChatML prompts only")
-        system = self._default_system() if system is None else system
-        turns = ([("system", system)] if system else []) + [("user", text)]
-        written = "".join(f"{_START}{who}\n{words}{_END}\n" for who, words in turns)
-        return self.encode(f"{written}{_START}assistant\n")
+        if not messages:
+            raise ValueError("chat: the conversation is empty; give at least one message")
+        found = templates.named(self.settings.get("chat_template"), self.where)
+        if not found:
+            self._knows_turns()
+            return templates.chatml(messages, add_generation_prompt), []
+        template = templates.chosen(found, chat_template, tools, self.where)
+        named = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
+        return template.render(messages, **{**named, **self._variables(), **more})
 
-    def _default_system(self):
-        """The system's words that stand literally in the chat template."""
-        template = self.settings.get("chat_template")
-        template = template if isinstance(template, str) else ""
-        match = re.search(rf"{re.escape(_START)}system(?:\n|\\n)([^'\"{{}}]*?){re.escape(_END)}", template)
-        return match[1].replace("\\n", "\n") if match else ""
+    def _knows_turns(self):
+        if not self.chats:
+            raise ValueError(
+                f"chat: {self.where} has no chat template, and the vocabulary no {templates.START} and {templates.END}; "
+                "the model knows no turns"
+            )
+
+    def _variables(self):
+        """{name: text} of the special tokens."""
+        extra = self.settings.get("extra_special_tokens")
+        named = self.settings | (extra if isinstance(extra, dict) else {})
+        texts = {name: _text(token) for name, token in named.items() if name in _NAMED or name.endswith("_token")}
+        return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+    def chat_prompt(self, messages, system=None):
+        """The ids before an answer.
+
+        messages   what the user says, or a whole conversation, [{"role", "content"}, ...]
+        system     the system's words before it; None leaves them to the template, which may have some of its own
+        """
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        if system is not None and (system or self.settings.get("chat_template")):
+            messages = [{"role": "system", "content": system}, *messages]
+        return self.encode(self.render(messages, add_generation_prompt=True))
 
     # --------------------------------------------------------------------------------------------------------------- folders
     def save(self, folder):
@@ -197,6 +251,35 @@ def fitting(tokenizer, vocab_size, where):
     return tokenizer
 
 
+def checked(text):
+    """A str that can be written as UTF-8; ValueError if it holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise ValueError(
+            f"the text holds {half} at character {error.start}: half of a surrogate pair, no character"
+        ) from None
+    return text
+
+
+def _settings(folder):
+    """What tokenizer_config.json, special_tokens_map.json (which counts where the first names no added tokens) and templates say."""
+    path = folder / "tokenizer_config.json"
+    settings = files.read_json(path) if path.is_file() else {}
+    path = folder / "special_tokens_map.json"
+    if path.is_file() and "added_tokens_decoder" not in settings:
+        settings |= files.read_json(path)
+    if found := templates.beside(folder):
+        settings["chat_template"] = found
+    return settings
+
+
+def _kinds(decoder):
+    """The types of a decoder, as the tokenizers package writes it, and of its parts."""
+    return {decoder["type"]}.union(*map(_kinds, decoder.get("decoders", ())))
+
+
 def _text(token):
     """A token of tokenizer_config.json: a string, or an object with its content."""
     return token.get("content") if isinstance(token, dict) else token
@@ -207,13 +290,3 @@ def _byte_of_letter():
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in plain]
     return {chr(b): b for b in plain} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-def _package():
-    try:
-        import tokenizers
-    except ModuleNotFoundError:
-        raise ValueError(
-            "this model's vocabulary needs the tokenizers package: pip install -e '.[llm]' in a clone of tinylora"
-        ) from None
-    return tokenizers

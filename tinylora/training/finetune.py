@@ -21,6 +21,7 @@ from .. import adapters, backend, data
 from ..dtypes import Stored
 from ..interop import peft
 from ..models import eightbit, files, folders, fourbit
+from ..models.chat import ends
 from ..models.llama import Llama
 from ..optim import AdamW
 from ..paging import Pager
@@ -175,7 +176,7 @@ def corpus(job, tokenizer):
     """(train, held-out) of a job."""
     if job.text is not None:
         return read_corpus(job.text, tokenizer)
-    if getattr(tokenizer, "chatml", False):
+    if tokenizer.chats:
         return tuple(question_and_answer(data.jargon_pairs(split), tokenizer) for split in ("train", "heldout"))
     return tuple(running_text(data.jargon(split), tokenizer) for split in ("train", "heldout"))
 
@@ -324,9 +325,9 @@ def read_trace(out):
 def sample(model, tokens=240):
     """A continuation of PROMPT, or an answer to QUESTION, at temperature 0.6 and always with the same seed."""
     tokenizer = model.tokenizer
-    if getattr(tokenizer, "chatml", False):
+    if tokenizer.chats:
         ids = tokenizer.chat_prompt(QUESTION)
-        answer = model.generate(ids, max_new_tokens=tokens // 3, temperature=0.6, seed=1, stop=tokenizer.end_id)
+        answer = model.generate(ids, max_new_tokens=tokens // 3, temperature=0.6, seed=1, stop=ends(model))
         return f"{QUESTION}\n{answer}"
     return PROMPT + model.generate(PROMPT, max_new_tokens=tokens, temperature=0.6, seed=1)
 

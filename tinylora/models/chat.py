@@ -1,0 +1,108 @@
+"""Conversations with a model: where an answer ends, and a loop that asks, answers and remembers.
+
+ends(model)                     the tokens at which an answer stops
+converse(model, read, write)    a conversation; read() gives what the user says, write(text) takes what is shown
+"""
+
+import numpy as np
+
+from .llama import KVCache
+
+HELP = "/exit ends the conversation, /reset forgets it"
+
+
+def ends(model):
+    """The ids at which an answer ends: what the tokenizer ends a turn with, and the config's eos_token_id (one or several)."""
+    stop = model.config.eos_token_id
+    stops = () if stop is None else (stop,) if isinstance(stop, (int, np.integer)) else stop
+    return tuple(dict.fromkeys((*model.tokenizer.end_ids, *map(int, stops))))
+
+
+def converse(model, read, write, system=None, max_new_tokens=400, seed=0, **options):
+    """Talk with a model that knows turns until the user has had enough; returns the messages, [{"role", "content"}, ...].
+
+    read       () -> what the user says next. EOFError, KeyboardInterrupt or "/exit" end the conversation, "/reset" forgets
+               all but the system's words. An empty line is asked for again
+    write      text -> None: takes the answer, piece by piece as it grows, and then its "\\n"; sentences about the conversation
+               itself stand in [brackets]
+    system     the system's words; None leaves them to the model's template
+    options    of Llama.stream: temperature, top_k, top_p
+
+    Keys and values of what both have said are kept, so that each turn costs its new tokens only, as far as the template writes
+    earlier turns as they were. When prompt and answer no longer fit into max_position_embeddings, the oldest turns are
+    dropped, which is said. KeyboardInterrupt while the model speaks ends its answer there. The first answer draws with
+    `seed`, as a single `stream` would; each later one differently.
+    """
+    if not model.tokenizer.chats:
+        raise ValueError(
+            "chat: the model knows no turns (it has no chat template, and its vocabulary no <|im_start|> and <|im_end|>)"
+        )
+    start = [] if system is None else [{"role": "system", "content": system}]
+    messages, memory, turn = list(start), _Memory(model), 0
+    while True:
+        try:
+            said = read()
+        except (EOFError, KeyboardInterrupt):
+            return messages
+        if said.strip() == "/exit":
+            return messages
+        if said.strip() == "/reset":
+            messages = list(start)
+            write("[the conversation begins anew]\n")
+            continue
+        if not said.strip():
+            continue
+        asked = [*messages, {"role": "user", "content": said}]
+        asked, ids = _fitting(model, asked, len(start), max_new_tokens, write)
+        if ids is None:
+            continue
+        drawn = memory.answer(ids, max_new_tokens, seed=[seed, turn] if turn else seed, **options)
+        words = []
+        try:
+            for piece in model.tokenizer.pieces(drawn):
+                words.append(piece)
+                write(piece)
+        except KeyboardInterrupt:
+            pass  # what was said stays said
+        write("\n")
+        messages = [*asked, {"role": "assistant", "content": "".join(words)}]
+        turn += 1
+
+
+def _fitting(model, messages, kept, max_new_tokens, write):
+    """(messages, prompt ids) without the oldest turns, as many as leave room for an answer; (…, None) if the last is too long.
+
+    kept    so many messages at the front (the system's) stay
+    """
+    window = model.config.max_position_embeddings
+    room, dropped = min(max_new_tokens, window // 2), 0
+    while len(ids := model.tokenizer.chat_prompt(messages)) + room > window:
+        later = [i for i, m in enumerate(messages) if i > kept and m["role"] == "user"]
+        if not later:
+            write(f"[this message takes {len(ids)} tokens, and {window - room} fit; shorten it]\n")
+            return messages, None
+        dropped += later[0] - kept
+        messages = [*messages[:kept], *messages[later[0] :]]
+    if dropped:
+        write(f"[the oldest {dropped} messages were dropped: the model reads {window} tokens at a time]\n")
+    return messages, ids
+
+
+class _Memory:
+    """The keys and values of a conversation's tokens so far, for the tokens that the next prompt begins with as well."""
+
+    def __init__(self, model):
+        self.model, self.seen = model, []
+        self.cache = KVCache(model.config.max_position_embeddings)
+
+    def answer(self, ids, max_new_tokens, **options):
+        """Yield the tokens of an answer to `ids`, as `stream` does, never beyond the window."""
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self.seen, ids, strict=False)) if a != b), min(len(self.seen), len(ids))
+        )
+        self.cache.length = min(same, self.cache.length, len(ids) - 1)  # at least one token is read
+        self.seen = list(ids)
+        most = min(max_new_tokens, self.cache.capacity - len(ids))
+        for token in self.model.stream(ids, most, stop=ends(self.model), cache=self.cache, **options):
+            self.seen.append(token)
+            yield token
