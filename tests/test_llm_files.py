@@ -702,8 +702,14 @@ def test_a_vocabulary_that_does_not_fit(tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model": "llama"}, "its tokenizer is 'llama' with pre 'smollm'"),
-        ({"pre": "qwen2"}, "with pre 'qwen2'; tinylora builds 'gpt2'"),
+        ({"model": "t5"}, "its tokenizer is 't5'; tinylora builds 'gpt2'"),
+        ({"model": "llama"}, "tokens and scores do not belong together"),
+        ({"model": "llama", "scores": [0.0, 0.0, "a"]}, "tokens and scores do not belong together"),
+        ({"model": "llama", "scores": [0.0, 0.0, 0.0], "remove_extra_whitespaces": True}, "changes a text before"),
+        ({"pre": "viking"}, "is 'viking'; tinylora knows a.x-4.0, chatglm-bpe"),
+        ({"pre": None}, r"names no way of cutting text before the merges \(tokenizer.ggml.pre\)"),
+        ({"tokens": ["a", "a", "ab"]}, "no list of different texts"),
+        ({"tokens": [1, 2, 3]}, "no list of different texts"),
         ({"merges": None}, "do not belong together"),
         ({"token_type": [1]}, "do not belong together"),
         ({"merges": ["zz yy"]}, "the merges do not fit the vocabulary"),
