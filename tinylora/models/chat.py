@@ -1,16 +1,68 @@
-"""Conversations with a model: where an answer ends, and a loop that asks, answers and remembers.
+"""Conversations with a model: to learn from, and to have.
 
-ends(model)                     the tokens at which an answer stops
-converse(model, read, write)    a conversation; read() gives what the user says, write(text) takes what is shown
+    turns(tokenizer, messages)      what is read and what is learned of a conversation, in turn
+    ends(model)                     the tokens at which an answer stops
+    converse(model, read, write)    a conversation; read() gives what the user says, write(text) takes what is shown
+
+Messages are [{"role": "user", "content": "hi"}, ...]; `templates` says how they become a text.
 """
 
 import numpy as np
 
 from .llama import KVCache
 
-HELP = "/exit ends the conversation, /reset forgets it"
+
+# ---------------------------------------------------------------------------------------------------------------- to learn from
+def turns(tokenizer, messages, first=0, **more):
+    """[(read, learned, read, learned, ...)], lists of ids: what a model with turns reads of a conversation, and what it learns.
+
+    Learned is what the assistant says, from behind the words that ask it to speak (add_generation_prompt) up to and with the
+    token that ends its turn; or what the template itself marks by {% generation %}, and that token.
+
+    Such a stretch is found by rendering the conversation up to it. A template may write earlier turns otherwise than the last
+    one (Qwen3 leaves out what was thought): then each answer is an example of its own, with the conversation before it as it
+    stood when it was given. So it is where a template writes no token behind an answer; the end of a text is then put there.
+
+    first    answers from this message on are learned
+    more     further variables of the template: tools, documents, ...
+    """
+    said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    messages, ending = messages[: said[-1] + 1], tokenizer.ending  # behind the last answer there is nothing to learn
+    mark, wanted = ending[0], [i for i in said if i >= first]
+    text, spans = tokenizer.spoken(messages, **more)
+    if spans:
+        if len(spans) != len(said) and len(wanted) != len(said):
+            raise ValueError(f"the chat template marks {len(spans)} answers where {len(said)} are given")
+        ended = [(a, b + len(mark) * text.startswith(mark, b)) for a, b in spans]
+        return [tokenizer.segments(text, ended[-len(wanted) :] if first else ended)]
+    parts = [_part(tokenizer, messages, i, ending, more) for i in wanted]
+    if mark and all(text.startswith(upto) for _, upto in parts):
+        return [tokenizer.segments(text, [(start, len(upto)) for start, upto in parts])]
+    end = [] if mark or tokenizer.end_id is None else [tokenizer.end_id]
+    apart = [tokenizer.segments(upto, [(start, len(upto))]) for start, upto in parts]
+    return [(*rest, [*learned, *end]) for *rest, learned in apart]
 
 
+def _part(tokenizer, messages, i, ending, more):
+    """(where answer i begins, the conversation up to its end), as text; ending: what the template writes behind an answer."""
+    (mark, rest), upto = ending, tokenizer.render(messages[: i + 1], **more)
+    upto = upto[: upto.rindex(mark) + len(mark)] if mark and mark in upto else upto.removesuffix(rest)
+    asked = tokenizer.render(messages[:i], add_generation_prompt=True, **more) if i else ""
+    if asked and upto.startswith(asked):
+        return len(asked), upto
+    # The words that ask for an answer are not those before one that was given: it begins where two answers differ.
+    one, other = (tokenizer.render([*messages[:i], {**messages[i], "content": word}], **more) for word in ("A", "B"))
+    if one == other:
+        raise ValueError(f"the chat template does not write what the assistant says in message {i + 1}")
+    return _alike(one, other), upto
+
+
+def _alike(a, b):
+    """How many items two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- to have
 def ends(model):
     """The ids at which an answer ends: what the tokenizer ends a turn with, and the config's eos_token_id (one or several)."""
     stop = model.config.eos_token_id
@@ -97,10 +149,7 @@ class _Memory:
 
     def answer(self, ids, max_new_tokens, **options):
         """Yield the tokens of an answer to `ids`, as `stream` does, never beyond the window."""
-        same = next(
-            (i for i, (a, b) in enumerate(zip(self.seen, ids, strict=False)) if a != b), min(len(self.seen), len(ids))
-        )
-        self.cache.length = min(same, self.cache.length, len(ids) - 1)  # at least one token is read
+        self.cache.length = min(_alike(self.seen, ids), self.cache.length, len(ids) - 1)  # at least one token is read
         self.seen = list(ids)
         most = min(max_new_tokens, self.cache.capacity - len(ids))
         for token in self.model.stream(ids, most, stop=ends(self.model), cache=self.cache, **options):

@@ -9,9 +9,12 @@ text by the model's chat template (see `templates`), or in ChatML where the voca
 """
 
 import codecs
+import functools
 import itertools
 import json
 import re
+
+import numpy as np
 
 from . import files, templates, vocabularies
 
@@ -25,11 +28,12 @@ class Tokenizer:
     vocab_size    the rows that a model needs for it: the largest id + 1
     front         the ids that it puts before a text (BOS), if any
     chats         whether the model knows turns
+    eos_id        the token that ends a text, or None
     end_id        the token that ends an answer, or None
-    end_ids       every token that ends an answer or a text
+    end_ids       all tokens that end one or the other
     """
 
-    front, chats, end_id, end_ids = (), False, None, ()
+    front, chats, eos_id, end_id, end_ids = (), False, None, None, ()
 
     def following(self, text):
         """The ids of a text that stands behind another one."""
@@ -158,20 +162,32 @@ class BPETokenizer(Tokenizer):
         return bool(self.settings.get("chat_template")) or self.chatml
 
     @property
-    def end_id(self):
-        """The token that ends an answer: what the chat template writes behind one, else the eos_token, else None."""
-        if self.chats:
-            text = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}])
-            closing = self.encode(text.rpartition(_ANSWERED)[2])
-            marks = [i for i in closing if not self._added.get(i, " ").isspace()]
-            if marks:
-                return marks[0]
+    def eos_id(self):
+        """The id of the eos_token; None if the vocabulary has none."""
         return self._named("eos_token")
 
     @property
+    def end_id(self):
+        """The token that ends an answer: the one that the chat template writes behind it, else the eos_token, else None."""
+        mark = self.ending[0] if self.chats else ""
+        return self.encode(mark)[-1] if mark else self.eos_id
+
+    @property
     def end_ids(self):
-        """The ids of end_id and of the eos_token, which differ in some models."""
-        return tuple(dict.fromkeys(i for i in (self.end_id, self._named("eos_token")) if i is not None))
+        """The ids of end_id and of the tokens that end a text or, as a GGUF says, a turn."""
+        ids = (self.end_id, self.eos_id, self._named("eot_token"))
+        return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @functools.cached_property
+    def ending(self):
+        """(mark, rest): what the template writes behind an answer, up to the token that ends it ("" if there is none), and after it."""
+        text = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}])
+        behind = text.rpartition(_ANSWERED)[2]
+        for i in self.encode(behind):
+            if not self._added.get(i, " ").isspace():
+                cut = behind.index(self._added[i]) + len(self._added[i])
+                return behind[:cut], behind[cut:]
+        return "", behind
 
     def _named(self, name):
         """The id of a special token by its name in the settings; None if there is none."""
@@ -224,6 +240,24 @@ class BPETokenizer(Tokenizer):
         if system is not None and (system or self.settings.get("chat_template")):
             messages = [{"role": "system", "content": system}, *messages]
         return self.encode(self.render(messages, add_generation_prompt=True))
+
+    def segments(self, text, spans):
+        """(read, learned, read, learned, ...), lists of ids: the tokens of a text outside and inside of spans of it.
+
+        spans    (start, end) each; a token that reaches into one belongs to it
+        """
+        inside = np.zeros(len(text) + 1, bool)
+        for start, end in spans:
+            inside[start:end] = True
+        found = self.backend.encode(text, add_special_tokens=False)
+        learned = [bool(inside[a : max(b, a + 1)].any()) for a, b in found.offsets]
+        parts = []
+        for said, group in itertools.groupby(zip(found.ids, learned, strict=True), lambda token: token[1]):
+            parts += [[]] if said and not parts else []
+            parts.append([i for i, _ in group])
+        if len(parts) % 2:  # it ends with what is only read
+            parts = parts[:-1] or [*parts, []]
+        return tuple(parts)
 
     # --------------------------------------------------------------------------------------------------------------- folders
     def save(self, folder):

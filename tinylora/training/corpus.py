@@ -1,14 +1,18 @@
-"""What a model is trained and measured on: running text, or pairs of prompt and answer.
+"""What a model is trained and measured on: running text, or pairs of prompt and answer, of which a conversation is a chain.
 
 Both hand out (inputs, targets, mask) with the targets shifted by one token. The mask marks what counts in the loss:
-every token of running text, only the answer of a pair (LoRA eq. 1 sums over the target sequence, not over the prompt).
+every token of running text, only the answer of a pair (LoRA eq. 1 sums over the target sequence, not over the prompt), and of
+a conversation only what the assistant says, with the token that ends it.
 """
 
 import hashlib
 import json
-from pathlib import Path
+import warnings
 
 import numpy as np
+
+from ..models.chat import turns
+from .datafiles import read_records, read_text
 
 
 class Text:
@@ -16,10 +20,11 @@ class Text:
 
     sources   arrays of token ids, each longer than the sequences that will be asked for
     lengths   the bytes of text that each token of the vocabulary stands for (bits per byte divides by them), or None: one
+    given     ids that are never predicted: what stands before each document (BOS)
     """
 
-    def __init__(self, sources, lengths=None):
-        self.lengths = lengths
+    def __init__(self, sources, lengths=None, given=()):
+        self.lengths, self._given = lengths, list(given)
         self.sources = [np.asarray(s) for s in sources]
         self.tokens = sum(map(len, self.sources))
         if not self.sources or min(map(len, self.sources)) < 2:
@@ -38,7 +43,11 @@ class Text:
             start = int(rng.integers(len(source) - length))
             rows.append(source[start : start + length + 1])
         ids = np.stack(rows).astype(np.int64)
-        return ids[:, :-1], ids[:, 1:], np.ones((size, length), np.float32)
+        return ids[:, :-1], ids[:, 1:], self._counted(ids[:, 1:])
+
+    def _counted(self, targets):
+        """1 for each target that counts."""
+        return (~np.isin(targets, self._given)).astype(np.float32)
 
     def windows(self, length, stride=None):
         """Every token but each source's first, predicted exactly once: (inputs, targets, mask), each (n, length).
@@ -65,7 +74,7 @@ class Text:
             tokens = self.sources[i][start : start + length + 1]
             row[: len(tokens)] = tokens
             counted[first : len(tokens) - 1] = 1
-        return ids[:, :-1], ids[:, 1:], mask
+        return ids[:, :-1], ids[:, 1:], mask * self._counted(ids[:, 1:])
 
     def fingerprint(self):
         """A short hash of the content, by which a resumed run knows that the text is the same."""
@@ -73,40 +82,73 @@ class Text:
 
 
 class Pairs:
-    """(prompt, answer) pairs of token ids; the loss is on the answer. lengths: as in Text."""
+    """What is read and what is learned of it, in turn: (prompt, answer), or (prompt, answer, prompt, answer, ...), each a list of ids.
+
+    The loss is on the answers. lengths: as in Text.
+    """
 
     def __init__(self, pairs, lengths=None):
         self.lengths = lengths
-        self.pairs = [(list(p), list(a)) for p, a in pairs]
-        self.tokens = sum(len(a) for _, a in self.pairs)
-        self._shortest_prompt = min((len(p) for p, a in self.pairs if a), default=0)
+        self.pairs = [tuple(list(part) for part in pair) for pair in pairs]
+        self.tokens = sum(len(answer) for pair in self.pairs for answer in pair[1::2])
         if not self.tokens:
             raise ValueError("pairs: every answer is empty; there is nothing to predict")
+        learned = [_learned(pair) for pair in self.pairs]
+        never = np.iinfo(np.int64).max
+        self._first = np.array([places[0] if len(places) else never for places in learned])
+        self._last = np.array([places[-1] if len(places) else 0 for places in learned])
+        self._said = set()
 
     def batch(self, rng, size, length):
-        """`size` random pairs, cut or padded to `length`: inputs, targets, mask, each (size, length)."""
-        return self.rows([self.pairs[int(i)] for i in rng.integers(len(self.pairs), size=size)], length)
+        """`size` random pairs, cut or padded to `length`: inputs, targets, mask, each (size, length).
+
+        A pair without a token to learn within `length` is not drawn; how many there are is said in a warning, once.
+        """
+        within = self._within(length, "learned")
+        drawn = rng.integers(len(within), size=size)
+        return self.rows([self.pairs[i] for i in within[drawn]], length)
 
     def windows(self, length, stride=None):
-        """Every pair once, cut to `length`."""
+        """Every pair once, cut to `length`; the mask of one without an answer within it is 0."""
+        self._within(length, "scored")
         return self.rows(self.pairs, length)
 
     def examples(self, length):
-        """What an epoch consists of: the pairs whose answer begins within `length` tokens."""
-        return [(prompt, answer) for prompt, answer in self.pairs if answer and len(prompt) <= length]
+        """What an epoch consists of: the pairs with something to learn within `length` tokens."""
+        return [self.pairs[i] for i in self._within(length, "learned")]
+
+    def _within(self, length, purpose):
+        """The indices of the pairs with something to learn within `length`; a warning if others are left out, or cut."""
+        within = np.flatnonzero(self._first <= length)
+        if not len(within):
+            raise ValueError(f"pairs: no answer begins within sequences of {length} tokens; choose a larger --seq-len")
+        lost, cut = len(self.pairs) - len(within), int((self._last[within] > length).sum())
+        if (lost or cut) and (length, purpose) not in self._said:
+            self._said.add((length, purpose))
+            left = [f"leave out {lost} of {len(self.pairs)} answers, which are not {purpose}"] if lost else []
+            left += [f"cut {cut} of {len(self.pairs)} short"] if cut else []
+            warnings.warn(f"pairs: sequences of {length} tokens (--seq-len) {' and '.join(left)}", stacklevel=3)
+        return within
 
     def rows(self, pairs, length):
-        if self._shortest_prompt > length:
-            raise ValueError(f"pairs: no answer begins within sequences of {length} tokens; choose a larger --seq-len")
+        """Inputs, targets and mask of such pairs, each (n, length)."""
         ids, mask = np.zeros((len(pairs), length + 1), np.int64), np.zeros((len(pairs), length + 1), np.float32)
-        for row, keep, (prompt, answer) in zip(ids, mask, pairs, strict=True):
-            tokens = (prompt + answer)[: length + 1]
+        for row, keep, pair in zip(ids, mask, pairs, strict=True):
+            tokens = [i for part in pair for i in part][: length + 1]
             row[: len(tokens)] = tokens
-            keep[max(len(prompt), 1) : len(tokens)] = 1
+            places = _learned(pair)
+            keep[places[places <= length]] = 1
         return ids[:, :-1], ids[:, 1:], mask[:, 1:]
 
     def fingerprint(self):
         return _hash(json.dumps(pair).encode() for pair in self.pairs)
+
+
+def _learned(pair):
+    """The places of a pair's tokens that are learned; none is at 0, where there is nothing to predict it from."""
+    ends = np.cumsum([len(part) for part in pair])
+    places = [np.arange(max(end - len(answer), 1), end) for answer, end in zip(pair[1::2], ends[1::2], strict=True)]
+    return np.concatenate(places)
 
 
 def scored_bytes(data, targets, mask):
@@ -123,67 +165,72 @@ def _hash(chunks):
     return digest.hexdigest()[:16]
 
 
-def read_text(path):
-    """The bytes of a UTF-8 text file; a sentence if it is missing, empty or not UTF-8."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file")
-    data = path.read_bytes()
-    if not data.strip():
-        raise ValueError(f"{path} is empty; expected some text")
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}); convert it first"
-        ) from None
-    return data
-
-
 def read_corpus(path, tokenizer, heldout=0.1):
-    """(train, held-out) from a .txt file (the last part is held out) or a .jsonl file of {"prompt", "answer"} objects."""
+    """(train, held-out) of a data file: its last part, or its last records, are held out. See `datafiles` for what a file may hold."""
     data = read_text(path)
-    if Path(path).suffix != ".jsonl":
-        cut = int(len(data) * (1 - heldout))
-        while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80 and tokenizer.vocab_size > 256:
+    records = read_records(path, data)
+    if records is None:
+        cut, in_bytes = int(len(data) * (1 - heldout)), _lengths(tokenizer) is None
+        while 0 < cut < len(data) and data[cut] & 0xC0 == 0x80 and not in_bytes:
             cut += 1  # not within a character
         return running_text(data[:cut], tokenizer), running_text(data[cut:], tokenizer)
+    cut = int(len(records) * (1 - heldout))
+    if cut in (0, len(records)):
+        raise ValueError(f"{path} holds {len(records)} records; too few to hold some out")
+    return _corpus(records[:cut], tokenizer), _corpus(records[cut:], tokenizer)
+
+
+def _corpus(records, tokenizer):
+    """The Text or the Pairs of records in one form."""
+    if records[0].text is not None:
+        return documents([record.text for record in records], tokenizer)
+    if records[0].messages is not None and not tokenizer.chats:
+        raise ValueError(
+            f"{records[0].where} is a conversation, and the model knows no turns (no chat template, no ChatML in its vocabulary); "
+            'give texts as "prompt" and "answer"'
+        )
     pairs = []
-    for number, line in enumerate(data.decode("utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
+    for record in records:
         try:
-            entry = json.loads(line)
-            pairs.append((entry["prompt"], entry["answer"]))
-            if not all(isinstance(text, str) for text in pairs[-1]):
-                raise TypeError
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
-            raise ValueError(
-                f'{path} line {number}: expected a JSON object with the texts "prompt" and "answer"'
-            ) from None
-    cut = int(len(pairs) * (1 - heldout))
-    if cut in (0, len(pairs)):
-        raise ValueError(f"{path} holds {len(pairs)} pairs; too few to hold some out")
-    return question_and_answer(pairs[:cut], tokenizer), question_and_answer(pairs[cut:], tokenizer)
+            if record.messages is not None:
+                pairs += turns(tokenizer, record.messages, record.first, tools=record.tools)
+            else:
+                pairs += _asked_and_answered(record.prompt, record.answer, tokenizer, record.question)
+        except ValueError as error:
+            raise ValueError(f"{record.where}: {error}") from None
+    return Pairs(pairs, _lengths(tokenizer))
 
 
 def running_text(data, tokenizer):
-    """UTF-8 bytes -> Text."""
-    return Text([np.asarray(tokenizer.encode(data))], _lengths(tokenizer))
+    """UTF-8 bytes -> Text, with what the tokenizer puts before a text."""
+    return Text([np.asarray([*tokenizer.front, *tokenizer.encode(data)])], _lengths(tokenizer))
+
+
+def documents(texts, tokenizer):
+    """Texts -> Text, one behind the other: between BOS and EOS, or apart by a blank line where the vocabulary has neither."""
+    end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    if not tokenizer.front and not end:
+        return running_text("\n\n".join(texts).encode("utf-8"), tokenizer)
+    ids = [i for text in texts for i in (*tokenizer.front, *tokenizer.encode(text), *end)]
+    return Text([np.asarray(ids)], _lengths(tokenizer), tokenizer.front)
 
 
 def _lengths(tokenizer):
     """Bytes of each token; None where every token is a byte."""
-    if tokenizer.vocab_size == 256:
-        return None
-    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    lengths = np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)])
+    return None if (lengths == 1).all() else lengths
 
 
 def question_and_answer(pairs, tokenizer):
-    """[(prompt, answer)] of texts -> Pairs. Where the vocabulary knows turns (ChatML), the prompt is the user's, and the answer ends as
-    an answer does: the token that ends it is learned too."""
-    if getattr(tokenizer, "chatml", False):
-        ids = [(tokenizer.chat_prompt(p), [*tokenizer.encode(a), tokenizer.end_id]) for p, a in pairs]
-    else:
-        ids = [(tokenizer.encode(p), tokenizer.encode(a)) for p, a in pairs]
-    return Pairs(ids, _lengths(tokenizer))
+    """[(prompt, answer)] of texts -> Pairs. Where the model knows turns, the prompt is the user's, and the answer the assistant's. An
+    answer ends with the token that ends one, which is learned too."""
+    return Pairs([pair for p, a in pairs for pair in _asked_and_answered(p, a, tokenizer)], _lengths(tokenizer))
+
+
+def _asked_and_answered(prompt, answer, tokenizer, question=None):
+    """The pairs of one prompt and answer; `question` is the prompt where the model knows turns, if it differs."""
+    if tokenizer.chats:
+        asked = {"role": "user", "content": prompt if question is None else question}
+        return turns(tokenizer, [asked, {"role": "assistant", "content": answer}])
+    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+    return [([*tokenizer.front, *tokenizer.encode(prompt)], [*tokenizer.following(answer), *end])]

@@ -1,0 +1,266 @@
+"""Files of training data: running text, or records in the JSON forms that are in use.
+
+    {"messages": [{"role": "user", "content": ...}, ...]}             a conversation, perhaps with "tools" beside it
+    {"conversations": [{"from": "human", "value": ...}, ...]}         the same in ShareGPT's words, perhaps with "system"
+    {"prompt": ..., "completion": ...}                                two texts, or two lists of messages
+    {"prompt": ..., "answer": ...}                                    two texts
+    {"instruction": ..., "input": ..., "output": ...}                 Alpaca's; the input may be missing or empty
+    {"text": ...}                                                     a document
+
+A file has one form throughout; other keys are ignored. It holds one record a line (.jsonl, .ndjson), or an array, alone or under
+one key (.json). A file of another name is running text, unless it begins as records do: what is learned hangs on what a
+file holds, and the braces of JSON are never trained on unsaid.
+"""
+
+import codecs
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_FORMS = (
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("prompt", "answer"),
+    ("instruction", "output"),
+    ("text",),
+)
+_LINES, _ARRAY, _TABLES = (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv")
+_RECORDS = re.compile(rf'\s*(\[\s*)?{{[^{{]{{0,2000}}?"({"|".join(sorted({f[0] for f in _FORMS}))})"\s*:')
+_MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32 (little-endian)",
+    codecs.BOM_UTF32_BE: "UTF-32 (big-endian)",
+    codecs.BOM_UTF16_LE: "UTF-16 (little-endian)",
+    codecs.BOM_UTF16_BE: "UTF-16 (big-endian)",
+}
+_SPEAKERS = {
+    "system": "system",
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "assistant", "model"), "assistant"),
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One entry of a data file.
+
+    where       the file and the line, for sentences about it
+    messages    of a conversation, [{"role", "content"}, ...], or None; answers from message `first` on are learned, and a template
+                may be given `tools`
+    prompt      of a pair, or None; `answer` belongs to it. An Alpaca record has its `question` too, for models with turns
+    text        of a document, or None
+    """
+
+    where: str
+    messages: list | None = None
+    first: int = 0
+    tools: list | None = None
+    prompt: str | None = None
+    answer: str | None = None
+    question: str | None = None
+    text: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------- bytes
+def read_text(path):
+    """The bytes of a UTF-8 text file without a byte-order mark; a sentence if it is missing, empty or in another encoding."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    data = path.read_bytes()
+    for mark, encoding in _MARKS.items():
+        if data.startswith(mark):
+            raise ValueError(f"{path} is {encoding} text, expected UTF-8; convert it first")
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if not data.strip():
+        raise ValueError(f"{path} is empty; expected some text")
+    if data[:4096].count(0) > len(data[:4096]) // 4:
+        raise ValueError(f"{path} is full of zero bytes, as UTF-16 and UTF-32 are, expected UTF-8; convert it first")
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}, in line {line}); convert it first"
+        ) from None
+    return data
+
+
+# -------------------------------------------------------------------------------------------------------------------- records
+def read_records(path, data):
+    """[Record] of a file's bytes; None if it is running text."""
+    text, suffix = data.decode("utf-8"), Path(path).suffix.lower()
+    if suffix in _TABLES:
+        _refuse_table(path, text)
+    evident = _RECORDS.match(text) is not None
+    if suffix not in (*_LINES, *_ARRAY) and not evident:
+        return None
+    entries = _lines(path, text) if suffix in _LINES else _array(path, text)
+    form, begun = None, None
+    records = []
+    for where, entry in entries:
+        found = _form(where, entry)
+        form, begun = form or found, begun or where
+        if found != form:
+            raise ValueError(
+                f"{where} is of the form {_words(found)}, and {begun} of {_words(form)}; expected one form"
+            )
+        records.append(_record(where, entry, found))
+    return records
+
+
+def _lines(path, text):
+    """(where, entry) of JSON lines. Only "\\n" ends one: other separators of lines may stand inside a text."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path} line {number}"
+            try:
+                yield where, json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: expected a JSON object, and it is no JSON ({error.msg}, column {error.colno})"
+                ) from None
+            except RecursionError:
+                raise ValueError(f"{where}: expected a JSON object, and it is nested too deeply") from None
+
+
+def _array(path, text):
+    """(where, entry) of an array, alone or under one key of an object; also of JSON lines in a file that is named otherwise."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{path}: the JSON is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{"):
+            return _lines(path, text)
+        raise ValueError(f"{path} line {error.lineno}: it is no JSON ({error.msg}, column {error.colno})") from None
+    if isinstance(value, dict) and _keys(value) is None:
+        lists = [v for v in value.values() if isinstance(v, list)]
+        if len(lists) != 1:
+            raise ValueError(
+                f"{path}: expected an array of records, or an object with one under one key; it has {len(lists)} arrays"
+            )
+        value = lists[0]
+    return [(f"{path} entry {i}", entry) for i, entry in enumerate(value if isinstance(value, list) else [value], 1)]
+
+
+def _refuse_table(path, text):
+    columns = {name.strip().strip('"').lower() for name in re.split("[,;\t]", text.split("\n", 1)[0])}
+    if _keys(columns):
+        raise ValueError(
+            f'{path} is a table; write its rows as JSON lines, such as {{"prompt": ..., "answer": ...}}, in a .jsonl file'
+        )
+
+
+def _keys(entry):
+    """The keys by which the form of an entry is known; None if it has none of them."""
+    return next((keys for keys in _FORMS if all(key in entry for key in keys)), None)
+
+
+def _words(form):
+    return " and ".join(f'"{key}"' for key in form)
+
+
+def _form(where, entry):
+    form = _keys(entry) if isinstance(entry, dict) else None
+    if form is None:
+        found = f"keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        raise ValueError(f"{where}: expected a JSON object with {', or '.join(map(_words, _FORMS))}; found {found}")
+    try:
+        json.dumps(entry, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise ValueError(f"{where}: it holds {half}, half of a surrogate pair, which is no character") from None
+    return form
+
+
+def _record(where, entry, form):
+    """The Record of an entry in this form."""
+    if form == ("messages",):
+        return _conversation(where, _messages(where, entry["messages"]), tools=_tools(where, entry))
+    if form == ("conversations",):
+        return _conversation(where, _shared(where, entry), tools=_tools(where, entry))
+    if form == ("text",):
+        return Record(where, text=_text(where, entry, "text"))
+    if form == ("instruction", "output"):
+        asked, given = (
+            _text(where, entry, "instruction"),
+            _text(where, {"input": "", **entry}, "input", (str, type(None))),
+        )
+        question = f"{asked}\n\n{given}" if given else asked
+        return Record(where, prompt=_alpaca(asked, given), question=question, answer=_text(where, entry, "output"))
+    prompt, answer = (entry[key] for key in form)
+    if isinstance(prompt, str) and isinstance(answer, str):
+        return Record(where, prompt=prompt, answer=answer)
+    if form == ("prompt", "answer") or not all(isinstance(x, (str, list)) for x in (prompt, answer)):
+        raise ValueError(f"{where}: expected a JSON object with the texts {_words(form)}")
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(where, prompt)
+    said = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _messages(where, answer)
+    return _conversation(where, [*asked, *said], len(asked), _tools(where, entry))
+
+
+def _text(where, entry, key, kinds=str):
+    if not isinstance(entry[key], kinds):
+        raise ValueError(f'{where}: "{key}" is a {type(entry[key]).__name__}, expected a text')
+    return entry[key]
+
+
+def _alpaca(instruction, given):
+    """The prompt of Stanford's Alpaca, for models without turns (github.com/tatsu-lab/stanford_alpaca)."""
+    context = ", paired with an input that provides further context" if given else ""
+    inputs = f"### Input:\n{given}\n\n" if given else ""
+    return (
+        f"Below is an instruction that describes a task{context}. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{inputs}### Response:\n"
+    )
+
+
+def _messages(where, messages):
+    """A list of {"role", "content"}; the content is a text, a list of parts, or missing beside "tool_calls"."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: expected a list of messages")
+    for i, message in enumerate(messages, 1):
+        content = message.get("content") if isinstance(message, dict) else None
+        whole = isinstance(content, (str, list)) or (isinstance(message, dict) and message.get("tool_calls"))
+        if not whole or not isinstance(message.get("role"), str):
+            raise ValueError(f'{where}: message {i} is no object with the texts "role" and "content"')
+    return messages
+
+
+def _shared(where, entry):
+    """ShareGPT's turns as messages."""
+    turns = entry["conversations"]
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
+        return _messages(where, turns)
+    messages = (
+        [{"role": "system", "content": entry["system"]}]
+        if isinstance(entry.get("system"), str) and entry["system"]
+        else []
+    )
+    for i, turn in enumerate(turns if isinstance(turns, list) else [], 1):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise ValueError(f'{where}: turn {i} is no object with the texts "from" and "value"')
+        if turn.get("from") not in _SPEAKERS:
+            raise ValueError(f"{where}: turn {i} is from {turn.get('from')!r}, expected one of {', '.join(_SPEAKERS)}")
+        messages.append({"role": _SPEAKERS[turn["from"]], "content": turn["value"]})
+    return _messages(where, messages)
+
+
+def _tools(where, entry):
+    """The list of tools that a record gives its conversation, also where it stands as a text of JSON; None without."""
+    tools = entry.get("tools")
+    if isinstance(tools, str) and tools:
+        try:
+            tools = json.loads(tools)
+        except (json.JSONDecodeError, RecursionError):
+            raise ValueError(f'{where}: "tools" is a text that is no JSON') from None
+    if tools and not isinstance(tools, list):
+        raise ValueError(f'{where}: "tools" is a {type(tools).__name__}, expected a list')
+    return tools or None
+
+
+def _conversation(where, messages, first=0, tools=None):
+    if not any(message["role"] == "assistant" for message in messages[first:]):
+        raise ValueError(f"{where}: the assistant says nothing; there is nothing to learn")
+    return Record(where, messages=messages, first=first, tools=tools)
