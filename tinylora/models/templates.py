@@ -12,9 +12,12 @@ special tokens by name, and whatever else is given by name. Needs jinja2 (extra 
 import contextlib
 import functools
 import json
+import re
 from datetime import datetime
 
-OLDEST = (3, 1, 6)  # older sandboxes are known to leak
+from . import files
+
+OLDEST = [3, 1, 6]  # older sandboxes are known to leak
 START, END = "<|im_start|>", "<|im_end|>"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -30,11 +33,14 @@ class Template:
         self.source, self.where = source, where
 
     def render(self, messages, **variables):
-        """(text, [(start, end), ...]): the conversation, and where in it `{% generation %}` says that the assistant speaks."""
-        messages, pieces, spans = [_plain(message) for message in messages], [], []
+        """(text, [(start, end), ...]): the conversation, and where in it `{% generation %}` says that the assistant speaks.
+
+        No place is known where the marks stand in a macro or in a text that is set aside: then there are none.
+        """
+        messages, pieces, marked = [_plain(message) for message in messages], [], []
         try:
             template = _compiled(self.source)
-            with template.environment.generation.watched(pieces, spans):
+            with template.environment.generation.watched(pieces, marked):
                 pieces.extend(template.generate(messages=messages, **variables))
         except _Missing:
             raise
@@ -42,7 +48,9 @@ class Template:
             line = f" line {error.lineno}" if getattr(error, "lineno", None) else ""
             what = str(error) or type(error).__name__
             raise ValueError(f"{self.where}: the chat template{line} fails on this conversation: {what}") from None
-        return "".join(pieces), spans
+        text = "".join(pieces)
+        found = all(text.startswith(said, start) for start, said in marked)
+        return text, [(start, start + len(said)) for start, said in marked] if found else []
 
 
 def chatml(messages, add_generation_prompt=False):
@@ -65,6 +73,8 @@ class _Missing(ValueError):
 @functools.cache
 def _environment():
     """The sandbox in which templates run."""
+    from importlib.metadata import version
+
     try:
         import jinja2
         from jinja2 import ext, nodes, sandbox
@@ -72,19 +82,20 @@ def _environment():
         raise _Missing(
             "this model's chat template needs the jinja2 package: pip install -e '.[llm]' in a clone of tinylora"
         ) from None
-    if tuple(map(int, jinja2.__version__.split(".")[:3])) < OLDEST:
+    found = version("jinja2")
+    if [int(n) for n in re.findall(r"\d+", found)] < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        raise _Missing(f"chat templates need jinja2 {wanted} or newer, and this is {jinja2.__version__}; upgrade it")
+        raise _Missing(f"chat templates need jinja2 {wanted} or newer, and this is {found}; upgrade it")
 
     class Generation(ext.Extension):
-        """{% generation %}…{% endgeneration %}: notes where in the output it stands."""
+        """{% generation %}…{% endgeneration %}: notes where in the output it begins, and what it is."""
 
         tags = {"generation"}  # noqa: RUF012 (jinja2's way to name them)
 
         def __init__(self, environment):
             super().__init__(environment)
             environment.extend(generation=self)
-            self.pieces = self.spans = None
+            self.pieces = self.marked = None
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -92,18 +103,13 @@ def _environment():
             return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
 
         def note(self, caller):
-            text = caller()
-            start = sum(map(len, self.pieces))
-            self.spans.append((start, start + len(text)))
+            self.marked.append((sum(map(len, self.pieces)), text := caller()))
             return text
 
         @contextlib.contextmanager
-        def watched(self, pieces, spans):
-            self.pieces, self.spans = pieces, spans
-            try:
-                yield
-            finally:
-                self.pieces = self.spans = None
+        def watched(self, pieces, marked):
+            self.pieces, self.marked = pieces, marked
+            yield
 
     class Namespace(jinja2.utils.Namespace):
         """jinja2's, without names that begin with an underscore: they reach into the interpreter."""
@@ -160,11 +166,10 @@ def _compiled(source):
 
 # ------------------------------------------------------------------------------------------------------------ where templates stand
 def beside(folder):
-    """The templates in files beside a tokenizer, as tokenizer_config.json would name them; None if there are none.
+    """The templates in files beside a tokenizer, as tokenizer_config.json would name them; they count before its own.
 
-    chat_template.jinja               the default
-    additional_chat_templates/*.jinja others, named after their files
-    chat_template.json                {"chat_template": ...}, as processors wrote it; counts where nothing else does
+    chat_template.jinja                  the default
+    additional_chat_templates/*.jinja    others, named after their files
     """
     texts = {}
     if (folder / "chat_template.jinja").is_file():
@@ -174,6 +179,12 @@ def beside(folder):
     if set(texts) == {"default"}:
         return texts["default"]
     return [{"name": name, "template": text} for name, text in texts.items()]
+
+
+def of_processor(folder):
+    """What chat_template.json says, which processors of images wrote; it counts where nothing else does."""
+    path = folder / "chat_template.json"
+    return files.read_json(path).get("chat_template") if path.is_file() else None
 
 
 def named(setting, where):

@@ -18,7 +18,6 @@ import numpy as np
 
 from . import files, templates, vocabularies
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _ASKED, _ANSWERED = "Question", "Answer"  # a conversation that shows what a template writes behind an answer
 
 
@@ -87,17 +86,21 @@ class BPETokenizer(Tokenizer):
         backend.no_padding()
         if getattr(backend.model, "dropout", None) is not None:
             backend.model.dropout = None
+        # What the vocabulary has as a word and only the settings call special is special.
+        added = {token.content for token in backend.get_added_tokens_decoder().values()}
+        named = {token for token in _special_tokens(self.settings).values() if backend.token_to_id(token) is not None}
+        backend.add_special_tokens(sorted(named - added))
         self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._special = {i for i, token in added.items() if token.special}
         kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder is not None else ()
         self._bytes = _byte_of_letter() if "ByteLevel" in kinds else None
-        marked = backend.encode("a", add_special_tokens=True)
-        alone = backend.encode("a", add_special_tokens=False).ids
-        mask = zip(marked.ids, marked.special_tokens_mask, strict=True)
-        self.front = tuple(i for i, special in itertools.takewhile(lambda pair: pair[1], mask))
-        self._prefixed = b"".join(map(self.token_bytes, alone)) == b" a"  # a text gets a space in front
+        text = next((t for t in ("a", *backend.get_vocab()) if self.encode(t)), "")
+        marked = backend.encode(text, add_special_tokens=True)
+        pairs = zip(marked.ids, marked.special_tokens_mask, strict=True)
+        self.front = tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], pairs))
+        self._prefixed = self.continuation(self.encode("a")) == " a"  # a text gets a space in front
 
     @classmethod
     def from_file(cls, path):
@@ -107,7 +110,10 @@ class BPETokenizer(Tokenizer):
             backend = package.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the package raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer that the tokenizers package reads ({error})") from None
-        return cls(backend, _settings(path.parent), path.parent)
+        settings = _settings(path.parent)
+        if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
+            settings["eos_token"] = backend.id_to_token(end)
+        return cls(backend, settings, path.parent)
 
     @classmethod
     def from_gguf(cls, fields, where="the GGUF file"):
@@ -213,7 +219,7 @@ class BPETokenizer(Tokenizer):
             return templates.chatml(messages, add_generation_prompt), []
         template = templates.chosen(found, chat_template, tools, self.where)
         named = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        return template.render(messages, **{**named, **self._variables(), **more})
+        return template.render(messages, **{**named, **_special_tokens(self.settings), **more})
 
     def _knows_turns(self):
         if not self.chats:
@@ -221,13 +227,6 @@ class BPETokenizer(Tokenizer):
                 f"chat: {self.where} has no chat template, and the vocabulary no {templates.START} and {templates.END}; "
                 "the model knows no turns"
             )
-
-    def _variables(self):
-        """{name: text} of the special tokens."""
-        extra = self.settings.get("extra_special_tokens")
-        named = self.settings | (extra if isinstance(extra, dict) else {})
-        texts = {name: _text(token) for name, token in named.items() if name in _NAMED or name.endswith("_token")}
-        return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     def chat_prompt(self, messages, system=None):
         """The ids before an answer.
@@ -304,9 +303,25 @@ def _settings(folder):
     path = folder / "special_tokens_map.json"
     if path.is_file() and "added_tokens_decoder" not in settings:
         settings |= files.read_json(path)
-    if found := templates.beside(folder):
-        settings["chat_template"] = found
-    return settings
+    template = templates.beside(folder) or settings.get("chat_template") or templates.of_processor(folder)
+    return {**settings, **({"chat_template": template} if template else {})}
+
+
+def _end_of_text(folder):
+    """The first eos_token_id that generation_config.json or config.json names; None if there is none."""
+    for path in (folder / "generation_config.json", folder / "config.json"):
+        named = files.read_json(path).get("eos_token_id") if path.is_file() else None
+        if ids := [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]:
+            return ids[0]
+    return None
+
+
+def _special_tokens(settings):
+    """{name: text} of the special tokens that tokenizer_config.json names: bos_token, ..., and further ones of the model."""
+    extra = settings.get("extra_special_tokens")
+    named = settings | (extra if isinstance(extra, dict) else {})
+    texts = {name: _text(token) for name, token in named.items() if name.endswith("_token")}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _kinds(decoder):
