@@ -151,3 +151,22 @@ def add_vocabulary(writer, tokenizer, pre):
         getattr(writer, f"add_{name}_token_id")(token)
     if "chat_template" in tokenizer.settings:
         writer.add_chat_template(tokenizer.settings["chat_template"])
+
+
+def write_vocabulary(path, architecture="llama", **entries):
+    """A GGUF of a vocabulary and next to nothing else: tokenizer.ggml.* by name, in GGUF's own types."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    sizes = {"context_length": 64, "embedding_length": 32, "block_count": 1, "feed_forward_length": 32}
+    for name, value in {**sizes, "attention.head_count": 2, "attention.head_count_kv": 2}.items():
+        writer.add_uint32(f"{architecture}.{name}", value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    for name, value in entries.items():
+        kinds = {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, list: writer.add_array}
+        kinds[type(value)](f"tokenizer.ggml.{name}", value)
+    writer.add_tensor("token_embd.weight", np.zeros((len(entries["tokens"]), 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

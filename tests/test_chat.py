@@ -52,6 +52,9 @@ def test_chatml_without_a_template_is_what_the_template_writes():
         messages = chats.CONVERSATIONS[key][0]
         for asking in (False, True):
             assert templates.chatml(messages, asking) == chats.goldens()[f"chatml/{key}/{asking}"]
+    for content in (None, [{"type": "text", "text": "a"}]):
+        with pytest.raises(ValueError, match="takes messages whose content is a text"):
+            templates.chatml([{"role": "user", "content": content}])
 
 
 def test_the_date_is_todays(monkeypatch):

@@ -9,7 +9,6 @@ sandbox, blocks trimmed, `break` and `continue`, `tojson` without HTML's escapes
 special tokens by name, and whatever else is given by name. Needs jinja2 (extra `llm`).
 """
 
-import contextlib
 import functools
 import json
 import re
@@ -40,8 +39,9 @@ class Template:
         messages, pieces, marked = [_plain(message) for message in messages], [], []
         try:
             template = _compiled(self.source)
-            with template.environment.generation.watched(pieces, marked):
-                pieces.extend(template.generate(messages=messages, **variables))
+            template.environment.generation.watch(pieces, marked)
+            for piece in template.generate(messages=messages, **variables):
+                pieces.append(piece)
         except _Missing:
             raise
         except Exception as error:  # a template is a program and may fail in any way
@@ -55,6 +55,10 @@ class Template:
 
 def chatml(messages, add_generation_prompt=False):
     """A conversation in ChatML, for vocabularies that have its marks and no template: <|im_start|>role⏎content<|im_end|>⏎."""
+    if any(not isinstance(m.get("content"), str) for m in messages):
+        raise ValueError(
+            "chat: a vocabulary with ChatML's marks and no template takes messages whose content is a text"
+        )
     written = "".join(f"{START}{m['role']}\n{m['content']}{END}\n" for m in messages)
     return written + (f"{START}assistant\n" if add_generation_prompt else "")
 
@@ -106,10 +110,8 @@ def _environment():
             self.marked.append((sum(map(len, self.pieces)), text := caller()))
             return text
 
-        @contextlib.contextmanager
-        def watched(self, pieces, marked):
+        def watch(self, pieces, marked):
             self.pieces, self.marked = pieces, marked
-            yield
 
     class Namespace(jinja2.utils.Namespace):
         """jinja2's, without names that begin with an underscore: they reach into the interpreter."""

@@ -13,8 +13,8 @@ Differs from transformers' GGUF reader, which
 - merges also what Llama 3's and Mistral's own vocabularies look up whole (`ignore_merges`), and puts no BOS before Llama 3's texts
   in a file that leaves add_bos_token out;
 - leaves control tokens with letters outside of the byte alphabet (DeepSeek's) out;
-- gives a SentencePiece text that begins with a space, or stands behind a special token, no space in front; SentencePiece itself and
-  llama.cpp do.
+- puts one space before every SentencePiece text, but none before one that begins with a space or stands behind a special token;
+  SentencePiece itself and llama.cpp put one wherever a text begins, unless the file says otherwise (add_space_prefix).
 """
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # GGUF's token types
