@@ -87,6 +87,17 @@ def test_finetune_ends_with_the_whole_account(setup, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("term")
 
 
+def test_answers_beyond_the_sequences_are_said_once(setup, tmp_path, capsys):
+    rows = [{"prompt": "x" * 200, "answer": "a"}] * 18 + [{"prompt": "q", "answer": "a"}] * 22
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = ["finetune", *setup[:2], "--text", str(tmp_path / "pairs.jsonl"), *QUICK, "--steps", "3"]
+    assert main([*args, "--out", str(tmp_path / "run")]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "answers begin beyond" in line]
+    assert said == [
+        "tinylora: pairs: 18 of 36 answers begin beyond sequences of 32 tokens (--seq-len) and are not learned"
+    ]
+
+
 def test_prompt_and_answer_files_train_too(setup, tmp_path, capsys):
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("\n".join(json.dumps({"prompt": f"{i}+{i}=", "answer": f"{2 * i}\n"}) for i in range(40)))

@@ -104,20 +104,20 @@ class Pairs:
 
         A pair without a token to learn within `length` is not drawn; how many there are is said in a warning, once.
         """
-        within = self._within(length, "learned")
+        within = self.within(length, "learned")
         drawn = rng.integers(len(within), size=size)
         return self.rows([self.pairs[i] for i in within[drawn]], length)
 
     def windows(self, length, stride=None):
         """Every pair once, cut to `length`; the mask of one without an answer within it is 0."""
-        self._within(length, "scored")
+        self.within(length, "scored")
         return self.rows(self.pairs, length)
 
     def examples(self, length):
         """What an epoch consists of: the pairs with something to learn within `length` tokens."""
-        return [self.pairs[i] for i in self._within(length, "learned")]
+        return [self.pairs[i] for i in self.within(length, "learned")]
 
-    def _within(self, length, purpose):
+    def within(self, length, purpose):
         """The indices of the pairs with something to learn within `length`; a warning if others are left out, or cut."""
         within = np.flatnonzero(self._first <= length)
         if not len(within):
@@ -125,9 +125,10 @@ class Pairs:
         lost, cut = len(self.pairs) - len(within), int((self._last[within] > length).sum())
         if (lost or cut) and (length, purpose) not in self._said:
             self._said.add((length, purpose))
-            left = [f"leave out {lost} of {len(self.pairs)} answers, which are not {purpose}"] if lost else []
-            left += [f"cut {cut} of {len(self.pairs)} short"] if cut else []
-            warnings.warn(f"pairs: sequences of {length} tokens (--seq-len) {' and '.join(left)}", stacklevel=3)
+            beyond = f"of {len(self.pairs)} answers %s beyond sequences of {length} tokens (--seq-len) and are"
+            said = [f"{lost} {beyond % 'begin'} not {purpose}"] if lost else []
+            said += [f"{cut} {beyond % 'end'} cut"] if cut else []
+            warnings.warn(f"pairs: {'; '.join(said)}", stacklevel=3)
         return within
 
     def rows(self, pairs, length):

@@ -93,10 +93,10 @@ def read_records(path, data):
     text, suffix = data.decode("utf-8"), Path(path).suffix.lower()
     if suffix in _TABLES:
         _refuse_table(path, text)
-    evident = _RECORDS.match(text) is not None
-    if suffix not in (*_LINES, *_ARRAY) and not evident:
+    if suffix not in (*_LINES, *_ARRAY) and not _evident(text):
         return None
-    entries = _lines(path, text) if suffix in _LINES else _array(path, text)
+    one_a_line = suffix in _LINES and not text.lstrip().startswith("[")
+    entries = _lines(path, text) if one_a_line else _array(path, text)
     form, begun = None, None
     records = []
     for where, entry in entries:
@@ -110,31 +110,46 @@ def read_records(path, data):
     return records
 
 
+def _evident(text):
+    """Whether a text begins as files of records do, be it one a line or an array."""
+    text = text.lstrip()
+    if not text.startswith(("{", "[")):
+        return False
+    try:
+        value = json.JSONDecoder().raw_decode(text)[0]
+    except (ValueError, RecursionError):
+        return _RECORDS.match(text) is not None
+    values = [value, *value.values()] if isinstance(value, dict) else [value]
+    return any(isinstance(v, dict) and _keys(v) for v in [value, *(v[0] for v in values if isinstance(v, list) and v)])
+
+
+def _parsed(text, where):
+    """The value of a text of JSON; `where(line)` names the place of a mistake."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        found = f"it is no JSON ({error.msg}, column {error.colno})"
+        raise ValueError(f"{where(error.lineno)}: expected a JSON object, and {found}") from None
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a number of thousands of digits, or brackets in thousands of brackets
+        raise ValueError(f"{where(1)}: expected a JSON object, and it cannot be read ({error})") from None
+
+
 def _lines(path, text):
-    """(where, entry) of JSON lines. Only "\\n" ends one: other separators of lines may stand inside a text."""
+    """(where, entry) of JSON lines. Only "\n" ends one: other separators of lines may stand inside a text."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             where = f"{path} line {number}"
-            try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: expected a JSON object, and it is no JSON ({error.msg}, column {error.colno})"
-                ) from None
-            except RecursionError:
-                raise ValueError(f"{where}: expected a JSON object, and it is nested too deeply") from None
+            yield where, _parsed(line, lambda _, where=where: where)
 
 
 def _array(path, text):
     """(where, entry) of an array, alone or under one key of an object; also of JSON lines in a file that is named otherwise."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{path}: the JSON is nested too deeply") from None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text.lstrip().startswith("{"):
-            return _lines(path, text)
-        raise ValueError(f"{path} line {error.lineno}: it is no JSON ({error.msg}, column {error.colno})") from None
+    if _several(text):
+        return _lines(path, text)
+    value = _parsed(text, lambda line: f"{path} line {line}")
     if isinstance(value, dict) and _keys(value) is None:
         lists = [v for v in value.values() if isinstance(v, list)]
         if len(lists) != 1:
@@ -143,6 +158,15 @@ def _array(path, text):
             )
         value = lists[0]
     return [(f"{path} entry {i}", entry) for i, entry in enumerate(value if isinstance(value, list) else [value], 1)]
+
+
+def _several(text):
+    """Whether an object is the first of several, one behind the other."""
+    text = text.strip()
+    try:
+        return text.startswith("{") and json.JSONDecoder().raw_decode(text)[1] < len(text)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _refuse_table(path, text):
@@ -251,10 +275,7 @@ def _tools(where, entry):
     """The list of tools that a record gives its conversation, also where it stands as a text of JSON; None without."""
     tools = entry.get("tools")
     if isinstance(tools, str) and tools:
-        try:
-            tools = json.loads(tools)
-        except (json.JSONDecodeError, RecursionError):
-            raise ValueError(f'{where}: "tools" is a text that is no JSON') from None
+        tools = _parsed(tools, lambda _: f'{where}, "tools"')
     if tools and not isinstance(tools, list):
         raise ValueError(f'{where}: "tools" is a {type(tools).__name__}, expected a list')
     return tools or None

@@ -12,7 +12,8 @@ import numpy as np
 from .. import backend
 from ..models import files
 from ..models.llama import Llama, LlamaConfig
-from .corpus import Text, read_text
+from .corpus import Text
+from .datafiles import read_records, read_text
 from .train import Recipe, bits_per_byte, fit
 
 HELD_OUT = 0.05
@@ -41,7 +42,7 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
     names = [Path(p).stem for p in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"pretrain: two sources have the same name ({', '.join(names)}); rename a file")
-    texts = {Path(p).stem: np.frombuffer(read_text(p), np.uint8) for p in paths}
+    texts = {Path(p).stem: np.frombuffer(_running_text(p), np.uint8) for p in paths}
     cut = {name: int(len(t) * (1 - HELD_OUT)) for name, t in texts.items()}
     train = Text([t[: cut[name]] for name, t in texts.items()])
     recipe = recipe.planned(train)
@@ -60,6 +61,14 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
     }
     files.write_text(Path(out) / "README.md", _card(finished, recipe, texts, cut, scores))
     return scores
+
+
+def _running_text(path):
+    """The bytes of a text file; ValueError for a file of records, whose braces would be learned."""
+    data = read_text(path)
+    if read_records(path, data) is not None:
+        raise ValueError(f"{path} holds records; pretrain reads running text")
+    return data
 
 
 def _card(model, recipe, texts, cut, scores):

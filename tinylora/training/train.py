@@ -28,7 +28,7 @@ from ..models import safetensors
 from ..optim import AdamW, clip_grad_norm
 from ..tape import tape_bytes, watch_rebuilds
 from ..tensor import no_grad, state
-from .corpus import scored_bytes
+from .corpus import Pairs, scored_bytes
 from .schedule import schedule
 
 
@@ -196,6 +196,8 @@ def fit(
     optimizer = _optimizer(optimizer, trainable, recipe, pager)
     result = Result(gradient_bytes=sum(p.nbytes for _, p in trainable), optimizer_bytes=optimizer.state_bytes)
     identity, path, resuming = check_run(out, data, recipe, about, defaults)
+    if isinstance(data, Pairs):
+        data.within(recipe.seq_len, "learned")  # says what is left out, before the first step
     if resuming:
         result.first_step = _resume(path, recipe, trainable, optimizer, result)
     first = result.first_step

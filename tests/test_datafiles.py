@@ -1,0 +1,342 @@
+"""Files of training data: how they are told apart, what their records mean, and what is said of bad ones."""
+
+import itertools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import tiny
+
+from tinylora.models.tokenizers import ByteTokenizer
+from tinylora.training import corpus, datafiles
+from tinylora.training.corpus import Pairs, Text, documents, question_and_answer, read_corpus
+from tinylora.training.pretrain import pretrain
+from tinylora.training.train import Recipe, bits_per_byte, fit
+
+BYTES = ByteTokenizer()
+PAIRS = [{"prompt": f"q{i}", "answer": f"a{i}"} for i in range(20)]
+TALK = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello."}]}
+
+
+def write(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode("utf-8"))
+    return path
+
+
+def lines(rows, end="\n"):
+    return end.join(map(json.dumps, rows)) + end
+
+
+def records(path, data):
+    return datafiles.read_records(write(path, data), datafiles.read_text(path))
+
+
+# ---------------------------------------------------------------------------------------------------------- told apart by content
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.jsonl", lines(PAIRS)),
+        ("a.JSONL", lines(PAIRS)),
+        ("a.ndjson", lines(PAIRS)),
+        ("a.jsonl", "\n\n" + lines(PAIRS, "\r\n \r\n")),
+        ("a.jsonl", b"\xef\xbb\xbf" + lines(PAIRS).encode()),
+        ("a.jsonl", json.dumps(PAIRS, indent=1)),
+        ("a.json", json.dumps(PAIRS)),
+        ("a.Json", b"\xef\xbb\xbf" + json.dumps(PAIRS, indent=2).encode()),
+        ("a.json", json.dumps({"version": 1, "data": PAIRS})),
+        ("a.json", lines(PAIRS)),
+        ("a.txt", lines(PAIRS)),
+        ("a.txt", "\n " + json.dumps(PAIRS)),
+        ("a.txt", json.dumps({"data": PAIRS})),
+        ("a", lines([{"id": 1, "meta": {"x": 1}, **row} for row in PAIRS])),
+    ],
+)
+def test_records_are_records_whatever_the_file_is_called(name, data, tmp_path):
+    train, heldout = read_corpus(write(tmp_path / name, data), BYTES)
+    assert isinstance(train, Pairs) and len(train.pairs) == 18 and len(heldout.pairs) == 2
+    assert train.pairs[3] == (list(b"q3"), list(b"a3"))
+
+
+@pytest.mark.parametrize(
+    "name, data",
+    [
+        ("a.txt", "Once upon a time {there was} a [cat].\n" * 9),
+        ("a.txt", '{"name": "package", "version": "1.0"}\n' * 9),
+        ("a.py", '{\n  "a": 1, 2: 3}\n' * 9),
+        ("a.md", "[link](x) and more text\n" * 9),
+        ("a.csv", "a,b,c\n1,2,3\n" * 9),
+        ("a.txt", "é\u2028é\r\nü" * 20),
+    ],
+)
+def test_running_text_stays_running_text(name, data, tmp_path):
+    train, heldout = read_corpus(write(tmp_path / name, data), BYTES)
+    assert isinstance(train, Text) and bytes([*train.sources[0], *heldout.sources[0]]) == data.encode("utf-8")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    train, _ = read_corpus(write(tmp_path / "a.txt", b"\xef\xbb\xbf" + b"abcdefghij" * 9), BYTES)
+    assert bytes(train.sources[0][:3].tolist()) == b"abc"
+
+
+@pytest.mark.parametrize(
+    "encoding, words",
+    [
+        ("utf-16-le", r"a.txt is UTF-16 \(little-endian\) text, expected UTF-8"),
+        ("utf-16-be", r"UTF-16 \(big-endian\)"),
+        ("utf-32-le", r"UTF-32 \(little-endian\)"),
+        ("utf-32-be", r"UTF-32 \(big-endian\)"),
+    ],
+)
+@pytest.mark.parametrize("marked", [True, False])
+def test_another_encoding_is_named(encoding, words, marked, tmp_path):
+    path = write(tmp_path / "a.txt", ("\ufeff" * marked + "plain text in another encoding\n" * 5).encode(encoding))
+    with pytest.raises(ValueError, match=words if marked else "full of zero bytes, as UTF-16 and UTF-32 are"):
+        read_corpus(path, BYTES)
+
+
+# ----------------------------------------------------------------------------------------------------------------- what they mean
+def test_each_form_means_what_it_means_elsewhere(tmp_path):
+    def one(entry):
+        (record,) = records(tmp_path / "a.jsonl", json.dumps(entry))
+        return record
+
+    asked, said = TALK["messages"]
+    assert one(TALK).messages == TALK["messages"] and one(TALK).where == f"{tmp_path / 'a.jsonl'} line 1"
+    shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello."}]}
+    assert one(shared).messages == one({"conversations": TALK["messages"]}).messages == TALK["messages"]
+    assert one({**shared, "system": "S"}).messages == [{"role": "system", "content": "S"}, asked, said]
+    for row in (
+        {"prompt": [asked], "completion": [said]},
+        {"prompt": "hi", "completion": [said]},
+        {"prompt": [asked], "completion": "Hello."},
+    ):
+        assert (one(row).messages, one(row).first) == ([asked, said], 1)
+    assert [getattr(one({"prompt": "p", "completion": "c"}), x) for x in ("prompt", "answer")] == ["p", "c"]
+    assert [getattr(one({"prompt": "p", "answer": "a", "id": 3}), x) for x in ("prompt", "answer")] == ["p", "a"]
+    assert one({"text": "a\u2028b"}).text == "a\u2028b"
+    assert (
+        one({**TALK, "tools": '[{"type": "function"}]'}).tools == one({**TALK, "tools": [{"type": "function"}]}).tools
+    )
+
+
+def test_alpacas_form_has_its_own_prompt_for_models_without_turns(tmp_path):
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"instruction": "Say hi.", "output": "hi", "text": "x"},
+    ]
+    first, second = records(tmp_path / "a.jsonl", lines(rows))
+    assert first.prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response that "
+        "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n"
+    )
+    assert second.prompt == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nSay hi.\n\n### Response:\n"
+    )
+    assert [first.question, second.question] == ["Add.\n\n1, 2", "Say hi."] and [first.answer, second.answer] == [
+        "3",
+        "hi",
+    ]
+
+
+def test_documents_are_apart(tmp_path):
+    train, heldout = read_corpus(write(tmp_path / "a.jsonl", lines([{"text": f"doc {i}"} for i in range(10)])), BYTES)
+    assert (
+        bytes(train.sources[0].tolist()) == b"\n\n".join(b"doc %d" % i for i in range(9))
+        and bytes(heldout.sources[0].tolist()) == b"doc 9"
+    )
+
+    class Marked(ByteTokenizer):
+        front, eos_id = (1,), 2
+
+    text = documents(["ab", "c"], Marked())
+    assert text.sources[0].tolist() == [1, 97, 98, 2, 1, 99, 2]
+    _, targets, mask = text.windows(6)
+    assert targets[0].tolist() == [97, 98, 2, 1, 99, 2] and mask[0].tolist() == [1, 1, 1, 0, 1, 1], "BOS is given"
+    _, targets, mask = text.batch(np.random.default_rng(0), 30, 3)
+    assert ((targets == 1) == (mask == 0)).all() and (mask == 0).any()
+    assert corpus.running_text(b"ab", Marked()).sources[0].tolist() == [1, 97, 98]
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (lines(PAIRS[:2]) + "{}\n", r"line 3: expected a JSON object with \"messages\", or .*; found keys $"),
+        (lines(PAIRS[:2]) + "3\n", "line 3: expected a JSON object .* found a int"),
+        ('\r\n{"prompt": "a", "answer": "b"}\r\n\r\n{"prompt": \r\n', r"line 4: .*no JSON \(Expecting value"),
+        ('{"text": "a\u2028b\u0085c"}\n{"text": 3}\n', 'line 2: "text" is a int, expected a text'),
+        (
+            lines([*PAIRS[:2], TALK]),
+            r'line 3 is of the form "messages", and .* line 1 of "prompt" and "answer"; expected one',
+        ),
+        (lines([PAIRS[0], {"prompt": "a", "completion": "b"}]), 'line 2 is of the form "prompt" and "completion"'),
+        ('{"prompt": "a", "answer": "\\ud800"}\n', r"line 1: it holds '\\ud800', half of a surrogate pair"),
+        ('{"text": "ok"}\n{"text": "x \\udc00 y"}\n', "line 2: it holds .*half of a surrogate pair"),
+        ('{"prompt": "a", "answer": null}\n', 'line 1: expected a JSON object with the texts "prompt" and "answer"'),
+        (
+            '{"prompt": "a", "completion": 3}\n',
+            'line 1: expected a JSON object with the texts "prompt" and "completion"',
+        ),
+        ('{"instruction": "a", "output": 3}\n', 'line 1: "output" is a int, expected a text'),
+        ('{"messages": "hi"}\n', "line 1: expected a list of messages"),
+        ('{"messages": []}\n', "line 1: expected a list of messages"),
+        ('{"messages": [{"role": "user"}]}\n', 'message 1 is no object with the texts "role" and "content"'),
+        ('{"messages": [{"role": 3, "content": "a"}]}\n', "message 1 is no object"),
+        ('{"messages": [{"role": "user", "content": "a"}]}\n', "line 1: the assistant says nothing"),
+        (
+            '{"prompt": [{"role": "assistant", "content": "a"}], "completion": [{"role": "user", "content": "a"}]}\n',
+            "says nothing",
+        ),
+        ('{"conversations": [{"from": "cat", "value": "a"}]}\n', "turn 1 is from 'cat', expected one of system, human"),
+        ('{"conversations": [{"from": "human"}]}\n', "turn 1 is no object"),
+        ('{"conversations": []}\n', "expected a list of messages"),
+        ('{"text": ' + "[" * 100_000 + "\n", "line 1: .*cannot be read"),
+        (json.dumps({**TALK, "tools": "x"}) + "\n", 'line 1, "tools": .*no JSON'),
+        (json.dumps({**TALK, "tools": 3}) + "\n", 'line 1: "tools" is a int, expected a list'),
+    ],
+)
+def test_a_bad_record_is_named_by_its_line(data, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as caught:
+        records(tmp_path / "a.jsonl", data)
+    assert str(tmp_path / "a.jsonl") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("a.json", '[{"prompt": "a",\n "answer": }]', "a.json line 2: .*no JSON"),
+        ("a.json", '[{"prompt": "a", "answer": "b"}, {"prompt": 3, "answer": "b"}]', "a.json entry 2: expected"),
+        ("a.json", '{"a": [1], "b": [2]}', "it has 2 arrays"),
+        ("a.json", '{"a": 1}', "it has 0 arrays"),
+        ("a.json", "[]", "holds 0 records; too few"),
+        ("a.json", json.dumps(PAIRS[0]), "holds 1 records; too few"),
+        ("a.json", "3", "entry 1: expected a JSON object"),
+        ("a.json", lines(PAIRS) + "x", "line 21: .*no JSON"),
+        ("a.txt", lines(PAIRS) + "and a text", "line 21: .*no JSON"),
+        ("a.txt", '[{"prompt": "a", "answer": "b"},\n{"prompt": "a" "answer": "b"}]', "line 2: .*no JSON"),
+        ("a.txt", '{"prompt": "a", "answer": "b" "c"}\n' * 20, "line 1: .*no JSON"),
+        ("a.csv", "prompt,answer\na,b\n", "a.csv is a table; write its rows as JSON lines"),
+        ("a.TSV", '"instruction"\t"output"\na\tb\n', "a.TSV is a table"),
+        ("a.txt", b"ab\ncd\xff\n", r"is not UTF-8 text \(byte 5 is 0xff, in line 2\)"),
+        ("a.jsonl", b"\xff\xfe{\x00}\x00", "UTF-16"),
+        ("a.jsonl", json.dumps(TALK), "too few"),
+        ("a.jsonl", lines([TALK] * 9), "line 1 is a conversation, and the model knows no turns"),
+    ],
+)
+def test_a_bad_file_gets_a_sentence(name, data, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        read_corpus(write(tmp_path / name, data), BYTES)
+
+
+def test_pretrain_refuses_records(tmp_path):
+    path = write(tmp_path / "a.txt", lines(PAIRS))
+    with pytest.raises(ValueError, match=r"a\.txt holds records; pretrain reads running text"):
+        pretrain([path], tmp_path / "out", progress=False)
+
+
+def test_a_text_with_half_a_surrogate_pair_is_refused_before_it_is_encoded():
+    with pytest.raises(ValueError, match=r"the text holds '\\ud83d' at character 2: half of a surrogate pair"):
+        BYTES.encode("ab\ud83d")
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        next(tiny.model().stream("\udc00"))
+
+
+# ------------------------------------------------------------------------------------------------------------- conversations
+class Turns(ByteTokenizer):
+    """Bytes with turns, <user> by \\x01 ... \\x02 and the assistant's up to \\x03, and a system's by \\x04 ... \\x02."""
+
+    chats, end_id, ending = True, 3, ("\x03", "")
+
+    def spoken(self, messages, add_generation_prompt=False, **more):
+        turns = {"user": "\x01{}\x02", "assistant": "{}\x03", "system": "\x04{}\x02"}
+        if messages[0]["role"] == "assistant":
+            raise ValueError("chat: the user begins")
+        return "".join(turns[m["role"]].format(m["content"]) for m in messages), []
+
+    def render(self, messages, **more):
+        return self.spoken(messages, **more)[0]
+
+    def segments(self, text, spans):
+        cuts = [0, *(place for span in spans for place in span)]
+        return tuple(self.encode(text[a:b]) for a, b in itertools.pairwise(cuts))
+
+
+def test_every_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path):
+    talk = [
+        {"role": r, "content": c}
+        for r, c in (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "de"))
+    ]
+    train, _ = read_corpus(write(tmp_path / "a.jsonl", lines([{"messages": talk}] * 10)), Turns())
+    assert train.pairs[0] == (list(b"\x04s\x02\x01a\x02"), list(b"b\x03"), list(b"\x01c\x02"), list(b"de\x03"))
+    assert train.tokens == 9 * 5
+    _, targets, mask = train.windows(20)
+    assert bytes(targets[0][mask[0] == 1].tolist()) == b"b\x03de\x03"
+    half = [{"prompt": talk[:3], "completion": talk[3:]}] * 10
+    train, _ = read_corpus(write(tmp_path / "b.jsonl", lines(half)), Turns())
+    assert train.pairs[0] == (list(b"\x04s\x02\x01a\x02b\x03\x01c\x02"), list(b"de\x03"))
+    train, _ = read_corpus(
+        write(tmp_path / "c.jsonl", lines([{"instruction": "a", "input": "", "output": "b"}] * 10)), Turns()
+    )
+    assert train.pairs[0] == (list(b"\x01a\x02"), list(b"b\x03"))
+
+
+def test_what_a_template_refuses_is_named_by_its_line(tmp_path):
+    wrong = {"messages": [{"role": "assistant", "content": "b"}]}
+    with pytest.raises(ValueError, match=r"a\.jsonl line 2: chat: the user begins"):
+        read_corpus(write(tmp_path / "a.jsonl", lines([TALK, wrong, *[TALK] * 9])), Turns())
+
+
+def test_an_answer_ends_with_the_token_that_ends_one():
+    class Ended(ByteTokenizer):
+        front, end_id = (1,), 2
+
+    assert question_and_answer([("a", "b")], Ended()).pairs == [([1, 97], [98, 2])]
+
+
+# ------------------------------------------------------------------------------------------------ pairs beyond the sequences
+def said(call):
+    """What `call` warns of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if w.category is UserWarning]
+
+
+def test_pairs_without_an_answer_within_the_sequences_are_not_drawn_and_it_is_said():
+    rows = [("x" * 200, "answer")] * 9 + [("q", "a" * 50), ("q", "a")]
+    data, rng = question_and_answer(rows, BYTES), np.random.default_rng(0)
+    (words,) = said(lambda: [data.batch(rng, 8, 32) for _ in range(5)])
+    assert words == (
+        "pairs: 9 of 11 answers begin beyond sequences of 32 tokens (--seq-len) and are not learned; "
+        "1 of 11 answers end beyond sequences of 32 tokens (--seq-len) and are cut"
+    )
+    for _ in range(20):
+        _, _, mask = data.batch(rng, 3, 32)
+        assert (mask.sum(axis=1) > 0).all()
+    assert said(lambda: data.batch(rng, 8, 300)) == []
+    (words,) = said(lambda: bits_per_byte(tiny.model(), data, 32))
+    assert "9 of 11 answers begin beyond sequences of 32 tokens (--seq-len) and are not scored; 1 of 11" in words
+
+
+def test_no_step_shows_a_loss_of_zero():
+    data = question_and_answer([("x" * 200, "answer")] * 9 + [("q", "a")], BYTES)
+    result = []
+    recipe = Recipe(steps=6, batch_size=1, seq_len=32, shards=1)
+    assert len(said(lambda: result.append(fit(tiny.model(), data, recipe, progress=False)))) == 1
+    assert all(row["loss"] > 0 for row in result[0].history)
+
+
+def test_without_such_pairs_nothing_is_said_and_the_draws_are_what_they_were():
+    pairs = [(list(b"ab") * (i + 1), list(b"cd")) for i in range(7)]
+    data, length = Pairs(pairs), 20
+    assert said(lambda: data.batch(np.random.default_rng(5), 9, length)) == []
+    inputs, _, mask = data.batch(np.random.default_rng(5), 9, length)
+    for row, keep, i in zip(inputs, mask, np.random.default_rng(5).integers(7, size=9), strict=True):
+        whole = [*pairs[i][0], *pairs[i][1]]
+        assert row[: len(whole)].tolist() == whole[: len(row)] and keep.sum() == 2
+    edge = Pairs([(list(b"a" * 20), list(b"bc"))])  # the first token of the answer is the last target
+    with pytest.warns(UserWarning, match="1 of 1 answers end beyond sequences of 20 tokens"):
+        assert edge.batch(np.random.default_rng(0), 1, 20)[2].sum() == 1
+    for lost in ([([], [1])], [([1], [])]):
+        assert "1 of 2 answers begin beyond" in said(lambda lost=lost: Pairs([*lost, ([1], [2])]).windows(4))[0]
