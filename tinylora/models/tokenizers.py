@@ -94,6 +94,8 @@ class BPETokenizer(Tokenizer):
         added = backend.get_added_tokens_decoder()
         self._added = {i: token.content for i, token in added.items()}
         self._special = {i for i, token in added.items() if token.special}
+        known = backend.get_vocab(with_added_tokens=False)
+        self._words = {i for i, token in added.items() if token.content not in known}  # written as they are
         kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder is not None else ()
         self._bytes = _byte_of_letter() if "ByteLevel" in kinds else None
         text = next((t for t in ("a", *backend.get_vocab()) if self.encode(t)), "")
@@ -143,15 +145,12 @@ class BPETokenizer(Tokenizer):
         """The bytes that one token stands for; it may end in the middle of a character. None for a special token: b""."""
         if token in self._special:
             return b""
-        piece = self._added.get(token)
-        if piece is not None and self._bytes is not None:  # written as it is, not in letters that stand for bytes
-            return piece.encode("utf-8")
         piece = self.backend.id_to_token(int(token))
         if piece is None:  # an id that no token has, up to the size of the embedding
             return b""
         if self._bytes is not None:
-            known = all(letter in self._bytes for letter in piece)
-            return bytes(self._bytes[letter] for letter in piece) if known else piece.encode("utf-8")
+            spelled = token not in self._words and all(letter in self._bytes for letter in piece)
+            return bytes(self._bytes[letter] for letter in piece) if spelled else piece.encode("utf-8")
         if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", piece):  # the byte of a SentencePiece vocabulary
             return bytes([int(match[1], 16)])
         return piece.replace("\u2581", " ").encode("utf-8")

@@ -1,0 +1,355 @@
+"""Vocabularies: what their files may carry, where a text begins and ends, and how a continuation becomes text."""
+
+import codecs
+import json
+from dataclasses import replace
+
+import llm_files
+import numpy as np
+import pytest
+import tiny
+
+from tinylora import Llama
+from tinylora.models import files, vocabularies
+from tinylora.models.tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
+from tinylora.training.corpus import Pairs, question_and_answer, read_corpus, running_text, scored_bytes
+
+tokenizers = pytest.importorskip("tokenizers")
+
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def byte_level(front=(), behind=()):
+    """A backend with three special tokens; `front` and `behind` are what it adds to a text."""
+    described = llm_files.trained(template=None).backend.to_str()
+    for theirs, ours in zip(llm_files.SPECIAL, SPECIAL, strict=True):
+        described = described.replace(theirs, ours)
+    backend = tokenizers.Tokenizer.from_str(described)
+    named = [(token, i) for i, token in enumerate(SPECIAL)]
+    if front or behind:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[*front, "$A", *behind], special_tokens=named
+        )
+    return backend
+
+
+def sentencepiece(prefix=True):
+    """Llama 2's kind, as its tokenizer.json describes it: letters, three words, and all bytes."""
+    n, d = tokenizers.normalizers, tokenizers.decoders
+    words = ["\u2581", *"abcd", "\u2581a", "\u2581b", "ab"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *words]
+    model = tokenizers.models.BPE(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[("\u2581", "a"), ("\u2581", "b"), ("a", "b")],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = n.Sequence([*([n.Prepend("\u2581")] if prefix else []), n.Replace(" ", "\u2581")])
+    backend.decoder = d.Sequence([d.Replace("\u2581", " "), d.ByteFallback(), d.Fuse(), d.Strip(" ", 1, 0)])
+    backend.add_special_tokens(tokens[:3])
+    return BPETokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+# --------------------------------------------------------------------------------------------------------- settings of a call
+def test_settings_of_a_call_in_a_file_change_no_text(tmp_path):
+    text, backend = "once upon a time there was a cat. " * 40, byte_level()
+    expected = BPETokenizer(byte_level()).encode(text)
+    backend.enable_truncation(16)
+    backend.enable_padding(length=16, pad_id=2)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert '"max_length": 16' in (tmp_path / "tokenizer.json").read_text()
+    t = load_tokenizer(tmp_path, 300)
+    assert (
+        t.encode(text) == expected and len(expected) > 100 and t.encode("a") == BPETokenizer(byte_level()).encode("a")
+    )
+    t.save(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
+    assert saved["truncation"] is None and saved["padding"] is None
+
+
+def test_dropout_of_merges_is_off_so_that_a_text_is_always_the_same_ids(tmp_path):
+    backend = byte_level()
+    backend.model.dropout = 0.9
+    backend.save(str(tmp_path / "tokenizer.json"))
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["dropout"] == pytest.approx(0.9)
+    t, text = load_tokenizer(tmp_path, 300), "Once upon a time there was a miller."
+    assert (
+        [t.encode(text)] * 20 == [BPETokenizer(byte_level()).encode(text)] * 20 == [t.encode(text) for _ in range(20)]
+    )
+
+
+def test_the_corpus_of_such_a_file_is_whole(tmp_path):
+    backend = byte_level()
+    backend.enable_truncation(16)
+    t = BPETokenizer(backend)
+    (tmp_path / "t.txt").write_text("once upon a time there was a cat. " * 100)
+    train, heldout = read_corpus(tmp_path / "t.txt", t)
+    assert train.tokens + heldout.tokens > 1500
+
+
+# ------------------------------------------------------------------------------------------------------------------ ids with gaps
+def gappy():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"a": 0, "b": 5, "</s>": 9}, merges=[]))
+    return BPETokenizer(backend, {"eos_token": "</s>"})
+
+
+def test_ids_may_have_gaps():
+    t = gappy()
+    assert t.vocab_size == 10 and t.backend.get_vocab_size() == 3 and t.encode("ab") == [0, 5]
+    with pytest.raises(ValueError, match="here: 10 tokens, but the model's vocab_size is 9"):
+        fitting(t, 9, "here")
+    assert fitting(t, 10, "here") is t
+    text = running_text(b"abab", t)
+    assert text.lengths.tolist() == [1, 0, 0, 0, 0, 1, 0, 0, 0, 0]
+    _, targets, mask = text.windows(3)
+    assert scored_bytes(text, targets, mask) == 3
+    assert question_and_answer([("a", "b")], t).pairs == [([0], [5, 9])]
+    m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size), t)
+    assert m.generate("ab", 5, temperature=5, stop=()).strip("ab") == ""
+
+
+def test_a_vocabulary_of_256_tokens_is_not_taken_for_bytes(tmp_path):
+    vocabulary = {chr(0x4E00 + i): i for i in range(256)}  # three bytes each
+    t = BPETokenizer(tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[])))
+    assert t.vocab_size == 256
+    (tmp_path / "t.txt").write_text(
+        "一丁七" * 33 + "一", encoding="utf-8"
+    )  # a tenth of the bytes ends within a character
+    train, heldout = read_corpus(tmp_path / "t.txt", t)
+    assert train.tokens + heldout.tokens == 100 and train.lengths.tolist() == [3] * 256
+
+
+# ------------------------------------------------------------------------------------------------------ where a text begins and ends
+@pytest.mark.parametrize(
+    "front, behind",
+    [([], []), (["<s>"], []), (["<s>", "<unk>"], ["</s>"]), ([], ["</s>"])],
+)
+def test_a_text_gets_what_its_tokenizer_puts_in_front_and_never_what_behind(front, behind, rng):
+    t = BPETokenizer(byte_level(front, behind), {"eos_token": "</s>"})
+    ids = [SPECIAL.index(token) for token in front]
+    assert list(t.front) == ids and t.encode("a cat", add_special_tokens=True) == ids + t.encode("a cat")
+    assert t.encode("", add_special_tokens=True) == ids and t.encode("a cat") == t.encode(b"a cat")
+    assert running_text(b"a cat", t).sources[0].tolist() == ids + t.encode("a cat")
+    ((prompt, answer),) = question_and_answer([("who?", "a cat")], t).pairs
+    assert prompt == ids + t.encode("who?") and answer == [*t.encode("a cat"), 2]
+    m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size), t)
+    by_text, by_ids = (list(m.stream(prompt, 4, 0)) for prompt in ("a cat", ids + t.encode("a cat")))
+    assert by_text == by_ids
+    if ids:
+        assert list(m.stream("", 1, 0)) == list(m.stream(ids, 1, 0))
+
+
+def test_bos_counts_no_byte_and_is_never_a_target():
+    t = BPETokenizer(byte_level(["<s>"]))
+    text = running_text(b"a cat is a cat", t)
+    inputs, targets, mask = text.windows(100)
+    assert inputs[0, 0] == 1 and 1 not in targets[mask > 0] and text.lengths[1] == 0
+    assert scored_bytes(text, targets, mask) == len(b"a cat is a cat")
+
+
+def test_a_vocabulary_that_cannot_write_a_still_knows_its_front():
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={"<s>": 0, "</s>": 1, "x": 2}, merges=[]))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    assert BPETokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>"}).front == (0,)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer_config.json", {"eos_token": "</s>"}),
+        ("tokenizer_config.json", {"eos_token": {"content": "</s>", "special": True}}),
+        ("special_tokens_map.json", {"eos_token": {"content": "</s>"}}),
+        ("generation_config.json", {"eos_token_id": [2, 0]}),
+        ("config.json", {"eos_token_id": 2}),
+    ],
+)
+def test_the_end_of_a_text_is_found_where_it_is_named(name, content, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    files.write_json(tmp_path / name, content)
+    t = load_tokenizer(tmp_path, 300)
+    assert t.eos_id == 2 and 2 in t.end_ids
+    t.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again", 300).eos_id == 2
+
+
+def test_special_tokens_map_counts_only_beside_an_old_config(tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    files.write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<unk>"})
+    files.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "</s>", "added_tokens_decoder": {}})
+    assert load_tokenizer(tmp_path, 300).eos_id == 2
+    files.write_json(tmp_path / "tokenizer_config.json", {"eos_token": "</s>"})
+    assert load_tokenizer(tmp_path, 300).eos_id == 0
+
+
+def test_a_text_stops_at_the_tokenizers_end_where_the_config_names_none():
+    t = gappy()
+    m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size), t)
+    tokens = list(m.stream("a", 200, temperature=3, seed=1, stop=()))
+    assert 9 in tokens[:-1], "at this temperature each token comes"
+    assert list(m.stream("a", 200, temperature=3, seed=1)) == tokens[: tokens.index(9) + 1]
+    m.config = replace(m.config, eos_token_id=5)
+    assert list(m.stream("a", 200, temperature=3, seed=1))[-1] == 5
+
+
+# ------------------------------------------------------------------------------------------------- a continuation becomes text
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_continuation_keeps_its_first_space(prefix):
+    t = sentencepiece(prefix)
+    m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size), t)
+    for prompt, more in (("a", " b"), ("a", "b"), ("a b", "\n b a"), ("d", " é 你好")):
+        tokens = t.following(more)
+        m.stream = lambda *args, tokens=tokens, **options: iter(tokens)
+        streamed = codecs.decode(b"".join(map(t.token_bytes, tokens)), "utf-8")
+        assert m.generate(prompt) == "".join(t.pieces(tokens)) == streamed == more
+        assert t.decode([*t.encode(prompt), *tokens]) == prompt + more
+
+
+def test_an_answer_behind_its_prompt_gets_no_space_of_its_own():
+    t = sentencepiece()
+    assert t.encode("a") != t.following("a") == [t.backend.token_to_id("a")]
+    ((prompt, answer),) = question_and_answer([("a: ", "b a")], t).pairs
+    assert t.decode([*prompt, *answer]) == "a: b a"
+    plain = BPETokenizer(byte_level())
+    for text in ("a", " a", "\na", "", "12"):
+        assert plain.following(text) == plain.encode(text), "nothing is put in front of a byte-level text"
+    spaced = byte_level()
+    spaced.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    spaced = BPETokenizer(spaced)
+    assert spaced.continuation(spaced.encode("cat")) == " cat" and spaced.continuation(spaced.following("cat")) == "cat"
+
+
+def test_pieces_wait_for_whole_characters_and_show_cut_ones_at_the_end():
+    for t in (sentencepiece(), BPETokenizer(byte_level()), ByteTokenizer()):
+        tokens = t.following("é你🙂")
+        pieces = list(t.pieces(tokens))
+        assert "".join(pieces) == "é你🙂" and "" in pieces and "\ufffd" not in "".join(pieces)
+        cut = list(t.pieces(tokens[:-1]))
+        assert cut[-1] == "\ufffd" and "".join(cut) == "é你\ufffd" == t.continuation(tokens[:-1])
+        assert t.continuation([]) == ""
+    assert sentencepiece().continuation([3 + 0xFF, 3 + 0x41]) == "\ufffdA", "a byte that is no text"
+
+
+def test_added_tokens_within_a_text_are_their_own_words():
+    backend = byte_level()
+    words = ["fés", "<think>", "<｜a\u2581b｜>", "   "]
+    backend.add_tokens([tokenizers.AddedToken(word, normalized=False) for word in words])
+    t, text = BPETokenizer(backend), "cafés <think> <｜a\u2581b｜>\n   x"
+    ids = t.encode(text)
+    assert {300, 301, 302, 303} <= set(ids) and t.continuation(ids) == text
+    assert len(running_text(text.encode(), t).lengths) == 304 and sum(len(t.token_bytes(i)) for i in ids) == len(
+        text.encode()
+    )
+    assert t.continuation([*t.encode("a"), 2, *t.encode("b"), 999]) == "ab", "marks are no text"
+
+
+# ----------------------------------------------------------------------------------------------------------- vocabularies in GGUF
+def entries(**more):
+    base = {"model": "gpt2", "pre": "smollm", "tokens": ["a", "b", "ab", "<s>", "</s>", "<t>"], "merges": ["a b"]}
+    named = {**base, "token_type": [1, 1, 1, 3, 3, 4], "bos_token_id": 3, "eos_token_id": 4, **more}
+    return {f"tokenizer.ggml.{name}": value for name, value in named.items() if value is not None}
+
+
+def test_marks_of_a_gguf_are_what_it_says():
+    t = BPETokenizer.from_gguf(entries(eot_token_id=5))
+    assert t.encode("ab<s><t>ba") == [2, 3, 5, 1, 0] and t.front == () and t.vocab_size == 6
+    assert (t.eos_id, t.end_id, t.end_ids) == (4, 4, (4, 5)) and t.continuation([2, 3, 5]) == "ab<t>"
+    assert BPETokenizer.from_gguf(entries(add_bos_token=True)).front == (3,)
+    assert BPETokenizer.from_gguf(entries(add_bos_token=True, bos_token_id=None)).front == ()
+    assert BPETokenizer.from_gguf(entries(pre="llama-bpe")).front == (3,), (
+        "as llama.cpp takes it where the file is silent"
+    )
+    assert BPETokenizer.from_gguf(entries(pre="llama-bpe", add_bos_token=False)).front == ()
+    odd = entries(bos_token_id=99, eos_token_id="x", token_type=None)
+    assert BPETokenizer.from_gguf(odd).eos_id is None
+
+
+def test_chat_templates_of_a_gguf():
+    pytest.importorskip("jinja2")
+    one = BPETokenizer.from_gguf({**entries(), "tokenizer.chat_template": "one"})
+    both = BPETokenizer.from_gguf(
+        {**entries(), "tokenizer.chat_template": "one", "tokenizer.chat_template.tool_use": "two"}
+    )
+    hi = [{"role": "user", "content": "hi"}]
+    assert one.chats and one.render(hi) == both.render(hi) == "one" and both.render(hi, tools=[]) == "two"
+    assert not BPETokenizer.from_gguf(entries()).chats
+
+
+def test_a_file_that_names_no_way_of_cutting_is_refused_and_default_is_llama_cpps():
+    with pytest.raises(ValueError, match=r"m\.gguf names no way of cutting text before the merges"):
+        BPETokenizer.from_gguf(entries(pre=None), "m.gguf")
+    with pytest.raises(ValueError, match=r"is 'mine'; tinylora knows a\.x-4\.0, "):
+        BPETokenizer.from_gguf(entries(pre="mine"), "m.gguf")
+
+    def pieces(pre):
+        cut = BPETokenizer.from_gguf(entries(pre=pre)).backend.pre_tokenizer
+        return [piece.replace("Ġ", " ") for piece, _ in cut.pre_tokenize_str("a, 1234+b IT'S")]
+
+    assert pieces("gpt-2") == ["a", ",", " 1234", "+", "b", " IT", "'", "S"]
+    assert pieces("smollm") == pieces("refact") == ["a", ",", " ", "1", "2", "3", "4", "+", "b", " IT", "'", "S"]
+    assert pieces("llama-bpe") == pieces("dbrx") == ["a", ",", " ", "123", "4", "+b", " IT", "'S"]
+    assert pieces("qwen2") == ["a", ",", " ", "1", "2", "3", "4", "+b", " IT", "'S"]
+    assert pieces("default") == ["a", ",", " ", "123", "4", "+", "b", " IT", "'", "S"]
+
+
+def test_every_way_of_cutting_loses_nothing(rng):
+    letters = np.array(list(" \n\t\r  0123456789aBcd'sSéüЖ你好か😀½.,/()_-+<>`|"))
+    for pre in vocabularies.CUTS:
+        cut = BPETokenizer.from_gguf(entries(pre=pre)).backend.pre_tokenizer
+        text = "".join(rng.choice(letters, 80))
+        byte_of = {letter: bytes([b]) for b, letter in enumerate(map(_letter, range(256)))}
+        spelled = "".join(piece for piece, _ in cut.pre_tokenize_str(text))
+        assert b"".join(byte_of[letter] for letter in spelled) == text.encode(), pre
+
+
+def _letter(byte):
+    """The letter that stands for a byte in byte-level vocabularies."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return chr(byte) if byte in plain else chr(0x100 + sum(b not in plain for b in range(byte)))
+
+
+def test_a_sentencepiece_vocabulary_of_a_gguf_merges_the_best_first():
+    tokens = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{b:02X}>" for b in range(256)),
+        "\u2581",
+        *"abc",
+        "ab",
+        "bc",
+        "\u2581ab",
+    ]
+    scores = [0.0] * 259 + [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0]
+    types = [2, 3, 3, *[6] * 256, *[1] * 7]
+    named = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": tokens,
+        "scores": scores,
+        "token_type": types,
+        "merges": None,
+    }
+    fields = entries(**named, bos_token_id=1, eos_token_id=2)
+    t = BPETokenizer.from_gguf(fields)
+
+    def words(text):
+        return [tokens[i] for i in t.encode(text)]
+
+    assert words("abc") == ["\u2581", "a", "bc"], "bc has the higher score, though ab comes first"
+    assert words("ab") == ["\u2581ab"] and words("  ab") == ["\u2581", "\u2581", "\u2581ab"]
+    assert words("é\n") == ["\u2581", "<0xC3>", "<0xA9>", "<0x0A>"] and words("") == []
+    assert words("<s>ab</s>") == ["<s>", "\u2581ab", "</s>"] and t.front == (1,) and t.end_id == 2
+    assert t.decode(t.encode("abc é")) == "abc é" and t.continuation(t.encode("ab")) == " ab"
+    bare = BPETokenizer.from_gguf({**fields, "tokenizer.ggml.add_space_prefix": False})
+    assert bare.encode("ab") == [tokens.index("ab")] and bare.decode(bare.encode(" ab")) == " ab"
+    assert BPETokenizer.from_gguf({**fields, "tokenizer.ggml.add_bos_token": False}).front == ()
+
+
+def test_pairs_of_an_embedded_model_are_what_they_were():
+    assert question_and_answer([("ab", "xy")], ByteTokenizer()).pairs == [([97, 98], [120, 121])]
+    assert isinstance(question_and_answer([("", "xy")], ByteTokenizer()), Pairs)
