@@ -85,6 +85,7 @@ def test_the_date_is_todays(monkeypatch):
         ("{{ '{0.__class__.__mro__}'.format(messages) }}", "unsafe|undefined"),
         ("{% for i in range(99999999) %}{% endfor %}", "Range too big"),
         ("{{ raise_exception('no cats') }}", "no cats"),
+        ("{{ raise_exception('no cats,\\n  no dogs') }}", "no cats, no dogs"),
         ("{{ messages[0].nothing.at_all }}", "'dict object' has no attribute 'nothing'"),
         ("{{ 'a' + nothing }}", "'nothing' is undefined"),
         ("{{ 'a' + 1 }}", "can only concatenate"),
@@ -195,6 +196,24 @@ def test_every_form_of_template_is_found(form, tmp_path):
     assert load_tokenizer(tmp_path / "again", 1000).render(chats.talk("hi")) == expected
 
 
+def test_a_template_that_fails_is_named_by_its_file(tmp_path):
+    pytest.importorskip("tokenizers")
+    from tinylora.models.tokenizers import load_tokenizer
+
+    bad = "{{ messages[0].content + 1 }}"
+    files = {
+        "tokenizer_config.json": ({"chat_template": bad}, {}),
+        "chat_template.jinja": ({}, {"chat_template.jinja": bad}),
+        "additional_chat_templates": ({}, {"additional_chat_templates/default.jinja": bad}),
+        "chat_template.json": ({}, {"chat_template.json": f'{{"chat_template": "{bad}"}}'}),
+    }
+    for i, (name, (settings, beside)) in enumerate(files.items()):
+        folder = written(tmp_path / str(i), settings, beside)
+        with pytest.raises(ValueError) as caught:
+            load_tokenizer(folder, 1000).chat_prompt("hi")
+        assert str(caught.value).startswith(f"{folder / name}: the chat template"), name
+
+
 def test_tools_have_a_template_of_their_own_and_no_default_is_a_sentence(tmp_path):
     pytest.importorskip("tokenizers")
     from tinylora.models.tokenizers import load_tokenizer
@@ -208,7 +227,7 @@ def test_tools_have_a_template_of_their_own_and_no_default_is_a_sentence(tmp_pat
         t.chat_prompt("hi")
     for wrong in (3, [{"name": "default"}], [1], {"default": 1}):
         t = load_tokenizer(written(tmp_path / "c", {"chat_template": wrong}), 1000)
-        with pytest.raises(ValueError, match=r"c: chat_template is neither a text nor a list"):
+        with pytest.raises(ValueError, match=r"c.tokenizer_config\.json: chat_template is neither a text nor a list"):
             t.chat_prompt("hi")
     with pytest.raises(ValueError, match="the conversation is empty"):
         t.render([])

@@ -46,7 +46,7 @@ class Template:
             raise
         except Exception as error:  # a template is a program and may fail in any way
             line = f" line {error.lineno}" if getattr(error, "lineno", None) else ""
-            what = str(error) or type(error).__name__
+            what = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"{self.where}: the chat template{line} fails on this conversation: {what}") from None
         text = "".join(pieces)
         found = all(text.startswith(said, start) for start, said in marked)
@@ -54,7 +54,11 @@ class Template:
 
 
 def chatml(messages, add_generation_prompt=False):
-    """A conversation in ChatML, for vocabularies that have its marks and no template: <|im_start|>role⏎content<|im_end|>⏎."""
+    """A conversation in ChatML, for vocabularies that have its marks and no template: <|im_start|>role⏎content<|im_end|>⏎.
+
+    A system without words has no turn.
+    """
+    messages = [m for m in messages if m.get("role") != "system" or m.get("content") != ""]
     if any(not isinstance(m.get("content"), str) for m in messages):
         raise ValueError(
             "chat: a vocabulary with ChatML's marks and no template takes messages whose content is a text"
@@ -168,25 +172,23 @@ def _compiled(source):
 
 # ------------------------------------------------------------------------------------------------------------ where templates stand
 def beside(folder):
-    """The templates in files beside a tokenizer, as tokenizer_config.json would name them; they count before its own.
+    """[(templates, where)] in files beside a tokenizer, as tokenizer_config.json would name them; they count before its own.
 
     chat_template.jinja                  the default
     additional_chat_templates/*.jinja    others, named after their files
     """
-    texts = {}
-    if (folder / "chat_template.jinja").is_file():
-        texts["default"] = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for path in sorted((folder / "additional_chat_templates").glob("*.jinja")):
-        texts[path.name.removesuffix(".jinja")] = path.read_text(encoding="utf-8")
-    if set(texts) == {"default"}:
-        return texts["default"]
-    return [{"name": name, "template": text} for name, text in texts.items()]
+    default, others = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    texts = {"default": default.read_text(encoding="utf-8")} if default.is_file() else {}
+    texts |= {path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8") for path in others}
+    if not others:
+        return [(text, default) for text in texts.values()]
+    return [([{"name": name, "template": text} for name, text in texts.items()], others[0].parent)]
 
 
 def of_processor(folder):
-    """What chat_template.json says, which processors of images wrote; it counts where nothing else does."""
+    """[(template, where)] in chat_template.json, which processors of images wrote; it counts where nothing else does."""
     path = folder / "chat_template.json"
-    return files.read_json(path).get("chat_template") if path.is_file() else None
+    return [(files.read_json(path).get("chat_template"), path)] if path.is_file() else []
 
 
 def named(setting, where):

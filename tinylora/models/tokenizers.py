@@ -77,7 +77,7 @@ class BPETokenizer(Tokenizer):
     backend    a tokenizers.Tokenizer. What its file sets for single calls (truncation, padding, dropout of merges) is switched off:
                a text is read whole, and each time alike. `save` leaves it out as well
     settings   what tokenizer_config.json says: bos_token, eos_token, ..., chat_template
-    where      the file that they stand in, for sentences about it
+    where      the file that the chat template stands in, for sentences about it
     """
 
     def __init__(self, backend, settings=None, where="the tokenizer"):
@@ -112,10 +112,10 @@ class BPETokenizer(Tokenizer):
             backend = package.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the package raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer that the tokenizers package reads ({error})") from None
-        settings = _settings(path.parent)
+        settings, where = _settings(path.parent)
         if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
             settings["eos_token"] = backend.id_to_token(end)
-        return cls(backend, settings, path.parent)
+        return cls(backend, settings, where)
 
     @classmethod
     def from_gguf(cls, fields, where="the GGUF file"):
@@ -235,7 +235,7 @@ class BPETokenizer(Tokenizer):
         """
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        if system is not None and (system or self.settings.get("chat_template")):
+        if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
         return self.encode(self.render(messages, add_generation_prompt=True))
 
@@ -296,14 +296,17 @@ def checked(text):
 
 
 def _settings(folder):
-    """What tokenizer_config.json, special_tokens_map.json (which counts where the first names no added tokens) and templates say."""
-    path = folder / "tokenizer_config.json"
+    """(settings, the file of the chat template): what tokenizer_config.json and the files beside it say.
+
+    special_tokens_map.json counts where tokenizer_config.json names no added tokens, as an old one does not.
+    """
+    path, old = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     settings = files.read_json(path) if path.is_file() else {}
-    path = folder / "special_tokens_map.json"
-    if path.is_file() and "added_tokens_decoder" not in settings:
-        settings |= files.read_json(path)
-    template = templates.beside(folder) or settings.get("chat_template") or templates.of_processor(folder)
-    return {**settings, **({"chat_template": template} if template else {})}
+    if old.is_file() and "added_tokens_decoder" not in settings:
+        settings |= files.read_json(old)
+    found = [*templates.beside(folder), (settings.get("chat_template"), path), *templates.of_processor(folder)]
+    template, where = next(((text, file) for text, file in found if text), (None, folder / "tokenizer.json"))
+    return settings | ({"chat_template": template} if template else {}), where
 
 
 def _end_of_text(folder):

@@ -99,7 +99,7 @@ def demonstrate(
         begin = list(model.tokenizer.encode(prompts[name]) if name in prompts else heldout[name].windows(24)[0][0])
         adapters.set_adapter(model, name)  # the context is read again: its keys and values were another adapter's
         new = begin + list(model.stream(ids + begin, tokens, temperature, seed=[seed, i]))
-        written.append((name, model.tokenizer.decode(new)))
+        written.append((name, model.tokenizer.continuation(new)))
         ids += new
 
     result = Switching(scores, written, {})
