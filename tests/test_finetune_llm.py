@@ -234,7 +234,10 @@ def test_resident_bytes_count_what_is_not_paged(folder, text):
 
 def test_an_answer_out_of_reach_is_a_sentence(folder):
     corpus = question_and_answer([("a" * 40, "b"), ("c", "d")], ByteTokenizer())
-    with pytest.raises(ValueError, match="no answer begins within 16 tokens"):
+    with (
+        pytest.warns(UserWarning, match="1 of 2 answers begin beyond"),
+        pytest.raises(ValueError, match="no answer begins within 16 tokens"),
+    ):
         bits_per_byte(tiny.model(), corpus, 16, limit=1)
 
 

@@ -135,6 +135,9 @@ def test_a_text_gets_what_its_tokenizer_puts_in_front_and_never_what_behind(fron
     assert running_text(b"a cat", t).sources[0].tolist() == ids + t.encode("a cat")
     ((prompt, answer),) = question_and_answer([("who?", "a cat")], t).pairs
     assert prompt == ids + t.encode("who?") and answer == [*t.encode("a cat"), 2]
+    assert question_and_answer([("who?", "a cat</s>")], t).pairs == [(prompt, answer)], (
+        "written out or not, it ends once"
+    )
     m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size), t)
     by_text, by_ids = (list(m.stream(prompt, 4, 0)) for prompt in ("a cat", ids + t.encode("a cat")))
     assert by_text == by_ids

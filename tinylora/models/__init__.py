@@ -7,5 +7,8 @@ eightbit      LLM.int8: the weight, the layer, and how bitsandbytes stores them
 safetensors   the file format of folders, with bfloat16
 gguf          the file format of llama.cpp
 tokenizers    bytes, and byte-pair vocabularies
+vocabularies  the vocabulary inside a GGUF
+templates     a conversation as text: the model's chat template
+chat          what is learned of a conversation, and a conversation on a terminal
 files         files that are written whole or not at all
 """

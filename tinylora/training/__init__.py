@@ -4,7 +4,8 @@ finetune    the main job: QLoRA, LoRA or full fine-tuning, with every byte accou
 compare     the same job by every method and for several seeds
 train       the loop: batches, accumulation, clipping, evaluation, checkpoints, resuming
 schedule    the learning rate over the steps
-corpus      running text, and questions with answers
+corpus      running text, and questions with answers, of which a conversation is a chain
+datafiles   what a file of training data holds: text, or records in the usual JSON forms
 pretrain    how the embedded model was made
 adamw8bit   AdamW with 8-bit states, as bitsandbytes rounds them
 """

@@ -233,5 +233,7 @@ def _asked_and_answered(prompt, answer, tokenizer, question=None):
     if tokenizer.chats:
         asked = {"role": "user", "content": prompt if question is None else question}
         return turns(tokenizer, [asked, {"role": "assistant", "content": answer}])
-    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-    return [([*tokenizer.front, *tokenizer.encode(prompt)], [*tokenizer.following(answer), *end])]
+    learned, end = tokenizer.following(answer), [] if tokenizer.end_id is None else [tokenizer.end_id]
+    if learned[-1:] != end:  # some data write it out
+        learned = [*learned, *end]
+    return [([*tokenizer.front, *tokenizer.encode(prompt)], learned)]

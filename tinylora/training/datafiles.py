@@ -3,7 +3,7 @@
     {"messages": [{"role": "user", "content": ...}, ...]}             a conversation, perhaps with "tools" beside it
     {"conversations": [{"from": "human", "value": ...}, ...]}         the same in ShareGPT's words, perhaps with "system"
     {"prompt": ..., "completion": ...}                                two texts, or two lists of messages
-    {"prompt": ..., "answer": ...}                                    two texts
+    {"prompt": ..., "answer": ...}                                    two texts; where a model has turns, one of each speaker
     {"instruction": ..., "input": ..., "output": ...}                 Alpaca's; the input may be missing or empty
     {"text": ...}                                                     a document
 
