@@ -355,6 +355,11 @@ def test_what_was_said_is_not_read_again(monkeypatch):
     first, second = (len(m.tokenizer.chat_prompt(messages[:n])) for n in (1, 3))
     assert seen[0] == first and seen.count(1) == len(seen) - 2, "two prompts, and one token at a time"
     assert max(seen[1:]) <= second - first, "of the second only what is new"
+    m = talking(window=4000)  # beyond what was set aside at first, all is read anew
+    messages, _ = had(m, "a", "b " * 700, "c", max_new_tokens=6, temperature=0)
+    for i in (1, 3, 5):
+        prompt = m.tokenizer.chat_prompt(messages[:i])
+        assert messages[i]["content"] == m.generate(prompt, 6, temperature=0, stop=chat.ends(m))
 
 
 def test_a_conversation_ends_and_begins_anew():

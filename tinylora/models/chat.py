@@ -144,14 +144,16 @@ class _Memory:
     """The keys and values of a conversation's tokens so far, for the tokens that the next prompt begins with as well."""
 
     def __init__(self, model):
-        self.model, self.seen = model, []
-        self.cache = KVCache(model.config.max_position_embeddings)
+        self.model, self.seen, self.cache = model, [], KVCache(0)
 
     def answer(self, ids, max_new_tokens, **options):
         """Yield the tokens of an answer to `ids`, as `stream` does, never beyond the window."""
+        window = self.model.config.max_position_embeddings
+        most = min(max_new_tokens, window - len(ids))
+        if len(ids) + most > self.cache.capacity:  # all is read again, but seldom
+            self.seen, self.cache = [], KVCache(min(2 * (len(ids) + most) + 1000, window))
         self.cache.length = min(_alike(self.seen, ids), self.cache.length, len(ids) - 1)  # at least one token is read
         self.seen = list(ids)
-        most = min(max_new_tokens, self.cache.capacity - len(ids))
         for token in self.model.stream(ids, most, stop=ends(self.model), cache=self.cache, **options):
             self.seen.append(token)
             yield token
