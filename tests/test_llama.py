@@ -621,6 +621,8 @@ def test_generation_depends_on_the_seed_only_through_the_seed():
     "options, words",
     [
         ({"temperature": -1}, "temperature = -1"),
+        ({"temperature": float("nan")}, "temperature = nan"),
+        ({"temperature": float("inf")}, "temperature = inf"),
         ({"top_p": 0}, "top_p = 0"),
         ({"top_k": 0}, "top_k = 0"),
         ({"prompt": ""}, "prompt is empty"),

@@ -190,13 +190,14 @@ def _say_what_has_no_effect(args, job):
     from ..models import fourbit
     from ..training.finetune import METHODS
 
+    held = fourbit.held(job.model)
     methods = [METHODS[name] for name in (args.methods if args.compare else [args.method])]
     lora = ["-r", "--alpha", "--dropout", "--target-modules", "--rslora", "--dora"]
     for options, used, why in (
         (lora, any(m.adapts for m in methods), "full fine-tuning has no bypass"),
         (["--compute-dtype"], any(m.code for m in methods), "full fine-tuning has no frozen layer"),
         (["--blocksize"], any(m.code in NAMED for m in methods), "no layer is quantized in blocks"),
-        (["--blocksize"], not fourbit.is_quantized(job.model), f"{job.model} is in 4 bits already, and has its own"),
+        (["--blocksize"], held == "dense", f"{job.model} is in {held[0]} bits already"),
         (
             ["--page-bytes", "--pool", "--whole-tensors"],
             job.page_budget is not None,

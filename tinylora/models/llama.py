@@ -431,7 +431,7 @@ class Llama(Module):
         `cache` is one that has seen the prompt's first tokens already. Past max_position_embeddings the window slides:
         the second half of the context is read again and the cache starts anew.
         """
-        if temperature < 0:
+        if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"generate: temperature = {temperature}, expected 0 (greedy) or more")
         if top_p is not None and not 0 < top_p <= 1:
             raise ValueError(f"generate: top_p = {top_p}, expected 0 < top_p <= 1")
