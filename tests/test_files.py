@@ -34,6 +34,65 @@ def test_safetensors_round_trip(tmp_path, rng):
         )
 
 
+NUMBERS = [np.dtype(kind) for kind in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "?")]
+
+
+@pytest.mark.parametrize("dtype", NUMBERS, ids=lambda dtype: dtype.name)
+def test_numbers_are_written_and_not_the_bytes_that_hold_them(dtype, tmp_path, rng):
+    """An array may hold its bytes in either order, or its elements apart from each other: the file is the same."""
+    x = (rng.standard_normal((4, 6)) * 100).clip(0, 127).astype(dtype)
+    other = x.astype(dtype.newbyteorder(">"))
+    wide = np.zeros((8, 12), other.dtype)
+    wide[::2, ::2] = other
+    held = {
+        "other order": other,
+        "other order, columns first": np.asfortranarray(other),
+        "other order, apart": wide[::2, ::2],
+        "other order, backwards": other[::-1, ::-1].copy()[::-1, ::-1],
+        "columns first": np.asfortranarray(x),
+    }
+    safetensors.save_safetensors(tmp_path / "expected", {"w": x, "one": x[0, 0], "none": x[:0]})
+    for what, array in held.items():
+        safetensors.save_safetensors(tmp_path / "x", {"w": array, "one": array[:1, :1].reshape(()), "none": array[:0]})
+        assert (tmp_path / "x").read_bytes() == (tmp_path / "expected").read_bytes(), what
+        one_by_one = {"w": array, "one": array[:1, :1].reshape(()), "none": array[:0]}
+        plan = {name: safetensors.Safetensors(tmp_path / "x").kind(name) for name in one_by_one}
+        safetensors.write_safetensors(tmp_path / "x", plan, one_by_one.__getitem__)
+        assert (tmp_path / "x").read_bytes() == (tmp_path / "expected").read_bytes(), what
+    assert (safetensors.load_safetensors(tmp_path / "x")[0]["w"] == x).all()
+
+
+def test_the_bits_of_bfloat16_are_numbers_too(tmp_path, rng):
+    w = BFloat16Array.of(rng.standard_normal((3, 5)).astype(np.float32))
+    for held in (w.bits.astype(">u2"), np.asfortranarray(w.bits), np.asfortranarray(w.bits.astype(">u2"))):
+        safetensors.save_safetensors(tmp_path / "a", {"w": BFloat16Array(held)})
+        safetensors.write_safetensors(tmp_path / "b", {"w": ("BF16", (3, 5))}, lambda name, w=held: BFloat16Array(w))
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        assert (safetensors.load_safetensors(tmp_path / "a")[0]["w"].bits == w.bits).all()
+
+
+def test_an_adapter_of_a_model_in_another_byte_order_is_the_same_adapter(tmp_path):
+    import tiny
+
+    from tinylora import add_lora
+    from tinylora.interop import peft
+
+    m = add_lora(tiny.model(), r=2)
+    peft.save_adapter(m, tmp_path / "a")
+    for _, p in m.named_parameters():
+        p.data = p.data.astype(">f4")
+    peft.save_adapter(m, tmp_path / "b")
+    a, b = (safetensors.load_safetensors(tmp_path / x / "adapter_model.safetensors")[0] for x in "ab")
+    assert a.keys() == b.keys() and all((a[name] == b[name]).all() for name in a)
+
+
+@pytest.mark.parametrize("dtype", ["c8", "O", "S3", "M8[s]", [("a", "f4")]], ids=str)
+def test_what_the_format_has_no_name_for_is_refused_before_anything_is_written(dtype, tmp_path):
+    with pytest.raises(ValueError, match=r"x: w is \w+.*, expected one of float64, float32"):
+        safetensors.save_safetensors(tmp_path / "x", {"w": np.zeros(3, dtype)})
+    assert not os.listdir(tmp_path)
+
+
 def test_an_error_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     files.write_text(path, "old")

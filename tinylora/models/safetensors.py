@@ -31,7 +31,7 @@ _NUMPY = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_CODES = {kind: name for name, kind in _NUMPY.items()}
+_CODES = {np.dtype(kind).name: name for name, kind in _NUMPY.items()} | {"bfloat16": "BF16"}
 _BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()} | {"BF16": 2}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 20  # elements widened at a time
@@ -43,12 +43,12 @@ def save_safetensors(path, tensors, metadata=None):
 
     specs, alive = {}, []  # the specs hold bare addresses, so the arrays must outlive the call
     for name, x in tensors.items():
-        bf16 = isinstance(x, BFloat16Array)
-        a = np.ascontiguousarray(x.bits if bf16 else x)
+        dtype = _dtype(x)
+        if dtype not in _CODES:
+            raise ValueError(f"{path}: {name} is {dtype}, expected one of {', '.join(_CODES)}")
+        a = _as_stored(x)
         alive.append(a)
-        specs[name] = safetensors.TensorSpec(
-            dtype="bfloat16" if bf16 else a.dtype.name, shape=x.shape, data_ptr=a.ctypes.data, data_len=a.nbytes
-        )
+        specs[name] = safetensors.TensorSpec(dtype=dtype, shape=x.shape, data_ptr=a.ctypes.data, data_len=a.nbytes)
     with atomic(path) as temporary:
         try:
             safetensors.serialize_file(specs, temporary, metadata={"format": "pt"} if metadata is None else metadata)
@@ -75,10 +75,21 @@ def write_safetensors(path, plan, read, metadata=None):
         for name in names:
             dtype, shape = plan[name]
             w = read(name)
-            found = ("BF16", w.shape) if isinstance(w, BFloat16Array) else (_CODES.get(w.dtype.type), w.shape)
+            found = _CODES.get(_dtype(w)), w.shape
             if found != (dtype, tuple(shape)):
                 raise ValueError(f"{path}: {name} is {found[0]} {found[1]}, planned was {dtype} {tuple(shape)}")
-            f.write(np.ascontiguousarray(w.bits if isinstance(w, BFloat16Array) else w).data)
+            f.write(_as_stored(w).data)
+
+
+def _dtype(x):
+    """The dtype of an array or BFloat16Array by name, such as "float32": the same for every order of its bytes."""
+    return x.dtype if isinstance(x, BFloat16Array) else x.dtype.name
+
+
+def _as_stored(x):
+    """The bytes that a file holds: row after row, each number's lowest byte first, whatever order they have in memory."""
+    a = x.bits if isinstance(x, BFloat16Array) else x
+    return np.ascontiguousarray(a, a.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
