@@ -347,29 +347,87 @@ def _open(path, quantize, adapter=None):
 
 
 # --------------------------------------------------------------------------------------------------------------------- convert
+_CONVERT = """Where --out ends in .gguf, write a model or an adapter for llama.cpp; else write a Hugging Face folder, which
+AutoModelForCausalLM and AutoTokenizer open. One weight is in memory at a time, and what was there stays until all is written.
+
+  a GGUF      --type f16 (rounded to 16 bits), q8_0 (8 bits and a scale a block of 32), bf16, f32 (exact, twice the size)
+  a folder    --dtype bfloat16 (rounded to 16 bits), float32 (exact, and twice the size)
+
+Norms and biases are float32 in every GGUF. A source of few bits is dequantized first: a GGUF's 4- and 8-bit weights, and for a GGUF
+also a folder in 4 bits, such as merge --quantize writes. The vocabulary and the chat template come along; what GGUF cannot hold is
+refused, or said in a note.
+
+An adapter folder becomes the file that llama.cpp takes as --lora, with its A and B and one alpha (float32 by default). It needs the
+config of its base, for the architecture and the order of rows: --model, or the one that the adapter names. DoRA, biases and modules
+trained whole have no place in it: merge such an adapter, and convert the merged model.
+
+Needs the packages of the extra llm (in a clone of tinylora: pip install -e '.[llm]')."""
+
+_CONVERT_EXAMPLES = """examples:
+  tinylora convert SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2        a folder for transformers and PEFT
+  tinylora convert model.gguf --out model --dtype float32               exact, and twice the size
+  tinylora convert merged --out merged.gguf --type q8_0                 what merge wrote, for llama.cpp
+  tinylora convert tinylora-run/adapter --out adapter.gguf              an adapter, for llama.cpp's --lora
+"""
+
+
 def convert_parser(commands):
     p = command(
         commands,
         "convert",
         _convert,
-        "write a GGUF file as a Hugging Face folder",
-        "Write config.json, model.safetensors, the tokenizer and the ids that end a text, which AutoModelForCausalLM and\n"
-        "AutoTokenizer open. One weight is in memory at a time. Needs the packages of the extra llm\n"
-        "(in a clone of tinylora: pip install -e '.[llm]').\n\n"
-        "A GGUF's 4- and 8-bit weights are dequantized: float32 holds them exactly, bfloat16 rounds them once more.",
-        "examples:\n"
-        "  tinylora convert SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2\n"
-        "  tinylora convert model.gguf --out model --dtype float32      exact, and twice the size\n",
+        "write a model as a GGUF or a Hugging Face folder, and an adapter as llama.cpp's LoRA file",
+        _CONVERT,
+        _CONVERT_EXAMPLES,
         device=False,
         seed=False,
     )
-    p.add_argument("path", help="FILE.gguf, a model folder, or 'base' (embedded)")
-    p.add_argument("--out", required=True, help="the model folder to write")
-    p.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the file (bfloat16)")
+    p.add_argument("path", help="FILE.gguf, a model folder, 'base' (embedded), or an adapter folder")
+    p.add_argument("--out", required=True, help="FILE.gguf, or the model folder to write")
+    p.add_argument(
+        "--type", choices=("f32", "f16", "bf16", "q8_0"), default=None, help="of a GGUF (f16; f32 for an adapter)"
+    )
+    p.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="of a folder (bfloat16)")
+    p.add_argument("--model", default=None, help="an adapter's base: 'base', a model folder, or FILE.gguf")
 
 
 def _convert(args):
+    import functools
+
+    from tqdm import tqdm
+
+    from ..interop.gguf import convert_adapter
+    from ..models import gguf_writer
     from ..models.llama import convert
 
-    written = convert(args.path, args.out, args.dtype)
-    print(f"{written:,} weights written to {args.out} in {args.dtype}")
+    adapter = (Path(args.path) / "adapter_config.json").is_file() and not (Path(args.path) / "config.json").is_file()
+    to_gguf = Path(args.out).suffix.lower() == ".gguf"
+    _refuse_what_would_be_ignored(args, adapter, to_gguf)
+    bar = functools.partial(tqdm, desc="writing", unit="tensor", disable=None)
+    if not to_gguf:
+        dtype = args.dtype or "bfloat16"
+        weights, notes, form = convert(args.path, args.out, dtype, bar), (), dtype
+    else:
+        form = args.type or ("f32" if adapter else "f16")
+        if adapter:
+            written = convert_adapter(args.path, args.out, args.model, form, bar)
+        else:
+            written = gguf_writer.convert(args.path, args.out, form, bar)
+        weights, notes = written.weights, written.notes
+    print(f"{weights:,} weights written to {args.out} in {form}")
+    for note in notes:
+        print(f"note: {note}")
+
+
+def _refuse_what_would_be_ignored(args, adapter, to_gguf):
+    """ValueError for an option that means nothing for this source and target."""
+    if adapter and not to_gguf:
+        raise ValueError(
+            f"{args.path} is an adapter: let --out end in .gguf for llama.cpp's LoRA file, or put it into its model with merge"
+        )
+    if to_gguf and args.dtype:
+        raise ValueError("--dtype is for a folder; a GGUF takes --type")
+    if args.type and not to_gguf:
+        raise ValueError("--type is for a GGUF: let --out end in .gguf; a folder takes --dtype")
+    if args.model and not adapter:
+        raise ValueError(f"--model names the base of an adapter, and {args.path} is none")

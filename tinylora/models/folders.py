@@ -111,7 +111,7 @@ def open_model(path, held="dense"):
     return ModelFiles(folder, config, folder / "config.json", safetensors.open_folder(folder))
 
 
-def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16"):
+def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16", bar=iter):
     """Write a model folder: shapes {name: shape}, read(name) -> float32 array. dtype "bfloat16" (ties to even) or "float32"."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
@@ -122,6 +122,7 @@ def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16"):
         folder / "model.safetensors",
         {name: (DTYPES[dtype], tuple(shape)) for name, shape in shapes.items()},
         (lambda name: BFloat16Array.of(read(name))) if dtype == "bfloat16" else read,
+        bar=bar,
     )
     tokenizer.save(folder)
     ids = {name: config[name] for name in _TOKENS if config.get(name) is not None}

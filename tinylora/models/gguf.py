@@ -292,12 +292,12 @@ def _shortest(x):
     return float(str(np.float32(x)))
 
 
-def _package():
+def _package(what="reading"):
     try:
         import gguf
     except ModuleNotFoundError:
         raise ValueError(
-            "reading a GGUF file needs the gguf package: pip install -e '.[llm]' in a clone of tinylora"
+            f"{what} a GGUF file needs the gguf package: pip install -e '.[llm]' in a clone of tinylora"
         ) from None
     return gguf
 

@@ -576,7 +576,7 @@ def _open(cls, path):
     return model, opened
 
 
-def convert(path, folder, dtype="bfloat16"):
+def convert(path, folder, dtype="bfloat16", bar=iter):
     """Write the model at `path` (FILE.gguf, a folder, "base") as a Hugging Face folder, one weight in memory at a time.
 
     dtype "float32" holds exactly what a GGUF's 4 or 8 bits stand for, "bfloat16" rounds it once more (ties to even).
@@ -586,7 +586,7 @@ def convert(path, folder, dtype="bfloat16"):
     if opened.path.resolve() == Path(folder).resolve():
         raise ValueError(f"{folder} would overwrite its source")
     shapes = {name: w.shape for name, w in model.named_parameters()}
-    folders.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype)
+    folders.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype, bar)
     return sum(math.prod(shape) for shape in shapes.values())
 
 

@@ -56,11 +56,12 @@ def save_safetensors(path, tensors, metadata=None):
             raise OSError(str(error)) from None
 
 
-def write_safetensors(path, plan, read, metadata=None):
+def write_safetensors(path, plan, read, metadata=None, bar=iter):
     """Write tensors one at a time, atomically: never more than one is in memory. The same bytes as `save_safetensors` writes.
 
     plan   {name: (dtype, shape)}, dtype as the format names it: "F32", "BF16"
     read   read(name) -> array or BFloat16Array of that dtype and shape
+    bar    is given the list of the names and hands them on, for a progress bar
     """
     names = sorted(plan, key=lambda name: (-_BYTES[plan[name][0]], name))  # wide dtypes first, which aligns all of them
     header, end = {"__metadata__": {"format": "pt"} if metadata is None else metadata}, 0
@@ -72,7 +73,7 @@ def write_safetensors(path, plan, read, metadata=None):
     head += b" " * (-len(head) % 8)
     with atomic(path) as temporary, open(temporary, "wb") as f:
         f.write(len(head).to_bytes(8, "little") + head)
-        for name in names:
+        for name in bar(names):
             dtype, shape = plan[name]
             w = read(name)
             found = _CODES.get(_dtype(w)), w.shape

@@ -41,7 +41,7 @@ _NAMES = {
     (r"\p{N}", _GPT2): "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
     (
         _LLAMA3,
-    ): "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe glm4 chatglm-bpe",
+    ): "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe glm4 chatglm-bpe",
     (_QWEN2,): "qwen2 deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
     (_QWEN35,): "qwen35",
     (_TEKKEN,): "tekken",
@@ -53,6 +53,11 @@ _NAMES = {
 CUTS = {name: cuts for cuts, names in _NAMES.items() for name in names.split()}
 #: A word that is a token is taken whole, whatever the merges say; and a text begins with BOS unless the file says otherwise.
 _WHOLE_WORDS = {"tekken", *_NAMES[(_LLAMA3,)].split()} - {"dbrx", "smaug-bpe", "glm4", "chatglm-bpe"}
+
+
+def takes_whole_words(name):
+    """Whether a word that is a token is taken whole under this way of cutting (`ignore_merges`)."""
+    return name in _WHOLE_WORDS
 
 
 def from_gguf(fields, where="the GGUF file"):

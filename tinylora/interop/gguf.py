@@ -1,0 +1,196 @@
+"""Adapters as llama.cpp's LoRA files: `llama-cli -m model.gguf --lora adapter.gguf`.
+
+    general.type = "adapter", general.architecture, adapter.type = "lora", adapter.lora.alpha
+    blk.0.attn_q.weight.lora_a    (r, in)       A
+    blk.0.attn_q.weight.lora_b    (out, r)      B, its rows in the order of the file's own weight (see models.gguf_writer)
+    token_embd.weight.lora_a      (vocabulary, r), and lora_b (d, r): an adapted embedding
+
+llama.cpp computes W x + (α / r) B A x with one α for the file and r the rows of each A (and with factor 1 where α is 0). Here a layer's
+scale s may come from alpha_pattern or rsLoRA (α/√r). What a layer's s is more than α / r is multiplied into its B,
+
+    B ← B · s r / α,        α = s r of most layers, so that with one scale for all nothing is multiplied
+
+Refused, since the format has no place for it: DoRA, the bias of B, biases and modules trained whole, and an adapted embedding that is
+the head as well. Merge such an adapter, and convert the merged model.
+
+The base is not in the file, not even its name: it computes on whatever model it is put beside.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from .. import adapters
+from ..adapters.kinds import LoRAEmbedding
+from ..adapters.targets import adaptable_layers
+from ..backend import move
+from ..models import files, folders, fourbit, gguf, gguf_writer
+from ..models.llama import Llama, LlamaConfig
+from . import peft
+
+
+def convert_adapter(folder, path, base=None, kind="f32", bar=iter):
+    """Write the adapter of a folder (of PEFT's or tinylora's) as a GGUF. -> gguf_writer.Written
+
+    base   the model that it was trained on: "base", a folder, or FILE.gguf; of it only the config is read. Without it, the one
+           that adapter_config.json names, if it is there
+    kind   "f32", "f16", "bf16" or "q8_0"
+    """
+    gguf_writer.check_target(None, path, kind)
+    adapter, base = peft.read_adapter(folder), base or _named_base(folder)
+    model = Llama(LlamaConfig.from_dict(*_config(base)), draw=False)
+    _refuse_what_has_no_place(model, adapter)
+    try:
+        adapters.attach(model, adapter)
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{folder} does not fit the model {base}: {error.args[0]}") from None
+    return save_adapter(model, path, kind=kind, bar=bar)
+
+
+def _named_base(folder):
+    """The base that an adapter's config names, if it can be opened."""
+    where = Path(folder) / "adapter_config.json"
+    named = files.read_json(where).get("base_model_name_or_path")
+    if named is None or (named != "base" and not Path(named).exists()):
+        raise ValueError(
+            f"{where} names the base {named!r}, which is not here; name a folder or a GGUF file with --model"
+        )
+    return named
+
+
+def _config(path):
+    """(config, where it stands) of a model, dense or of few bits."""
+    if fourbit.is_quantized(path):
+        where = Path(path) / "config.json"
+        return files.read_json(where), where
+    opened = folders.open_model(path)
+    return opened.config, opened.config_path
+
+
+def save_adapter(model, path, name=None, kind="f32", bar=iter):
+    """Write one adapter of a model (without a name, the active one) as a GGUF. -> gguf_writer.Written
+
+    ValueError names what the format cannot carry.
+    """
+    gguf_writer.check_target(None, path, kind)
+    adapter, config = adapters.adapter_of(model, name), model.config.to_dict()
+    _refuse_what_has_no_place(model, adapter)
+    name = name or adapters.active_adapters(model)[0]
+    layers = dict(adapters.lora_layers(model, name))
+    alphas = {p: layer.bypasses[name].scaling * layer.bypasses[name].r for p, layer in layers.items()}  # s r
+    alpha = Counter(map(_rounded, alphas.values())).most_common(1)[0][0] or 1.0  # 0 would mean a scale of 1
+    arrays, folded = {}, [p for p in alphas if _rounded(alphas[p]) != alpha]
+    for p, factors in adapter.weights.items():
+        a, b = move(factors["lora_A"], "cpu"), move(factors["lora_B"], "cpu")
+        if p in folded:
+            b = (b * np.float64(alphas[p] / alpha)).astype(np.float32)
+        there = gguf_writer.theirs(f"{p}.weight")
+        arrays[f"{there}.lora_a"] = a.T if isinstance(layers[p], LoRAEmbedding) else a
+        arrays[f"{there}.lora_b"] = gguf_writer.rows_there(f"{p}.weight", b, config)
+    plan, notes = gguf_writer.planned({tensor: x.shape for tensor, x in arrays.items()}, kind)
+    if folded:
+        notes.append(
+            f"{len(folded)} of {len(alphas)} layers have another scale than alpha / r = {alpha:g} / r, which is multiplied into "
+            f"their lora_b; the first is {folded[0]}"
+        )
+    fields = {
+        "general.architecture": gguf_writer.architecture(config),
+        "general.type": "adapter",
+        "general.file_type": gguf_writer.TYPES[kind][1],
+        "general.quantization_version": 2,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": alpha,
+    }
+    gguf_writer.write(path, fields, plan, arrays.__getitem__, bar)
+    return gguf_writer.Written(sum(x.size for x in arrays.values()), tuple(notes))
+
+
+def _rounded(alpha):
+    """A number as the header holds it, in float32."""
+    return float(np.float32(alpha))
+
+
+def _refuse_what_has_no_place(model, adapter):
+    """ValueError for whatever an adapter has beside A, B and a scale."""
+    instead = "merge the adapter and convert the merged model instead"
+    if adapter.config.use_dora:
+        raise ValueError(f"llama.cpp's LoRA files have no place for DoRA's magnitudes; {instead}")
+    if adapter.config.lora_bias:
+        raise ValueError(f"llama.cpp's LoRA files have no place for the bias of lora_B (lora_bias); {instead}")
+    if adapter.saved:
+        raise ValueError(
+            f"llama.cpp's LoRA files have no place for parameters trained whole (bias, modules_to_save), and this adapter has "
+            f"{next(iter(adapter.saved))}; {instead}"
+        )
+    tied = {p.removesuffix(".weight") for p in model.tied_parameters}
+    if both := sorted(adapter.weights.keys() & {*tied, "lm_head"} if tied else ()):
+        raise ValueError(f"llama.cpp cannot adapt {both[0]} where embedding and head are one weight; {instead}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- reading
+class _Opened(gguf.GGUF):
+    """A GGUF under its own names, whatever its tensors are."""
+
+    def _rename(self, name):
+        return name
+
+    def _config(self, divisors):
+        return {}
+
+
+def read_adapter(path, model):
+    """An Adapter (see adapters.attach) for this model from a LoRA file of llama.cpp's format, dequantized to float32.
+
+    r is the rank that most layers have, and rank_pattern names the others; alpha is the file's.
+    """
+    file, config = _Opened(path), model.config.to_dict()
+    expected = {
+        "general.type": "adapter",
+        "adapter.type": "lora",
+        "general.architecture": gguf_writer.architecture(config),
+    }
+    for key, value in expected.items():
+        if file.fields.get(key) != value:
+            raise ValueError(f"{path}: {key} is {file.fields.get(key)!r}, expected {value!r}")
+    if "adapter.alora.invocation_tokens" in file.fields:
+        raise ValueError(f"{path}: an adapter that waits for its invocation tokens (aLoRA) is not read")
+    here = {gguf_writer.theirs(f"{p}.weight"): p for p in adaptable_layers(model)}
+    weights = {}
+    for tensor in file:
+        there, _, factor = tensor.rpartition(".lora_")
+        if factor not in ("a", "b") or there not in here:
+            raise ValueError(f"{path}: a tensor is named {tensor}, for which the model has no layer to adapt")
+        p, x = here[there], file[tensor]
+        heads = gguf_writer.turned_heads(f"{p}.weight", config) if factor == "b" else None
+        x = x.T if there == "token_embd.weight" and factor == "a" else x
+        weights.setdefault(p, {})[f"lora_{factor.upper()}"] = x if heads is None else gguf.halves(x, heads)
+    for p, factors in weights.items():
+        if len(factors) < 2:
+            raise ValueError(f"{path}: {p} has {next(iter(factors))} but not its partner")
+    return adapters.Adapter(_lora_config(model, file.fields.get("adapter.lora.alpha", 0.0), weights), weights)
+
+
+def _lora_config(model, alpha, weights):
+    """The LoRAConfig under which each layer has its rank and the scale alpha / r, or 1 where alpha is 0."""
+    ranks = {p: len(factors["lora_A"]) for p, factors in weights.items()}
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    others = {p: rank for p, rank in ranks.items() if rank != r}
+    names = tuple(sorted({p.rpartition(".")[2] for p in weights}))
+    if not names or set(adapters.find_targets(model, names)) != set(weights):
+        names = tuple(sorted(weights))
+    return adapters.LoRAConfig(
+        r=r,
+        alpha=gguf._shortest(alpha) if alpha else r,
+        target_modules=names,
+        rank_pattern=others,
+        alpha_pattern={} if alpha else others,
+    )
+
+
+def load_adapter(model, path, name="default"):
+    """Put the adapter of a LoRA file on the model, in place, and let it compute; returns the model."""
+    try:
+        return adapters.attach(model, read_adapter(path, model), name)
+    except ValueError as error:
+        raise ValueError(error if str(path) in str(error) else f"{path} does not fit this model: {error}") from None
