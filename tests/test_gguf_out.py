@@ -572,6 +572,23 @@ def test_the_command_writes_models(tmp_path, capsys):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "m/model.safetensors").read_bytes()
 
 
+def test_a_gguf_is_told_by_its_name_in_any_letters(tmp_path):
+    from tinylora.costs import memory
+
+    m = tiny.model(**SIZES)
+    gguf_writer.save(m, tmp_path / "M.GGUF", "f32")
+    again = Llama.from_pretrained(tmp_path / "M.GGUF")
+    assert again.config == m.config == memory.config_of(tmp_path / "M.GGUF")
+    run(tmp_path / "M.GGUF", "--out", tmp_path / "m.Gguf", "--type", "f32")
+    assert GGUF(tmp_path / "m.Gguf").fields["general.name"] == "M"
+    (tmp_path / "folder.gguf").mkdir()
+    m.save_pretrained(tmp_path / "folder.gguf", "float32")  # a folder may have such a name
+    assert Llama.from_pretrained(tmp_path / "folder.gguf").config == m.config
+    args = argparse.Namespace(path=str(tmp_path / "M.GGUF"), skip=())
+    names, _, quantized = commands._weights_to_test(args)
+    assert len(names) == 14 and not quantized
+
+
 def test_the_command_writes_adapters(folder, tmp_path, rng, capsys):
     m = adapted(folder, rng, alpha_pattern={"q_proj": 5})
     peft.save_adapter(m, tmp_path / "adapter")

@@ -241,9 +241,9 @@ def _weights_to_test(args):
     import re
 
     from ..interop import bitsandbytes
-    from ..models.gguf import GGUF
+    from ..models.gguf import GGUF, is_gguf
 
-    if not args.path.endswith(".gguf"):
+    if not is_gguf(args.path):
         weights = _linear_weights(_folder(args.path), args)
         return list(weights), weights, False
     source = GGUF(args.path)

@@ -32,7 +32,7 @@ from ..dtypes import BITS
 from ..kernels.attention import QUERY_BLOCK
 from ..models import files
 from ..models.eightbit import VectorwiseInt8
-from ..models.gguf import GGUF
+from ..models.gguf import GGUF, is_gguf
 from ..models.llama import LlamaConfig
 from ..nn import is_adapter_weight
 from ..optim import AdamW
@@ -136,7 +136,7 @@ def config_of(model):
     if str(model) in MODELS:
         return MODELS[str(model)]
     folder = data.base_folder() if str(model) == "base" else Path(model)
-    if folder.suffix == ".gguf" and not folder.is_dir():
+    if is_gguf(folder):
         return LlamaConfig.from_dict(GGUF(folder).config, folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(

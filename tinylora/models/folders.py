@@ -13,7 +13,7 @@ from pathlib import Path
 from ..data import base_folder
 from ..dtypes import BFloat16Array
 from . import files, fourbit, safetensors
-from .gguf import GGUF
+from .gguf import GGUF, is_gguf
 from .tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -94,7 +94,7 @@ def open_model(path, held="dense"):
     held   how the weights of the folder must be held: "dense", "4bit" or "8bit" (see `fourbit.held`)
     """
     folder = base_folder() if str(path) == "base" else Path(path)
-    if folder.suffix == ".gguf" and not folder.is_dir():
+    if is_gguf(folder):
         opened = GGUF(folder)
         return ModelFiles(folder, opened.config, folder, opened)
     if not (folder / "config.json").is_file():

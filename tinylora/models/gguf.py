@@ -280,6 +280,11 @@ class GGUF(Mapping):
         return llama3 if same else rope.divided(divisors)
 
 
+def is_gguf(path):
+    """Whether a path is a GGUF file by its name: .gguf, in capital letters or not, and no folder."""
+    return Path(path).suffix.lower() == ".gguf" and not Path(path).is_dir()
+
+
 def halves(w, heads):
     """Rows paired as neighbours -> rows paired as halves, head by head. (heads · d, ...) -> the same shape."""
     if len(w) % (2 * heads):

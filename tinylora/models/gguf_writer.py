@@ -97,7 +97,8 @@ def check_target(source, path, kind):
 
 def _name(source):
     """What the file says that the model is called: its folder or file."""
-    return Path(source).resolve().name.removesuffix(".gguf")
+    path = Path(source).resolve()
+    return path.stem if gguf.is_gguf(path) else path.name
 
 
 def _write_model(path, model, shapes, read, kind, name, bar):
