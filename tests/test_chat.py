@@ -262,6 +262,18 @@ def test_the_loss_is_on_what_the_assistant_says_and_on_its_end(name):
         assert list(examples[0][0]) == asked, "what is read before the first answer is the prompt"
 
 
+def test_white_space_that_is_a_token_of_its_own_ends_nothing():
+    pytest.importorskip("tokenizers")
+    from tinylora.models.tokenizers import BPETokenizer
+
+    t = chats.tokenizer("alpaca")
+    t.backend.add_tokens(["\n\n", "\u2581\u2581"])
+    t = BPETokenizer(t.backend, t.settings)
+    assert t.ending == ("", "\n\n") and t.end_id == t.eos_id
+    t.settings["chat_template"] = chats.source("alpaca").replace("\\n\\n' }}{% endif", "\u2581\u2581' }}{% endif")
+    assert BPETokenizer(t.backend, t.settings).ending == ("", "\u2581\u2581")
+
+
 @pytest.mark.parametrize("name", ["chatml", "marked", "alpaca", "qwen-3"])
 def test_only_the_later_answers_are_learned_if_so_asked(name):
     pytest.importorskip("tokenizers")

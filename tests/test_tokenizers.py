@@ -180,6 +180,15 @@ def test_the_end_of_a_text_is_found_where_it_is_named(name, content, tmp_path):
     assert load_tokenizer(tmp_path / "again", 300).eos_id == 2
 
 
+def test_a_tokenizer_that_cannot_encode_is_a_sentence(tmp_path):
+    model = tokenizers.models.BPE(vocab={"b": 0}, merges=[], unk_token="<unk>")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json is not a tokenizer that the tokenizers package reads \(.*<unk>"
+    ):
+        load_tokenizer(tmp_path, 10)
+
+
 def test_special_tokens_map_counts_only_beside_an_old_config(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     files.write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<unk>"})

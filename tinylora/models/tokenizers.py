@@ -110,6 +110,7 @@ class BPETokenizer(Tokenizer):
         package = vocabularies.package()
         try:
             backend = package.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+            backend.encode("a")
         except Exception as error:  # the package raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer that the tokenizers package reads ({error})") from None
         settings, where = _settings(path.parent)
@@ -189,7 +190,7 @@ class BPETokenizer(Tokenizer):
         text = self.render([{"role": "user", "content": _ASKED}, {"role": "assistant", "content": _ANSWERED}])
         behind = text.rpartition(_ANSWERED)[2]
         for i in self.encode(behind):
-            if not self._added.get(i, " ").isspace():
+            if not self._added.get(i, " ").replace("\u2581", " ").isspace():
                 cut = behind.index(self._added[i]) + len(self._added[i])
                 return behind[:cut], behind[cut:]
         return "", behind
