@@ -139,7 +139,7 @@ def test_count_prints_the_audit(capsys):
     from tinylora.papers import lora_numbers
 
     assert main(["count"]) == 0
-    assert capsys.readouterr().out.strip() == lora_numbers.describe().strip()
+    assert capsys.readouterr().out.strip() == f"{lora_numbers.describe()}\n\n{lora_numbers.post()[0]}".strip()
 
 
 def test_experiments_by_name(capsys):
