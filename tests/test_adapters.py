@@ -38,6 +38,68 @@ def test_all_linear_leaves_the_head_out():
 
 
 @pytest.mark.parametrize(
+    "options, left",
+    [
+        ({"exclude_modules": ["q_proj", "layers.2.mlp.up_proj"]}, lambda p: p[-6:] != "q_proj" and "2.mlp.up" not in p),
+        ({"exclude_modules": r".*\.mlp\..*"}, lambda p: "self_attn" in p),
+        ({"layers_to_transform": 1}, lambda p: ".1." in p),
+        (
+            {"layers_to_transform": [0, 2], "exclude_modules": ["mlp.down_proj"]},
+            lambda p: ".1." not in p and "down" not in p,
+        ),
+        ({"layers_to_transform": [2], "layers_pattern": "layers"}, lambda p: ".2." in p),
+        ({"layers_to_transform": [2], "layers_pattern": ["blocks", "layers"]}, lambda p: ".2." in p),
+        (
+            {"target_modules": ["up_proj", "model.layers.0.self_attn.q_proj"], "layers_to_transform": [2]},
+            lambda p: (
+                p.endswith("2.mlp.up_proj") or p.endswith("0.self_attn.q_proj")
+            ),  # a whole path is meant wherever it lies
+        ),
+    ],
+)
+def test_targets_can_be_narrowed(options, left):
+    m = tiny.model(num_hidden_layers=3)
+    every = adapters.find_targets(m)
+    found = adapters.find_targets(m, **options)
+    assert found == [p for p in every if left(p)] and 0 < len(found) < len(every) == 21
+    assert [path for path, _ in adapters.lora_layers(tl.add_lora(m, r=2, **options))] == found
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (
+            {"exclude_modules": ["qproj"]},
+            "exclude_modules names 'qproj', which does not exist; the layers are down_proj",
+        ),
+        ({"exclude_modules": "qproj"}, "exclude_modules 'qproj' matches nothing"),
+        ({"exclude_modules": "(q"}, r"exclude_modules '\(q' is no regular expression"),
+        ({"exclude_modules": r".*"}, r"target_modules = 'all-linear' with exclude_modules = '\.\*' leaves no layer"),
+        (
+            {"layers_to_transform": 2},
+            r"with layers_to_transform = \(2,\) leaves no layer; the first of those without it is model",
+        ),
+        ({"layers_to_transform": [0], "layers_pattern": "blocks"}, "layers_pattern = 'blocks' leaves no layer"),
+        ({"layers_to_transform": True}, "layers_to_transform = True, expected the number of a layer"),
+        ({"layers_to_transform": [-1]}, r"layers_to_transform = \[-1\]"),
+        ({"layers_to_transform": 0, "target_modules": ".*q_proj"}, "layers_to_transform is for a list of names"),
+        ({"layers_pattern": "layers"}, "layers_pattern is for layers_to_transform"),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, "cannot be trained here"),
+    ],
+)
+def test_a_selection_that_makes_no_sense_gets_a_sentence(options, words):
+    m = tiny.model()
+    with pytest.raises(ValueError, match=words):
+        tl.add_lora(m, r=2, **options)
+    assert not adapters.lora_layers(m) and all(p.requires_grad for p in m.parameters())
+
+
+def test_a_head_that_only_peft_has_may_be_excluded():
+    """A tied model has no layer of that name here; in transformers it has."""
+    assert len(adapters.find_targets(tiny.model(), exclude_modules=["lm_head"])) == 14
+
+
+@pytest.mark.parametrize(
     "options, words",
     [
         (
@@ -182,7 +244,7 @@ def test_an_adapter_that_does_not_fit_changes_nothing(tmp_path, rng):
         ({"bias": "some"}, "bias = 'some' is not supported here, only 'none', 'all', 'lora_only'"),
         ({"rank_pattern": {"q_proj": 2}}, r"this model with r = 2 needs lora_A \(2, 32\)"),
         (
-            {"modules_to_save": ["norm"]},
+            {"modules_to_save": ["model.norm"]},
             r"parameters trained whole: none; on this model .* mean model.norm.weight \(32,\)",
         ),
     ],

@@ -26,16 +26,28 @@ from . import dora  # noqa: F401 (use_dora makes its classes)
 from .combine import COMBINATIONS, add_weighted_adapter
 from .config import BASE, BIASES, Adapter, LoRAConfig
 from .kinds import ADAPTABLE, LINEAR
-from .merge import merge, merge_errors, unmerge
+from .merge import dequantize_linears, merge, merge_errors, unmerge
 from .state import active_adapters, configs
-from .switch import adapter_of, adapter_rows, add_lora, attach, delete_adapter, detach, disable_adapter, set_adapter
-from .targets import base_of, find_targets, lora_layers
+from .switch import (
+    adapter_of,
+    adapter_rows,
+    add_lora,
+    attach,
+    delete_adapter,
+    detach,
+    disable_adapter,
+    refuse_unfit,
+    set_adapter,
+    untie,
+)
+from .targets import base_of, find_targets, lora_layers, needs_own_head
 
 adapters = lora_layers  # the name until 0.1
 
 # fmt: off
 __all__ = ["ADAPTABLE", "BASE", "BIASES", "COMBINATIONS", "LINEAR", "Adapter", "LoRAConfig", "LoRALayer", "active_adapters",
            "adapter_of", "adapter_rows", "adapters", "add_lora", "add_weighted_adapter", "attach", "base_of", "configs",
-           "count_parameters", "delete_adapter", "detach", "disable_adapter", "find_targets", "lora_layers", "merge", "merge_errors",
-           "print_trainable_parameters", "set_adapter", "trainable_parameters", "unmerge"]
+           "count_parameters", "delete_adapter", "dequantize_linears", "detach", "disable_adapter", "find_targets", "lora_layers",
+           "merge", "merge_errors", "needs_own_head", "print_trainable_parameters", "refuse_unfit", "set_adapter",
+           "trainable_parameters", "unmerge", "untie"]
 # fmt: on

@@ -18,10 +18,15 @@ class LoRAConfig:
 
     r, alpha, dropout     of each bypass; rank_pattern and alpha_pattern {name or regular expression: value} override the
                           first two where the end of a layer's path matches (as in PEFT)
-    target_modules        which layers carry a bypass: see `find_targets`
+    target_modules, exclude_modules, layers_to_transform, layers_pattern
+                          which layers carry a bypass: see `find_targets`
     use_rslora, use_dora, lora_bias     see lora.LinearBypass
     bias                  "none", "all" (every bias of the model is trained), "lora_only" (those of the adapted layers)
-    modules_to_save       names of modules that are trained whole, and saved with the adapter
+    modules_to_save       names of modules that are trained whole, and saved with the adapter. As in PEFT, a name means every module
+                          whose path ends with it, in the middle of a word too: "norm" means every …layernorm
+    ensure_weight_tying   where modules_to_save names an embedding that is the head too (tied), its copy is the head's as well
+    trainable_token_indices, saved_embeddings     what a PEFT adapter brings along: {path of an embedding or a head: the rows that it
+                          replaces}, and paths of the weights of such layers. They are read, saved and merged, and not trained
     """
 
     r: int = 8
@@ -36,6 +41,12 @@ class LoRAConfig:
     lora_bias: bool = False
     bias: str = "none"
     modules_to_save: tuple = ()
+    exclude_modules: str | tuple | None = None
+    layers_to_transform: int | tuple | None = None
+    layers_pattern: str | tuple | None = None
+    ensure_weight_tying: bool = False
+    trainable_token_indices: dict = field(default_factory=dict)
+    saved_embeddings: tuple = ()
 
     def __post_init__(self):
         for name, value in (("alpha", self.alpha), *(("alpha_pattern", v) for v in self.alpha_pattern.values())):
@@ -61,6 +72,55 @@ class LoRAConfig:
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"lora: modules_to_save is a list of names, got {self.modules_to_save!r}")
         object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+        self._check_selection()
+
+    def _check_selection(self):
+        """Bring what narrows the targets into one form (tuples, None for nothing), and refuse what PEFT refuses."""
+        for name in ("exclude_modules", "layers_pattern"):
+            given = getattr(self, name) or None
+            if given is not None and not isinstance(given, str):
+                if not all(isinstance(n, str) for n in given):
+                    raise ValueError(f"lora: {name} = {given!r}, expected a list of names or a regular expression")
+                given = tuple(sorted(set(given)) if name == "exclude_modules" else given)
+            object.__setattr__(self, name, given)
+        layers = self.layers_to_transform
+        if layers is not None:
+            numbers = (layers,) if isinstance(layers, (int, np.integer)) else tuple(layers)
+            if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0 for n in numbers):
+                raise ValueError(
+                    f"lora: layers_to_transform = {layers!r}, expected the number of a layer or a list of them"
+                )
+            object.__setattr__(self, "layers_to_transform", tuple(map(int, numbers)) or None)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("lora: layers_pattern is for layers_to_transform; give that too")
+        if self.layers_to_transform and isinstance(self.target_modules, str) and not self.all_linear:
+            raise ValueError(
+                "lora: layers_to_transform is for a list of names or 'all-linear'; a regular expression can name the layers itself"
+            )
+        patterns = [(name, getattr(self, name)) for name in ("exclude_modules", "target_modules")]
+        patterns = [(name, value) for name, value in patterns if isinstance(value, str)]
+        patterns += [("layers_pattern", p) for p in as_tuple(self.layers_pattern)]
+        patterns += [("modules_to_save", m) for m in self.modules_to_save]
+        for name, value in patterns:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"lora: {name} {value!r} is no regular expression: {error}") from None
+
+    @property
+    def all_linear(self):
+        """Whether the targets are every linear layer but the head."""
+        return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+
+    @property
+    def token_weights(self):
+        """Paths of the weights some of whose rows the adapter replaces."""
+        return tuple(f"{name}.weight" for name in self.trainable_token_indices)
+
+    @property
+    def brought(self):
+        """Paths of the parameters that the adapter brings along and does not train."""
+        return (*self.saved_embeddings, *self.token_weights)
 
     def options(self, path):
         """The bypass's arguments for the layer at `path`."""
@@ -78,6 +138,11 @@ class LoRAConfig:
     def max_rank(self):
         """The largest rank that a layer may have."""
         return max(self.r, *self.rank_pattern.values()) if self.rank_pattern else self.r
+
+
+def as_tuple(value):
+    """None, one thing or several as a tuple."""
+    return () if value is None else (value,) if isinstance(value, (str, int)) else tuple(value)
 
 
 def python_number(value):

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from ..nn import FrozenLinear, Linear
+from ..tensor import Tensor
 from .state import active_adapters, configs, state
 from .switch import activate, check_name
 from .targets import lora_layers
@@ -84,6 +86,19 @@ def unmerge(model):
     activate(model, kept.active)
     for p, flag in kept.flags:
         p.requires_grad = flag
+    return model
+
+
+def dequantize_linears(model):
+    """Replace every linear layer in few bits by a Linear with the weight that it stands for, in place; returns the model.
+
+    It does so under adapters too. Nothing is rounded: what the model computes stays. A `merge` after it gives W = Ŵ + s B A, dense.
+    """
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, FrozenLinear):
+            dense = Linear.of(Tensor(layer.dense()), layer.bias)
+            dense.training = layer.training
+            model.replace(path, dense)
     return model
 
 

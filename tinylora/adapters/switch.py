@@ -1,29 +1,21 @@
 """Adapters put on a model, switched, given to single rows of a batch, and taken off."""
 
 import contextlib
+import copy
 import functools
 import re
+from dataclasses import replace
 
 import numpy as np
 
 from .. import ops
 from ..backend import array_module, move
-from ..dtypes import Stored
 from ..lora import LoRALayer
-from ..nn import is_adapter_weight
 from ..tensor import Tensor
 from .config import BASE, Adapter, LoRAConfig, matches
 from .kinds import bypass_for, factor_shapes, lora_layer
 from .state import active_adapters, configs, state
-from .targets import (
-    adaptable_layers,
-    base_of,
-    find_targets,
-    lora_layers,
-    named,
-    parents,
-    plain,
-)
+from .targets import HEAD, adaptable_layers, base_of, lora_layers, own_weights, saved_whole, select
 
 
 # --------------------------------------------------------------------------------------------------------------- add and switch
@@ -33,7 +25,8 @@ def add_lora(
     """Put an adapter on the model, in place; returns the model. options: the other fields of LoRAConfig.
 
     The first adapter freezes the base, computes and is trained. A further one waits, frozen, until `set_adapter` names it
-    (as PEFT's add_adapter). Nothing changes if anything does not fit.
+    (as PEFT's add_adapter). Nothing changes if anything does not fit. `find_targets` says what exclude_modules and
+    layers_to_transform mean.
     """
     if isinstance(target_modules, (list, tuple, set, frozenset)) and all(isinstance(t, str) for t in target_modules):
         target_modules = tuple(sorted(set(target_modules)))  # a set to PEFT; sorted, so that files are reproducible
@@ -42,7 +35,12 @@ def add_lora(
             f"lora: target_modules = {target_modules!r}, expected 'all-linear', a regular expression, or a list of names"
         )
     config = LoRAConfig(r, alpha, dropout, target_modules, init, **options)
-    targets = find_targets(model, target_modules)
+    if config.brought:
+        raise ValueError(
+            "lora: trainable_token_indices and saved_embeddings are read from PEFT's files and cannot be trained here; "
+            "modules_to_save trains a whole embedding"
+        )
+    targets = select(model, config)
     for key in [*config.rank_pattern, *config.alpha_pattern]:
         if not any(matches(key, path) for path in targets):
             raise ValueError(
@@ -87,22 +85,17 @@ def put_on(model, name, config, targets):
 
 def trained_whole(model, config, targets):
     """{path: the base's Tensor} of the parameters that the config wants trained whole."""
-    own = {plain(p): w for p, w in model.named_parameters() if not is_adapter_weight(p)}
-    own |= {path: w for (owner, path), w in state(model).copies.items() if owner == BASE}
+    weights = own_weights(model)
+    own = {path: w for path, w in weights.items() if isinstance(w, Tensor)}
     found = {}
     if config.bias != "none":
         biases = {p: w for p, w in own.items() if p.rpartition(".")[2] == "bias"}
         found |= {p: w for p, w in biases.items() if config.bias == "all" or p.removesuffix(".bias") in targets}
     for wanted in config.modules_to_save:
-        here = {p: w for p, w in own.items() if any(named(m, wanted) for m in parents(p))}
-        stored = [
-            p
-            for p, w in model.named_weights()
-            if isinstance(w, Stored) and any(named(m, wanted) for m in parents(plain(p)))
-        ]
-        if stored:
+        here = {path: w for path, w in weights.items() if saved_whole(path, (wanted,))}
+        if stored := sorted(here.keys() - own.keys()):
             raise ValueError(
-                f"lora: modules_to_save names {wanted!r}, but {plain(stored[0])} is stored in few bits and cannot be trained"
+                f"lora: modules_to_save names {wanted!r}, but {stored[0]} is stored in few bits and cannot be trained"
             )
         if not here:
             raise ValueError(
@@ -110,12 +103,34 @@ def trained_whole(model, config, targets):
             )
         found |= here
     tied = [p for p in found if p in getattr(model, "tied_parameters", ())]
-    if tied:
+    if tied and not config.ensure_weight_tying:
         raise ValueError(
             f"lora: {tied[0]} is tied to the model's head, which would change along with it (in PEFT it would not); "
             "call model.untie() first"
         )
     return found
+
+
+def untie(model):
+    """Give a model whose head is its embedding (tied) a head of its own with the same values; returns the model.
+
+    Adapters that bring an embedding along bring the head then, too. One that trains it stands in the way.
+    """
+    tied, copies = getattr(model, "tied_parameters", ()), state(model).copies
+    users = [(owner, path) for owner, path in copies if path in tied and owner != BASE]
+    for owner, path in users:
+        if path not in configs(model)[owner].brought:
+            raise ValueError(
+                f"lora: the adapter {owner!r} trains {path} for the embedding and the head, and so they cannot be parted"
+            )
+    with disable_adapter(model):
+        model.untie()
+    for owner, path in users:
+        copies[owner, HEAD] = Tensor(copies[owner, path].data)
+        config = configs(model)[owner]
+        configs(model)[owner] = replace(config, saved_embeddings=(*config.saved_embeddings, HEAD))
+    activate(model, active_adapters(model))
+    return model
 
 
 def set_adapter(model, names, inference_mode=False):
@@ -128,9 +143,10 @@ def set_adapter(model, names, inference_mode=False):
         for name, bypass in layer.bypasses.items():
             for p in bypass.parameters():
                 p.requires_grad = name in names and not inference_mode
-    for (owner, _), tensor in state(model).copies.items():
+    for (owner, path), tensor in state(model).copies.items():
         if owner != BASE:
-            tensor.requires_grad = owner in names and not inference_mode
+            trained = path not in configs(model)[owner].brought
+            tensor.requires_grad = trained and owner in names and not inference_mode
     return model
 
 
@@ -298,6 +314,19 @@ def adapter_of(model, name=None):
 
 def attach(model, adapter, name="default"):
     """Put an Adapter on the model and let it compute. Every path and shape is checked before anything changes."""
+    refuse_unfit(model, adapter)
+    put_on(model, name, adapter.config, list(adapter.weights))
+    for path, layer in lora_layers(model, name):
+        for factor, tensor in _tensors(layer.bypasses[name]).items():
+            tensor.data = _like(tensor.data, adapter.weights[path][factor])
+    own = own_weights(model)
+    for path, array in adapter.saved.items():
+        state(model).copies[name, path] = Tensor(_like(own[path].data, array))
+    return set_adapter(model, name)
+
+
+def refuse_unfit(model, adapter):
+    """ValueError for an Adapter whose paths or shapes are not this model's. An embedding or a head may bring more rows than it has."""
     if not adapter.weights:
         raise ValueError("lora: the adapter holds no weights")
     layers, c = adaptable_layers(model), adapter.config
@@ -307,27 +336,37 @@ def attach(model, adapter, name="default"):
             raise ValueError(
                 f"lora: the adapter has weights for {path}, which the model lacks; its layers are {', '.join(names)}"
             )
-        expected = _shapes(base_of(layers[path]), c, path)
+        expected = _shapes(_with_weight_of(adapter, path, base_of(layers[path])), c, path)
         got = {factor: tuple(a.shape) for factor, a in arrays.items()}
         if got != expected:
             raise ValueError(
                 f"lora: the adapter's arrays for {path} are {_say(got)}; this model with r = {c.options(path)['r']} needs {_say(expected)}"
             )
-    whole = trained_whole(model, c, list(adapter.weights))
-    expected, got = ({p: tuple(w.shape) for p, w in ws.items()} for ws in (whole, adapter.saved))
-    if expected != got:
+    own = own_weights(model)
+    brought = {path: own[path] for path in c.brought if path in own}
+    whole = {p: tuple(w.shape) for p, w in (trained_whole(model, c, list(adapter.weights)) | brought).items()}
+    got = {path: tuple(w.shape) for path, w in adapter.saved.items()}
+    if whole.keys() != got.keys() or any(not _grown(path, whole[path], got[path]) for path in got):
         raise ValueError(
             f"lora: the adapter holds these parameters trained whole: {_say(got) or 'none'}; "
-            f"on this model its bias = {c.bias!r} and modules_to_save = {list(c.modules_to_save)} mean {_say(expected) or 'none'}"
+            f"on this model its bias = {c.bias!r} and modules_to_save = {list(c.modules_to_save)} mean {_say(whole) or 'none'}"
         )
-    put_on(model, name, c, list(adapter.weights))
-    for path, layer in lora_layers(model, name):
-        for factor, tensor in _tensors(layer.bypasses[name]).items():
-            tensor.data = _like(tensor.data, adapter.weights[path][factor])
-    for path, array in adapter.saved.items():
-        tensor = state(model).copies[name, path]
-        tensor.data = _like(tensor.data, array)
-    return set_adapter(model, name)
+
+
+def _grown(path, shape, new):
+    """Whether a parameter may take the new shape: its own, or for an embedding or a head one with rows for added tokens."""
+    rows = len(shape) == 2 and new[1:] == shape[1:] and new[0] > shape[0]
+    return new == shape or (rows and path.rpartition(".")[0].rpartition(".")[2] in ("embed_tokens", "lm_head"))
+
+
+def _with_weight_of(adapter, path, base):
+    """The base layer with the weight that the adapter brings for it, if it brings one."""
+    brought = adapter.saved.get(f"{path}.weight")
+    if brought is None:
+        return base
+    base = copy.copy(base)
+    base.weight = Tensor(brought)
+    return base
 
 
 def _like(old, new):

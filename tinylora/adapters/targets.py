@@ -3,49 +3,147 @@
 import re
 
 from ..lora import LoRALayer
+from ..nn import is_adapter_weight
+from .config import BASE, LoRAConfig, as_tuple
 from .kinds import ADAPTABLE, LINEAR
+from .state import state
+
+HEAD = "lm_head.weight"  # of a model that has a head of its own
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing layers
-def find_targets(model, target_modules="all-linear"):
-    """Paths of the layers that `target_modules` names.
+def find_targets(
+    model, target_modules="all-linear", exclude_modules=None, layers_to_transform=None, layers_pattern=None
+):
+    """Paths of the layers that these settings name, as PEFT reads them.
 
-    "all-linear"       every linear layer except lm_head (as PEFT)
-    another string     a regular expression that must match the whole path
-    a list             names: a whole path, or the end of one ("q_proj" means every …q_proj)
-    Names and expressions may mean embeddings and convolutions too. Anything that matches nothing raises ValueError and
-    lists the names that exist.
+    target_modules        "all-linear"       every linear layer except lm_head
+                          another string     a regular expression that must match the whole path
+                          a list             names: a whole path, or the end of one ("q_proj" means every …q_proj)
+    exclude_modules       a list of names, or a regular expression for the whole path: these are left out
+    layers_to_transform   a number, or several: of names that end a path, only those in layers.0, layers.1, … of these numbers
+    layers_pattern        what stands before that number, a name or several (any)
+
+    Names and expressions may mean embeddings and convolutions too. A name that is no layer, and a choice that leaves none, raise
+    ValueError and list what exists. As in PEFT, a whole path among the target_modules is meant whichever its number.
     """
+    chosen = LoRAConfig(
+        target_modules=target_modules if isinstance(target_modules, str) else tuple(target_modules),
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+    )
+    return select(model, chosen)
+
+
+def select(model, config):
+    """Paths of the layers that a LoRAConfig names (see `find_targets`); modules_to_save takes none away."""
+    named_ones = _without_narrowing(model, config.target_modules, config.all_linear)
+    exclude = config.exclude_modules
+    if exclude is not None:
+        names = exclude if isinstance(exclude, tuple) else ()
+        tied = ("lm_head",) if getattr(model, "tied_parameters", ()) else ()  # PEFT's model has such a module
+        modules = [*tied, *(path for path, _ in model.named_modules())]
+        if unknown := [n for n in names if not any(named(m, n) for m in modules)]:
+            raise ValueError(
+                f"lora: exclude_modules names {unknown[0]!r}, which does not exist; the layers are {_names(model)}"
+            )
+        if not names and not any(re.fullmatch(exclude, m) for m in modules):
+            raise ValueError(f"lora: exclude_modules {exclude!r} matches nothing; the layers are {_names(model)}")
+    found = [path for path in named_ones if targeted(path, config, whole_paths=named_ones)]
+    if not found:
+        narrowed = {n: getattr(config, n) for n in ("exclude_modules", "layers_to_transform", "layers_pattern")}
+        said = ", ".join(f"{name} = {value!r}" for name, value in narrowed.items() if value is not None)
+        raise ValueError(
+            f"lora: target_modules = {config.target_modules!r} with {said} leaves no layer; the first of those without it is "
+            f"{named_ones[0]}"
+        )
+    return found
+
+
+def _without_narrowing(model, target_modules, all_linear):
+    """The layers that target_modules alone names; ValueError for what names none."""
     layers = adaptable_layers(model)
-    linear = [path for path, layer in layers.items() if isinstance(base_of(layer), LINEAR)]
-    names = sorted({path.rpartition(".")[2] for path in layers})
     if not layers:
         raise ValueError("lora: the model has no layer to adapt")
-    if target_modules == "all-linear":
-        if not linear:
-            raise ValueError(f"lora: the model has no linear layer; it has {', '.join(names)}")
-        found = [p for p in linear if p.rpartition(".")[2] != "lm_head"]
+    if all_linear:
+        if not any(isinstance(base_of(layer), LINEAR) for layer in layers.values()):
+            raise ValueError(f"lora: the model has no linear layer; it has {_names(model)}")
+        found = list(linears(model))
         if not found:
             raise ValueError("lora: 'all-linear' leaves lm_head out, and the model has no other linear layer; name it")
         return found
     if isinstance(target_modules, str):
-        try:
-            found = [p for p in layers if re.fullmatch(target_modules, p)]
-        except re.error as error:
-            raise ValueError(f"lora: target_modules {target_modules!r} is no regular expression: {error}") from None
+        found = [p for p in layers if re.fullmatch(target_modules, p)]
         if not found:
             raise ValueError(
-                f"lora: target_modules {target_modules!r} matches no layer; the layers are named {', '.join(names)} "
+                f"lora: target_modules {target_modules!r} matches no layer; the layers are named {_names(model)} "
                 f"(paths such as {next(iter(layers))})"
             )
         return found
-    wanted = list(target_modules)
-    if not wanted:
-        raise ValueError(f"lora: target_modules is empty; the layers are {', '.join(names)}")
-    for name in wanted:
+    if not target_modules:
+        raise ValueError(f"lora: target_modules is empty; the layers are {_names(model)}")
+    for name in target_modules:
         if not any(named(p, name) for p in layers):
-            raise ValueError(f"lora: target module {name!r} does not exist; the layers are {', '.join(names)}")
-    return [p for p in layers if any(named(p, name) for name in wanted)]
+            raise ValueError(f"lora: target module {name!r} does not exist; the layers are {_names(model)}")
+    return [p for p in layers if any(named(p, name) for name in target_modules)]
+
+
+def _names(model):
+    return ", ".join(sorted({path.rpartition(".")[2] for path in adaptable_layers(model)}))
+
+
+def targeted(path, config, whole_paths=(), modules_to_save=()):
+    """Whether PEFT puts a bypass on the module at this path: its check_target_module_exists, line by line.
+
+    whole_paths       the paths that "all-linear" means
+    modules_to_save   names of modules that are trained whole: PEFT puts no bypass on these, nor on what is inside of them
+    """
+    exclude, targets = config.exclude_modules, config.target_modules
+    if isinstance(exclude, str) and re.fullmatch(exclude, path):
+        return False
+    if isinstance(exclude, tuple) and any(named(path, name) for name in exclude):
+        return False
+    if any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in modules_to_save):
+        return False
+    if config.all_linear:
+        return path in whole_paths and in_layers(path, config.layers_to_transform, config.layers_pattern)
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    if path in targets:
+        return True
+    ending = any(path.endswith(f".{name}") for name in targets)
+    return ending and in_layers(path, config.layers_to_transform, config.layers_pattern)
+
+
+def in_layers(path, layers, patterns):
+    """Whether the first number in the path, after one of the patterns if there are any, is among `layers` (None: any)."""
+    if layers is None:
+        return True
+    starts = [rf"(?:^|.*?\.){p}" for p in as_tuple(patterns)] or [r".*?\.[^.]*"]
+    found = next(filter(None, (re.match(rf"{start}\.(?P<number>\d+)\.", path) for start in starts)), None)
+    return found is not None and int(found["number"]) in layers
+
+
+def saved_whole(path, modules_to_save):
+    """Whether the parameter at this path is in a module that these names mean: the end of a module's path, as PEFT compares it."""
+    return any(module.endswith(name) for module in parents(path) for name in modules_to_save)
+
+
+def needs_own_head(model, config):
+    """Whether the model's head is its embedding (tied), and an adapter of this config would change one of them alone.
+
+    `untie` gives such a model a head of its own. PEFT changes one alone as well, unless ensure_weight_tying is set.
+    """
+    tied, whole = getattr(model, "tied_parameters", ()), config.modules_to_save
+    if not tied:
+        return False
+    saved = [path for path in (HEAD, *tied) if saved_whole(path, whole)]
+    return bool(
+        (not config.all_linear and targeted(HEAD.removesuffix(".weight"), config, modules_to_save=whole))
+        or (saved and not config.ensure_weight_tying)
+        or HEAD in config.token_weights
+    )
 
 
 def named(path, name):
@@ -67,6 +165,12 @@ def adaptable_layers(model):
     return found
 
 
+def linears(model):
+    """{path: base layer} of all linear layers except lm_head: those that nn.quantize_linears stores in few bits."""
+    bases = {plain(path): base_of(layer) for path, layer in adaptable_layers(model).items()}
+    return {p: base for p, base in bases.items() if isinstance(base, LINEAR) and p.rpartition(".")[2] != "lm_head"}
+
+
 def lora_layers(model, name=None):
     """[(path, LoRALayer)] in the model's order; with a name, those that carry that adapter."""
     found = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, LoRALayer))
@@ -81,3 +185,9 @@ def plain(path):
 def parents(path):
     parts = path.split(".")[:-1]
     return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]
+
+
+def own_weights(model):
+    """{path: weight} of what the base itself holds, as if it carried no adapter: neither factors nor copies."""
+    own = {plain(path): w for path, w in model.named_weights() if not is_adapter_weight(path)}
+    return own | {path: w for (owner, path), w in state(model).copies.items() if owner == BASE}
