@@ -266,6 +266,149 @@ def test_a_config_without_r_and_alpha_means_8(tmp_path):
     assert peft.read_adapter(tmp_path).config.alpha == peft.read_adapter(tmp_path).config.r == 8
 
 
+SELECTIONS = {  # 14 of the 21 layers of three blocks, by each of the ways
+    "a regular expression": {"target_modules": r"model\.layers\.[02]\..*_proj"},
+    "excluded names": {"exclude_modules": ["k_proj", "o_proj", "layers.1.self_attn.q_proj"]},
+    "an excluding expression": {"exclude_modules": r".*layers\.1\..*"},
+    "numbers of layers": {"target_modules": ["q_proj", "mlp.up_proj", "down_proj"], "layers_to_transform": [0, 2]},
+    "one number": {"layers_to_transform": 2},
+    "a pattern": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": ["layers"]},
+    "an expression and names": {"target_modules": r".*_proj", "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "all of it": {},
+}
+
+
+@pytest.mark.parametrize("way", SELECTIONS)
+def test_a_selection_means_the_same_layers_after_every_trip(way, tmp_path):
+    def base():
+        return tiny.model(num_hidden_layers=3)
+
+    m = tl.add_lora(base(), r=2, **SELECTIONS[way])
+    wanted = [path for path, _ in adapters.lora_layers(m)]
+    for trip in ("a", "b", "c"):
+        peft.save_adapter(m, tmp_path / trip)
+        m = peft.load_adapter(base(), tmp_path / trip)
+        assert [path for path, _ in adapters.lora_layers(m)] == wanted
+        fresh = adapters.configs(m)["default"]  # a new adapter with these words adapts them as well
+        names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        assert adapters.find_targets(base(), **{name: getattr(fresh, name) for name in names}) == wanted
+    files = [(tmp_path / trip / "adapter_config.json").read_bytes() for trip in "bc"]
+    assert files[0] == files[1]
+
+
+def test_what_narrowed_the_targets_is_in_the_file_in_pefts_words(tmp_path):
+    m = tl.add_lora(
+        tiny.model(num_hidden_layers=3),
+        r=2,
+        target_modules=["q_proj", "v_proj"],
+        exclude_modules=["layers.1.self_attn.v_proj"],
+        layers_to_transform=[0, 1],
+        layers_pattern="layers",
+    )
+    peft.save_adapter(m, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"] and config["layers_pattern"] == "layers"
+    assert config["layers_to_transform"] == [0, 1] and config["exclude_modules"] == ["layers.1.self_attn.v_proj"]
+    assert adapters.configs(peft.load_adapter(tiny.model(num_hidden_layers=3), tmp_path)) == adapters.configs(m)
+
+
+@pytest.mark.parametrize(
+    "options, written",
+    [
+        ({"target_modules": r".*layers\.1\.mlp\..*"}, ("target_modules", 3)),  # in PEFT it would mean act_fn as well
+        ({"target_modules": [f"model.layers.{i}.mlp.{p}_proj" for i in range(8) for p in ("up", "gate", "down")],
+          "exclude_modules": ["layers.3.mlp.up_proj"]}, ("exclude_modules", 1)),
+        ({"layers_to_transform": [4], "target_modules": [f"model.layers.{i}.mlp.up_proj" for i in range(8)]
+          + [f"layers.{i}.mlp.down_proj" for i in range(16)]}, ("target_modules", 9)),  # PEFT condenses 20 names and more
+    ],
+)  # fmt: skip
+def test_words_that_would_mean_other_layers_in_peft_are_not_written(options, written, tmp_path):
+    config = {"num_hidden_layers": 16}
+    m = tl.add_lora(tiny.model(**config), r=2, **options)
+    peft.save_adapter(m, tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    name, count = written
+    assert isinstance(saved[name], list) and len(saved[name]) == count
+    again = peft.load_adapter(tiny.model(**config), tmp_path)
+    assert [p for p, _ in adapters.lora_layers(again)] == [p for p, _ in adapters.lora_layers(m)]
+
+
+def test_a_path_that_ends_another_one_is_saved_as_an_expression(tmp_path):
+    """Among target_modules PEFT reads "fc" as the end of "inner.fc" as well."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            self.fc = nn.Linear(4, 4)
+
+    class Outer(nn.Module):
+        def __init__(self):
+            self.fc, self.inner = nn.Linear(4, 4), Inner()
+
+    m = tl.add_lora(Outer(), r=2, target_modules="fc")
+    peft.save_adapter(m, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "fc"
+    m = tl.add_lora(Outer(), r=2, target_modules=["fc"], exclude_modules=["inner.fc"])
+    adapter = adapters.detach(m)
+    adapter = adapters.Adapter(adapters.LoRAConfig(r=2, target_modules=("fc",)), adapter.weights)
+    peft.save_adapter(adapters.attach(m, adapter), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == "fc"
+
+
+def test_factors_of_a_layer_that_the_config_does_not_adapt_are_refused(tmp_path):
+    """PEFT would leave them out in silence: 14 layers instead of 21."""
+    peft.save_adapter(tl.add_lora(tiny.model(num_hidden_layers=3), r=2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    for change in ({"layers_to_transform": [0, 1]}, {"exclude_modules": ["layers.2.self_attn.q_proj"]}):
+        config = json.loads(path.read_text()) | {"layers_to_transform": None, "exclude_modules": None}
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=r"has factors for model\.layers\.2\.\S+, which the config does not adapt"):
+            peft.load_adapter(tiny.model(num_hidden_layers=3), tmp_path)
+
+
+def test_modules_to_save_are_named_by_the_end_of_a_path_as_peft_reads_them(tmp_path, rng):
+    """ "norm" ends input_layernorm too; a file of PEFT's holds them all."""
+    m = tl.add_lora(tiny.model(), r=2, modules_to_save=["norm"], target_modules=["q_proj"])
+    saved = {path for owner, path in adapters.state.state(m).copies if owner == "default"}
+    assert len(saved) == 5 and all("norm" in path for path in saved)
+    tiny.randomize_trainable(m, rng)
+    peft.save_adapter(m, tmp_path)
+    x = tiny.ids(rng, 1, 9)
+    assert tiny.logits(peft.load_adapter(tiny.model(), tmp_path), x).tobytes() == tiny.logits(m, x).tobytes()
+    with pytest.raises(ValueError, match="is a target and among modules_to_save"):
+        tl.add_lora(tiny.model(), r=2, target_modules=["q_proj"], modules_to_save=["proj"])
+
+
+def test_unknown_keys_of_a_config_are_named_and_known_ones_are_not(tmp_path, recwarn):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    known = {
+        "peft_version": "0.21.2",
+        "auto_mapping": None,
+        "eva_config": None,
+        "megatron_core": "megatron.core",
+        "revision": None,
+    }
+    path.write_text(json.dumps(plain | known))
+    peft.load_adapter(tiny.model(), tmp_path)
+    assert not recwarn.list
+    path.write_text(json.dumps(plain | known | {"use_hyperlora": True, "lora_aplha": 4}))
+    with pytest.warns(
+        UserWarning, match=r"adapter_config\.json: the keys lora_aplha, use_hyperlora are unknown"
+    ) as heard:
+        peft.load_adapter(tiny.model(), tmp_path)
+    assert len(heard) == 1
+
+
+@pytest.mark.parametrize("change", [{"lora_alpha": "x"}, {"layers_to_transform": "0"}, {"target_modules": "(q"}])
+def test_a_bad_value_in_a_config_is_a_sentence_with_its_file(change, tmp_path):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: lora: {next(iter(change)).removeprefix('lora_')}"):
+        peft.load_adapter(tiny.model(), tmp_path)
+
+
 def test_missing_files_get_a_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
         peft.load_adapter(tiny.model(), tmp_path)

@@ -468,7 +468,7 @@ def test_the_factors_that_were_multiplied_in_are_exact_where_they_are_powers_of_
         ({"use_dora": True}, "no place for DoRA"),
         ({"lora_bias": True}, "no place for the bias of lora_B"),
         ({"modules_to_save": ["lm_head"]}, r"no place for parameters trained whole .* lm_head\.weight"),
-        ({"modules_to_save": ["norm"]}, r"no place for parameters trained whole .* model\.norm\.weight"),
+        ({"modules_to_save": ["model.norm"]}, r"no place for parameters trained whole .* model\.norm\.weight"),
     ],
 )
 def test_what_the_format_has_no_place_for_is_refused(options, words, folder, tmp_path, rng):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from tinylora import adapters, data
+from tinylora import adapters, data, quantize_linears
 from tinylora.cli import main
-from tinylora.interop import peft
+from tinylora.interop import bitsandbytes, peft
+from tinylora.models import safetensors
 from tinylora.models.llama import Llama
 from tinylora.papers import ranks, switching
 
@@ -135,6 +136,241 @@ def test_merge_into_4_bits_prints_what_it_costs(folder, capsys, rng):
     assert len(adapters.merge_errors(again)) == 0 and again.model.layers[0].mlp.up_proj.weight.code_name == "nf4"
 
 
+@pytest.fixture
+def trained(folder, rng):
+    """`folder` with an adapter that was trained on its model in NF4, blocks of 32; returns (folder, the model with the adapter)."""
+    m = Llama.from_pretrained(folder / "model", quantize={"code": "nf4", "blocksize": 32})
+    m = tiny.randomize_lora(adapters.add_lora(m, r=2), rng)
+    peft.save_adapter(m, folder / "adapter", base_model=str(folder / "model"))
+    return folder, m.eval()
+
+
+def merged(folder, *more, adapter="adapter"):
+    """What `merge` makes, opened; AssertionError if it fails."""
+    assert main(["merge", "--adapter", str(folder / adapter), "--out", str(folder / "merged"), *map(str, more)]) == 0
+    return Llama.from_pretrained(folder / "merged")
+
+
+def test_an_adapter_goes_on_the_base_that_it_names(trained, capsys, rng):
+    folder, m = trained
+    x = tiny.ids(rng, 1, 9)
+    again = merged(folder)
+    assert capsys.readouterr().err == "" and not again.config.to_dict().get("quantization_config")
+    np.testing.assert_allclose(
+        tiny.logits(again, x), tiny.logits(m, x), rtol=1e-4, atol=1e-5
+    )  # W = dequantized + s B A
+    for layer in (m.model.layers[0].mlp.up_proj, m.model.layers[1].self_attn.k_proj):
+        path = next(path for path, wrapped in adapters.lora_layers(m) if wrapped is layer)
+        assert again.get(path).weight.data.tobytes() == (layer.base_layer.dense() + layer.delta()).tobytes()
+    written = generated(capsys, "--adapter", folder / "adapter")
+    assert written == "x" + m.generate("x", 12, temperature=0) + "\n"
+    assert generated(capsys, "--adapter", folder / "adapter", "--model", folder / "model") == written
+
+
+def generated(capsys, *more, prompt="x"):
+    """What `generate` prints, greedily; AssertionError if it says anything beside it."""
+    capsys.readouterr()
+    command = ["generate", "--prompt", prompt, "--max-new-tokens", "12", "--temperature", "0"]
+    assert main([*command, *map(str, more)]) == 0
+    written, said = capsys.readouterr()
+    assert said == ""
+    return written
+
+
+def test_merge_into_the_dense_base_says_that_it_was_trained_otherwise(trained, capsys, rng):
+    folder, m = trained
+    x = tiny.ids(rng, 1, 9)
+    dense = merged(folder, "--quantize", "none")
+    said = capsys.readouterr().err.splitlines()
+    assert (
+        len(said) == 1
+        and "was trained on this base in nf4 (blocks of 32, double quantization), and here it is held in float32"
+        in said[0]
+    )
+    with pytest.warns(UserWarning, match="was trained on this base in nf4"):
+        wanted = peft.load_adapter(Llama.from_pretrained(folder / "model"), folder / "adapter")
+    np.testing.assert_allclose(tiny.logits(dense, x), tiny.logits(wanted, x), rtol=1e-4, atol=1e-5)
+    assert np.abs(tiny.logits(dense, x) - tiny.logits(m, x)).max() > 1e-2
+
+
+def test_the_block_size_is_the_adapters_unless_another_is_given(trained, capsys, rng):
+    folder, _ = trained
+    assert merged(folder, "--quantize", "nf4").model.layers[0].mlp.up_proj.weight.blocksize == 32
+    assert "error of merging into 4 bits" in capsys.readouterr().out
+    assert merged(folder, "--quantize", "nf4", "--blocksize", 64).model.layers[0].mlp.up_proj.weight.blocksize == 64
+    assert "here it is held in nf4 (blocks of 64, double quantization)" in capsys.readouterr().err
+    assert generated(capsys, "--adapter", folder / "adapter", "--quantize", "nf4") == generated(
+        capsys, "--adapter", folder / "adapter"
+    )
+    main(["generate", "--adapter", str(folder / "adapter"), "--blocksize", "128", "--max-new-tokens", "1"])
+    assert "(blocks of 128, double quantization)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "merge"])
+def test_another_base_is_refused_by_the_commands_and_force_puts_it_there(command, trained, capsys):
+    folder, _ = trained
+    tiny.model(seed=1).save_pretrained(folder / "other")
+    more = {"generate": ["--max-new-tokens", "1"], "merge": ["--out", str(folder / "merged")]}[command]
+    arguments = [command, "--adapter", str(folder / "adapter"), "--model", str(folder / "other"), *more]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"was trained on another base ({folder / 'model'})" in said and "--force" in said
+    assert not (folder / "merged").exists()
+    assert main([*arguments, "--force"]) == 0
+    assert main([*arguments[:3], "--model", str(folder / "nowhere"), *more]) == 2
+
+
+def test_a_base_that_is_not_here_is_named(trained, capsys):
+    folder, _ = trained
+    (folder / "model").rename(folder / "moved")
+    for more in (["generate", "--max-new-tokens", "1"], ["merge", "--out", str(folder / "merged")]):
+        assert main([*more, "--adapter", str(folder / "adapter")]) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"was trained on '{folder / 'model'}', which is no folder or file here; give the base with --model" in said
+        )
+        assert main([*more, "--adapter", str(folder / "adapter"), "--model", str(folder / "moved")]) == 0
+    peft.save_adapter(adapters.add_lora(Llama.from_pretrained(folder / "moved"), r=2), folder / "unnamed")
+    assert main(["generate", "--adapter", str(folder / "unnamed")]) == 2
+    assert "unnamed does not name its base; give the base with --model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["/an/environment/that/is/gone", None])
+def test_the_embedded_model_is_known_wherever_it_lay(name, folder, capsys, rng):
+    m = tiny.randomize_lora(adapters.add_lora(Llama.from_pretrained("base", quantize="fp4"), r=2), rng)
+    peft.save_adapter(m, folder / "adapter", base_model=name)
+    assert generated(capsys, "--adapter", folder / "adapter") == "x" + m.eval().generate("x", 12, temperature=0) + "\n"
+
+
+def test_a_base_in_4_bits_is_merged_dense_or_into_its_code(folder, capsys, rng):
+    bitsandbytes.save(quantize_linears(tiny.model(), "fp4", 128), folder / "four")
+    m = tiny.randomize_lora(adapters.add_lora(Llama.from_pretrained(folder / "four"), r=2), rng).eval()
+    peft.save_adapter(m, folder / "adapter", base_model=str(folder / "four"))
+    x = tiny.ids(rng, 1, 9)
+    np.testing.assert_allclose(tiny.logits(merged(folder), x), tiny.logits(m, x), rtol=1e-4, atol=1e-5)
+    assert merged(folder, "--quantize", "fp4").model.layers[0].mlp.up_proj.weight.blocksize == 128
+    adapter = ["--adapter", str(folder / "adapter")]
+    for arguments, words in (
+        (["merge", "--out", str(folder / "x"), "--quantize", "nf4"], "--quantize nf4: the base lies in fp4"),
+        (
+            ["merge", "--out", str(folder / "x"), "--quantize", "none"],
+            "four is in few bits and has no dense weights; leave --quantize out",
+        ),
+        (["generate", "--quantize", "fp4"], "four is in 4 bits already; leave --quantize out"),
+        (["generate", "--blocksize", "64"], "four is in few bits already, in blocks of its own; leave --blocksize out"),
+    ):
+        assert main([*arguments, *adapter]) == 2
+        assert words in capsys.readouterr().err
+    assert not (folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--blocksize", "32"], "--blocksize 32: the base is held in float32, without blocks"),
+        (["--quantize", "none", "--blocksize", "32"], "--blocksize 32: the base is held in float32, without blocks"),
+        (["--weights", "1"], "--weights: 1 numbers for 0 adapters; expected one for each"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(arguments, words, folder, capsys):
+    assert main(["generate", "--model", str(folder / "model"), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_several_adapters_add_up_and_may_be_weighted(folder, capsys, rng):
+    models = {}
+    for name in ("one", "two"):
+        m = adapters.add_lora(Llama.from_pretrained(folder / "model"), r=2, target_modules=["q_proj", "up_proj"])
+        models[name] = tiny.randomize_lora(m, rng)
+        peft.save_adapter(m, folder / name, base_model=str(folder / "model"))
+    both = peft.load_adapter(Llama.from_pretrained(folder / "model"), folder / "one", "a")
+    peft.load_adapter(both, folder / "two", "b")
+    adapters.set_adapter(both, ["a", "b"])
+    added = "x" + both.eval().generate("x", 12, temperature=0) + "\n"
+    assert generated(capsys, "--adapter", folder / "one", folder / "two") == added
+    assert generated(capsys, "--adapter", folder / "one", "--adapter", folder / "two") == added
+    adapters.add_weighted_adapter(both, ["a", "b"], [1.5, -0.5], "c", "cat")
+    adapters.set_adapter(both, "c")
+    weighted = "x" + both.generate("x", 12, temperature=0) + "\n"
+    command = ["--adapter", folder / "one", folder / "two", "--weights"]
+    assert generated(capsys, *command, "1.5", "-0.5") == weighted
+    assert main(["generate", *map(str, command), "1"]) == 2
+    assert "--weights: 1 numbers for 2 adapters" in capsys.readouterr().err
+
+
+def test_adapters_of_different_bases_or_holdings_are_not_added_up(trained, capsys):
+    folder, _ = trained
+    tiny.model(seed=1).save_pretrained(folder / "other")
+    for name, base, options in (("b", "other", {}), ("c", "model", {}), ("d", "model", {"code": "nf4"})):
+        m = Llama.from_pretrained(folder / base, quantize=options or None)
+        peft.save_adapter(adapters.add_lora(m, r=2), folder / name, base_model=str(folder / base))
+
+    def said(*names):
+        assert main(["generate", "--max-new-tokens", "1", "--adapter", *(str(folder / name) for name in names)]) == 2
+        return capsys.readouterr().err
+
+    assert f"have different bases, {folder / 'model'} and {folder / 'other'}" in said("adapter", "b")
+    words = "was trained on a base in nf4 (blocks of 32, double quantization), and"
+    assert words in said("adapter", "c") and "on one in float32; choose with --quantize" in said("adapter", "c")
+    assert "on one in nf4 (blocks of 64, double quantization)" in said("adapter", "d")
+    command = [
+        "generate",
+        "--max-new-tokens",
+        "1",
+        "--adapter",
+        str(folder / "c"),
+        str(folder / "d"),
+        "--quantize",
+        "nf4",
+    ]
+    assert main(command) == 0
+
+
+def test_an_adapter_without_a_description_is_used_and_this_is_said_once(trained, capsys, rng):
+    folder, _ = trained
+    path = folder / "adapter" / "adapter_model.safetensors"
+    tensors = {name: w.copy() for name, w in safetensors.load_safetensors(path)[0].items()}
+    safetensors.save_safetensors(path, tensors)  # as PEFT writes it
+    m = peft.load_adapter(Llama.from_pretrained(folder / "model"), folder / "adapter").eval()
+    x = tiny.ids(rng, 1, 9)
+    np.testing.assert_allclose(tiny.logits(merged(folder), x), tiny.logits(m, x), rtol=1e-4, atol=1e-5)
+    assert capsys.readouterr().err == ""  # its own folder, as PEFT would open it
+    (folder / "model").rename(folder / "moved")
+    merged(folder, "--model", folder / "moved")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "does not say what its base" in said[0] and "cannot be checked" in said[0]
+
+
+def test_warnings_are_sentences_on_stderr_each_of_them_once(trained, capsys):
+    folder, _ = trained
+    path = folder / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_magic": True}))
+    merged(folder)
+    assert capsys.readouterr().err.splitlines() == [f"tinylora: {path}: the keys use_magic are unknown and are ignored"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}, {"target_modules": ["lm_head"]}],
+)
+def test_the_commands_untie_by_themselves(options, folder, capsys, rng):
+    m = adapters.add_lora(
+        Llama.from_pretrained(folder / "model").untie(), r=2, **{"target_modules": ["q_proj"], **options}
+    )
+    tiny.randomize_trainable(m, rng).eval()
+    peft.save_adapter(m, folder / "adapter", base_model=str(folder / "model"))
+    x = tiny.ids(rng, 1, 9)
+    again = merged(folder)
+    assert not again.config.tie_word_embeddings
+    np.testing.assert_allclose(tiny.logits(again, x), tiny.logits(m, x), rtol=1e-4, atol=1e-4)
+    assert generated(capsys, "--adapter", folder / "adapter") == "x" + m.generate("x", 12, temperature=0) + "\n"
+    with pytest.raises(
+        ValueError,
+        match=r"they are one weight in this model \(tied\); call model.untie\(\) first, or load it with untie",
+    ):
+        peft.load_adapter(Llama.from_pretrained(folder / "model"), folder / "adapter")
+
+
 def test_count_prints_the_audit(capsys):
     from tinylora.papers import lora_numbers
 
@@ -177,6 +413,6 @@ def test_finetune_takes_rslora_and_dora(folder, capsys):
     assert main([*command, "--rslora", "--dora", "--out", str(folder / "run")]) == 0
     config = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["use_rslora"] and config["use_dora"]
-    m = peft.load_adapter(Llama.from_pretrained(folder / "model"), folder / "run" / "adapter")
+    m = peft.load_adapter(Llama.from_pretrained(folder / "model", quantize="nf4"), folder / "run" / "adapter")
     layer = m.model.layers[0].mlp.up_proj
     assert layer.scaling == 16.0 and layer.magnitude.shape == (tiny.CONFIG.intermediate_size,)

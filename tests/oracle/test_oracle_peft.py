@@ -306,6 +306,221 @@ def test_an_adapted_embedding_or_head_of_a_transformers_model_opens_here(target,
         adapter_files.load_adapter(tiny.model(seed=1, tie_word_embeddings=tied), tmp_path / "adapter")
 
 
+# ------------------------------------------------------------------------------------------------------------- whole Llamas
+def llamas(tmp_path, tied=True, layers=2):
+    """(a folder, a function that opens it with transformers)."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "base"
+    tiny.model(tie_word_embeddings=tied, num_hidden_layers=layers).save_pretrained(folder, dtype="float32")
+    return folder, lambda: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def trained_by_peft(base, folder, **options):
+    """An adapter of PEFT's with random weights, saved; returns the PeftModel."""
+    options = {"r": 2, "lora_alpha": 7, "task_type": "CAUSAL_LM", **options}
+    theirs = peft.get_peft_model(base, peft.LoraConfig(**options))
+    for _, p in theirs.named_parameters():
+        if p.requires_grad:
+            p.data.add_(0.1 * torch.randn_like(p))  # in place: tied parameters stay tied
+    theirs.save_pretrained(folder)
+    return theirs.eval()
+
+
+def logits(theirs, x):
+    with torch.no_grad():
+        return theirs(torch.from_numpy(x)).logits.numpy()
+
+
+def adapted(theirs):
+    """The paths that PEFT adapts."""
+    return set(theirs.base_model.targeted_module_names)
+
+
+SELECTIONS = {
+    "expression, excluded names": {"target_modules": r".*_proj", "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "names, excluding expression": {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.1\..*q_proj"},
+    "all-linear, excluded": {"target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.2.mlp.up_proj"]},
+    "numbers": {"target_modules": ["q_proj", "mlp.down_proj"], "layers_to_transform": [0, 2]},
+    "number and pattern": {
+        "target_modules": ["q_proj", "v_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
+    "a whole path and numbers": {
+        "target_modules": ["up_proj", "model.layers.0.self_attn.q_proj"],
+        "layers_to_transform": [2],
+    },
+    "saved modules take targets away": {
+        "target_modules": ["q_proj", "up_proj"],
+        "modules_to_save": ["layers.1.mlp.up_proj"],
+    },
+    "patterns": {"target_modules": r".*layers\.[12]\..*_proj", "rank_pattern": {"q_proj": 3, r"2\.mlp\..*": 4}},
+}
+
+
+@pytest.mark.parametrize("way", SELECTIONS)
+def test_a_selection_is_read_as_peft_means_it_and_written_so_that_peft_reads_it(way, rng, tmp_path):
+    folder, fresh = llamas(tmp_path, layers=3)
+    theirs = trained_by_peft(fresh(), tmp_path / "a", **SELECTIONS[way])
+    ours = adapter_files.load_adapter(tl.Llama.from_pretrained(folder), tmp_path / "a")
+    assert {path for path, _ in adapters.lora_layers(ours)} == adapted(theirs)
+    x = rng.integers(0, 256, (2, 9))
+    agree(run(ours, x), logits(theirs, x), 1e-5, "opened here")
+    adapter_files.save_adapter(ours, tmp_path / "b")
+    again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "b").eval()
+    assert adapted(again) == adapted(theirs)
+    assert logits(again, x).tobytes() == logits(theirs, x).tobytes()
+    options = {
+        name: value for name, value in SELECTIONS[way].items() if name.endswith(("modules", "transform", "pattern"))
+    }
+    if "modules_to_save" not in SELECTIONS[way]:  # a new adapter with these words adapts the same layers
+        selection = {name: value for name, value in options.items() if not name.startswith(("rank", "alpha"))}
+        assert set(adapters.find_targets(tl.Llama.from_pretrained(folder), **selection)) == adapted(theirs)
+
+
+@pytest.mark.parametrize("whole", ["norm", "proj", "post_attention_layernorm", "1.input_layernorm"])
+def test_modules_to_save_mean_what_peft_means_by_them(whole, rng, tmp_path):
+    """PEFT compares the bare end of a path: "norm" is every …layernorm too."""
+    folder, fresh = llamas(tmp_path)
+    targets = ["embed_tokens"] if whole == "proj" else ["q_proj"]
+    theirs, x = (
+        trained_by_peft(fresh(), tmp_path / "a", target_modules=targets, modules_to_save=[whole]),
+        rng.integers(0, 256, (1, 9)),
+    )
+    ours = adapter_files.load_adapter(tl.Llama.from_pretrained(folder), tmp_path / "a")
+    agree(run(ours, x), logits(theirs, x), 1e-5, whole)
+    mine = tl.add_lora(tl.Llama.from_pretrained(folder), r=2, target_modules=targets, modules_to_save=[whole])
+    assert adapters.count_parameters(mine)[0] == sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    adapter_files.save_adapter(tiny.randomize_trainable(mine, rng), tmp_path / "b")
+    agree(
+        logits(peft.PeftModel.from_pretrained(fresh(), tmp_path / "b").eval(), x),
+        run(mine, x),
+        1e-4,
+        f"{whole}, in PEFT",
+    )
+
+
+def test_every_setting_that_peft_writes_is_known(tmp_path):
+    import dataclasses
+
+    known = {*adapter_files._KNOWN, *adapter_files._REFUSED}
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} <= known
+
+
+TOUCHES = {  # what an adapter may do to an embedding and a head
+    "nothing": {},
+    "embedding saved": {"modules_to_save": ["embed_tokens"]},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "both saved": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "embedding adapted": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "head adapted": {"target_modules": ["q_proj", "lm_head"]},
+    "both adapted": {"target_modules": ["q_proj", "lm_head", "embed_tokens"]},
+    "some rows": {"trainable_token_indices": [3, 5]},
+    "some rows, the head adapted": {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": [3, 5]},
+    "some rows of the head": {"trainable_token_indices": {"lm_head": [3, 5]}},
+    "the same rows of both": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 5]}},
+    "other rows of each": {"trainable_token_indices": {"embed_tokens": [3, 5], "lm_head": [3, 6, 7]}},
+    "saved and kept tied": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "adapted and kept tied": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+}
+#: Where the base has got new rows, PEFT's file lacks those of the embedding or of the head: (what, tied)
+LACKING = {(what, False) for what in ("embedding adapted", "head adapted", "adapted and kept tied")}
+LACKING |= {("some rows, the head adapted", tied) for tied in (True, False)}
+
+
+@pytest.mark.parametrize("rows", [256, 262])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("what", TOUCHES)
+def test_what_an_adapter_does_to_embedding_and_head_is_done_here(what, tied, rows, rng, tmp_path, capsys):
+    """Opened, switched off, saved again, opened in PEFT, and merged by the command line; rows: of the embedding after tokens were added."""
+    from tinylora.cli import main
+
+    folder, fresh = llamas(tmp_path, tied)
+
+    def resized():
+        base = fresh()
+        if rows > 256:
+            torch.manual_seed(int(rng.integers(1 << 30)))
+            base.resize_token_embeddings(rows)
+        return base
+
+    theirs = trained_by_peft(resized(), tmp_path / "a", **{"target_modules": ["q_proj"], **TOUCHES[what]})
+    x = rng.integers(0, rows, (2, 20))
+    wanted, ours = logits(theirs, x), tl.Llama.from_pretrained(folder)
+    if rows > 256 and (what, tied) in LACKING:
+        with pytest.raises(ValueError, match=r"resize_token_embeddings\(262\), then save_pretrained"):
+            adapter_files.load_adapter(ours, tmp_path / "a", untie=True)
+        ours = tiny.model(tie_word_embeddings=tied, vocab_size=rows)  # what the sentence says
+        state = {name: w.numpy() for name, w in resized().state_dict().items() if not (tied and "lm_head" in name)}
+        ours.load_state_dict(state)
+        adapter_files.load_adapter(ours, tmp_path / "a", untie=True)
+        known = logits(theirs, x % 256)[..., :256]
+        agree(run(ours, x % 256)[..., :256], known, 1e-5, "on a resized base")
+        return
+    adapter_files.load_adapter(ours, tmp_path / "a", untie=True)
+    agree(run(ours, x), wanted, 1e-5, "opened here")
+    with tl.disable_adapter(ours):
+        assert run(ours, x % 256).tobytes() == run(tl.Llama.from_pretrained(folder), x % 256).tobytes()
+    adapter_files.save_adapter(ours, tmp_path / "b")
+    again = adapter_files.load_adapter(tl.Llama.from_pretrained(folder), tmp_path / "b", untie=True)
+    assert run(again, x).tobytes() == run(ours, x).tobytes()
+    agree(logits(peft.PeftModel.from_pretrained(resized(), tmp_path / "b").eval(), x), wanted, 1e-5, "in PEFT again")
+    assert main(["merge", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "merged")]) == 0, (
+        capsys.readouterr()
+    )
+    transformers = pytest.importorskip("transformers")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    agree(logits(merged, x), wanted, 1e-5, "merged")
+
+
+def test_save_embedding_layers_opens_whether_the_base_has_them_or_not(rng, tmp_path):
+    folder, fresh = llamas(tmp_path)
+    base = fresh()
+    theirs = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"]))
+    theirs.save_pretrained(tmp_path / "same", save_embedding_layers=True)
+    with torch.no_grad():
+        base.get_input_embeddings().weight.mul_(1.5)  # trained by other means than PEFT's
+    theirs.save_pretrained(tmp_path / "other", save_embedding_layers=True)
+    x = rng.integers(0, 256, (1, 9))
+    ours = adapter_files.load_adapter(tl.Llama.from_pretrained(folder), tmp_path / "other")
+    agree(run(ours, x), logits(theirs.eval(), x), 1e-5, "other embeddings")
+    assert adapters.configs(ours)["default"].saved_embeddings == ("model.embed_tokens.weight",)
+    same = adapter_files.load_adapter(tl.Llama.from_pretrained(folder), tmp_path / "same")
+    assert adapters.configs(same)["default"].saved_embeddings == ()
+
+
+def test_an_adapter_that_was_saved_in_16_bits_knows_its_base_in_32(rng, tmp_path):
+    """PEFT then writes the base's embedding rounded to bfloat16."""
+    transformers = pytest.importorskip("transformers")
+    folder, _ = llamas(tmp_path)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(target_modules=["embed_tokens", "q_proj"]), autocast_adapter_dtype=False
+    )
+    theirs.save_pretrained(tmp_path / "a")
+    adapter_files.load_adapter(tl.Llama.from_pretrained(folder), tmp_path / "a")
+    other = tiny.model(seed=1)
+    with pytest.raises(ValueError, match="is not this model's"):
+        adapter_files.load_adapter(other, tmp_path / "a")
+
+
+def test_peft_reads_what_says_the_base_as_if_it_were_not_there(rng, tmp_path):
+    folder, fresh = llamas(tmp_path)
+    m = tl.add_lora(tl.Llama.from_pretrained(folder, quantize="nf4"), r=2)
+    adapter_files.save_adapter(tiny.randomize_lora(m, rng), tmp_path / "a", str(folder))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        theirs = peft.PeftModel.from_pretrained(fresh(), tmp_path / "a")
+    assert not [
+        str(w.message) for w in heard if issubclass(w.category, UserWarning) and "FutureWarning" not in str(w.category)
+    ]
+    theirs.save_pretrained(tmp_path / "b")  # PEFT drops it
+    assert (
+        adapter_files.read_base(tmp_path / "a").held["code"] == "nf4"
+        and adapter_files.read_base(tmp_path / "b").about is None
+    )
+
+
 # ------------------------------------------------------------------------------------------------------- where PEFT misleads
 def test_peft_drops_alpha_silently_when_a_config_lacks_it(rng, tmp_path):
     """Its default is 8, whatever the adapter was trained with: the bypass comes out 8/alpha times as large, without a word."""

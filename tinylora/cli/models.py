@@ -1,5 +1,6 @@
 """generate, quantize, merge, convert: the commands that open a model and make something of it."""
 
+import warnings
 from pathlib import Path
 
 from .options import FORMAT, can_draw, command, finite, positive, rate
@@ -18,15 +19,24 @@ def generate_parser(commands):
         "examples:\n"
         "  tinylora generate --prompt 'KING HENRY.'\n"
         "  tinylora generate --model smol.gguf --quantize nf4 --chat --prompt 'What is a compiler?'\n"
-        "  tinylora generate --quantize nf4 --adapter tinylora-run/adapter --prompt 'hacker'    on the base it was trained on\n",
+        "  tinylora generate --adapter tinylora-run/adapter --prompt 'hacker'    on the base it was trained on, held as it was then\n"
+        "  tinylora generate --adapter tinylora-switch/jargon/adapter tinylora-switch/code/adapter --weights 0.7 0.3\n",
     )
-    p.add_argument("--model", default="base", help="'base' (embedded), a model folder, or FILE.gguf")
-    p.add_argument("--adapter", default=None, help="an adapter folder, written by finetune or by PEFT")
+    _base_options(
+        p,
+        ("none", "nf4", "fp4", "int4", "int8"),
+        "hold the linear layers in 4 bits, in 8, or in neither (as the adapter was trained; else none)",
+    )
     p.add_argument(
-        "--quantize",
-        choices=("none", "nf4", "fp4", "int4", "int8"),
-        default="none",
-        help="hold the linear layers in 4 bits, or in 8 (none)",
+        "--adapter",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FOLDER",
+        help="an adapter folder, written by finetune or by PEFT; of several on one base, what they add is added up",
+    )
+    p.add_argument(
+        "--weights", type=finite, nargs="+", default=None, metavar="W", help="a factor for each of several adapters (1)"
     )
     p.add_argument("--prompt", default="\n", help="the text to continue")
     p.add_argument(
@@ -46,7 +56,7 @@ def _generate(args):
 
     from ..models import files
 
-    model = _open(args.model, args.quantize, args.adapter)
+    model = _open(args, args.adapter, args.weights)
     model.to(args.device).eval()
     options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     prompt = args.prompt
@@ -289,23 +299,23 @@ def merge_parser(commands):
         _merge,
         "put an adapter into its model for good",
         "Write a model folder with W = W0 + (alpha/r) B A in place of W0, so that nothing is added at inference (LoRA 4.1).\n\n"
-        "A base in 4 or 8 bits is dequantized, added to and quantized again with the same settings; what that costs is printed for\n"
-        "each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 03). A dense base loses\n"
-        "nothing beside the rounding of the file's dtype.",
+        "W0 is the base as the adapter was trained on it: of one in few bits, the weights that these stand for. The folder is\n"
+        "dense and computes what was trained, beside the rounding of the file's dtype. With --quantize none W0 is the base's\n"
+        "dense weight instead, whatever the adapter was trained on.\n\n"
+        "With --quantize nf4, fp4 or int8 the base is dequantized, added to and quantized again with the same settings; what that\n"
+        "costs is printed for each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 03).",
         "examples:\n"
-        "  tinylora merge --adapter tinylora-run/adapter --out merged                    into the dense base\n"
+        "  tinylora merge --adapter tinylora-run/adapter --out merged                    what was trained, dense\n"
         "  tinylora merge --adapter tinylora-run/adapter --quantize nf4 --out merged-4   into 4 bits, with its price\n",
         device=False,
         seed=False,
     )
-    p.add_argument("--model", default="base", help="'base' (embedded), a model folder, or FILE.gguf")
-    p.add_argument("--adapter", required=True, help="an adapter folder, written by finetune or by PEFT")
-    p.add_argument(
-        "--quantize",
-        choices=("none", "nf4", "fp4", "int8"),
-        default="none",
-        help="hold the linear layers in 4 bits, or in 8 (none)",
+    _base_options(
+        p,
+        ("none", "nf4", "fp4", "int8"),
+        "merge into the dense base, or into few bits (into what the adapter was trained on)",
     )
+    p.add_argument("--adapter", required=True, help="an adapter folder, written by finetune or by PEFT")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of a dense model's file (float32)"
     )
@@ -313,37 +323,147 @@ def merge_parser(commands):
 
 
 def _merge(args):
-    from .. import adapters
-    from ..interop import bitsandbytes
-    from ..models.eightbit import Linear8bit
-    from ..nn import Linear4bit
+    from dataclasses import replace
 
-    model = _open(args.model, args.quantize, args.adapter)
+    from .. import adapters
+    from ..dtypes import BFloat16Array, Stored
+    from ..interop import bitsandbytes
+
+    few = args.quantize not in (None, "none")
+    model = _open(args, [args.adapter], stays=few)
+    stored = [w for _, w in model.named_weights() if isinstance(w, Stored) and not isinstance(w, BFloat16Array)]
+    if few and (found := {w.code_name for w in stored}) != {_code(args.quantize)}:
+        raise ValueError(f"--quantize {args.quantize}: the base lies in {', '.join(found)}, and is merged into that")
+    if not few:
+        adapters.dequantize_linears(model)
     if any(f"{path}.weight" in model.tied_parameters for path, _ in adapters.lora_layers(model)):
-        model.untie()  # the head keeps the embedding's own weights, as it had them beside the adapter
+        adapters.untie(model)  # the head keeps the embedding's own weights, as it had them beside the adapter
     adapters.merge(model)
-    few = {path: layer for path, layer in model.named_modules() if isinstance(layer, (Linear4bit, Linear8bit))}
-    if errors := {path: e for path, e in adapters.merge_errors(model).items() if path in few}:
-        width = max(map(len, errors))
-        bits = 8 if isinstance(few[next(iter(errors))], Linear8bit) else 4
-        print(f"error of merging into {bits} bits, |W' - W|/|W|")
-        for path, error in errors.items():
-            print(f"  {path:<{width}}  {error:.4f}")
-        print(f"  {'mean':<{width}}  {sum(errors.values()) / len(errors):.4f}")
+    rows = len(model.model.embed_tokens.weight)
+    model.config = replace(model.config, vocab_size=rows)  # an adapter may have brought rows for added tokens
+    if few:
+        _print_errors(model, bits=8 if args.quantize == "int8" else 4)
         bitsandbytes.save(model, args.out)
     else:
         model.save_pretrained(args.out, dtype=args.dtype)
     print(f"the merged model lies in {args.out}")
 
 
-def _open(path, quantize, adapter=None):
-    """The model of a folder, quantized and with an adapter on it if asked for."""
-    from ..interop.peft import load_adapter
-    from ..models import eightbit
+def _print_errors(model, bits):
+    """What merging into few bits cost, layer by layer."""
+    from .. import adapters
+    from ..nn import FrozenLinear
+
+    errors = {p: e for p, e in adapters.merge_errors(model).items() if isinstance(model.get(p), FrozenLinear)}
+    if errors:
+        width = max(map(len, errors))
+        print(f"error of merging into {bits} bits, |W' - W|/|W|")
+        for path, error in errors.items():
+            print(f"  {path:<{width}}  {error:.4f}")
+        print(f"  {'mean':<{width}}  {sum(errors.values()) / len(errors):.4f}")
+
+
+# ------------------------------------------------------------------------------------------------------ a base and its adapters
+def _base_options(p, codes, about):
+    p.add_argument(
+        "--model",
+        default=None,
+        help="'base' (embedded), a model folder, or FILE.gguf (the adapter's base; without an adapter base)",
+    )
+    p.add_argument("--quantize", choices=codes, default=None, help=about)
+    p.add_argument(
+        "--blocksize",
+        type=positive,
+        default=None,
+        help="weights that share one absmax (as the adapter was trained; else 64)",
+    )
+    p.add_argument("--force", action="store_true", help="put the adapter on a base that it was not trained on, too")
+
+
+def _open(args, folders=(), weights=None, stays=False):
+    """The model with the adapters of these folders on it, held as they were trained if no option says otherwise.
+
+    stays   whether --quantize may name the code of a folder that is in few bits already
+    """
+    from .. import adapters
+    from ..interop import peft
     from ..models.llama import Llama
 
-    model = Llama.from_pretrained(path, quantize={"none": None, "int8": eightbit.CODE}.get(quantize, quantize))
-    return load_adapter(model, adapter) if adapter else model
+    if weights is not None and len(weights) != len(folders):
+        raise ValueError(f"--weights: {len(weights)} numbers for {len(folders)} adapters; expected one for each")
+    bases = [peft.read_base(folder) for folder in folders]
+    path = args.model or _one_base(bases)
+    model = Llama.from_pretrained(path, **_holding(args, path, bases, stays))
+    names = [f"adapter{i}" for i in range(1, len(bases) + 1)]
+    for name, base in zip(names, bases, strict=True):
+        peft.load_adapter(model, base.folder, name, check_base=not args.force, untie=True)
+        peft.take_tokenizer(model, base.folder)
+    if weights is not None:
+        adapters.add_weighted_adapter(model, names, weights, "weighted", "cat")
+        names = ["weighted"]
+    if names:
+        adapters.set_adapter(model, names)
+    return model
+
+
+def _code(name):
+    """What nn.quantized_linear calls a code of the command line."""
+    from ..models import eightbit
+
+    return {"int8": eightbit.CODE}.get(name, name)
+
+
+def _one_base(bases):
+    """The path of the base on which all these adapters were trained; "base" if there are none."""
+    paths = {base.find(): base.folder for base in bases}
+    if len(paths) > 1:
+        (one, a), (other, b) = list(paths.items())[:2]
+        raise ValueError(
+            f"{a} and {b} have different bases, {one} and {other}; if they are the same, give one with --model"
+        )
+    return next(iter(paths), "base")
+
+
+def _holding(args, path, bases, stays):
+    """How Llama.from_pretrained is to hold the base at `path`: as the options say, else as the adapters were trained."""
+    from ..models import fourbit, identity
+
+    for base in bases:
+        if base.about is None and (base.name is None or Path(base.name).resolve() != Path(path).resolve()):
+            name = "which it does not name" if base.name is None else repr(base.name)
+            warnings.warn(
+                f"{base.folder} does not say what its base ({name}) holds, so whether it is {path} cannot be checked",
+                stacklevel=2,
+            )
+    bases = [base for base in bases if base.about is not None]
+    trained = [base.held for base in bases]
+    if fourbit.is_quantized(path):
+        if args.quantize == "none":
+            raise ValueError(f"{path} is in few bits and has no dense weights; leave --quantize out")
+        if args.quantize and not stays:
+            return {"quantize": _code(args.quantize)}  # which is refused there
+        if args.blocksize:
+            raise ValueError(f"{path} is in few bits already, in blocks of its own; leave --blocksize out")
+        return {"compute_dtype": (trained[0] or {}).get("compute_dtype", "float32")} if trained else {}
+    held = None
+    if args.quantize is None and trained:
+        held = trained[0]
+        for base, other in zip(bases, trained, strict=True):
+            if not identity.same_holding(held, other):
+                raise ValueError(
+                    f"{bases[0].folder} was trained on a base in {identity.described(held)}, and {base.folder} on one in "
+                    f"{identity.described(other)}; choose with --quantize"
+                )
+    elif args.quantize not in (None, "none"):
+        code = _code(args.quantize)
+        held = next((h for h in trained if h and h["code"] == code), {"code": code})
+    if args.blocksize:
+        if held is None or ("blocksize" not in held and args.quantize is None):
+            raise ValueError(
+                f"--blocksize {args.blocksize}: the base is held in {identity.described(held)}, without blocks"
+            )
+        held = {**held, "blocksize": args.blocksize}
+    return identity.opening(held)
 
 
 # --------------------------------------------------------------------------------------------------------------------- convert

@@ -7,11 +7,15 @@
     base_model.model.<path>.lora_embedding_A, _B        (r, vocabulary), (d, r)
     base_model.model.<path>.base_layer.bias             (out,)             bias "lora_only" or "all", of an adapted layer
     base_model.model.<path>.bias / .weight              bias "all" of any other layer; modules_to_save
-    base_model.model.<path>.base_layer.weight           the base's own embedding or head, which PEFT adds where these are adapted
+    (more of embeddings and heads: see `embeddings`)
 
 An adapter saved here opens with `PeftModel.from_pretrained`, and one that PEFT trained opens here: LoRA with rsLoRA,
-DoRA, rank_pattern, alpha_pattern, lora_bias, bias and modules_to_save, on linear layers, embeddings and convolutions.
-What this file does not read is refused with a sentence, since ignoring it would change the model silently.
+DoRA, rank_pattern, alpha_pattern, lora_bias, bias, modules_to_save, trainable_token_indices and added tokens, on linear layers,
+embeddings and convolutions. What this file does not read is refused with a sentence, since ignoring it would change the model
+silently; a key that PEFT does not know either is ignored with a warning, as there.
+
+An adapter carries its base: `save_adapter` writes into the metadata of adapter_model.safetensors, under "tinylora", what
+`models.identity` says of it (PEFT ignores that). `load_adapter` refuses another base, and warns where the same one is held otherwise.
 
 Where PEFT misleads, and what is done here
   * A config without `r` or `lora_alpha` means 8 to PEFT, and so it does here: an adapter that was trained with another
@@ -23,41 +27,73 @@ Where PEFT misleads, and what is done here
 """
 
 import json
+import re
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from .. import adapters
 from ..adapters.kinds import LoRAConv, LoRAEmbedding
+from ..adapters.targets import (
+    HEAD,
+    adaptable_layers,
+    linears,
+    named,
+    needs_own_head,
+    own_weights,
+    saved_whole,
+    targeted,
+)
 from ..backend import move
 from ..dtypes import BFloat16Array
-from ..models import files, safetensors
+from ..models import files, identity, safetensors
 from ..models.llama import Llama
+from ..models.tokenizers import BPETokenizer
+from . import embeddings
 
 _PREFIX = "base_model.model."
+_METADATA = "tinylora"  # the key of the base's description in the metadata
 
 #: Settings that change what the adapter computes, and that tinylora lacks.
 _REFUSED = (
     "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config", "layer_replication",
-    "alora_invocation_tokens", "trainable_token_indices", "target_parameters",
+    "alora_invocation_tokens", "target_parameters",
+)  # fmt: skip
+#: Settings of PEFT (0.21.2) that this file reads, or that change nothing of what a finished adapter computes.
+_KNOWN = (
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying", "eva_config",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern", "layers_to_transform",
+    "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core",
+    "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora",
 )  # fmt: skip
 #: What these settings may be; the other inits (pissa, olora, …) move a part of the base's weight into the factors.
 _ONLY = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "bias": adapters.BIASES,
 }
+_CONDENSED = 20  # so many target_modules PEFT condenses to shorter names; layers_to_transform then means other layers
 
 
+# -------------------------------------------------------------------------------------------------------------------- saving
 def save_adapter(model, folder, base_model=None, name=None):
-    """Write one adapter as PEFT does (without a name, the active one).
+    """Write one adapter as PEFT does (without a name, the active one), and beside it what its base is.
 
     base_model   what PEFT should record as the base (a name or a folder)
     """
     adapter = adapters.adapter_of(model, name)
     tensors, config = _tensors(model, adapter), _config(model, adapter, base_model)
     json.dumps(config)  # what cannot be written is said before anything is
+    about = {"base": base_model, **identity.identity(own_weights(model), linears(model))}
     folder = Path(folder)
-    safetensors.save_safetensors(folder / "adapter_model.safetensors", tensors)
+    safetensors.write_safetensors(
+        folder / "adapter_model.safetensors",
+        {key: ("F32", array.shape) for key, array in tensors.items()},
+        tensors.__getitem__,
+        {"format": "pt", _METADATA: json.dumps(about)},
+    )
     files.write_json(folder / "adapter_config.json", config)
 
 
@@ -72,10 +108,11 @@ def _tensors(model, adapter):
                 array = array.reshape(1, -1, *[1] * (len(layer.base_layer.weight.shape) - 2))
             tensors[_PREFIX + _key(path, factor, isinstance(layer, LoRAEmbedding))] = array
     for path, array in adapter.saved.items():
-        parent, _, leaf = path.rpartition(".")
-        name = f"{parent}.base_layer.{leaf}" if parent in adapter.weights else path
-        tensors[_PREFIX + name] = move(array, "cpu")
-    return tensors
+        if path not in adapter.config.brought:
+            parent, _, leaf = path.rpartition(".")
+            inside = f"{parent}.base_layer.{leaf}" if parent in adapter.weights else path
+            tensors[_PREFIX + inside] = move(array, "cpu")
+    return tensors | {_PREFIX + key: array for key, array in embeddings.tensors_of(model, adapter).items()}
 
 
 def _config(model, adapter, base_model):
@@ -89,7 +126,7 @@ def _config(model, adapter, base_model):
         "r": int(c.r),
         "lora_alpha": c.alpha,
         "lora_dropout": c.dropout,
-        "target_modules": _target_names(model, c.target_modules, set(adapter.weights)),
+        **_selection(model, c, set(adapter.weights)),
         "bias": c.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": "gaussian" if c.init == "gaussian" and not c.lora_bias else True,  # PEFT refuses the pair
@@ -99,6 +136,8 @@ def _config(model, adapter, base_model):
         "rank_pattern": c.rank_pattern,
         "alpha_pattern": c.alpha_pattern,
         "modules_to_save": list(c.modules_to_save) or None,
+        "ensure_weight_tying": c.ensure_weight_tying,
+        "trainable_token_indices": {path: list(i) for path, i in c.trainable_token_indices.items()} or None,
     }
 
 
@@ -114,36 +153,98 @@ def _key(path, factor, embedding):
     return f"{path}.{factor}.weight" if factor in ("lora_A", "lora_B") else f"{path}.{factor}"
 
 
-def _target_names(model, targets, paths):
-    """Names for PEFT, as long as they mean these layers and no others; else whole paths. ("all-linear" would be resolved anew.)"""
-    if isinstance(targets, str) and targets != "all-linear":
-        return targets
-    names = sorted({path.rpartition(".")[2] for path in paths}) if targets == "all-linear" else list(targets)
-    names = _existing(model, names)
-    return names if names and set(adapters.find_targets(model, names)) == paths else sorted(paths)
+def _selection(model, config, paths):
+    """What tells PEFT to adapt these layers and no others: the config's own words if they do, else names, whole paths, or an expression.
+
+    "all-linear" is never written, since PEFT would resolve it anew.
+    """
+    names = sorted({path.rpartition(".")[2] for path in paths})
+    given = names if config.all_linear else config.target_modules
+    given = given if isinstance(given, str) else _existing(model, given)
+    anywhere = replace(config, exclude_modules=None, layers_to_transform=None, layers_pattern=None, target_modules=())
+    ways = [replace(config, target_modules=given if isinstance(given, str) else tuple(given))] if given else []
+    ways += [replace(anywhere, target_modules=targets) for targets in (tuple(names), tuple(sorted(paths)))]
+    ways += [replace(anywhere, target_modules="|".join(map(re.escape, sorted(paths))))]
+    way = next(way for way in ways if _means(model, way, paths))
+    return {
+        "target_modules": _json(way.target_modules),
+        "exclude_modules": _json(way.exclude_modules),
+        "layers_to_transform": _json(way.layers_to_transform),
+        "layers_pattern": _json(way.layers_pattern),
+    }
+
+
+def _json(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _means(model, config, paths):
+    """Whether PEFT adapts these layers, and finds nothing else, on its own model."""
+    if config.layers_to_transform and len(config.target_modules) >= _CONDENSED:
+        return False
+    modules = {path for path, _ in model.named_modules() if path} | set(paths)
+    if isinstance(model, Llama):  # modules that transformers' model has beside these, which PEFT cannot adapt
+        blocks = [f"model.layers.{i}" for i in range(model.config.num_hidden_layers)]
+        modules |= {
+            "lm_head",
+            "model.layers",
+            "model.rotary_emb",
+            *blocks,
+            *(f"{block}.mlp.act_fn" for block in blocks),
+        }
+    inside = tuple(f"{path}." for path, _ in adapters.lora_layers(model))
+    modules = {path for path in modules if not path.startswith(inside)} if inside else modules
+    return {path for path in modules if targeted(path, config, modules_to_save=config.modules_to_save)} == paths
 
 
 def _existing(model, names):
     """Those of the names that the model has: PEFT lets a name be one that it lacks, as long as another is there."""
-    return [n for n in names if any(f".{path}".endswith(f".{n}") for path, _ in model.named_modules())]
+    return [n for n in names if any(named(path, n) for path, _ in model.named_modules())]
+
+
+# -------------------------------------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class _File:
+    """What an adapter's folder holds: see embeddings.settle for bases and rows; about: the base's description, None in PEFT's files."""
+
+    adapter: adapters.Adapter
+    settings: dict
+    bases: dict
+    rows: dict
+    about: dict | None
 
 
 def read_adapter(folder):
-    """An Adapter (see adapters.attach) from a folder that PEFT or tinylora wrote."""
-    return _read(Path(folder))[0]
+    """An Adapter (see adapters.attach) from a folder that PEFT or tinylora wrote. One that brings an embedding along needs its model,
+    and so `load_adapter`."""
+    file = _read(Path(folder))
+    _warn_of_unknown_keys(file.settings, folder)
+    brought = sorted({*file.rows, *(path for path, (_, comes_along) in file.bases.items() if comes_along)})
+    if brought:
+        raise ValueError(
+            f"{folder} brings {brought[0]} along, or rows of it (tokens that were added or trained), and that means something on "
+            "a model only; put it on one with load_adapter, or merge it"
+        )
+    return file.adapter
 
 
 def _read(folder):
-    """(Adapter, the config as it is in the file, {path: the base's own weight that came along})."""
+    """The _File of a folder."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
     where = folder / "adapter_config.json"
     settings = files.read_json(where)
     _refuse_what_is_not_read(settings, where)
-    config = _lora_config(settings)
-    weights, saved, bases = _sort_tensors(folder / "adapter_model.safetensors", config)
-    return adapters.Adapter(config, weights, saved), settings, bases
+    try:
+        config = _lora_config(settings)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: {error}") from None
+    tensors, metadata = safetensors.load_safetensors(folder / "adapter_model.safetensors")
+    weights, saved, bases, rows = _sort_tensors(tensors, config, folder / "adapter_model.safetensors")
+    config = replace(config, trainable_token_indices=_token_indices(settings, rows, where))
+    about = _description(metadata, folder / "adapter_model.safetensors")
+    return _File(adapters.Adapter(config, weights, saved), settings, bases, rows, about)
 
 
 def _refuse_what_is_not_read(settings, where):
@@ -162,6 +263,13 @@ def _refuse_what_is_not_read(settings, where):
         raise ValueError(f"{where}: target_modules is null; tinylora needs the names of the adapted layers")
 
 
+def _warn_of_unknown_keys(settings, folder):
+    """Name the keys of an adapter's config that PEFT does not know either: of a later version of it, or misspelt."""
+    if unknown := sorted(settings.keys() - {*_KNOWN, *_REFUSED}):
+        where = Path(folder) / "adapter_config.json"
+        warnings.warn(f"{where}: the keys {', '.join(unknown)} are unknown and are ignored", stacklevel=3)
+
+
 def _lora_config(settings):
     """The LoRAConfig of what adapter_config.json holds, with PEFT's defaults for what it leaves out."""
     targets, whole = settings.get("target_modules", "all-linear"), settings.get("modules_to_save") or ()
@@ -178,32 +286,51 @@ def _lora_config(settings):
         lora_bias=bool(settings.get("lora_bias")),
         bias=settings.get("bias", "none"),
         modules_to_save=(whole,) if isinstance(whole, str) else tuple(whole),
+        exclude_modules=settings.get("exclude_modules"),
+        layers_to_transform=settings.get("layers_to_transform"),
+        layers_pattern=settings.get("layers_pattern"),
+        ensure_weight_tying=bool(settings.get("ensure_weight_tying")),
     )
 
 
-def _sort_tensors(where, config):
-    """({path: {factor: array}}, {path of a parameter saved whole: array}, {path: the base's own weight}) of a file."""
-    weights, saved, bases = {}, {}, {}
-    for key, value in safetensors.load_safetensors(where)[0].items():
+def _sort_tensors(tensors, config, where):
+    """The tensors of a file as (weights, saved, bases, rows).
+
+    {path: {factor: array}}, {path of a parameter saved whole: array}, {path: (the base's own weight, whether it comes along)}, {path: rows}
+    """
+    weights, saved, bases, rows, again = {}, {}, {}, {}, {}
+    for key, value in tensors.items():
         if not key.startswith(_PREFIX):
             raise ValueError(f"{where}: did not expect the tensor {key}")
         value = value.dequantize("float32") if isinstance(value, BFloat16Array) else value.astype(np.float32)
         path, factor = _parse(key.removeprefix(_PREFIX))
+        module, form = embeddings.form_of(key.removeprefix(_PREFIX))
+        trained = saved_whole(path, config.modules_to_save)
+        if form == "whole" and not trained and f"{_PREFIX}{module}.modules_to_save.weight" in tensors:
+            form = "again"
         if factor is not None:
             weights.setdefault(path, {})[factor] = value.reshape(-1) if factor == "lora_magnitude_vector" else value
-        elif key.endswith(".base_layer.weight"):
-            bases[path.removesuffix(".weight")] = value
-        elif config.bias == "none" and not any(_within(path, name) for name in config.modules_to_save):
+        elif form == "rows":
+            rows[module] = value
+        elif form == "again":
+            again[f"{module}.weight"] = value
+        elif form in ("base", "brought") or (form == "whole" and not trained):
+            bases[module] = value, form != "base"
+        elif config.bias == "none" and not trained:
             raise ValueError(f"{where}: did not expect the tensor {key}")
         else:
             saved[path] = value
     for path, factors in weights.items():
         if not {"lora_A", "lora_B"} <= factors.keys():
             raise ValueError(f"{where}: {path} has {', '.join(sorted(factors))} but not its partner")
-    strange = sorted(bases.keys() - weights.keys())
+    strange = sorted(path for path, (_, comes_along) in bases.items() if not comes_along and path not in weights)
     if strange:
         raise ValueError(f"{where}: did not expect a base weight for {strange[0]}, which is not adapted")
-    return weights, saved, bases
+    for path, value in again.items():
+        tied = saved.get(embeddings.EMBEDDING) if config.ensure_weight_tying else None
+        if not np.array_equal(saved.get(path, tied), value):
+            raise ValueError(f"{where}: it holds two copies of {path}, and they differ")
+    return weights, saved, bases, rows
 
 
 def _parse(key):
@@ -221,39 +348,144 @@ def _parse(key):
     return key.replace(".base_layer.", "."), None
 
 
-def _within(path, name):
-    return f".{name}." in f".{path}."
+def _token_indices(settings, rows, where):
+    """{path: the tokens whose rows are replaced} of the modules for which the file has rows."""
+    given = settings.get("trainable_token_indices") or {}
+    given = given if isinstance(given, dict) else {"": given}  # a list is for the embedding
+    found = {path: next((v for name, v in given.items() if path.endswith(name)), None) for path in rows}
+    for path, indices in found.items():
+        if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
+            raise ValueError(f"{where}: trainable_token_indices is {given!r}, and the file holds rows for {path}")
+    if given and not rows:
+        raise ValueError(f"{where}: trainable_token_indices is {given!r}, and the file holds no rows for these tokens")
+    return {path: tuple(indices) for path, indices in found.items()}
 
 
-def load_adapter(model, folder, name="default"):
+def load_adapter(model, folder, name="default", check_base=True, untie=False):
     """Put the adapter of a folder on the model, in place, and let it compute; returns the model.
 
-    A layer that the config names and the file leaves out is an error, and so is a base weight in the file (PEFT adds the
-    embedding or the head where they are adapted) that is not this model's.
+    check_base   False: put it on another base than it was trained on, too. (An adapter of PEFT's does not say which it was.)
+    untie        True: a model whose head is its embedding gets a head of its own if the adapter changes one of the two alone
+
+    A layer that the config names and the file leaves out is an error, and so is one that the file has and the config leaves out. A
+    warning says that the base is held otherwise than when the adapter was trained (in other bits, in blocks of another size).
     """
-    adapter, settings, bases = _read(Path(folder))
-    if not settings.get("exclude_modules") and settings.get("layers_to_transform") is None:
-        _refuse_missing_layers(model, adapter, folder)
-    _refuse_another_base(model, bases, folder)
+    folder = Path(folder)
+    file = _read(folder)
+    _warn_of_unknown_keys(file.settings, folder)
+    adapter, bases, rows = file.adapter, file.bases, file.rows
+    if tied := getattr(model, "tied_parameters", ()):
+        adapter, bases, rows = embeddings.tie(adapter, bases, rows)
+    if tied and (HEAD.removesuffix(".weight") in adapter.weights or needs_own_head(model, adapter.config)):
+        if not untie:
+            raise ValueError(
+                f"{folder}: the adapter changes the head or the embedding alone, and they are one weight in this model (tied); "
+                "call model.untie() first, or load it with untie=True"
+            )
+        adapters.untie(model)
+    adapter = embeddings.settle(model, adapter, bases, rows, folder)
+    adapters.refuse_unfit(model, adapter)
+    _refuse_other_layers(model, adapter, folder)
+    if check_base and file.about is not None:
+        _check_base(model, file.about, folder)
     return adapters.attach(model, adapter, name)
 
 
-def _refuse_missing_layers(model, adapter, folder):
-    """ValueError for a layer that the config adapts and the file has no factors for."""
-    whole, targets = adapter.config.modules_to_save, adapter.config.target_modules
-    named = adapters.find_targets(model, targets if isinstance(targets, str) else _existing(model, targets))
-    missing = [p for p in named if p not in adapter.weights and not any(_within(p, w) for w in whole)]
-    if missing:
+def _refuse_other_layers(model, adapter, folder):
+    """ValueError for a layer that the config adapts and the file has no factors for, or the reverse."""
+    config = adapter.config
+    whole = linears(model) if config.all_linear else ()
+    named = [p for p in adaptable_layers(model) if targeted(p, config, whole, config.modules_to_save)]
+    if missing := [p for p in named if p not in adapter.weights]:
         raise ValueError(f"{folder}: the config adapts {missing[0]}, and the file has no factors for it")
+    tied = {HEAD.removesuffix(".weight")} if config.ensure_weight_tying else set()
+    if more := sorted(adapter.weights.keys() - {*named, *tied}):
+        raise ValueError(f"{folder}: the file has factors for {more[0]}, which the config does not adapt")
 
 
-def _refuse_another_base(model, bases, folder):
-    """ValueError for a base weight in the file that is not this model's."""
-    layers = dict(model.named_modules())
-    for path, weight in bases.items():
-        base = adapters.base_of(layers[path]) if path in layers else None
-        mine = base.dense() if hasattr(base, "dense") else None
-        if mine is not None and (mine.shape != weight.shape or not np.array_equal(move(mine, "cpu"), weight)):
+# ------------------------------------------------------------------------------------------------------------- an adapter's base
+@dataclass(frozen=True)
+class Base:
+    """The base of an adapter, as its folder tells it.
+
+    folder   of the adapter
+    name     what the base was called: a folder, a file, a name on a hub, or None
+    about    what models.identity said of it; None if PEFT wrote the adapter
+    """
+
+    folder: Path
+    name: str | None
+    about: dict | None
+
+    @property
+    def held(self):
+        """The options of nn.quantized_linear with which the adapter was trained; None for a dense base, or an unknown one."""
+        return self.about["held"] if self.about else None
+
+    def find(self):
+        """What Llama.from_pretrained opens as this base: the folder or file of that name, or "base" if it is the embedded model."""
+        path = Path(self.name or "").resolve()
+        if self.name and (path.is_file() or (path / "config.json").is_file()):
+            return str(path)
+        if self.about:
+            embedded = Llama.from_pretrained("base")
+            if identity.difference(self.about, own_weights(embedded), linears(embedded)) != "base":
+                return "base"
+        told = (
+            f"was trained on {self.name!r}, which is no folder or file here" if self.name else "does not name its base"
+        )
+        raise ValueError(f"{self.folder} {told}; give the base with --model")
+
+
+def read_base(folder):
+    """The Base of the adapter in a folder."""
+    folder = Path(folder)
+    file = _read(folder)
+    return Base(folder, file.settings.get("base_model_name_or_path") or None, file.about)
+
+
+def _description(metadata, where):
+    """The base's description in a file's metadata, None if there is none."""
+    if _METADATA not in metadata:
+        return None
+    try:
+        about = json.loads(metadata[_METADATA])
+        identity.check(about)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{where}: its description of the adapter's base is damaged ({error})") from None
+    return about
+
+
+def _check_base(model, about, folder):
+    """ValueError if the model is another base than described; a warning if it is held otherwise."""
+    weights, layers = own_weights(model), linears(model)
+    kind, name = identity.difference(about, weights, layers), about.get("base")
+    on = "another base" if name is None else f"another base ({name})"
+    then, now = (identity.described(held) for held in (about["held"], identity.holding(weights, layers)))
+    if kind == "base":
+        raise ValueError(
+            f"{folder} was trained on {on}: this model's weights are others. A fine-tuned or merged copy is another base too; "
+            "check_base=False (on the command line --force) puts the adapter on it all the same"
+        )
+    if kind == "held":
+        warnings.warn(f"{folder} was trained on this base in {then}, and here it is held in {now}", stacklevel=3)
+    elif kind == "rounding":
+        warnings.warn(
+            f"{folder} was trained on this base in {then}, made from a file of another precision than here",
+            stacklevel=3,
+        )
+
+
+def take_tokenizer(model, folder):
+    """Give the model the tokenizer in an adapter's folder, if it has more tokens than the model's. ValueError if they have no rows."""
+    path = Path(folder) / "tokenizer.json"
+    if not path.is_file():
+        return
+    tokenizer, rows = BPETokenizer.from_file(path), len(model.model.embed_tokens.weight)
+    if tokenizer.vocab_size > model.tokenizer.vocab_size:
+        if tokenizer.vocab_size > rows:
             raise ValueError(
-                f"{folder}: the base weight of {path} that came along is not this model's; is it another base?"
+                f"{path} has {tokenizer.vocab_size} tokens, and the model's embedding {rows} rows; "
+                + embeddings.resize_to(tokenizer.vocab_size)
             )
+        model.tokenizer = tokenizer
