@@ -1,5 +1,6 @@
 """switch, ranks, merge, count, experiments: what they print, write, resume and refuse."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import tiny
 from tinylora import adapters, data, quantize_linears
 from tinylora.cli import main
 from tinylora.interop import bitsandbytes, peft
-from tinylora.models import safetensors
+from tinylora.models import chat, safetensors
 from tinylora.models.llama import Llama
 from tinylora.papers import ranks, switching
 
@@ -369,6 +370,66 @@ def test_the_commands_untie_by_themselves(options, folder, capsys, rng):
         match=r"they are one weight in this model \(tied\); call model.untie\(\) first, or load it with untie",
     ):
         peft.load_adapter(Llama.from_pretrained(folder / "model"), folder / "adapter")
+
+
+@pytest.fixture
+def talker(folder, monkeypatch):
+    """A model with turns in `folder`/talker; returns (the arguments that choose it, the model, what to type)."""
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    import llm_files
+
+    m = tiny.model(vocab_size=300, max_position_embeddings=256)
+    m.tokenizer = llm_files.trained()
+    m.save_pretrained(folder / "talker", dtype="float32")
+    arguments = ["generate", "--model", str(folder / "talker"), "--chat", "--max-new-tokens", "6", "--seed", "3"]
+    return arguments, m.eval(), lambda text: monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+
+def test_a_conversation_reads_lines_and_remembers_what_was_said(talker, capsys):
+    arguments, m, type_in = talker
+    lines, shown = ["Who had three sons?", "And what else?"], []
+    reader = iter(lines)
+    said = chat.converse(m, lambda: next(reader, "/exit"), shown.append, max_new_tokens=6, temperature=0.7, seed=3)
+    assert [message["role"] for message in said] == ["user", "assistant"] * 2
+    capsys.readouterr()
+    for text in ("\n".join(lines), "\n".join([*lines, "/exit", "more"])):  # until the input ends, or /exit
+        type_in(text)
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == "".join(shown)
+
+
+def test_on_a_terminal_each_turn_is_asked_for(talker, capsys, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    arguments, _, _ = talker
+    monkeypatch.setattr("sys.stdin", Terminal("Who had three sons?\n\n/reset\n"))
+    capsys.readouterr()
+    assert main(arguments) == 0
+    shown, said = capsys.readouterr()
+    assert shown.startswith("> ") and shown.count("> ") >= 4 and "[the conversation begins anew]" in shown
+    assert said == "/reset begins anew, /exit or the end of input ends\n"
+
+
+def test_one_answer_is_the_same_on_the_terminal_and_in_a_file(talker, folder, capsys):
+    arguments, m, _ = talker
+    question, path = "Is it 3.14159?", folder / "answer.txt"
+    wanted = m.generate(m.tokenizer.chat_prompt(question), 6, temperature=0.7, seed=3, stop=chat.ends(m))
+    capsys.readouterr()
+    assert main([*arguments, "--prompt", question]) == 0
+    assert main([*arguments, "--prompt", question, "--out", str(path)]) == 0
+    assert capsys.readouterr().out == wanted + "\n" == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [(["--chat"], "--chat: the model knows no turns"), (["--chat", "--out", "x.txt"], "--out takes one answer")],
+)
+def test_a_chat_that_cannot_be_is_a_sentence(arguments, words, folder, capsys):
+    assert main(["generate", "--model", str(folder / "model"), *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_count_prints_the_audit(capsys):

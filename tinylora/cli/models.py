@@ -1,5 +1,6 @@
 """generate, quantize, merge, convert: the commands that open a model and make something of it."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def generate_parser(commands):
         "examples:\n"
         "  tinylora generate --prompt 'KING HENRY.'\n"
         "  tinylora generate --model smol.gguf --quantize nf4 --chat --prompt 'What is a compiler?'\n"
+        "  tinylora generate --model smol.gguf --chat    a conversation\n"
         "  tinylora generate --adapter tinylora-run/adapter --prompt 'hacker'    on the base it was trained on, held as it was then\n"
         "  tinylora generate --adapter tinylora-switch/jargon/adapter tinylora-switch/code/adapter --weights 0.7 0.3\n",
     )
@@ -38,11 +40,12 @@ def generate_parser(commands):
     p.add_argument(
         "--weights", type=finite, nargs="+", default=None, metavar="W", help="a factor for each of several adapters (1)"
     )
-    p.add_argument("--prompt", default="\n", help="the text to continue")
+    p.add_argument("--prompt", default=None, help="the text to continue (a new line)")
     p.add_argument(
         "--chat",
         action="store_true",
-        help="the prompt is a user's question; print the answer (models with ChatML turns)",
+        help="answer the prompt as a user's question, by the model's chat template; without --prompt a conversation, "
+        "a line a turn (/reset begins anew, /exit ends)",
     )
     p.add_argument("--max-new-tokens", type=positive, default=400, help="(400)")
     p.add_argument("--temperature", type=rate, default=0.7, help="(0.7)")
@@ -52,28 +55,41 @@ def generate_parser(commands):
 
 
 def _generate(args):
-    import codecs
+    from ..models import chat, files
 
-    from ..models import files
-
+    if args.chat and args.prompt is None and args.out:
+        raise ValueError("--out takes one answer, and without --prompt --chat is a conversation; give --prompt")
     model = _open(args, args.adapter, args.weights)
     model.to(args.device).eval()
-    options = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
-    prompt = args.prompt
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    options |= {"top_k": args.top_k, "top_p": args.top_p}
+    if args.chat and not model.tokenizer.chats:
+        raise ValueError("--chat: the model knows no turns (it has no chat template); leave --chat out")
+    if args.chat and args.prompt is None:
+        return _converse(model, options)
+    shown = prompt = "\n" if args.prompt is None else args.prompt
     if args.chat:
-        if not getattr(model.tokenizer, "chatml", False):
-            raise ValueError(f"{args.model} does not know turns (ChatML); leave --chat out")
-        prompt, options["stop"] = model.tokenizer.chat_prompt(args.prompt), model.tokenizer.end_id
-        args.prompt = ""
-    stream = model.stream(prompt, args.max_new_tokens, **options)
+        shown, prompt, options["stop"] = "", model.tokenizer.chat_prompt(prompt), chat.ends(model)
+    pieces = model.tokenizer.pieces(model.stream(prompt, **options))
     if args.out:
-        files.write_text(args.out, args.prompt + model.tokenizer.decode(list(stream)) + "\n")
+        files.write_text(args.out, shown + "".join(pieces) + "\n")
         return
-    print(args.prompt, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in stream:
-        print(decoder.decode(model.tokenizer.token_bytes(token)), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    print(shown, end="", flush=True)
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _converse(model, options):
+    """A conversation on the terminal, or with lines that come from a pipe."""
+    from ..models import chat
+
+    typed = sys.stdin.isatty()
+    if typed:
+        print("/reset begins anew, /exit or the end of input ends", file=sys.stderr)
+    chat.converse(model, lambda: input("> " if typed else ""), lambda text: print(text, end="", flush=True), **options)
+    if typed:
+        print()
 
 
 # ------------------------------------------------------------------------------------------------------------- quantize
