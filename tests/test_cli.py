@@ -342,6 +342,64 @@ def test_bad_usage(arguments, capsys):
     assert stop.value.code == 2 and "usage: tinylora" in capsys.readouterr().err
 
 
+def test_an_adapter_is_trained_further(setup, tmp_path, capsys):
+    """On its own base, held as it was then, with its own settings: it begins where the first run ended."""
+    first, then = tmp_path / "first", tmp_path / "then"
+    quick = ["--batch-size", "2", "--seq-len", "32", "--warmup", "0", "--steps", "3", "--text", setup[3]]
+    own = ["-r", "3", "--alpha", "9", "--blocksize", "32", "--target-modules", "q_proj", "up_proj", "--rslora"]
+    narrow = ["--exclude-modules", "model.layers.0.mlp.up_proj", "--layers-to-transform", "0", "1"]
+    assert main(["finetune", *setup[:2], *quick, *own, *narrow, "--out", str(first)]) == 0
+    one = json.loads((first / "report.json").read_text())
+    assert main(["finetune", "--adapter", str(first / "adapter"), *quick, "-r", "8", "--out", str(then)]) == 0
+    assert f"-r has no effect here: the adapter {first / 'adapter'} has its own settings" in capsys.readouterr().err
+    two = json.loads((then / "report.json").read_text())
+    assert two["before"] == one["after"] != two["after"] and two["trainable"] == one["trainable"]
+    settled = [
+        "r",
+        "alpha",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "blocksize",
+        "use_rslora",
+        "method",
+    ]
+    assert {name: two["job"][name] for name in settled} == {name: one["job"][name] for name in settled}
+    configs = [json.loads((run / "adapter" / "adapter_config.json").read_text()) for run in (first, then)]
+    assert configs[0] == configs[1] and configs[1]["r"] == 3
+    capsys.readouterr()
+    assert main(["finetune", "--adapter", str(first / "adapter"), *quick, "--out", str(then)]) == 0
+    assert "this run has ended before" in capsys.readouterr().err
+    before = (first / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert main(["finetune", "--adapter", str(first / "adapter"), *quick, "--out", str(first)]) == 2
+    assert "would overwrite the adapter that is trained further" in capsys.readouterr().err
+    assert (first / "adapter" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_an_adapter_of_another_base_is_not_trained_further(setup, tmp_path, capsys):
+    quick = ["--batch-size", "1", "--seq-len", "16", "--warmup", "0", "--steps", "1", "--text", setup[3]]
+    assert main(["finetune", *setup[:2], *quick, "-r", "2", "--out", str(tmp_path / "a")]) == 0
+    tiny.model(seed=1).save_pretrained(tmp_path / "other")
+    command = ["finetune", *quick, "--adapter", str(tmp_path / "a" / "adapter"), "--out", str(tmp_path / "b")]
+    capsys.readouterr()
+    assert main([*command, "--model", str(tmp_path / "other")]) == 2
+    assert "was trained on another base" in capsys.readouterr().err
+    assert main([*command, "--method", "full"]) == 2
+    assert "the method 'full' has none" in capsys.readouterr().err
+    assert main([*command, "--method", "lora"]) == 0  # in 16 bits: the same base, held otherwise
+    assert "here it is held in bfloat16" in capsys.readouterr().err
+
+
+def test_a_head_that_is_the_embedding_is_parted_from_it_where_it_is_adapted(setup, tmp_path, capsys):
+    quick = ["--batch-size", "1", "--seq-len", "16", "--warmup", "0", "--steps", "2", "-r", "2"]
+    command = ["finetune", *setup, *quick, "--target-modules", "q_proj", "lm_head", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["lm_head", "q_proj"]
+    words = ["--adapter", str(tmp_path / "run" / "adapter"), "--max-new-tokens", "4"]
+    assert main(["generate", *words]) == 0
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [

@@ -18,6 +18,8 @@ from tinylora import KVCache, Llama, cli, no_grad, ops
 from tinylora.interop import bitsandbytes as four_bits
 from tinylora.interop import peft as adapter_files
 from tinylora.models import safetensors
+from tinylora.training import finetune
+from tinylora.training.train import Recipe
 
 pytestmark = [pytest.mark.oracle, pytest.mark.filterwarnings("ignore::UserWarning")]
 
@@ -336,3 +338,30 @@ def test_finetune_takes_a_folder_to_peft_and_an_adapter_back(kind, tmp_path, rng
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         assert cli.main(merge) == 0
     assert safetensors.load_folder(tmp_path / "merged").keys() == safetensors.load_folder(base).keys()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"layers_to_transform": [1]}], ids=str)
+def test_an_adapter_that_peft_trained_is_trained_further_here_and_goes_back(options, tmp_path, rng):
+    """Held-out bits begin at what PEFT's adapter computes, and PEFT computes what the longer trained one computes here."""
+    config = transformers.LlamaConfig(**SIZES)
+    torch.manual_seed(int(rng.integers(1000)))
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(opened, peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], **options))
+    for name, p in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)
+    job = finetune.going_on(tmp_path / "theirs", text=str(tmp_path / "t.txt"), method="lora", compute_dtype="float32")
+    assert job.model == str(tmp_path / "base") and (job.r, job.use_dora) == (3, bool(options.get("use_dora")))
+    recipe = Recipe(steps=3, batch_size=2, seq_len=32, lr=1e-2, warmup=0)
+    finetune.finetune(job, recipe, tmp_path / "run", progress=False)
+    x = rng.integers(0, 256, (2, 20))
+    ours = adapter_files.load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "run" / "adapter")
+    fresh = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    further = peft.PeftModel.from_pretrained(fresh, tmp_path / "run" / "adapter").eval()
+    with torch.no_grad():
+        wanted, before = further(torch.tensor(x)).logits.numpy(), theirs.eval()(torch.tensor(x)).logits.numpy()
+    np.testing.assert_allclose(ours.eval()(x).data, wanted, rtol=1e-4, atol=1e-5)
+    assert np.abs(wanted - before).max() > 1e-3  # it has learned something

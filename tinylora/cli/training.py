@@ -41,6 +41,12 @@ def finetune_parser(commands):
     _model_options(p)
     _comparing_options(p)
     _lora_options(p.add_argument_group("LoRA"))
+    p.add_argument(
+        "--adapter",
+        default=None,
+        metavar="FOLDER",
+        help="train this adapter further, of finetune's or PEFT's: on its own base, held as it was then, with its own settings (none)",
+    )
     _quantization_options(p.add_argument_group("quantization"))
     _memory_options(p.add_argument_group("memory"))
     p.add_argument(
@@ -107,6 +113,21 @@ def _lora_options(g):
         metavar="NAME",
         help="'all-linear', or names such as q_proj v_proj, or one regular expression for whole paths after 're:'",
     )
+    g.add_argument(
+        "--exclude-modules",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="of the target modules leave these out: names, or one regular expression after 're:' (none)",
+    )
+    g.add_argument(
+        "--layers-to-transform",
+        type=natural,
+        nargs="+",
+        default=None,
+        metavar="N",
+        help="only the target modules in the blocks of these numbers, from 0 (all)",
+    )
     g.add_argument("--rslora", dest="use_rslora", action="store_true", help="scale by alpha/sqrt(r) instead (rsLoRA)")
     g.add_argument("--dora", dest="use_dora", action="store_true", help="train direction and magnitude apart (DoRA)")
 
@@ -169,7 +190,7 @@ def _finetune(args):
 
     job = _job(args)
     if args.lr is None:  # --compare takes that of full fine-tuning from --full-lr
-        args.lr = (FULL_RECIPE if args.method == "full" and not args.compare else LORA_RECIPE).lr
+        args.lr = (FULL_RECIPE if job.method == "full" and not args.compare else LORA_RECIPE).lr
     plan = recipe(args, LORA_RECIPE)
     _say_what_has_no_effect(args, job)
     if args.trace and args.compare:
@@ -191,10 +212,12 @@ def _say_what_has_no_effect(args, job):
     from ..training.finetune import METHODS
 
     held = fourbit.held(job.model)
-    methods = [METHODS[name] for name in (args.methods if args.compare else [args.method])]
+    methods = [METHODS[name] for name in (args.methods if args.compare else [job.method])]
     lora = ["-r", "--alpha", "--dropout", "--target-modules", "--rslora", "--dora"]
+    lora += ["--exclude-modules", "--layers-to-transform"]
     for options, used, why in (
         (lora, any(m.adapts for m in methods), "full fine-tuning has no bypass"),
+        (lora, args.adapter is None, f"the adapter {args.adapter} has its own settings"),
         (["--compute-dtype"], any(m.code for m in methods), "full fine-tuning has no frozen layer"),
         (["--blocksize"], any(m.code in NAMED for m in methods), "no layer is quantized in blocks"),
         (["--blocksize"], held == "dense", f"{job.model} is in {held[0]} bits already"),
@@ -213,15 +236,22 @@ def _say_what_has_no_effect(args, job):
 
 def _job(args):
     """The Job that the options describe: they have the names of its fields."""
-    from ..training.finetune import Job
+    from ..training.finetune import Job, going_on
 
     options = {f.name: getattr(args, f.name) for f in fields(Job)}
-    targets = options["target_modules"]
-    if len(targets) == 1 and (targets[0] == "all-linear" or targets[0].startswith("re:")):
-        options["target_modules"] = targets[0].removeprefix("re:")
-    else:
-        options["target_modules"] = tuple(targets)
-    return Job(**options)
+    for name in ("target_modules", "exclude_modules"):
+        names = options[name]
+        if names and len(names) == 1 and (names[0] == "all-linear" or names[0].startswith("re:")):
+            options[name] = names[0].removeprefix("re:")
+        elif names:
+            options[name] = tuple(names)
+    if options["layers_to_transform"]:
+        options["layers_to_transform"] = tuple(options["layers_to_transform"])
+    if args.adapter is None:
+        return Job(**options)
+    folder, settled = options.pop("adapter"), ("model", "method", "blocksize", "compute_dtype")
+    chosen = {n: v for n, v in options.items() if n not in settled or f"--{n.replace('_', '-')}" in args.given}
+    return going_on(folder, **chosen)
 
 
 def _finetune_once(args, job, plan):

@@ -20,7 +20,7 @@ import numpy as np
 from .. import adapters, backend, data
 from ..dtypes import Stored
 from ..interop import peft
-from ..models import eightbit, files, folders, fourbit
+from ..models import eightbit, files, folders, fourbit, identity
 from ..models.chat import ends
 from ..models.llama import Llama
 from ..optim import AdamW
@@ -72,6 +72,8 @@ class Job:
     text     a .txt or .jsonl file, or None for the embedded Jargon File: as running text, or as questions and answers for a
              model whose vocabulary knows turns (ChatML)
     heldout  evaluate on so many held-out sequences (None: all)
+    adapter  the folder of an adapter, of finetune's or PEFT's, that is trained further; its own settings then count, and not r, alpha,
+             dropout, target_modules, exclude_modules, layers_to_transform, use_rslora and use_dora (see `going_on`)
     """
 
     model: str = "base"
@@ -93,12 +95,45 @@ class Job:
     pool: str = "host"
     whole_tensors: bool = False
     heldout: int | None = None
+    adapter: str | None = None
+    exclude_modules: str | tuple | None = None
+    layers_to_transform: tuple | None = None
 
     def __post_init__(self):
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown: expected one of {', '.join(METHODS)}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is unknown: expected one of {', '.join(OPTIMIZERS)}")
+        if self.adapter is not None and not METHODS[self.method].adapts:
+            raise ValueError(
+                f"an adapter is trained further beside a frozen base, and the method {self.method!r} has none"
+            )
+
+
+#: What an adapter settles, so that a job that goes on with it takes it from there.
+ADAPTERS_OWN = (
+    "r", "alpha", "dropout", "target_modules", "exclude_modules", "layers_to_transform", "use_rslora", "use_dora",
+)  # fmt: skip
+
+
+def going_on(folder, **options):
+    """The Job that trains the adapter in a folder further: on its base, held as it was then, with the adapter's own settings.
+
+    options   other fields of the Job, `model`, `method` and `blocksize` among them, which then count
+    """
+    base, config = peft.read_base(folder), peft.read_adapter(folder).config
+    own, held = {name: getattr(config, name) for name in ADAPTERS_OWN}, base.held or {}
+    if base.about is not None:
+        code = held.get("code", "bfloat16")  # a base in 32 bits is held in 16 by the method "lora"
+        own["method"] = next((name for name, m in METHODS.items() if m.adapts and m.code == code), None)
+        own |= {name: held[name] for name in ("blocksize", "compute_dtype") if name in held}
+    own["model"] = options.get("model") or base.find()
+    job = own | {name: value for name, value in options.items() if name not in ADAPTERS_OWN}
+    if job.get("method", Job.method) is None:
+        raise ValueError(
+            f"{folder} was trained on a base held in {held['code']}, which no method is; choose one with --method"
+        )
+    return Job(**job, adapter=str(folder))
 
 
 @dataclass
@@ -130,20 +165,33 @@ def prepare(job, seed=0):
     method = METHODS[job.method]
     code = method.code
     stored = fourbit.is_quantized(job.model)
-    wanted = {"code": code, "blocksize": job.blocksize, "double_quant": True, "compute_dtype": job.compute_dtype}
-    quantize = wanted if code and not stored else None
-    model = Llama.from_pretrained(job.model, quantize=quantize, compute_dtype=job.compute_dtype)
+    model = Llama.from_pretrained(job.model, **({"compute_dtype": job.compute_dtype} if stored else _holding(job)))
     found = {w.code_name for _, w in model.named_weights() if hasattr(w, "code_name")}
     if stored and found != {code}:
         raise ValueError(
             f"{job.model} is stored in {', '.join(found)}; the method {job.method!r} starts from {code or 'dense weights'}"
         )
-    if method.adapts:
+    if job.adapter is not None:
+        peft.load_adapter(model, job.adapter, untie=True)
+    elif method.adapts:
         backend.seed([seed, 1])  # the adapters' start
-        kind = {"use_rslora": job.use_rslora, "use_dora": job.use_dora}
-        adapters.add_lora(model, job.r, job.alpha, job.dropout, job.target_modules, **kind)
+        options = {name: getattr(job, name) for name in ADAPTERS_OWN}
+        if adapters.needs_own_head(model, adapters.LoRAConfig(**options)):
+            adapters.untie(model)
+        adapters.add_lora(model, **options)
     model.gradient_checkpointing = job.checkpointing
     return model.to(job.device)
+
+
+def _holding(job):
+    """How Llama.from_pretrained is to hold a dense base: in the method's code, and beyond that as an adapter was trained."""
+    code = METHODS[job.method].code
+    if code is None:
+        return {"compute_dtype": job.compute_dtype}
+    held = peft.read_base(job.adapter).held if job.adapter is not None else None
+    options = identity.opening(held) if held and held["code"] == code else {"quantize": {"double_quant": True}}
+    options["quantize"] |= {"code": code, "blocksize": job.blocksize, "compute_dtype": job.compute_dtype}
+    return options
 
 
 def model_folder(job):
@@ -156,10 +204,13 @@ def inputs(job):
     folder = model_folder(job)
     weights = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     text = b"".join(map(data.jargon, ("train", "heldout"))) if job.text is None else read_text(job.text)
-    return {
+    found = {
         "model": _digest(weights) if weights else None,
         "text": hashlib.sha256(text).hexdigest()[:16],
     }
+    if job.adapter is not None:
+        found["adapter"] = _digest([Path(job.adapter) / "adapter_model.safetensors"])
+    return found
 
 
 def _digest(paths):
@@ -189,6 +240,10 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
 
     trace    also write paging.csv (step, page, event, bytes), from the step at which this process began
     """
+    if out and job.adapter is not None and (Path(out) / "adapter").resolve() == Path(job.adapter).resolve():
+        raise ValueError(
+            f"--out {out} would overwrite the adapter that is trained further ({job.adapter}); choose another folder"
+        )
     done = finished(job, recipe, out)
     if done is not None:
         return done
