@@ -20,6 +20,9 @@ _FINETUNE_EXAMPLES = r"""examples:
   tinylora finetune                                     the main job, about two minutes on two cores
   tinylora finetune --text my.txt --out mine            your own text; the last tenth is held out
   tinylora finetune --text pairs.jsonl --out pairs      {"prompt": ..., "answer": ...} lines; the loss is on the answer
+  tinylora finetune --text chats.jsonl --model my-qwen --epochs 2 --out chats   {"messages": [...]} lines, each twice; the loss
+                                                        is on what the assistant says
+  tinylora finetune --adapter tinylora-run/adapter --steps 100 --out further   an adapter, trained further on its own base
   tinylora finetune --target-modules q_proj v_proj --out qv  the paper's choice of layers
   tinylora finetune --method int8 --out int8            LoRA on a base in 8 bits (LLM.int8)
   tinylora finetune --trace --page-budget 256k --out traced  a figure of what was paged, step by step
@@ -29,7 +32,8 @@ a real LLM (extra llm), within 1.2 GB of memory:
   tinylora finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --compute-dtype bfloat16 --checkpointing --pool file \
     --steps 100 --batch-size 2 --seq-len 256 --lr 5e-4 --heldout 32 --out smol
 
-A run that was stopped goes on from its last checkpoint when the same command is given again. On the same machine, with the same
+A run that was stopped goes on from its last checkpoint when the same command is given again, and one that has ended when it
+is given more --steps or --epochs. On the same machine, with the same
 BLAS library, it ends with the same bytes as one that was left alone."""
 
 
@@ -62,13 +66,14 @@ def _model_options(p):
     p.add_argument(
         "--model",
         default=Job.model,
-        help="'base' (embedded), a folder with config.json and safetensors, or FILE.gguf of a Llama; no token is put before a text (base)",
+        help="'base' (embedded), a folder of a Llama, Mistral, Qwen2 or Qwen3 (dense, or in bitsandbytes' 4 or 8 bits), or "
+        "FILE.gguf (base; with --adapter its own)",
     )
     p.add_argument(
         "--text",
         default=None,
-        help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the embedded Jargon File; for a chat model "
-        "as questions and answers)",
+        help="UTF-8 text, or records as JSON lines or an array: text, prompt and answer or completion, instruction and output, "
+        "messages, conversations (the embedded Jargon File; for a chat model as questions and answers)",
     )
     p.add_argument(
         "--heldout", type=positive, default=None, metavar="N", help="evaluate on the first N held-out sequences (all)"
