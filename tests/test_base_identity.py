@@ -349,6 +349,26 @@ def test_added_tokens_come_with_the_adapter_and_their_tokenizer(grown, capsys):
         peft.read_adapter(folder / "adapter")
 
 
+def test_an_adapter_with_added_tokens_is_trained_further_with_them(grown, capsys):
+    from tinylora.cli import main
+
+    folder, _, rows = grown
+    (folder / "text.txt").write_text("\n\n".join(f"<tool>word {i}</tool>\n  n. The {i}th of them." for i in range(80)))
+    quick = ["--steps", "2", "--seq-len", "32", "--batch-size", "2", "--text", str(folder / "text.txt")]
+    command = ["finetune", "--adapter", str(folder / "adapter"), *quick, "--out", str(folder / "run")]
+    assert main(command) == 0, capsys.readouterr().err
+    again = peft.load_adapter(
+        tl.Llama.from_pretrained(folder / "base", quantize="bfloat16"), folder / "run" / "adapter"
+    )
+    np.testing.assert_array_equal(again.model.embed_tokens.weight.data, rows)  # brought along, not trained
+    capsys.readouterr()
+    assert (
+        main(["generate", "--adapter", str(folder / "run" / "adapter"), "--prompt", "<tool>", "--max-new-tokens", "1"])
+        == 0
+    )
+    assert capsys.readouterr().err == "" and (folder / "run" / "adapter" / "tokenizer.json").is_file()
+
+
 def test_a_tokenizer_with_more_tokens_than_rows_says_what_to_do(grown, capsys):
     from tinylora.cli import main
 
@@ -387,6 +407,10 @@ def test_replaced_rows_that_do_not_fit_are_a_sentence(change, words, rng, tmp_pa
     config.write_text(json.dumps(plain | {"trainable_token_indices": [3, 4]}))
     m = peft.load_adapter(tiny.model(), tmp_path)
     assert (m.model.embed_tokens.weight.data[[3, 4]] == 1).all() and not m.model.embed_tokens.weight.requires_grad
+    from tinylora.training.finetune import going_on
+
+    with pytest.raises(ValueError, match=r"trains single rows of model\.embed_tokens"):
+        going_on(tmp_path, model="base")
     config.write_text(json.dumps(plain | change))
     with pytest.raises(ValueError, match=words.replace("rows; .* ", "rows; .*")):
         peft.load_adapter(tiny.model(), tmp_path)

@@ -207,6 +207,22 @@ def test_the_block_size_is_the_adapters_unless_another_is_given(trained, capsys,
     assert "(blocks of 128, double quantization)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--quantize", "nf4", "--dtype", "bfloat16", "--out", "merged"], "--dtype bfloat16 is for a dense file"),
+        (["--out", "model"], "would overwrite the base; choose another folder"),
+    ],
+)
+def test_a_merge_that_would_lose_something_is_refused(arguments, words, trained, capsys, monkeypatch):
+    folder, _ = trained
+    before = (folder / "model" / "model.safetensors").read_bytes()
+    monkeypatch.chdir(folder)
+    assert main(["merge", "--adapter", "adapter", *arguments]) == 2
+    assert words in capsys.readouterr().err and not (folder / "merged").exists()
+    assert (folder / "model" / "model.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize("command", ["generate", "merge"])
 def test_another_base_is_refused_by_the_commands_and_force_puts_it_there(command, trained, capsys):
     folder, _ = trained
@@ -271,6 +287,7 @@ def test_a_base_in_4_bits_is_merged_dense_or_into_its_code(folder, capsys, rng):
         (["--blocksize", "32"], "--blocksize 32: the base is held in float32, without blocks"),
         (["--quantize", "none", "--blocksize", "32"], "--blocksize 32: the base is held in float32, without blocks"),
         (["--weights", "1"], "--weights: 1 numbers for 0 adapters; expected one for each"),
+        (["--force"], "--force is for an adapter"),
     ],
 )
 def test_an_option_that_would_have_no_effect_is_refused(arguments, words, folder, capsys):

@@ -346,7 +346,13 @@ def _merge(args):
     from ..interop import bitsandbytes
 
     few = args.quantize not in (None, "none")
+    if few and "--dtype" in args.given:
+        raise ValueError(
+            f"--dtype {args.dtype} is for a dense file, and --quantize {args.quantize} writes another; leave one out"
+        )
     model = _open(args, [args.adapter], stays=few)
+    if args.model != "base" and Path(args.out).resolve() == Path(args.model).resolve():
+        raise ValueError(f"--out {args.out} would overwrite the base; choose another folder")
     stored = [w for _, w in model.named_weights() if isinstance(w, Stored) and not isinstance(w, BFloat16Array)]
     if few and (found := {w.code_name for w in stored}) != {_code(args.quantize)}:
         raise ValueError(f"--quantize {args.quantize}: the base lies in {', '.join(found)}, and is merged into that")
@@ -407,8 +413,10 @@ def _open(args, folders=(), weights=None, stays=False):
 
     if weights is not None and len(weights) != len(folders):
         raise ValueError(f"--weights: {len(weights)} numbers for {len(folders)} adapters; expected one for each")
+    if args.force and not folders:
+        raise ValueError("--force is for an adapter; leave it out, or give --adapter")
     bases = [peft.read_base(folder) for folder in folders]
-    path = args.model or _one_base(bases)
+    path = args.model = args.model or _one_base(bases)
     model = Llama.from_pretrained(path, **_holding(args, path, bases, stays))
     names = [f"adapter{i}" for i in range(1, len(bases) + 1)]
     for name, base in zip(names, bases, strict=True):

@@ -228,6 +228,11 @@ def read_adapter(folder):
     return file.adapter
 
 
+def read_config(folder):
+    """The LoRAConfig of the adapter in a folder, as far as it is known without its model (which saved_embeddings need)."""
+    return _read(Path(folder)).adapter.config
+
+
 def _read(folder):
     """The _File of a folder."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):

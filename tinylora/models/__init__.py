@@ -4,6 +4,7 @@ llama         the model: configuration, forward pass, generation
 folders       model folders, opened without loading them and written one tensor at a time
 fourbit       a 4-bit weight as bitsandbytes stores it
 eightbit      LLM.int8: the weight, the layer, and how bitsandbytes stores them
+identity      which base a model is, and how it is held: what an adapter carries of its base
 safetensors   the file format of folders, with bfloat16
 gguf          the file format of llama.cpp
 tokenizers    bytes, and byte-pair vocabularies

@@ -121,7 +121,12 @@ def going_on(folder, **options):
 
     options   other fields of the Job, `model`, `method` and `blocksize` among them, which then count
     """
-    base, config = peft.read_base(folder), peft.read_adapter(folder).config
+    base, config = peft.read_base(folder), peft.read_config(folder)
+    if rows := config.trainable_token_indices:
+        raise ValueError(
+            f"{folder} trains single rows of {next(iter(rows))} (trainable_token_indices), which finetune cannot train further; "
+            "merge it, and train on the merged model"
+        )
     own, held = {name: getattr(config, name) for name in ADAPTERS_OWN}, base.held or {}
     if base.about is not None:
         code = held.get("code", "bfloat16")  # a base in 32 bits is held in 16 by the method "lora"
@@ -173,6 +178,7 @@ def prepare(job, seed=0):
         )
     if job.adapter is not None:
         peft.load_adapter(model, job.adapter, untie=True)
+        peft.take_tokenizer(model, job.adapter)
     elif method.adapts:
         backend.seed([seed, 1])  # the adapters' start
         options = {name: getattr(job, name) for name in ADAPTERS_OWN}
@@ -352,6 +358,8 @@ def _save(report, model, job, folder, trace=None):
     if adapters.lora_layers(model):
         report.adapter = str(folder / "adapter")
         peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)))
+        if job.adapter is not None and (Path(job.adapter) / "tokenizer.json").is_file():
+            model.tokenizer.save(folder / "adapter")  # it may have tokens that the base's lacks
     else:
         report.adapter = str(folder / "model")
         model.save_pretrained(report.adapter, dtype="float32")
