@@ -385,7 +385,7 @@ def test_an_adapter_of_another_base_is_not_trained_further(setup, tmp_path, caps
     assert main([*command, "--model", str(tmp_path / "other")]) == 2
     assert "was trained on another base" in capsys.readouterr().err
     assert main([*command, "--method", "full"]) == 2
-    assert "the method 'full' has none" in capsys.readouterr().err
+    assert "an adapter needs a method that trains one, and 'full' does not" in capsys.readouterr().err
     assert main([*command, "--method", "lora"]) == 0  # in 16 bits: the same base, held otherwise
     assert "here it is held in bfloat16" in capsys.readouterr().err
 
@@ -440,6 +440,15 @@ def test_an_option_without_effect_is_said(words, sentence, setup, tmp_path, caps
     assert main([*command, "--out", str(tmp_path / "run"), *words.split()]) == 0
     said = capsys.readouterr().err
     assert f"tinylora: finetune: {sentence}\n" in said and "Warning" not in said
+
+
+def test_an_option_is_noticed_however_it_is_written(setup, tmp_path, capsys):
+    """Abbreviated, attached, or with "=": what was given is what argparse read."""
+    command = ["finetune", *setup, "--batch-size", "1", "--seq-len", "16", "--steps", "1", "--warmup", "0"]
+    command += ["--method", "full", "--out", str(tmp_path / "run")]
+    assert main([*command, "-r3", "--alp", "2", "--target-modules=q_proj"]) == 0
+    said = capsys.readouterr().err
+    assert all(f"finetune: {option} has no effect here" in said for option in ("-r", "--alpha", "--target-modules"))
 
 
 def test_the_block_size_of_a_4_bit_folder_is_its_own(setup, tmp_path, capsys):

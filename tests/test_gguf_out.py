@@ -346,7 +346,7 @@ def test_a_vocabulary_that_gguf_cannot_hold_is_refused(words, tmp_path):
     strange.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), strange.pre_tokenizer])
     for backend, said in (
         (other, "a vocabulary of type WordLevel is not written, only BPE"),
-        (strange, "no name is known for the way in which this tokenizer cuts a text"),
+        (strange, "GGUF has no name for the way in which this pre_tokenizer cuts a text"),
     ):
         with pytest.raises(ValueError, match=said):
             gguf_writer.save(with_words(BPETokenizer(backend), vocab_size=300), tmp_path / "m.gguf")
@@ -494,7 +494,10 @@ def test_an_adapter_of_one_weight_that_is_two_is_refused(targets, folder, tmp_pa
 
 def test_a_base_that_is_not_there_or_does_not_fit(folder, tmp_path, rng):
     peft.save_adapter(adapted(folder, rng), tmp_path / "adapter", base_model="meta/some-model")
-    with pytest.raises(ValueError, match=r"names the base 'meta/some-model', which is not here.*--model"):
+    with pytest.raises(
+        ValueError,
+        match=r"was trained on 'meta/some-model', which is no folder or file here; give the base with --model",
+    ):
         adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf")
     with pytest.raises(ValueError, match=r"adapter does not fit the model base: lora: the adapter's arrays for"):
         adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf", "base")
@@ -606,7 +609,7 @@ def test_the_command_writes_adapters(folder, tmp_path, rng, capsys):
         (["m", "--out", "x.gguf", "--dtype", "float32"], "--dtype is for a folder; a GGUF takes --type"),
         (["m", "--out", "x.gguf", "--model", "base"], "--model names the base of an adapter, and m is none"),
         (["adapter", "--out", "x"], "adapter is an adapter: let --out end in .gguf"),
-        (["adapter", "--out", "x.gguf"], "names the base None, which is not here"),
+        (["adapter", "--out", "x.gguf"], "does not name its base; give the base with --model"),
         (["nothing", "--out", "x.gguf"], "nothing"),
     ],
 )

@@ -148,8 +148,16 @@ def trained(folder, rng):
 
 def merged(folder, *more, adapter="adapter"):
     """What `merge` makes, opened; AssertionError if it fails."""
-    assert main(["merge", "--adapter", str(folder / adapter), "--out", str(folder / "merged"), *map(str, more)]) == 0
+    more = [*map(str, more), *([] if "--model" in more else ["--model", str(folder / "model")])]
+    assert main(["merge", "--adapter", str(folder / adapter), "--out", str(folder / "merged"), *more]) == 0
     return Llama.from_pretrained(folder / "merged")
+
+
+def test_a_merge_asks_for_the_name_of_its_base(trained, capsys):
+    """It is for good; only the embedded model need not be named."""
+    folder, _ = trained
+    assert main(["merge", "--adapter", str(folder / "adapter"), "--out", str(folder / "merged")]) == 2
+    assert f"name its base: --model {folder / 'model'}" in capsys.readouterr().err and not (folder / "merged").exists()
 
 
 def test_an_adapter_goes_on_the_base_that_it_names(trained, capsys, rng):

@@ -62,10 +62,10 @@ def test_the_same_seed_gives_the_same_bytes():
 
 def grads(m, data, recipe):
     """The gradients of one step, before the optimizer."""
-    from tinylora.training.train import _backward, _Deal, workers
+    from tinylora.training.train import _backward, _Sampler, workers
 
     with workers(recipe.shards) as pool:
-        loss, _, _ = _backward(m, _Deal(data, recipe).batches(0), recipe, 0, pool)
+        loss, _, _ = _backward(m, _Sampler(data, recipe).batches(0), recipe, 0, pool)
     return loss, {name: p.grad for name, p in m.trainable()}
 
 
@@ -155,18 +155,18 @@ def test_an_epoch_shows_every_sequence_once(data):
     recipe = replace(RECIPE, epochs=2.5, batch_size=2, accumulate=2).planned(data)
     n = len(data.examples(16))
     assert recipe.steps == -(-round(2.5 * n) // 4)
-    deal, seen = train._Deal(data, recipe), []
+    sampler, seen = train._Sampler(data, recipe), []
     for step in range(recipe.steps):
-        for inputs, targets, mask in deal.batches(step):
+        for inputs, targets, mask in sampler.batches(step):
             assert mask.any() and len(inputs) <= 2
             seen += [sorted(row[m > 0].tolist()) for row, m in zip(targets, mask, strict=True)]
     assert len(seen) == round(2.5 * n)
     epochs = [[t for row in seen[i * n : (i + 1) * n] for t in row] for i in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == wanted and epochs[0] != epochs[1]
-    again = train._Deal(data, recipe).batches(recipe.steps - 1)  # what a resumed run sees
+    again = train._Sampler(data, recipe).batches(recipe.steps - 1)  # what a resumed run sees
     assert all(
         (a == b).all()
-        for x, y in zip(again, deal.batches(recipe.steps - 1), strict=True)
+        for x, y in zip(again, sampler.batches(recipe.steps - 1), strict=True)
         for a, b in zip(x, y, strict=True)
     )
 

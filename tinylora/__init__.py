@@ -25,6 +25,7 @@ from .adapters import (
     kbit,
     kinds,
     merge,
+    prepare_model_for_int8_training,
     print_trainable_parameters,
     set_adapter,
     trainable_parameters,
@@ -49,8 +50,9 @@ __version__ = "0.1.0"
 # fmt: off
 __all__ = ["AdamW", "AdamW8bit", "KVCache", "Llama", "LlamaConfig", "LoRALinear", "Pager", "QuantizedTensor", "Tensor", "adapter_rows",
            "adapters", "add_lora", "add_weighted_adapter", "backend", "checkpoint", "codebooks", "conv", "disable_adapter", "dtypes",
-           "interop", "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "primitive", "print_trainable_parameters", "quant",
-           "quantize", "quantize_linears", "seed", "set_adapter", "tape_bytes", "trainable_parameters", "unmerge"]
+           "interop", "lora", "merge", "nn", "no_grad", "ops", "optim", "paging", "prepare_model_for_int8_training", "primitive",
+           "print_trainable_parameters", "quant", "quantize", "quantize_linears", "seed", "set_adapter", "tape_bytes",
+           "trainable_parameters", "unmerge"]
 # fmt: on
 
 

@@ -188,7 +188,7 @@ class LoRALayer(Module):
 
 
 class LoRALinear(LoRALayer):
-    """h = W₀ x + s B(A(dropout(x))), s = α/r, around a Linear or a FrozenLinear (in 4 or 16 bits).   LoRA eq. 3; QLoRA eq. 5."""
+    """h = W₀ x + s B(A(dropout(x))), s = α/r, around a Linear or a FrozenLinear (in few bits).   LoRA eq. 3; QLoRA eq. 5."""
 
     in_features = property(lambda self: self.base_layer.in_features)
     out_features = property(lambda self: self.base_layer.out_features)

@@ -400,9 +400,13 @@ def rms_norm(x, w, eps=1e-5):
 
 
 # --------------------------------------------------------------------------------------------------------------------- attention
-def rope_table(positions, head_dim, theta=10000.0, dtype=np.float32):
-    """(cos, sin) of m θ^(−2i/d): position m, pair i of d/2. positions (t,) -> two arrays (t, d/2). RoFormer eq. 15."""
-    frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+def rope_table(positions, head_dim, theta=10000.0, dtype=np.float32, frequency=None):
+    """(cos, sin) of m θ^(−2i/d): position m, pair i of d/2. positions (t,) -> two arrays (t, d/2). RoFormer eq. 15.
+
+    frequency: (d/2,) in the place of θ^(−2i/d), for positions that are scaled (see models.rope)
+    """
+    if frequency is None:
+        frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     angle = np.asarray(positions, dtype=np.float64)[:, None] * frequency
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 

@@ -86,7 +86,7 @@ class AdamW:
         params, kind = list(params), type(self).__name__
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
         self.groups = [{"lr": lr, "weight_decay": weight_decay, **g} for g in groups]
-        self._slots, self._scratch = [], None
+        self._slots, self._scratch, seen = [], None, set()
         for group in self.groups:
             for entry in group["params"]:
                 name, p = entry if isinstance(entry, tuple) else (f"param{len(self._slots)}", entry)
@@ -94,8 +94,9 @@ class AdamW:
                     raise ValueError(f"{kind}: parameter {name} does not require a gradient; leave it out")
                 if not p.size:
                     raise ValueError(f"{kind}: parameter {name} of shape {p.shape} has no element; leave it out")
-                if any(slot.p is p for slot in self._slots):
+                if id(p) in seen:
                     raise ValueError(f"{kind}: parameter {name} of shape {p.shape} is given twice; leave one out")
+                seen.add(id(p))
                 self._slots.append(Slot(name, p, group, self._allocate(p)))
         if not self._slots:
             raise ValueError(f"{kind}: there is nothing to optimize; no parameter requires a gradient")

@@ -25,6 +25,7 @@ from ..lora import LoRALayer, count_parameters, print_trainable_parameters, trai
 from . import dora  # noqa: F401 (use_dora makes its classes)
 from .combine import COMBINATIONS, add_weighted_adapter
 from .config import BASE, BIASES, Adapter, LoRAConfig
+from .kbit import prepare_for_kbit_training, prepare_model_for_int8_training
 from .kinds import ADAPTABLE, LINEAR
 from .merge import dequantize_linears, merge, merge_errors, unmerge
 from .state import active_adapters, configs
@@ -48,6 +49,6 @@ adapters = lora_layers  # the name until 0.1
 __all__ = ["ADAPTABLE", "BASE", "BIASES", "COMBINATIONS", "LINEAR", "Adapter", "LoRAConfig", "LoRALayer", "active_adapters",
            "adapter_of", "adapter_rows", "adapters", "add_lora", "add_weighted_adapter", "attach", "base_of", "configs",
            "count_parameters", "delete_adapter", "dequantize_linears", "detach", "disable_adapter", "find_targets", "lora_layers",
-           "merge", "merge_errors", "needs_own_head", "print_trainable_parameters", "refuse_unfit", "set_adapter",
-           "trainable_parameters", "unmerge", "untie"]
+           "merge", "merge_errors", "needs_own_head", "prepare_for_kbit_training", "prepare_model_for_int8_training",
+           "print_trainable_parameters", "refuse_unfit", "set_adapter", "trainable_parameters", "unmerge", "untie"]
 # fmt: on

@@ -21,7 +21,7 @@ def main(argv=None):
     """Entry point; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     args = _parser().parse_args(argv)
-    args.given = {word.partition("=")[0] for word in argv if word.startswith("-")}
+    args.given = _given(argv)
     for stream in (sys.stdout, sys.stderr):  # a model may write any byte; a terminal may not know the character
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -40,6 +40,17 @@ def main(argv=None):
             raise
         print(f"tinylora: {error.args[0] if isinstance(error, KeyError) and error.args else error}", file=sys.stderr)
         return 2
+
+
+def _given(argv):
+    """{name in the namespace: option} of the options that stand on the command line, abbreviated or not."""
+    parser, options = _parser(), {}
+    for command in parser._subparsers._group_actions[0].choices.values():
+        command._defaults.clear()
+        for action in command._actions:
+            action.default = argparse.SUPPRESS
+            options[action.dest] = action.option_strings[-1] if action.option_strings else action.dest
+    return {name: options[name] for name in vars(parser.parse_args(argv)) if name in options}
 
 
 def _say(message, category, *where, **more):

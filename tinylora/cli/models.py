@@ -28,6 +28,7 @@ def generate_parser(commands):
         p,
         ("none", "nf4", "fp4", "int4", "int8"),
         "hold the linear layers in 4 bits, in 8, or in neither (as the adapter was trained; else none)",
+        "the adapter's base; without an adapter base",
     )
     p.add_argument(
         "--adapter",
@@ -322,6 +323,7 @@ def merge_parser(commands):
         "costs is printed for each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 03).",
         "examples:\n"
         "  tinylora merge --adapter tinylora-run/adapter --out merged                    what was trained, dense\n"
+        "  tinylora merge --model my-qwen --adapter chats/adapter --out merged           the same for a model of your own\n"
         "  tinylora merge --adapter tinylora-run/adapter --quantize nf4 --out merged-4   into 4 bits, with its price\n",
         device=False,
         seed=False,
@@ -330,6 +332,7 @@ def merge_parser(commands):
         p,
         ("none", "nf4", "fp4", "int8"),
         "merge into the dense base, or into few bits (into what the adapter was trained on)",
+        "the adapter's base, which must be named unless it is the embedded model",
     )
     p.add_argument("--adapter", required=True, help="an adapter folder, written by finetune or by PEFT")
     p.add_argument(
@@ -343,19 +346,24 @@ def _merge(args):
 
     from .. import adapters
     from ..dtypes import BFloat16Array, Stored
-    from ..interop import bitsandbytes
+    from ..interop import bitsandbytes, peft
 
     few = args.quantize not in (None, "none")
-    if few and "--dtype" in args.given:
+    if few and "dtype" in args.given:
         raise ValueError(
             f"--dtype {args.dtype} is for a dense file, and --quantize {args.quantize} writes another; leave one out"
         )
+    if args.model is None and (base := peft.read_base(args.adapter).find()) != "base":
+        raise ValueError(f"{args.adapter} was trained on {base}; a merge is for good, so name its base: --model {base}")
     model = _open(args, [args.adapter], stays=few)
     if args.model != "base" and Path(args.out).resolve() == Path(args.model).resolve():
         raise ValueError(f"--out {args.out} would overwrite the base; choose another folder")
     stored = [w for _, w in model.named_weights() if isinstance(w, Stored) and not isinstance(w, BFloat16Array)]
     if few and (found := {w.code_name for w in stored}) != {_code(args.quantize)}:
-        raise ValueError(f"--quantize {args.quantize}: the base lies in {', '.join(found)}, and is merged into that")
+        raise ValueError(
+            f"the base is stored in {', '.join(found)} already, and merging keeps that: --quantize {args.quantize} cannot; "
+            "leave it out for a dense model"
+        )
     if not few:
         adapters.dequantize_linears(model)
     if any(f"{path}.weight" in model.tied_parameters for path, _ in adapters.lora_layers(model)):
@@ -386,12 +394,8 @@ def _print_errors(model, bits):
 
 
 # ------------------------------------------------------------------------------------------------------ a base and its adapters
-def _base_options(p, codes, about):
-    p.add_argument(
-        "--model",
-        default=None,
-        help="'base' (embedded), a model folder, or FILE.gguf (the adapter's base; without an adapter base)",
-    )
+def _base_options(p, codes, about, default):
+    p.add_argument("--model", default=None, help=f"'base' (embedded), a model folder, or FILE.gguf ({default})")
     p.add_argument("--quantize", choices=codes, default=None, help=about)
     p.add_argument(
         "--blocksize",
@@ -451,6 +455,7 @@ def _one_base(bases):
 def _holding(args, path, bases, stays):
     """How Llama.from_pretrained is to hold the base at `path`: as the options say, else as the adapters were trained."""
     from ..models import fourbit, identity
+    from ..nn import STORES
 
     for base in bases:
         if base.about is None and (base.name is None or Path(base.name).resolve() != Path(path).resolve()):
@@ -482,7 +487,7 @@ def _holding(args, path, bases, stays):
         code = _code(args.quantize)
         held = next((h for h in trained if h and h["code"] == code), {"code": code})
     if args.blocksize:
-        if held is None or ("blocksize" not in held and args.quantize is None):
+        if held is None or held["code"] in STORES:
             raise ValueError(
                 f"--blocksize {args.blocksize}: the base is held in {identity.described(held)}, without blocks"
             )
@@ -498,7 +503,7 @@ AutoModelForCausalLM and AutoTokenizer open. One weight is in memory at a time, 
   a folder    --dtype bfloat16 (rounded to 16 bits), float32 (exact, and twice the size)
 
 Norms and biases are float32 in every GGUF. A source of few bits is dequantized first: a GGUF's 4- and 8-bit weights, and for a GGUF
-also a folder in 4 bits, such as merge --quantize writes. The vocabulary and the chat template come along; what GGUF cannot hold is
+also a folder in 4 or 8 bits, such as merge --quantize writes. The vocabulary and the chat template come along; what GGUF cannot hold is
 refused, or said in a note.
 
 An adapter folder becomes the file that llama.cpp takes as --lora, with its A and B and one alpha (float32 by default). It needs the

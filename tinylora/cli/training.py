@@ -214,28 +214,26 @@ def _say_what_has_no_effect(args, job):
 
     from ..codebooks import NAMED
     from ..models import fourbit
-    from ..training.finetune import METHODS
+    from ..training.finetune import ADAPTERS_OWN, METHODS
 
     held = fourbit.held(job.model)
     methods = [METHODS[name] for name in (args.methods if args.compare else [job.method])]
-    lora = ["-r", "--alpha", "--dropout", "--target-modules", "--rslora", "--dora"]
-    lora += ["--exclude-modules", "--layers-to-transform"]
-    for options, used, why in (
-        (lora, any(m.adapts for m in methods), "full fine-tuning has no bypass"),
-        (lora, args.adapter is None, f"the adapter {args.adapter} has its own settings"),
-        (["--compute-dtype"], any(m.code for m in methods), "full fine-tuning has no frozen layer"),
-        (["--blocksize"], any(m.code in NAMED for m in methods), "no layer is quantized in blocks"),
-        (["--blocksize"], held == "dense", f"{job.model} is in {held[0]} bits already"),
+    for names, used, why in (
+        (ADAPTERS_OWN, any(m.adapts for m in methods), "full fine-tuning has no bypass"),
+        (ADAPTERS_OWN, args.adapter is None, f"the adapter {args.adapter} has its own settings"),
+        (["compute_dtype"], any(m.code for m in methods), "full fine-tuning has no frozen layer"),
+        (["blocksize"], any(m.code in NAMED for m in methods), "no layer is quantized in blocks"),
+        (["blocksize"], held == "dense", f"{job.model} is in {held[0]} bits already"),
         (
-            ["--page-bytes", "--pool", "--whole-tensors"],
+            ["page_bytes", "pool", "whole_tensors"],
             job.page_budget is not None,
             "with --page-budget none nothing is paged",
         ),
-        (["--method", "--seed"], not args.compare, "--compare takes --methods and --seeds"),
-        (["--methods", "--seeds", "--full-lr"], args.compare, "it is for --compare"),
-        (["--steps"], args.epochs is None, "--epochs says how many there are"),
+        (["method", "seed"], not args.compare, "--compare takes --methods and --seeds"),
+        (["methods", "seeds", "full_lr"], args.compare, "it is for --compare"),
+        (["steps"], args.epochs is None, "--epochs says how many there are"),
     ):
-        for option in sorted(args.given.intersection(options) if not used else ()):
+        for option in (args.given[name] for name in names if name in args.given and not used):
             warnings.warn(f"finetune: {option} has no effect here: {why}", stacklevel=2)
 
 
@@ -255,7 +253,7 @@ def _job(args):
     if args.adapter is None:
         return Job(**options)
     folder, settled = options.pop("adapter"), ("model", "method", "blocksize", "compute_dtype")
-    chosen = {n: v for n, v in options.items() if n not in settled or f"--{n.replace('_', '-')}" in args.given}
+    chosen = {n: v for n, v in options.items() if n not in settled or n in args.given}
     return going_on(folder, **chosen)
 
 

@@ -38,7 +38,7 @@ def convert_adapter(folder, path, base=None, kind="f32", bar=iter):
     kind   "f32", "f16", "bf16" or "q8_0"
     """
     gguf_writer.check_target(None, path, kind)
-    adapter, base = peft.read_adapter(folder), base or _named_base(folder)
+    adapter, base = peft.read_adapter(folder), base or peft.read_base(folder).find()
     model = Llama(LlamaConfig.from_dict(*_config(base)), draw=False)
     _refuse_what_has_no_place(model, adapter)
     try:
@@ -46,17 +46,6 @@ def convert_adapter(folder, path, base=None, kind="f32", bar=iter):
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder} does not fit the model {base}: {error.args[0]}") from None
     return save_adapter(model, path, kind=kind, bar=bar)
-
-
-def _named_base(folder):
-    """The base that an adapter's config names, if it can be opened."""
-    where = Path(folder) / "adapter_config.json"
-    named = files.read_json(where).get("base_model_name_or_path")
-    if named is None or (named != "base" and not Path(named).exists()):
-        raise ValueError(
-            f"{where} names the base {named!r}, which is not here; name a folder or a GGUF file with --model"
-        )
-    return named
 
 
 def _config(path):

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import adapters
+from .. import adapters, data
 from ..adapters.kinds import LoRAConv, LoRAEmbedding
 from ..adapters.targets import (
     HEAD,
@@ -387,13 +387,21 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
                 f"{folder}: the adapter changes the head or the embedding alone, and they are one weight in this model (tied); "
                 "call model.untie() first, or load it with untie=True"
             )
+        config = model.config
         adapters.untie(model)
-    adapter = embeddings.settle(model, adapter, bases, rows, folder)
-    adapters.refuse_unfit(model, adapter)
-    _refuse_other_layers(model, adapter, folder)
-    if check_base and file.about is not None:
-        _check_base(model, file.about, folder)
-    return adapters.attach(model, adapter, name)
+    else:
+        untie = False
+    try:
+        adapter = embeddings.settle(model, adapter, bases, rows, folder)
+        adapters.refuse_unfit(model, adapter)
+        _refuse_other_layers(model, adapter, folder)
+        if check_base and file.about is not None:
+            _check_base(model, file.about, folder)
+        return adapters.attach(model, adapter, name)
+    except Exception:
+        if untie:  # a model that was refused stays as it was
+            model.lm_head, model.config = None, config
+        raise
 
 
 def _refuse_other_layers(model, adapter, folder):
@@ -430,6 +438,8 @@ class Base:
     def find(self):
         """What Llama.from_pretrained opens as this base: the folder or file of that name, or "base" if it is the embedded model."""
         path = Path(self.name or "").resolve()
+        if self.name == "base" or path == data.base_folder().resolve():
+            return "base"
         if self.name and (path.is_file() or (path / "config.json").is_file()):
             return str(path)
         if self.about:

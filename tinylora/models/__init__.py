@@ -6,9 +6,11 @@ fourbit       a 4-bit weight as bitsandbytes stores it
 eightbit      LLM.int8: the weight, the layer, and how bitsandbytes stores them
 identity      which base a model is, and how it is held: what an adapter carries of its base
 safetensors   the file format of folders, with bfloat16
-gguf          the file format of llama.cpp
+rope          rotary positions, scaled or not
+gguf          the file format of llama.cpp, read; gguf_writer writes it
 tokenizers    bytes, and byte-pair vocabularies
-vocabularies  the vocabulary inside a GGUF
+vocabularies  the vocabulary inside a GGUF, built anew; gguf_vocabulary writes one
+identity      which base a model is, and how its weights are held
 templates     a conversation as text: the model's chat template
 chat          what is learned of a conversation, and a conversation on a terminal
 files         files that are written whole or not at all

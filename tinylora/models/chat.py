@@ -7,9 +7,14 @@
 Messages are [{"role": "user", "content": "hi"}, ...]; `templates` says how they become a text.
 """
 
+from datetime import datetime
+
 import numpy as np
 
 from .llama import KVCache
+
+#: What Llama 3's template says where there is no clock.
+DAY = datetime(2024, 7, 26)
 
 
 # ---------------------------------------------------------------------------------------------------------------- to learn from
@@ -23,9 +28,12 @@ def turns(tokenizer, messages, first=0, **more):
     one (Qwen3 leaves out what was thought): then each answer is an example of its own, with the conversation before it as it
     stood when it was given. So it is where a template writes no token behind an answer; the end of a text is then put there.
 
+    A template that asks for today's date is told DAY, so that a run that goes on tomorrow reads the same.
+
     first    answers from this message on are learned
     more     further variables of the template: tools, documents, ...
     """
+    more = {"strftime_now": DAY.strftime, **more}
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     messages, ending = messages[: said[-1] + 1], tokenizer.ending  # behind the last answer there is nothing to learn
     mark, wanted = ending[0], [i for i in said if i >= first]

@@ -16,7 +16,7 @@ Differs from bitsandbytes: only frozen weights are held in 8 bits (its has_fp16_
 refused; there it becomes infinite.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,7 +71,7 @@ class VectorwiseInt8(Stored):
         return VectorwiseInt8(move(self.codes), move(self.scales), self.dtype)
 
     def like(self, w, name="weight"):
-        return VectorwiseInt8.of(w, name)
+        return replace(VectorwiseInt8.of(w, name), dtype=self.dtype)
 
 
 @primitive

@@ -103,7 +103,7 @@ def _pre(described):
     for name, known in CUTS.items():
         if known == cuts and takes_whole_words(name) == whole:
             return name
-    raise ValueError("GGUF: no name is known for the way in which this tokenizer cuts a text (its pre_tokenizer)")
+    raise ValueError("GGUF has no name for the way in which this pre_tokenizer cuts a text")
 
 
 def _cuts(part):

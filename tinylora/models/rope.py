@@ -19,6 +19,7 @@ import math
 
 import numpy as np
 
+from .. import ops
 from ..backend import move
 
 #: {type: the numbers that it needs}
@@ -135,20 +136,11 @@ def agrees(stored, config):
     return any(stored.shape == t.shape and np.allclose(stored, t, rtol=2**-8, atol=2**-24) for t in tables)
 
 
-def cosines(positions, omega):
-    """(cos, sin) of m ω'_i. positions (t,), omega (d/2,) -> two float32 arrays (t, d/2)."""
-    angle = np.asarray(positions, dtype=np.float64)[:, None] * omega
-    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-
-
 class Tables:
     """cos and sin of a model's positions, made once for each device and sliced. A copied or pickled one is empty and fills again."""
 
     def __init__(self):
         self._made = None, {}  # the config, {numpy or cupy: its table}
-
-    def clear(self):
-        self.__init__()
 
     def __getstate__(self):
         return {"_made": (None, {})}  # a module cannot be copied, and a table need not be
@@ -160,7 +152,11 @@ class Tables:
         tables, n = self._made[1], config.max_position_embeddings
         head = config.head_dim, config.rope_theta, config.rope_scaling
         if end > n:  # only "dynamic" is defined there: its frequencies depend on the number of tokens
-            return tuple(move(a, xp) for a in cosines(np.arange(start, end), frequencies(*head, end / n)))
+            return tuple(move(a, xp) for a in self._table(start, end, frequencies(*head, end / n)))
         if xp not in tables:
-            tables[xp] = tuple(move(a, xp) for a in cosines(np.arange(n), frequencies(*head)))
+            tables[xp] = tuple(move(a, xp) for a in self._table(0, n, frequencies(*head)))
         return tuple(a[start:end] for a in tables[xp])
+
+    @staticmethod
+    def _table(start, end, omega):
+        return ops.rope_table(np.arange(start, end), 2 * len(omega), frequency=omega)

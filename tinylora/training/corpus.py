@@ -212,6 +212,9 @@ def documents(texts, tokenizer):
     end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     if not tokenizer.front and not end:
         return running_text("\n\n".join(texts).encode("utf-8"), tokenizer)
+    if tokenizer.front == end:  # one token begins a document and ends the one before it
+        ids = [*end, *(i for text in texts for i in (*tokenizer.encode(text), *end))]
+        return Text([np.asarray(ids)], _lengths(tokenizer))
     ids = [i for text in texts for i in (*tokenizer.front, *tokenizer.encode(text), *end)]
     return Text([np.asarray(ids)], _lengths(tokenizer), tokenizer.front)
 

@@ -105,8 +105,9 @@ class Job:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer {self.optimizer!r} is unknown: expected one of {', '.join(OPTIMIZERS)}")
         if self.adapter is not None and not METHODS[self.method].adapts:
+            others = ", ".join(name for name, method in METHODS.items() if method.adapts)
             raise ValueError(
-                f"an adapter is trained further beside a frozen base, and the method {self.method!r} has none"
+                f"an adapter needs a method that trains one, and {self.method!r} does not: expected one of {others}"
             )
 
 

@@ -38,7 +38,7 @@ class Recipe:
 
     lr follows `schedule` ("constant", "linear" down to 0, or "cosine" down to `floor` times lr) after `warmup` steps; `clip` bounds
     the norm of all gradients together (0: off); weight decay is for matrices only. A step sees accumulate × batch_size sequences
-    of seq_len tokens. Without `epochs` each is drawn at random from all of the data. With it the sequences are dealt out like cards:
+    of seq_len tokens. Without `epochs` each is drawn at random from all of the data. With it they are drawn without replacement:
     each once an epoch, in an order of the epoch's own, and `steps` follows from the data (see `planned`).
     """
 
@@ -191,7 +191,7 @@ def fit(
     """
     recipe = recipe.planned(data)
     check_length(model, recipe.seq_len)
-    deal = _Deal(data, recipe)
+    sampler = _Sampler(data, recipe)
     trainable = model.trainable()
     optimizer = _optimizer(optimizer, trainable, recipe, pager)
     result = Result(gradient_bytes=sum(p.nbytes for _, p in trainable), optimizer_bytes=optimizer.state_bytes)
@@ -217,7 +217,7 @@ def fit(
             done, last = step + 1, step + 1 == recipe.steps
             optimizer.pager.step = done
             measured = weights if step == first else None
-            loss, tape, tokens = _backward(model, deal.batches(step), recipe, step, pool, optimizer.pager, measured)
+            loss, tape, tokens = _backward(model, sampler.batches(step), recipe, step, pool, optimizer.pager, measured)
             _clip_and_step(optimizer, trainable, recipe, step, loss, path)
             row = {"step": done, "loss": loss}
             if evaluated and (last or done % evaluated == 0):
@@ -273,8 +273,8 @@ class _Pace:
         return f"loss {self.loss:.3f}, {self.rate:,.0f} tokens/s{heldout}"
 
 
-class _Deal:
-    """The micro-batches of each step: drawn with replacement, or with `epochs` dealt out, every sequence once an epoch."""
+class _Sampler:
+    """The micro-batches of each step: drawn with replacement, or with `epochs` without, every sequence once an epoch."""
 
     def __init__(self, data, recipe):
         self.data, self.recipe, self.order = data, recipe, (None, None)
@@ -286,12 +286,14 @@ class _Deal:
         if r.epochs is None:
             draws = (np.random.default_rng([r.seed, step, i]) for i in range(r.accumulate))
             return [self.data.batch(rng, r.batch_size, r.seq_len) for rng in draws]
-        hand = r.batch_size * r.accumulate
+        size = r.batch_size * r.accumulate
         last = max(round(r.epochs * len(self.examples)), 1)
-        dealt = [self._card(place) for place in range(step * hand, min((step + 1) * hand, last))]
-        return [self.data.rows(dealt[i : i + r.batch_size], r.seq_len) for i in range(0, len(dealt), r.batch_size)]
+        examples = [self._example(place) for place in range(step * size, min((step + 1) * size, last))]
+        return [
+            self.data.rows(examples[i : i + r.batch_size], r.seq_len) for i in range(0, len(examples), r.batch_size)
+        ]
 
-    def _card(self, place):
+    def _example(self, place):
         """The sequence at a place in the sequence of all epochs."""
         epoch, i = divmod(place, len(self.examples))
         if self.order[0] != epoch:
