@@ -77,22 +77,6 @@ def test_each_weight_comes_back_as_its_type_has_it(kind, changes, tmp_path, rng)
         assert name == other and found.data.tobytes() == rounded(w.data, kind).tobytes(), name
 
 
-@pytest.mark.parametrize("kind", tiny.FAMILY)
-def test_the_family_comes_back(kind, tmp_path, rng):
-    """Weights, biases, norms of heads, positions and windows: the logits are equal, or what has no place in a GGUF is refused."""
-    m, x = tiny.of_the_family(kind, rng), tiny.ids(rng, 2, 40)
-    if kind in ("dynamic", "qwen2 with windows", "qwen3 with windows"):
-        with pytest.raises(ValueError, match=r"no rope scaling of type 'dynamic'|no place for a sliding window"):
-            gguf_writer.save(m, tmp_path / "m.gguf", "f32")
-        assert not list(tmp_path.iterdir())
-        return
-    gguf_writer.save(m, tmp_path / "m.gguf", "f32")
-    again = Llama.from_pretrained(tmp_path / "m.gguf")
-    for (name, w), (other, found) in zip(m.named_parameters(), again.named_parameters(), strict=True):
-        assert name == other and found.data.tobytes() == w.data.tobytes(), name
-    np.testing.assert_allclose(logits(again, x), logits(m, x), rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_file_is_what_the_gguf_package_reads(kind, tmp_path):
     """Names, shapes, types, bytes and the order of rows, without tinylora's reader."""
@@ -130,6 +114,53 @@ def test_the_file_is_what_the_gguf_package_reads(kind, tmp_path):
         assert tensor.data.tobytes() == gguf.quantize(w, tensor.tensor_type).tobytes(), name
 
 
+@pytest.mark.parametrize("kind", tiny.FAMILY)
+def test_the_family_comes_back(kind, tmp_path, rng):
+    """Weights, biases, norms of heads, positions and windows: the logits are equal, or what has no place in a GGUF is refused."""
+    m, x = tiny.of_the_family(kind, rng), tiny.ids(rng, 2, 40)
+    if kind in ("dynamic", "qwen2 with windows", "qwen3 with windows"):
+        with pytest.raises(ValueError, match=r"no rope scaling of type 'dynamic'|no place for a sliding window"):
+            gguf_writer.save(m, tmp_path / "m.gguf", "f32")
+        assert not list(tmp_path.iterdir())
+        return
+    written = gguf_writer.save(m, tmp_path / "m.gguf", "f32")
+    again = Llama.from_pretrained(tmp_path / "m.gguf")
+    for (name, w), (other, found) in zip(m.named_parameters(), again.named_parameters(), strict=True):
+        assert name == other and found.data.tobytes() == w.data.tobytes(), name
+    np.testing.assert_allclose(logits(again, x), logits(m, x), rtol=1e-5, atol=1e-5)
+    assert again.config.model_type == m.config.model_type and again.config.sliding_window == m.config.sliding_window
+    assert any("attends to every position" in note for note in written.notes) == (kind == "mistral")
+
+
+def test_the_divisors_of_llama3_are_those_of_llama_cpp(tmp_path):
+    """Frequency by frequency, as its converter's loop says."""
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling["original_max_position_embeddings"] = 8192
+    m = tiny.model(**SIZES, rope_scaling=scaling, rope_theta=5e5, head_dim=64)
+    gguf_writer.save(m, tmp_path / "m.gguf")
+    found = next(t for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors if t.name == "rope_freqs.weight")
+    expected = []
+    for i in range(0, 64, 2):
+        wavelength = 2 * np.pi * 5e5 ** (i / 64)
+        if wavelength < 8192 / 4:
+            expected.append(1.0)
+        elif wavelength > 8192 / 1:
+            expected.append(8.0)
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected.append(1 / ((1 - smooth) / 8 + smooth))
+    assert found.tensor_type.name == "F32"
+    np.testing.assert_allclose(found.data, expected, rtol=1e-6)
+    assert len({*expected}) > 3, "all three ways are there"
+    assert Llama.from_pretrained(tmp_path / "m.gguf").config.rope_scaling == scaling
+
+
+def test_a_window_as_long_as_the_text_is_none(tmp_path):
+    m = tiny.model(**SIZES, model_type="qwen2", sliding_window=64)
+    gguf_writer.save(m, tmp_path / "m.gguf")
+    assert Llama.from_pretrained(tmp_path / "m.gguf").config.sliding_window is None
+
+
 def test_convert_writes_what_save_writes(tmp_path):
     m = tiny.model(5, **SIZES)
     m.save_pretrained(tmp_path / "model.v1", "float32")
@@ -141,7 +172,7 @@ def test_convert_writes_what_save_writes(tmp_path):
     assert all(a[name].tobytes() == c[name].tobytes() for name in a)
 
 
-@pytest.mark.parametrize("code", ["nf4", "bfloat16"])
+@pytest.mark.parametrize("code", ["nf4", "bfloat16", "int8_vectorwise"])
 def test_a_base_in_few_bits_is_dequantized(code, tmp_path, rng):
     m = tl.quantize_linears(tiny.model(7, **SIZES), code)
     gguf_writer.save(m, tmp_path / "m.gguf", "f32")
@@ -149,7 +180,7 @@ def test_a_base_in_few_bits_is_dequantized(code, tmp_path, rng):
     for path, layer in again.named_modules():
         if hasattr(layer, "dense"):
             assert layer.dense().tobytes() == m.get(path).dense().tobytes(), path
-    if code == "nf4":
+    if code != "bfloat16":
         bitsandbytes.save(m, tmp_path / "folder")
         gguf_writer.convert(tmp_path / "folder", tmp_path / "n.gguf", "f32")
         x = tiny.ids(rng, 1, 7)
@@ -265,6 +296,22 @@ def test_a_model_with_an_adapter_is_merged_first(tmp_path, rng):
     assert (logits(Llama.from_pretrained(tmp_path / "m.gguf"), x) == logits(m, x)).all()
 
 
+def test_files_of_other_kinds_are_refused_by_name(folder, tmp_path, rng):
+    """A file whose numbers begin with their highest byte, and an adapter where a model is expected."""
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((256, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    adapter_files.save_adapter(adapted(folder, rng), tmp_path / "a.gguf")
+    for name, said in (("big.gguf", "it is big-endian"), ("a.gguf", "general.type is 'adapter', expected 'model'")):
+        with pytest.raises(ValueError, match=said):
+            Llama.from_pretrained(tmp_path / name)
+    with pytest.raises(ValueError, match="it is big-endian"):
+        adapter_files.load_adapter(Llama.from_pretrained(folder), tmp_path / "big.gguf")
+
+
 # ------------------------------------------------------------------------------------------------------------------- vocabularies
 @pytest.fixture
 def words():
@@ -275,6 +322,82 @@ def with_words(tokenizer, **changes):
     m = tiny.model(**{**SIZES, "vocab_size": tokenizer.vocab_size, **changes})
     m.tokenizer = tokenizer
     return m
+
+
+def cut_as(pre):
+    """The trained vocabulary of llm_files, but with texts cut as llama3 or qwen2 or tekken cut them, in their own tokenizer.json."""
+    from tokenizers import Regex, pre_tokenizers
+
+    from tinylora.models import vocabularies
+
+    t = llm_files.trained()
+    parts = [pre_tokenizers.Split(Regex(cut), "isolated") for cut in vocabularies.CUTS[pre]]
+    t.backend.pre_tokenizer = pre_tokenizers.Sequence([*parts, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    t.backend.model.ignore_merges = vocabularies.takes_whole_words(pre)
+    return t
+
+
+@pytest.mark.parametrize(
+    "pre", ["llama-bpe", "dbrx", "qwen2", "tekken", "gpt-4o", "deepseek-coder", "falcon", "qwen35"]
+)
+def test_every_way_of_cutting_a_text_is_found_by_its_name(words, pre, tmp_path):
+    t = cut_as(pre)
+    gguf_writer.save(with_words(t), tmp_path / "m.gguf")
+    again = Llama.from_pretrained(tmp_path / "m.gguf").tokenizer
+    assert GGUF(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"] == pre
+    assert [again.encode(s) for s in STRINGS] == [t.encode(s) for s in STRINGS]
+
+
+def sentencepiece(spaced="normalizer"):
+    """A small SentencePiece vocabulary as Llama 2's tokenizer.json has it: every way to make a token is a merge, best token first."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+    from tinylora.models.tokenizers import BPETokenizer
+
+    trained = tokenizers.Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(llm_files.TEXT, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    made = [t for t, _ in sorted(trained.get_vocab().items(), key=lambda item: item[1])]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *made]
+    ids = {token: i for i, token in enumerate(tokens)}
+    merges = [(t[:i], t[i:]) for t in made for i in range(1, len(t)) if t[:i] in ids and t[i:] in ids]
+    model = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    if spaced == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaced, split=False)
+    strip = [] if spaced == "never" else [decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single=["<s>", "$A"], special_tokens=[("<s>", 1)])
+    return BPETokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+
+
+@pytest.mark.parametrize("spaced", ["normalizer", "first", "never"])
+def test_a_sentencepiece_vocabulary_comes_back_with_its_ids(words, spaced, tmp_path):
+    t = sentencepiece(spaced)
+    written = gguf_writer.save(with_words(t, vocab_size=t.vocab_size + 3), tmp_path / "m.gguf")
+    again, fields = Llama.from_pretrained(tmp_path / "m.gguf").tokenizer, GGUF(tmp_path / "m.gguf").fields
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] == (
+        spaced != "never"
+    )
+    assert (
+        fields["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6] and fields["tokenizer.ggml.token_type"][-3:] == [5] * 3
+    )
+    assert fields["tokenizer.ggml.add_bos_token"] and again.front == t.front == (1,)
+    edges = ["  two  spaces", "a</s> b"] if spaced != "first" else []
+    texts = [*(s for s in STRINGS if not s.startswith(" ")), *edges]
+    assert [again.encode(s) for s in texts] == [t.encode(s) for s in texts]
+    assert again.decode(t.encode(STRINGS[1])) == STRINGS[1]
+    assert written.notes == (
+        ("a text that begins with a space, or stands behind a mark, has other ids there than here",)
+        if spaced == "first"
+        else ()
+    )
 
 
 @pytest.mark.parametrize("digits", [True, False])
@@ -317,6 +440,8 @@ def test_a_token_before_each_text_is_said(words, tmp_path):
 
 def test_several_tokens_that_end_a_text(words, tmp_path):
     t = llm_files.trained()
+    gguf_writer.save(with_words(t, eos_token_id=(0, 2)), tmp_path / "m.gguf")  # the tokenizer's own, 2, comes first
+    assert Llama.from_pretrained(tmp_path / "m.gguf").config.eos_token_id == (2, 0)
     written = gguf_writer.save(with_words(t, eos_token_id=(2, 0, 5, 7)), tmp_path / "m.gguf")
     fields = GGUF(tmp_path / "m.gguf").fields
     assert [fields[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot", "eom")] == [2, 0, 5]
@@ -333,6 +458,18 @@ def test_several_chat_templates(words, tmp_path):
         "tool_use"
     ]
     assert fields["tokenizer.chat_template.tool_use"] == "{{ messages }}"
+
+
+def test_what_gguf_does_not_say_of_a_tokenizer_is_a_note(words, tmp_path):
+    from tokenizers import AddedToken, normalizers
+
+    t = llm_files.trained()
+    t.backend.normalizer = normalizers.NFC()
+    t.backend.add_special_tokens([AddedToken("<mask>", lstrip=True)])
+    written = gguf_writer.save(with_words(t, vocab_size=301), tmp_path / "m.gguf")
+    assert "normalizes a text first (NFC)" in written.notes[0] and written.notes[1].startswith("<mask> take spaces")
+    again = Llama.from_pretrained(tmp_path / "m.gguf").tokenizer
+    assert [again.encode(s) for s in STRINGS] == [t.encode(s) for s in STRINGS]
 
 
 def test_a_vocabulary_that_gguf_cannot_hold_is_refused(words, tmp_path):
@@ -465,10 +602,10 @@ def test_the_factors_that_were_multiplied_in_are_exact_where_they_are_powers_of_
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"use_dora": True}, "no place for DoRA"),
-        ({"lora_bias": True}, "no place for the bias of lora_B"),
-        ({"modules_to_save": ["lm_head"]}, r"no place for parameters trained whole .* lm_head\.weight"),
-        ({"modules_to_save": ["model.norm"]}, r"no place for parameters trained whole .* model\.norm\.weight"),
+        ({"use_dora": True}, "the adapter has DoRA's magnitudes"),
+        ({"lora_bias": True}, "the adapter has biases of lora_B"),
+        ({"modules_to_save": ["lm_head"]}, r"the adapter has a whole lm_head\.weight"),
+        ({"modules_to_save": ["model.norm"]}, r"the adapter has a whole model\.norm\.weight"),
     ],
 )
 def test_what_the_format_has_no_place_for_is_refused(options, words, folder, tmp_path, rng):
@@ -478,7 +615,7 @@ def test_what_the_format_has_no_place_for_is_refused(options, words, folder, tmp
         lambda: adapter_files.save_adapter(m, tmp_path / "a.gguf"),
         lambda: adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf"),
     ):
-        with pytest.raises(ValueError, match=words + ".*merge the adapter and convert the merged model"):
+        with pytest.raises(ValueError, match=words + ".* have no place for that: merge the adapter and convert"):
             write()
     assert not (tmp_path / "a.gguf").exists()
 
@@ -488,7 +625,7 @@ def test_an_adapter_of_one_weight_that_is_two_is_refused(targets, folder, tmp_pa
     """Embedding and head of the base are one weight; llama.cpp would adapt both, or neither."""
     tiny.model(11, **SIZES).save_pretrained(tmp_path / "tied", "float32")
     peft.save_adapter(adapted(folder, rng, target_modules=targets), tmp_path / "adapter")
-    with pytest.raises(ValueError, match=f"cannot adapt .*{targets[0]} where embedding and head are one weight"):
+    with pytest.raises(ValueError, match=f"changes .*{targets[0]} alone where embedding and head are one weight"):
         adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf", tmp_path / "tied")
 
 

@@ -15,6 +15,7 @@ import tiny
 from tinylora import Llama, no_grad
 from tinylora.interop.gguf import convert_adapter
 from tinylora.models import gguf_writer
+from tinylora.models.tokenizers import BPETokenizer
 
 pytestmark = pytest.mark.oracle
 
@@ -35,10 +36,10 @@ STRINGS = [
 ]
 
 
-def opened(path):
-    """The model that transformers reads from a GGUF."""
-    auto = transformers.AutoModelForCausalLM
-    return auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
+def opened(path, config=None):
+    """The model that transformers reads from a GGUF; with a config, what that says of it."""
+    auto, options = transformers.AutoModelForCausalLM, {} if config is None else {"config": config}
+    return auto.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **options).eval()
 
 
 def relative_error(ours, theirs, ids):
@@ -138,6 +139,62 @@ def test_what_llama_cpp_computes_with_an_adapter_of_peft_is_what_peft_computes(o
     assert error < 1e-5
     with theirs.disable_adapter():
         assert relative_error(opened(tmp_path / "base.gguf"), theirs, ids) < 1e-5
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 32
+FAMILY = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "llama3": {"rope_scaling": LLAMA3},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "mistral": {"model_type": "mistral", "sliding_window": 30},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 128},  # its reader takes every qwen3's head for 128 wide
+}
+
+
+@pytest.mark.parametrize("which", FAMILY)
+def test_transformers_reads_the_whole_family(which, tmp_path, rng):
+    """Its reader looks for neither a llama's biases nor scaled positions, so it is told; Mistral it reads as a llama without window."""
+    t = llm_files.trained(digits=False)
+    changes = {"vocab_size": t.vocab_size, "intermediate_size": 64, "tie_word_embeddings": False, **FAMILY[which]}
+    m = spread(tiny.model(int(rng.integers(1000)), **changes), rng)
+    m.tokenizer = t
+    gguf_writer.save(m, tmp_path / "m.gguf", "f32")
+    config = transformers.LlamaConfig.from_dict(m.config.to_dict()) if which.startswith(("llama", "linear")) else None
+    ids = rng.integers(0, t.vocab_size, (2, 30 if which == "mistral" else 60))
+    theirs = opened(tmp_path / "m.gguf", config)
+    error = relative_error(m, theirs, ids)
+    print(f"{which}: {type(theirs).__name__}, relative error {error:.2e}")
+    assert error < 1e-5
+
+
+def test_a_sentencepiece_vocabulary_of_its_own_makers(tmp_path):
+    """Trained by the sentencepiece package, made a tokenizer.json by transformers, written here and read back: its own ids."""
+    from transformers.tokenization_utils_base import generate_merges
+
+    spm = pytest.importorskip("sentencepiece")
+    (tmp_path / "text.txt").write_text("\n".join(line for text in llm_files.TEXT for line in text.splitlines()))
+    spm.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=420, model_type="bpe",
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        add_dummy_prefix=True, minloglevel=2, character_coverage=1.0,
+    )  # fmt: skip
+    theirs = spm.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    vocab = {theirs.id_to_piece(i): i for i in range(theirs.get_piece_size())}
+    merges = generate_merges(vocab, {token: theirs.get_score(i) for token, i in vocab.items()})
+    transformers.LlamaTokenizer(vocab=vocab, merges=merges, add_bos_token=True).save_pretrained(tmp_path)
+    m = tiny.model(intermediate_size=64, vocab_size=len(vocab))
+    m.tokenizer = BPETokenizer.from_file(tmp_path / "tokenizer.json")
+    gguf_writer.save(m, tmp_path / "m.gguf")
+    again = Llama.from_pretrained(tmp_path / "m.gguf").tokenizer
+    for text in STRINGS[:-1]:
+        assert again.encode(text) == theirs.encode(text), text
+        assert text.startswith(" ") or m.tokenizer.encode(text) == theirs.encode(text), text
+    assert again.front == (theirs.bos_id(),)
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    for text in STRINGS[:4]:
+        assert words.encode(text) == [theirs.bos_id(), *theirs.encode(text)], text
 
 
 def test_the_embedded_model_opens_in_transformers(tmp_path, rng):

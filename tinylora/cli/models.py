@@ -549,7 +549,8 @@ def _convert(args):
     from ..models import gguf_writer
     from ..models.llama import convert
 
-    adapter = (Path(args.path) / "adapter_config.json").is_file() and not (Path(args.path) / "config.json").is_file()
+    source = Path(args.path)
+    adapter = (source / "adapter_config.json").is_file() and not any(source.glob("model*.safetensors"))
     to_gguf = Path(args.out).suffix.lower() == ".gguf"
     _refuse_what_would_be_ignored(args, adapter, to_gguf)
     bar = functools.partial(tqdm, desc="writing", unit="tensor", disable=None)

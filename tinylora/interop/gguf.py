@@ -29,6 +29,8 @@ from ..models import files, folders, fourbit, gguf, gguf_writer
 from ..models.llama import Llama, LlamaConfig
 from . import peft
 
+_NO_PLACE = "and llama.cpp's LoRA files have no place for that: merge the adapter and convert the merged model instead"
+
 
 def convert_adapter(folder, path, base=None, kind="f32", bar=iter):
     """Write the adapter of a folder (of PEFT's or tinylora's) as a GGUF. -> gguf_writer.Written
@@ -63,7 +65,7 @@ def save_adapter(model, path, name=None, kind="f32", bar=iter):
     ValueError names what the format cannot carry.
     """
     gguf_writer.check_target(None, path, kind)
-    adapter, config = adapters.adapter_of(model, name), model.config.to_dict()
+    adapter, config = adapters.adapter_of(model, name), model.config
     _refuse_what_has_no_place(model, adapter)
     name = name or adapters.active_adapters(model)[0]
     layers = dict(adapters.lora_layers(model, name))
@@ -102,24 +104,22 @@ def _rounded(alpha):
 
 def _refuse_what_has_no_place(model, adapter):
     """ValueError for whatever an adapter has beside A, B and a scale."""
-    instead = "merge the adapter and convert the merged model instead"
     if adapter.config.use_dora:
-        raise ValueError(f"llama.cpp's LoRA files have no place for DoRA's magnitudes; {instead}")
+        raise ValueError(f"the adapter has DoRA's magnitudes, {_NO_PLACE}")
     if adapter.config.lora_bias:
-        raise ValueError(f"llama.cpp's LoRA files have no place for the bias of lora_B (lora_bias); {instead}")
+        raise ValueError(f"the adapter has biases of lora_B (lora_bias), {_NO_PLACE}")
     if adapter.saved:
-        raise ValueError(
-            f"llama.cpp's LoRA files have no place for parameters trained whole (bias, modules_to_save), and this adapter has "
-            f"{next(iter(adapter.saved))}; {instead}"
-        )
+        raise ValueError(f"the adapter has a whole {next(iter(adapter.saved))} of its own, {_NO_PLACE}")
     tied = {p.removesuffix(".weight") for p in model.tied_parameters}
     if both := sorted(adapter.weights.keys() & {*tied, "lm_head"} if tied else ()):
-        raise ValueError(f"llama.cpp cannot adapt {both[0]} where embedding and head are one weight; {instead}")
+        raise ValueError(f"the adapter changes {both[0]} alone where embedding and head are one weight, {_NO_PLACE}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- reading
 class _Opened(gguf.GGUF):
-    """A GGUF under its own names, whatever its tensors are."""
+    """The tensors of a LoRA file under the names that they have there."""
+
+    holds = "adapter"
 
     def _rename(self, name):
         return name
@@ -133,30 +133,37 @@ def read_adapter(path, model):
 
     r is the rank that most layers have, and rank_pattern names the others; alpha is the file's.
     """
-    file, config = _Opened(path), model.config.to_dict()
-    expected = {
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "general.architecture": gguf_writer.architecture(config),
-    }
-    for key, value in expected.items():
+    file = _Opened(path)
+    try:
+        return _adapter(file, model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _adapter(file, model):
+    """The Adapter in an _Opened file."""
+    for key, value in {"adapter.type": "lora", "general.architecture": gguf_writer.architecture(model.config)}.items():
         if file.fields.get(key) != value:
-            raise ValueError(f"{path}: {key} is {file.fields.get(key)!r}, expected {value!r}")
+            raise ValueError(f"{key} is {file.fields.get(key)!r}, expected {value!r}")
     if "adapter.alora.invocation_tokens" in file.fields:
-        raise ValueError(f"{path}: an adapter that waits for its invocation tokens (aLoRA) is not read")
+        raise ValueError("it waits for its invocation tokens (aLoRA), which is not read")
     here = {gguf_writer.theirs(f"{p}.weight"): p for p in adaptable_layers(model)}
     weights = {}
     for tensor in file:
         there, _, factor = tensor.rpartition(".lora_")
         if factor not in ("a", "b") or there not in here:
-            raise ValueError(f"{path}: a tensor is named {tensor}, for which the model has no layer to adapt")
+            raise ValueError(f"it holds {tensor}, for which the model has no layer to adapt")
+        if f"{here[there]}.weight" in model.tied_parameters:
+            raise ValueError(
+                f"it holds {tensor}, and in the model embedding and head are one weight (tied); untie it first"
+            )
         p, x = here[there], file[tensor]
-        heads = gguf_writer.turned_heads(f"{p}.weight", config) if factor == "b" else None
+        heads = gguf_writer.turned_heads(f"{p}.weight", model.config) if factor == "b" else None
         x = x.T if there == "token_embd.weight" and factor == "a" else x
         weights.setdefault(p, {})[f"lora_{factor.upper()}"] = x if heads is None else gguf.halves(x, heads)
     for p, factors in weights.items():
         if len(factors) < 2:
-            raise ValueError(f"{path}: {p} has {next(iter(factors))} but not its partner")
+            raise ValueError(f"{p} has {next(iter(factors))} but not its partner")
     return adapters.Adapter(_lora_config(model, file.fields.get("adapter.lora.alpha", 0.0), weights), weights)
 
 
@@ -179,7 +186,8 @@ def _lora_config(model, alpha, weights):
 
 def load_adapter(model, path, name="default"):
     """Put the adapter of a LoRA file on the model, in place, and let it compute; returns the model."""
+    adapter = read_adapter(path, model)
     try:
-        return adapters.attach(model, read_adapter(path, model), name)
+        return adapters.attach(model, adapter, name)
     except ValueError as error:
-        raise ValueError(error if str(path) in str(error) else f"{path} does not fit this model: {error}") from None
+        raise ValueError(f"{path} does not fit this model: {error}") from None

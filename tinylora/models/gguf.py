@@ -62,6 +62,8 @@ class GGUF(Mapping):
     fields    {name: value} of everything that stands in the header, the vocabulary included
     """
 
+    holds = "model"  # what general.type must say
+
     def __init__(self, path):
         self.path = Path(path)
         if not self.path.is_file():
@@ -75,6 +77,8 @@ class GGUF(Mapping):
         if self._family not in ARCHITECTURES:
             known = ", ".join(map(repr, ARCHITECTURES))
             raise ValueError(f"{self.path}: the architecture is {self._family!r}, tinylora reads {known}")
+        if (found := self.fields.get("general.type", "model")) != self.holds:
+            raise ValueError(f"{self.path}: general.type is {found!r}, expected {self.holds!r}")
         self._tensors = {self._rename(name): tensor for name, tensor in tensors.items()}
         self._check_types()
         divisors = self._read(_FREQUENCIES) if _FREQUENCIES in self._tensors else None
@@ -220,9 +224,14 @@ class GGUF(Mapping):
             raise ValueError(
                 f"{self.path}: its block_count is {field('block_count')}, it holds tensors of {len(blocks)} blocks"
             )
+        bos, pad, *ends = (
+            self.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "eos", "eot", "eom")
+        )
+        ends = list(dict.fromkeys(i for i in ends if i is not None))
         tokens = {
-            f"{ours}_token_id": self.fields.get(f"tokenizer.ggml.{theirs}_token_id")
-            for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+            "bos_token_id": bos,
+            "eos_token_id": ends if len(ends) > 1 else (ends or [None])[0],
+            "pad_token_id": pad,
         }
         theta = _shortest(field("rope.freq_base", 10000.0, kind=float))
         return {
@@ -315,6 +324,8 @@ def _read_header(path):
         if source.take(4) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         version, tensors, entries = source.number("<I"), *source.numbers("<Q", 2)
+        if version in (2 << 24, 3 << 24):
+            raise ValueError("it is big-endian: its numbers begin with their highest byte, expected the lowest")
         if version not in (2, 3):
             raise ValueError(f"version {version}, expected 2 or 3, little-endian")
         fields = {}

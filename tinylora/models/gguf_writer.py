@@ -13,9 +13,9 @@ llama.cpp's own converter. Its architecture llama pairs neighbouring rows of q a
 
     row 2i of a head there = row i here,    row 2i + 1 of a head there = row i + d/2 here,    i < d/2        (q and k)
 
-and qwen2 and qwen3 pair halves, as Hugging Face does. Of llama3's rope scaling, a file holds what each frequency is divided by, in
-a tensor rope_freqs of d/2 numbers. The vocabulary is written by `gguf_vocabulary`. Whatever GGUF has no place for is refused, or,
-where only another program would compute differently, said in a sentence (`Written.notes`).
+and qwen2 and qwen3 pair halves, as Hugging Face does. Of rope scaling, a file holds a factor ("linear"), or what each frequency is
+divided by, in the tensor rope_freqs.weight ("llama3"; see `rope`). The vocabulary is written by `gguf_vocabulary`. Whatever GGUF has no
+place for is refused, or, where only another program would compute differently, said in a sentence (`Written.notes`).
 """
 
 import math
@@ -40,7 +40,7 @@ TYPES = {
     "q8_0": ("Q8_0", 7, 127 * 65504.0),
     "bf16": ("BF16", 32, 255 * 2.0**120),
 }
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _THEIRS = {ours: theirs for theirs, ours in gguf._NAMES.items()}
 
 
@@ -102,16 +102,16 @@ def _name(source):
 
 
 def _write_model(path, model, shapes, read, kind, name, bar):
-    config = model.config.to_dict()
-    arch = architecture(config)
-    fields, (words, notes) = _fields(config, arch, kind, name), vocabulary(model.tokenizer, config)
-    sources, factors = {theirs(here): here for here in shapes}, _rope_factors(model.config)
-    extra = {} if factors is None else {"rope_freqs.weight": factors}
+    config = model.config
+    fields, (words, notes) = _fields(config, kind, name), vocabulary(model.tokenizer, config)
+    sources, extra = {theirs(here): here for here in shapes}, _divisors(config)
     plan, odd = planned(
         {name: shapes[here] for name, here in sources.items()} | {n: w.shape for n, w in extra.items()}, kind
     )
-    if f"{arch}.attention.sliding_window" in fields:
-        notes.append("llama.cpp attends to every position, the model to a sliding window")
+    if config.model_type == "mistral" and "llama.attention.sliding_window" in fields:
+        notes.append(
+            f"llama.cpp attends to every position here, and the model only to the last {config.sliding_window}"
+        )
 
     def there(tensor):
         return extra[tensor] if tensor in extra else rows_there(sources[tensor], read(sources[tensor]), config)
@@ -121,11 +121,10 @@ def _write_model(path, model, shapes, read, kind, name, bar):
 
 
 def architecture(config):
-    """llama.cpp's name of a Hugging Face config's family."""
-    family = config["model_type"]
-    if family not in ARCHITECTURES:
-        raise ValueError(f"GGUF: model_type is {family!r}, tinylora writes {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[family]
+    """llama.cpp's name of the model_type of a LlamaConfig."""
+    if config.model_type not in _ARCHITECTURES:
+        raise ValueError(f"GGUF: model_type is {config.model_type!r}, tinylora writes {', '.join(_ARCHITECTURES)}")
+    return _ARCHITECTURES[config.model_type]
 
 
 def theirs(name):
@@ -139,9 +138,8 @@ def theirs(name):
 def turned_heads(name, config):
     """Of how many heads a weight's rows are made, where its file pairs them as neighbours; else None."""
     if architecture(config) == "llama":
-        for which, heads in ((".q_proj.", "num_attention_heads"), (".k_proj.", "num_key_value_heads")):
-            if which in name:
-                return config[heads]
+        heads = {".q_proj.": config.num_attention_heads, ".k_proj.": config.num_key_value_heads}
+        return next((n for which, n in heads.items() if which in name), None)
     return None
 
 
@@ -165,31 +163,33 @@ def planned(shapes, kind):
     return plan, [f"{what}; the first is {odd[0]}"] if odd else []
 
 
-def _fields(config, arch, kind, name):
+def _fields(config, kind, name):
     """{key: value} of the header without the vocabulary; None is left out."""
-    linear = _linear_factor(config)
-    window = config.get("sliding_window")
-    window = window if window and window < config["max_position_embeddings"] else None
-    if window and arch != "llama":
+    arch, scaling, window = architecture(config), config.rope_scaling or {}, config.sliding_window
+    if scaling.get("rope_type") == "dynamic":
+        raise ValueError("GGUF: llama.cpp has no rope scaling of type 'dynamic', which depends on a text's length")
+    window = None if window is None or window >= config.max_position_embeddings else window
+    if window is not None and arch != "llama":
         raise ValueError(
             f"GGUF: {arch} has no place for a sliding window ({window} tokens), and llama.cpp computes none"
         )
+    linear = scaling.get("rope_type") == "linear"
     sizes = {
-        "vocab_size": config["vocab_size"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": config["hidden_size"],
-        "block_count": config["num_hidden_layers"],
-        "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": config["num_attention_heads"],
-        "attention.head_count_kv": config["num_key_value_heads"],
-        "attention.key_length": config["head_dim"],
-        "attention.value_length": config["head_dim"],
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
         "attention.sliding_window": window,
-        "rope.dimension_count": config["head_dim"],
-        "rope.freq_base": float(config["rope_theta"]),
-        "rope.scaling.type": None if linear is None else "linear",
-        "rope.scaling.factor": linear,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_theta),
+        "rope.scaling.type": "linear" if linear else None,
+        "rope.scaling.factor": float(scaling["factor"]) if linear else None,
     }
     about = {
         "general.architecture": arch,
@@ -201,19 +201,12 @@ def _fields(config, arch, kind, name):
     return about | {f"{arch}.{key}": value for key, value in sizes.items() if value is not None}
 
 
-def _linear_factor(config):
-    """The factor of linear rope scaling, or None. ValueError for a scaling that GGUF cannot say."""
-    scaling = config.get("rope_scaling") or {"rope_type": "default"}
-    if scaling["rope_type"] == "dynamic":
-        raise ValueError("GGUF: llama.cpp has no rope scaling of type 'dynamic'")
-    return float(scaling["factor"]) if scaling["rope_type"] == "linear" else None
-
-
-def _rope_factors(c):
-    """What each rotary frequency is divided by, float32 (head_dim / 2,), where the scaling is more than one factor for all; else None."""
-    if c.rope_scaling is None or c.rope_scaling["rope_type"] not in ("llama3", "longrope"):
-        return None
-    return rope.divisors(c.head_dim, c.rope_theta, c.rope_scaling).astype(np.float32)
+def _divisors(config):
+    """{"rope_freqs.weight": what the rotary frequencies are divided by} where each has its own; else nothing."""
+    if (config.rope_scaling or {}).get("rope_type") not in ("llama3", "longrope"):
+        return {}
+    divisors = rope.divisors(config.head_dim, config.rope_theta, config.rope_scaling)
+    return {gguf._FREQUENCIES: divisors.astype(np.float32)}
 
 
 # --------------------------------------------------------------------------------------------------------------------- any file
