@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import warnings
 import weakref
 
 import llm_files
@@ -15,7 +16,7 @@ from tinylora.cli import models as commands
 from tinylora.dtypes import BFloat16Array
 from tinylora.interop import bitsandbytes, peft
 from tinylora.interop import gguf as adapter_files
-from tinylora.models import gguf_writer
+from tinylora.models import files, gguf_writer, safetensors
 from tinylora.models.gguf import GGUF
 
 gguf = pytest.importorskip("gguf")
@@ -581,7 +582,7 @@ def test_a_plain_adapter_comes_back_with_its_settings(folder, tmp_path, rng):
 def test_a_folder_becomes_the_same_file(folder, tmp_path, rng):
     m = adapted(folder, rng, use_rslora=True)
     peft.save_adapter(m, tmp_path / "adapter", base_model=str(folder))
-    adapter_files.save_adapter(m, tmp_path / "a.gguf")
+    adapter_files.save_adapter(m, tmp_path / "a.gguf", base_model=str(folder))
     for i, base in enumerate((None, folder)):
         written = adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / f"{i}.gguf", base)
         assert (tmp_path / f"{i}.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes() and not written.notes
@@ -639,6 +640,89 @@ def test_a_base_that_is_not_there_or_does_not_fit(folder, tmp_path, rng):
     with pytest.raises(ValueError, match=r"adapter does not fit the model base: lora: the adapter's arrays for"):
         adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf", "base")
     assert not (tmp_path / "a.gguf").exists()
+
+
+def test_the_base_of_an_adapter_comes_along_and_is_checked(folder, tmp_path, rng):
+    m = tl.quantize_linears(Llama.from_pretrained(folder), "nf4")
+    m = tiny.randomize_trainable(tl.add_lora(m, r=4), rng)
+    peft.save_adapter(m, tmp_path / "adapter", base_model=str(folder))
+    written = adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf")
+    assert written.notes[0].startswith("it was trained on its base in nf4 (blocks of 64, double quantization); beside")
+    again = adapter_files.load_adapter(Llama.from_pretrained(folder, quantize="nf4"), tmp_path / "a.gguf")
+    x = tiny.ids(rng, 1, 9)
+    assert (logits(again, x) == logits(m, x)).all()
+    with pytest.warns(UserWarning, match=r"a\.gguf was trained on this base in nf4 .*, and here it is held in float32"):
+        adapter_files.load_adapter(Llama.from_pretrained(folder), tmp_path / "a.gguf")
+    other = tiny.model(12, **SIZES, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"a\.gguf was trained on another base"):
+        adapter_files.load_adapter(other, tmp_path / "a.gguf")
+    assert not tl.adapters.configs(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapter_files.load_adapter(other, tmp_path / "a.gguf", check_base=False)
+
+
+def test_generate_and_merge_take_a_lora_file(tmp_path, rng, capsys):
+    """As they take a folder: the base is the one that the file tells, held as it was in training."""
+    from tinylora import cli
+
+    m = tl.quantize_linears(Llama.from_pretrained("base"), "nf4")
+    m = tiny.randomize_trainable(tl.add_lora(m, r=2, target_modules=["q_proj", "v_proj"]), rng)
+    peft.save_adapter(m, tmp_path / "adapter", base_model="base")
+    assert cli.main(["convert", str(tmp_path / "adapter"), "--out", str(tmp_path / "a.gguf")]) == 0
+    capsys.readouterr()
+    said = []
+    for adapter in ("adapter", "a.gguf"):
+        words = ["--prompt", "KING", "--max-new-tokens", "20", "--temperature", "0"]
+        assert cli.main(["generate", "--adapter", str(tmp_path / adapter), *words]) == 0
+        said.append(capsys.readouterr().out)
+        assert cli.main(["merge", "--adapter", str(tmp_path / adapter), "--out", str(tmp_path / f"{adapter}.m")]) == 0
+        capsys.readouterr()
+    assert said[0] == said[1] and len(said[0]) > 10
+    merged = [(tmp_path / f"{adapter}.m" / "model.safetensors").read_bytes() for adapter in ("adapter", "a.gguf")]
+    assert merged[0] == merged[1]
+
+
+def test_a_model_of_one_weight_for_two_is_untied_if_asked(tmp_path, folder, rng):
+    m = adapted(folder, rng, target_modules=["embed_tokens", "lm_head"])
+    adapter_files.save_adapter(m, tmp_path / "a.gguf")
+    tied = tiny.model(11, **SIZES)
+    with pytest.raises(ValueError, match=r"a\.gguf does not fit this model: it holds .*"):
+        adapter_files.load_adapter(tied, tmp_path / "a.gguf", check_base=False)
+    assert tied.lm_head is None
+    adapter_files.load_adapter(tied, tmp_path / "a.gguf", check_base=False, untie=True)
+    assert tied.lm_head is not None and len(tl.adapters.lora_layers(tied)) == 2
+
+
+def test_an_embedding_that_comes_along_is_refused_if_it_is_not_the_bases_own(folder, tmp_path, rng):
+    """As PEFT writes it: the base's embedding and head beside factors of the head, and rows of tokens that were added."""
+    m = adapted(folder, rng, target_modules=["lm_head", "q_proj"])
+    peft.save_adapter(m, tmp_path / "adapter", base_model=str(folder))
+    path, start = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model."
+    tensors, _ = safetensors.load_safetensors(path)
+    head, embedding = m.get("lm_head").base_layer.weight.data, m.model.embed_tokens.weight.data
+    own = {f"{start}lm_head.base_layer.weight": head, f"{start}model.embed_tokens.weight": embedding}
+    safetensors.save_safetensors(path, tensors | own)
+    adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf")
+    adapter_files.save_adapter(m, tmp_path / "b.gguf", base_model=str(folder))
+    a, b = (gguf.GGUFReader(tmp_path / name).tensors for name in ("a.gguf", "b.gguf"))
+    assert [(t.name, t.data.tobytes()) for t in a] == [(t.name, t.data.tobytes()) for t in b]
+    grown = {f"{start}model.embed_tokens.weight": np.concatenate([embedding, embedding[:2]])}
+    changed = {f"{start}model.embed_tokens.weight": embedding + (np.arange(256) == 7)[:, None].astype(np.float32)}
+    for more in (grown, changed):
+        safetensors.save_safetensors(path, tensors | more)
+        with pytest.raises(ValueError, match=r"adapter brings model\.embed_tokens along, which is not the base's own"):
+            adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "c.gguf")
+    rows = {f"{start}model.embed_tokens.token_adapter.trainable_tokens_delta": embedding[:2] + 1}
+    safetensors.save_safetensors(path, tensors | rows)
+    settings = files.read_json(tmp_path / "adapter" / "adapter_config.json")
+    files.write_json(
+        tmp_path / "adapter" / "adapter_config.json",
+        settings | {"trainable_token_indices": {"embed_tokens": [3, 5]}},
+    )
+    with pytest.raises(ValueError, match=r"adapter has rows of its own for model\.embed_tokens"):
+        adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "c.gguf")
+    assert not (tmp_path / "c.gguf").exists()
 
 
 def rewritten(path, change):

@@ -36,7 +36,7 @@ def generate_parser(commands):
         action="extend",
         default=[],
         metavar="FOLDER",
-        help="an adapter folder, written by finetune or by PEFT; of several on one base, what they add is added up",
+        help="an adapter folder of finetune or PEFT, or a LoRA FILE.gguf; of several on one base, what they add is added up",
     )
     p.add_argument(
         "--weights", type=finite, nargs="+", default=None, metavar="W", help="a factor for each of several adapters (1)"
@@ -334,7 +334,7 @@ def merge_parser(commands):
         "merge into the dense base, or into few bits (into what the adapter was trained on)",
         "the adapter's base, which must be named unless it is the embedded model",
     )
-    p.add_argument("--adapter", required=True, help="an adapter folder, written by finetune or by PEFT")
+    p.add_argument("--adapter", required=True, help="an adapter folder of finetune or PEFT, or a LoRA FILE.gguf")
     p.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="of a dense model's file (float32)"
     )
@@ -412,19 +412,21 @@ def _open(args, folders=(), weights=None, stays=False):
     stays   whether --quantize may name the code of a folder that is in few bits already
     """
     from .. import adapters
-    from ..interop import peft
+    from ..interop import gguf, peft
+    from ..models.gguf import is_gguf
     from ..models.llama import Llama
 
     if weights is not None and len(weights) != len(folders):
         raise ValueError(f"--weights: {len(weights)} numbers for {len(folders)} adapters; expected one for each")
     if args.force and not folders:
         raise ValueError("--force is for an adapter; leave it out, or give --adapter")
-    bases = [peft.read_base(folder) for folder in folders]
+    formats = [gguf if is_gguf(folder) else peft for folder in folders]
+    bases = [form.read_base(folder) for form, folder in zip(formats, folders, strict=True)]
     path = args.model = args.model or _one_base(bases)
     model = Llama.from_pretrained(path, **_holding(args, path, bases, stays))
     names = [f"adapter{i}" for i in range(1, len(bases) + 1)]
-    for name, base in zip(names, bases, strict=True):
-        peft.load_adapter(model, base.folder, name, check_base=not args.force, untie=True)
+    for form, name, base in zip(formats, names, bases, strict=True):
+        form.load_adapter(model, base.folder, name, check_base=not args.force, untie=True)
         peft.take_tokenizer(model, base.folder)
     if weights is not None:
         adapters.add_weighted_adapter(model, names, weights, "weighted", "cat")

@@ -10,12 +10,14 @@ scale s may come from alpha_pattern or rsLoRA (α/√r). What a layer's s is mor
 
     B ← B · s r / α,        α = s r of most layers, so that with one scale for all nothing is multiplied
 
-Refused, since the format has no place for it: DoRA, the bias of B, biases and modules trained whole, and an adapted embedding that is
-the head as well. Merge such an adapter, and convert the merged model.
+Refused, since the format has no place for it: DoRA, the bias of B, parameters trained whole, embeddings that come along, and factors of
+an embedding that is the head as well. Merge such an adapter, and convert the merged model.
 
-The base is not in the file, not even its name: it computes on whatever model it is put beside.
+llama.cpp puts the adapter on whatever base it is told to. Written here, the file says which base it was trained on (the entry "tinylora",
+as `peft` has it in a folder), and read here, another one is refused.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -23,11 +25,11 @@ import numpy as np
 
 from .. import adapters
 from ..adapters.kinds import LoRAEmbedding
-from ..adapters.targets import adaptable_layers
+from ..adapters.targets import adaptable_layers, linears, own_weights
 from ..backend import move
-from ..models import files, folders, fourbit, gguf, gguf_writer
-from ..models.llama import Llama, LlamaConfig
-from . import peft
+from ..models import folders, fourbit, gguf, gguf_writer, identity
+from ..models.llama import Llama, _unfilled
+from . import embeddings, peft
 
 _NO_PLACE = "and llama.cpp's LoRA files have no place for that: merge the adapter and convert the merged model instead"
 
@@ -35,36 +37,52 @@ _NO_PLACE = "and llama.cpp's LoRA files have no place for that: merge the adapte
 def convert_adapter(folder, path, base=None, kind="f32", bar=iter):
     """Write the adapter of a folder (of PEFT's or tinylora's) as a GGUF. -> gguf_writer.Written
 
-    base   the model that it was trained on: "base", a folder, or FILE.gguf; of it only the config is read. Without it, the one
-           that adapter_config.json names, if it is there
+    base   the model that it was trained on: "base", a folder, or FILE.gguf; of its weights only those are read that the adapter brings
+           along. Without it, the one that the adapter tells
     kind   "f32", "f16", "bf16" or "q8_0"
     """
     gguf_writer.check_target(None, path, kind)
-    adapter, base = peft.read_adapter(folder), base or peft.read_base(folder).find()
-    model = Llama(LlamaConfig.from_dict(*_config(base)), draw=False)
-    _refuse_what_has_no_place(model, adapter)
+    file, base = peft._read(Path(folder)), base or peft.read_base(folder).find()
+    opened = folders.open_model(base, held=fourbit.held(base))
+    model = _unfilled(Llama, opened)
+    _refuse_what_has_no_place(model, file.adapter)
+    _refuse_what_comes_along(file, opened.weights, folder)
     try:
-        adapters.attach(model, adapter)
+        adapters.refuse_unfit(model, file.adapter)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder} does not fit the model {base}: {error.args[0]}") from None
-    return save_adapter(model, path, kind=kind, bar=bar)
+    peft._refuse_other_layers(model, file.adapter, folder)
+    adapters.attach(model, file.adapter)
+    return _write(model, "default", path, kind, bar, file.about)
 
 
-def _config(path):
-    """(config, where it stands) of a model, dense or of few bits."""
-    if fourbit.is_quantized(path):
-        where = Path(path) / "config.json"
-        return files.read_json(where), where
-    opened = folders.open_model(path)
-    return opened.config, opened.config_path
+def _refuse_what_comes_along(file, base, folder):
+    """ValueError if an adapter's folder holds an embedding or a head, or rows of one, that are not the base's own."""
+    rows = next(iter(file.rows), None)
+    if rows is not None:
+        raise ValueError(f"{folder} has rows of its own for {rows} (trainable_token_indices), {_NO_PLACE}")
+    for module, (array, _) in file.bases.items():
+        own = f"{module}.weight"
+        name = own if own in base else embeddings.EMBEDDING  # of a head that is the embedding
+        if base.kind(name)[1] != array.shape or not identity.equal_but_for_rounding(base.float32(name), array):
+            raise ValueError(f"{folder} brings {module} along, which is not the base's own, {_NO_PLACE}")
 
 
-def save_adapter(model, path, name=None, kind="f32", bar=iter):
+def save_adapter(model, path, base_model=None, name=None, kind="f32", bar=iter):
     """Write one adapter of a model (without a name, the active one) as a GGUF. -> gguf_writer.Written
+
+    base_model   what the file should record as the base (a name or a folder)
 
     ValueError names what the format cannot carry.
     """
     gguf_writer.check_target(None, path, kind)
+    return _write(
+        model, name, path, kind, bar, {"base": base_model, **identity.identity(own_weights(model), linears(model))}
+    )
+
+
+def _write(model, name, path, kind, bar, about):
+    """Write the adapter of this name; about: what models.identity says of its base, or None."""
     adapter, config = adapters.adapter_of(model, name), model.config
     _refuse_what_has_no_place(model, adapter)
     name = name or adapters.active_adapters(model)[0]
@@ -92,7 +110,12 @@ def save_adapter(model, path, name=None, kind="f32", bar=iter):
         "general.quantization_version": 2,
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
+        peft._METADATA: json.dumps(about) if about else None,
     }
+    if about and about["held"]:
+        notes.append(
+            f"it was trained on its base in {identity.described(about['held'])}; beside another form it is less exact"
+        )
     gguf_writer.write(path, fields, plan, arrays.__getitem__, bar)
     return gguf_writer.Written(sum(x.size for x in arrays.values()), tuple(notes))
 
@@ -184,10 +207,27 @@ def _lora_config(model, alpha, weights):
     )
 
 
-def load_adapter(model, path, name="default"):
-    """Put the adapter of a LoRA file on the model, in place, and let it compute; returns the model."""
-    adapter = read_adapter(path, model)
+def read_base(path):
+    """The peft.Base of a LoRA file: what it says of its base, if it was written here."""
+    about = peft._description(_Opened(path).fields, path)
+    return peft.Base(Path(path), (about or {}).get("base"), about)
+
+
+def load_adapter(model, path, name="default", check_base=True, untie=False):
+    """Put the adapter of a LoRA file on the model, in place, and let it compute; returns the model.
+
+    check_base   False: put it on another base than it was trained on, too. (A file that was written elsewhere does not say which.)
+    untie        True: a model whose head is its embedding gets a head of its own if the adapter changes one of the two
+    """
+    file = _Opened(path)
+    if untie and model.tied_parameters and any(tensor.startswith(("token_embd.", "output.")) for tensor in file):
+        adapters.untie(model)
     try:
-        return adapters.attach(model, adapter, name)
+        adapter = _adapter(file, model)
+        adapters.refuse_unfit(model, adapter)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this model: {error}") from None
+    about = peft._description(file.fields, path)
+    if check_base and about is not None:
+        peft._check_base(model, about, path)
+    return adapters.attach(model, adapter, name)
