@@ -80,10 +80,21 @@ def test_a_checkpoint_without_clocks_of_its_own_is_read(rng):
     optimizer = AdamW([p])
     p.grad = np.ones(3, np.float32)
     optimizer.step()
-    old = {name: a for name, a in optimizer.state_dict().items() if name != "t"}
+    old = {name: a for name, a in optimizer.state_dict().items() if not name.endswith(".t")}
     again = AdamW([p])
     again.load_state_dict(old)
-    assert again.state_dict()["t"].tolist() == [1]
+    assert again.state_dict()["param0.t"] == 1
+
+
+def test_saved_steps_belong_to_a_name_and_not_to_a_place():
+    x, y = (Tensor(np.zeros(2, np.float32), requires_grad=True) for _ in range(2))
+    optimizer = AdamW([("x", x), ("y", y)])
+    for step in range(5):
+        x.grad, y.grad = np.ones(2, np.float32), np.ones(2, np.float32) if step == 4 else None
+        optimizer.step()
+    other = AdamW([("y", y), ("x", x)])
+    other.load_state_dict(optimizer.state_dict())
+    assert {n: int(t) for n, t in other.state_dict().items() if n.endswith(".t")} == {"y.t": 1, "x.t": 5}
 
 
 def test_a_parameter_given_twice_is_refused():

@@ -1,5 +1,7 @@
 """Quantization: bitsandbytes' golden cases bit for bit, the fast path against the plain one, and what a QuantizedTensor says of itself."""
 
+from dataclasses import replace
+
 import numpy as np
 import plain
 import pytest
@@ -187,3 +189,13 @@ def test_a_weight_without_elements_has_no_bits_per_parameter(shape):
     for q in (quantize(np.zeros(shape, np.float32)), BFloat16Array.of(np.zeros(shape, np.float32))):
         with pytest.raises(ValueError, match="no element"):
             _ = q.bits_per_param
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_arrays_of_the_other_byte_order_mean_the_same_numbers(double_quant, rng):
+    """Quantized from them, and dequantized by a code that lies in that order."""
+    w = rng.standard_normal((6, 64)).astype(np.float32)
+    q = quantize(w, double_quant=double_quant)
+    assert quantize(w.astype(">f4"), double_quant=double_quant).packed.tobytes() == q.packed.tobytes()
+    turned = replace(q, code=q.code.astype(">f4"))
+    assert turned.dequantize("float32").tobytes() == q.dequantize("float32").tobytes()

@@ -147,10 +147,12 @@ class AdamW:
             slot.p.grad = None
 
     def state_dict(self):
-        """{"name.m": array, "name.v": array} in the parameters' shapes, "step", and "t" of every parameter in their order."""
-        state = {"step": np.array(self.step_count), "t": np.array([slot.t for slot in self._slots])}
+        """{"name.m": array, "name.v": array} in the parameters' shapes, each one's "name.t", and "step"."""
+        state = {"step": np.array(self.step_count)}
         for slot in self._slots:
-            state |= {f"{slot.name}.{part}": values for part, values in self._read(slot).items()}
+            state |= {f"{slot.name}.t": np.array(slot.t)} | {
+                f"{slot.name}.{part}": values for part, values in self._read(slot).items()
+            }
         return state
 
     def load_state_dict(self, state):
@@ -164,8 +166,8 @@ class AdamW:
         for slot in self._slots:  # only now that everything was found fit
             self._write(slot, {part: state[f"{slot.name}.{part}"] for part in self._read(slot)})
         self.step_count = int(state["step"])
-        for slot, t in zip(self._slots, state.get("t", [self.step_count] * len(self._slots)), strict=True):
-            slot.t = int(t)
+        for slot in self._slots:
+            slot.t = int(state.get(f"{slot.name}.t", self.step_count))  # older files have the optimizer's steps alone
 
     def _read(self, slot):
         """{part: array}: a slot's state, on the host."""

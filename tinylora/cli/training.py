@@ -191,9 +191,11 @@ def _memory_options(g):
 
 
 def _finetune(args):
-    from ..training.finetune import FULL_RECIPE, LORA_RECIPE
+    from ..training.finetune import FULL_RECIPE, LORA_RECIPE, METHODS
 
     job = _job(args)
+    if args.adapter is not None and "methods" not in args.given:
+        args.methods = tuple(name for name in args.methods if METHODS[name].adapts)  # of --compare
     if args.lr is None:  # --compare takes that of full fine-tuning from --full-lr
         args.lr = (FULL_RECIPE if job.method == "full" and not args.compare else LORA_RECIPE).lr
     plan = recipe(args, LORA_RECIPE)

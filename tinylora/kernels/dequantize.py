@@ -40,7 +40,7 @@ def scaled(q, absmax):
 def scaled_on_host(q, absmax, bfloat16=False):
     """The same on NumPy, in chunks that stay in the cache, four neighbours at once: 65,536 quadruples indexed by two packed bytes."""
     packed = np.append(q.packed, np.zeros(1, np.uint8)) if len(q.packed) % 2 else q.packed
-    packed, table = packed.view("<u2"), _quadruples(q.code.tobytes())
+    packed, table = packed.view("<u2"), _quadruples(q.code.astype("<f4", copy=False).tobytes())
     flat = np.empty(4 * len(packed), np.float32)
     step = max(_CHUNK // (4 * q.blocksize), 1) * 4 * q.blocksize  # whole blocks and whole quadruples
     for start in range(0, len(flat), step):
@@ -70,7 +70,7 @@ def _pairs(code):
 @lru_cache(maxsize=8)  # 1 MB each
 def _quadruples(code):
     """(65536,) complex128: entry (b₁ << 8 | b₀) is the pair of byte b₀ and the pair of byte b₁. code: its bytes"""
-    pairs = _pairs(np.frombuffer(code, np.float32))
+    pairs = _pairs(np.frombuffer(code, "<f4"))
     table = np.empty((256, 256, 2), np.complex64)
     table[..., 0], table[..., 1] = pairs[None, :], pairs[:, None]
     return table.reshape(-1).view(np.complex128)

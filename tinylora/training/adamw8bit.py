@@ -33,7 +33,7 @@ What 8 bits do besides rounding, each with a test:
 Codes and absmax equal those of bitsandbytes on a CPU in every bit, at every step. Parameters do not, because torch's square root is off by
 an ulp at times: in one step they part by at most 2⁻²¹ |Δp| and an ulp of p.
 
-Differs from bitsandbytes' AdamW8bit: steps are counted by the optimizer and not by each parameter; parameters and gradients are float32
+Differs from bitsandbytes' AdamW8bit: parameters and gradients are float32
 (there 16 bits are converted and rounded back); a parameter too small for 8 bits takes AdamW's order of operations, while there it is
 p ← fma(−η√(1 − β₂ᵗ)/(1 − β₁ᵗ), m/(√v + √(1 − β₂ᵗ) ε), p), with fused multiply-adds in m and v too. As there: weight decay is
 0.01 unless given, 8 bits are no option (it takes optim_bits=32 and nothing else), amsgrad does not exist. Left out: max_unorm and

@@ -317,7 +317,11 @@ def _backward(model, batches, recipe, step, pool, pager=None, measure=None):
 
     Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is run once more.
     """
-    count = max(sum(float(mask.sum()) for _, _, mask in batches), 1)
+    count = sum(float(mask.sum()) for _, _, mask in batches)
+    if not count:
+        raise ValueError(
+            f"step {step + 1}: none of its tokens counts in the loss; give more text, or a larger --seq-len"
+        )
     gradients, loss, tape, tokens = {}, 0.0, 0, 0
     for i, batch in enumerate(batches):
         parts = list(zip(*(np.array_split(a, min(recipe.shards, len(a))) for a in batch), strict=True))
