@@ -107,6 +107,16 @@ def test_prompt_and_answer_files_train_too(setup, tmp_path, capsys):
     )
 
 
+def test_the_sample_is_of_the_users_own_text(setup, tmp_path, capsys):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(f'{{"prompt": "say {i}: ", "answer": "{i}"}}\n' for i in range(40)))
+    quick = [*QUICK, "--steps", "1", "--out"]
+    assert main(["finetune", *setup[:2], "--text", str(pairs), *quick, str(tmp_path / "a")]) == 0
+    assert "\n    say 36: " in capsys.readouterr().out
+    assert main(["finetune", *setup, *quick, str(tmp_path / "b")]) == 0
+    assert json.loads((tmp_path / "b" / "report.json").read_text())["samples"]["after"][:30] in TEXT
+
+
 @pytest.mark.parametrize("method", ["full", "lora", "qlora-fp4", "qlora-int4", "int8"])
 def test_other_methods(method, setup, tmp_path, capsys):
     assert main(["finetune", *setup, *QUICK, "--steps", "2", "--method", method, "--out", str(tmp_path / "run")]) == 0

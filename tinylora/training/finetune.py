@@ -27,7 +27,7 @@ from ..optim import AdamW
 from ..paging import Pager
 from ..tensor import Tensor
 from .adamw8bit import AdamW8bit
-from .corpus import question_and_answer, read_corpus, read_text, running_text
+from .corpus import Pairs, question_and_answer, read_corpus, read_text, running_text
 from .train import Recipe, bits_per_byte, check_run, fit
 
 
@@ -266,7 +266,9 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
 
     def score():
         limits = {"seq_len": recipe.seq_len, "shards": recipe.shards, "limit": job.heldout}
-        return bits_per_byte(model, heldout, progress=progress, **limits), sample(model)
+        return bits_per_byte(model, heldout, progress=progress, **limits), sample(
+            model, None if job.text is None else heldout
+        )
 
     if measure_before:
         report.weight_error = _weight_error(model, job)
@@ -386,9 +388,18 @@ def read_trace(out):
     return [(int(step), int(page), event, int(nbytes)) for step, page, event, nbytes in rows[1:]]
 
 
-def sample(model, tokens=240):
-    """A continuation of PROMPT, or an answer to QUESTION, at temperature 0.6 and always with the same seed."""
+def sample(model, own=None, tokens=240):
+    """A continuation of PROMPT, or an answer to QUESTION, at temperature 0.6 and always with the same seed.
+
+    own: a corpus, whose first prompt, or first 32 tokens of running text, are continued instead
+    """
     tokenizer = model.tokenizer
+    if own is not None:
+        asked = own.pairs[0][0] if isinstance(own, Pairs) else own.sources[0][:32].tolist()
+        asked = asked[-(model.config.max_position_embeddings // 2) :]
+        if asked:
+            options = {"stop": ends(model)} if tokenizer.chats else {}
+            return tokenizer.decode(asked) + model.generate(asked, tokens // 3, temperature=0.6, seed=1, **options)
     if tokenizer.chats:
         ids = tokenizer.chat_prompt(QUESTION)
         answer = model.generate(ids, max_new_tokens=tokens // 3, temperature=0.6, seed=1, stop=ends(model))
