@@ -219,7 +219,7 @@ def test_the_block_size_is_the_adapters_unless_another_is_given(trained, capsys,
     "arguments, words",
     [
         (["--quantize", "nf4", "--dtype", "bfloat16", "--out", "merged"], "--dtype bfloat16 is for a dense file"),
-        (["--out", "model"], "would overwrite the base; choose another folder"),
+        (["--model", "model", "--out", "model"], "would overwrite the base; choose another folder"),
     ],
 )
 def test_a_merge_that_would_lose_something_is_refused(arguments, words, trained, capsys, monkeypatch):
@@ -272,11 +272,15 @@ def test_a_base_in_4_bits_is_merged_dense_or_into_its_code(folder, capsys, rng):
     m = tiny.randomize_lora(adapters.add_lora(Llama.from_pretrained(folder / "four"), r=2), rng).eval()
     peft.save_adapter(m, folder / "adapter", base_model=str(folder / "four"))
     x = tiny.ids(rng, 1, 9)
-    np.testing.assert_allclose(tiny.logits(merged(folder), x), tiny.logits(m, x), rtol=1e-4, atol=1e-5)
-    assert merged(folder, "--quantize", "fp4").model.layers[0].mlp.up_proj.weight.blocksize == 128
+    model = ["--model", str(folder / "four")]
+    np.testing.assert_allclose(tiny.logits(merged(folder, *model), x), tiny.logits(m, x), rtol=1e-4, atol=1e-5)
+    assert merged(folder, "--quantize", "fp4", *model).model.layers[0].mlp.up_proj.weight.blocksize == 128
     adapter = ["--adapter", str(folder / "adapter")]
     for arguments, words in (
-        (["merge", "--out", str(folder / "x"), "--quantize", "nf4"], "--quantize nf4: the base lies in fp4"),
+        (
+            ["merge", "--out", str(folder / "x"), "--quantize", "nf4"],
+            "the base is stored in fp4 already, and merging keeps that: --quantize nf4 cannot; leave it out for a dense",
+        ),
         (
             ["merge", "--out", str(folder / "x"), "--quantize", "none"],
             "four is in few bits and has no dense weights; leave --quantize out",
@@ -284,9 +288,27 @@ def test_a_base_in_4_bits_is_merged_dense_or_into_its_code(folder, capsys, rng):
         (["generate", "--quantize", "fp4"], "four is in 4 bits already; leave --quantize out"),
         (["generate", "--blocksize", "64"], "four is in few bits already, in blocks of its own; leave --blocksize out"),
     ):
-        assert main([*arguments, *adapter]) == 2
+        assert main([*arguments, *adapter, *model]) == 2
         assert words in capsys.readouterr().err
     assert not (folder / "x").exists()
+
+
+def test_a_base_in_8_bits_is_called_as_the_option_is(folder, capsys, rng):
+    bitsandbytes.save(quantize_linears(tiny.model(), "int8_vectorwise"), folder / "eight")
+    m = tiny.randomize_lora(adapters.add_lora(Llama.from_pretrained(folder / "eight"), r=2), rng)
+    peft.save_adapter(m, folder / "adapter", base_model=str(folder / "eight"))
+    words = [
+        "merge",
+        "--adapter",
+        str(folder / "adapter"),
+        "--model",
+        str(folder / "eight"),
+        "--out",
+        str(folder / "x"),
+    ]
+    assert main([*words, "--quantize", "nf4"]) == 2
+    assert "the base is stored in int8 already" in capsys.readouterr().err and not (folder / "x").exists()
+    assert main([*words, "--quantize", "int8"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -346,20 +346,20 @@ def _merge(args):
 
     from .. import adapters
     from ..dtypes import BFloat16Array, Stored
-    from ..interop import bitsandbytes, peft
+    from ..interop import bitsandbytes
 
     few = args.quantize not in (None, "none")
     if few and "dtype" in args.given:
         raise ValueError(
             f"--dtype {args.dtype} is for a dense file, and --quantize {args.quantize} writes another; leave one out"
         )
-    if args.model is None and (base := peft.read_base(args.adapter).find()) != "base":
+    if args.model is None and (base := _format(args.adapter).read_base(args.adapter).find()) != "base":
         raise ValueError(f"{args.adapter} was trained on {base}; a merge is for good, so name its base: --model {base}")
     model = _open(args, [args.adapter], stays=few)
     if args.model != "base" and Path(args.out).resolve() == Path(args.model).resolve():
         raise ValueError(f"--out {args.out} would overwrite the base; choose another folder")
     stored = [w for _, w in model.named_weights() if isinstance(w, Stored) and not isinstance(w, BFloat16Array)]
-    if few and (found := {w.code_name for w in stored}) != {_code(args.quantize)}:
+    if few and (found := {_word(w.code_name) for w in stored}) != {args.quantize}:
         raise ValueError(
             f"the base is stored in {', '.join(found)} already, and merging keeps that: --quantize {args.quantize} cannot; "
             "leave it out for a dense model"
@@ -412,15 +412,14 @@ def _open(args, folders=(), weights=None, stays=False):
     stays   whether --quantize may name the code of a folder that is in few bits already
     """
     from .. import adapters
-    from ..interop import gguf, peft
-    from ..models.gguf import is_gguf
+    from ..interop import peft
     from ..models.llama import Llama
 
     if weights is not None and len(weights) != len(folders):
         raise ValueError(f"--weights: {len(weights)} numbers for {len(folders)} adapters; expected one for each")
     if args.force and not folders:
         raise ValueError("--force is for an adapter; leave it out, or give --adapter")
-    formats = [gguf if is_gguf(folder) else peft for folder in folders]
+    formats = [_format(folder) for folder in folders]
     bases = [form.read_base(folder) for form, folder in zip(formats, folders, strict=True)]
     path = args.model = args.model or _one_base(bases)
     model = Llama.from_pretrained(path, **_holding(args, path, bases, stays))
@@ -436,11 +435,26 @@ def _open(args, folders=(), weights=None, stays=False):
     return model
 
 
+def _format(adapter):
+    """The module that reads an adapter: a LoRA FILE.gguf, or a folder of PEFT's."""
+    from ..interop import gguf, peft
+    from ..models.gguf import is_gguf
+
+    return gguf if is_gguf(adapter) else peft
+
+
 def _code(name):
     """What nn.quantized_linear calls a code of the command line."""
     from ..models import eightbit
 
     return {"int8": eightbit.CODE}.get(name, name)
+
+
+def _word(code):
+    """What the command line calls a code of nn.quantized_linear."""
+    from ..models import eightbit
+
+    return {eightbit.CODE: "int8"}.get(code, code)
 
 
 def _one_base(bases):
