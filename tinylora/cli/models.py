@@ -554,6 +554,7 @@ def convert_parser(commands):
     )
     p.add_argument("--dtype", choices=("bfloat16", "float32"), default=None, help="of a folder (bfloat16)")
     p.add_argument("--model", default=None, help="an adapter's base: 'base', a model folder, or FILE.gguf")
+    p.add_argument("--force", action="store_true", help="write an adapter for a base that it was not trained on, too")
 
 
 def _convert(args):
@@ -576,7 +577,7 @@ def _convert(args):
     else:
         form = args.type or ("f32" if adapter else "f16")
         if adapter:
-            written = convert_adapter(args.path, args.out, args.model, form, bar)
+            written = convert_adapter(args.path, args.out, args.model, form, bar, not args.force)
         else:
             written = gguf_writer.convert(args.path, args.out, form, bar)
         weights, notes = written.weights, written.notes
@@ -595,5 +596,7 @@ def _refuse_what_would_be_ignored(args, adapter, to_gguf):
         raise ValueError("--dtype is for a folder; a GGUF takes --type")
     if args.type and not to_gguf:
         raise ValueError("--type is for a GGUF: let --out end in .gguf; a folder takes --dtype")
+    if args.force and not adapter:
+        raise ValueError(f"--force is for an adapter, and {args.path} is none; leave it out")
     if args.model and not adapter:
         raise ValueError(f"--model names the base of an adapter, and {args.path} is none")

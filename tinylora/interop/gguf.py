@@ -19,6 +19,9 @@ as `peft` has it in a folder), and read here, another one is refused.
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,12 +37,13 @@ from . import embeddings, peft
 _NO_PLACE = "and llama.cpp's LoRA files have no place for that: merge the adapter and convert the merged model instead"
 
 
-def convert_adapter(folder, path, base=None, kind="f32", bar=iter):
+def convert_adapter(folder, path, base=None, kind="f32", bar=iter, check_base=True):
     """Write the adapter of a folder (of PEFT's or tinylora's) as a GGUF. -> gguf_writer.Written
 
-    base   the model that it was trained on: "base", a folder, or FILE.gguf; of its weights only those are read that the adapter brings
-           along. Without it, the one that the adapter tells
-    kind   "f32", "f16", "bf16" or "q8_0"
+    base         the model that it was trained on: "base", a folder, or FILE.gguf; its dense weights are read one at a time.
+                 Without it, the one that the adapter tells
+    kind         "f32", "f16", "bf16" or "q8_0"
+    check_base   False: write it for another base than it was trained on, too
     """
     gguf_writer.check_target(None, path, kind)
     file, base = peft._read(Path(folder)), base or peft.read_base(folder).find()
@@ -52,8 +56,33 @@ def convert_adapter(folder, path, base=None, kind="f32", bar=iter):
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder} does not fit the model {base}: {error.args[0]}") from None
     peft._refuse_other_layers(model, file.adapter, folder)
+    if check_base and file.about is not None:
+        _refuse_other_base(model, opened, file.about, folder)
     adapters.attach(model, file.adapter)
     return _write(model, "default", path, kind, bar, file.about)
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """A dense weight that is read each time that it is asked for."""
+
+    shape: tuple
+    read: Callable
+
+    @property
+    def data(self):
+        return self.read()
+
+
+def _refuse_other_base(model, opened, about, folder):
+    """ValueError if the ModelFiles, of which `model` has the shapes, are another base than described."""
+    if fourbit.is_quantized(opened.path):
+        model = Llama.from_pretrained(opened.path)
+        weights = own_weights(model)
+    else:
+        shapes = {name: tuple(w.shape) for name, w in own_weights(model).items()}
+        weights = {n: _Unread(shape, partial(opened.weights.float32, n)) for n, shape in shapes.items()}
+    peft._refuse_other_base(about, weights, linears(model), folder)
 
 
 def _refuse_what_comes_along(file, base, folder):

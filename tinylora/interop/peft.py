@@ -474,14 +474,8 @@ def _description(metadata, where):
 def _check_base(model, about, folder):
     """ValueError if the model is another base than described; a warning if it is held otherwise."""
     weights, layers = own_weights(model), linears(model)
-    kind, name = identity.difference(about, weights, layers), about.get("base")
-    on = "another base" if name is None else f"another base ({name})"
+    kind = _refuse_other_base(about, weights, layers, folder)
     then, now = (identity.described(held) for held in (about["held"], identity.holding(weights, layers)))
-    if kind == "base":
-        raise ValueError(
-            f"{folder} was trained on {on}: this model's weights are others. A fine-tuned or merged copy is another base too; "
-            "check_base=False (on the command line --force) puts the adapter on it all the same"
-        )
     if kind == "held":
         warnings.warn(f"{folder} was trained on this base in {then}, and here it is held in {now}", stacklevel=3)
     elif kind == "rounding":
@@ -489,6 +483,18 @@ def _check_base(model, about, folder):
             f"{folder} was trained on this base in {then}, made from a file of another precision than here",
             stacklevel=3,
         )
+
+
+def _refuse_other_base(about, weights, layers, folder):
+    """How these weights differ from the base described (see identity.difference); ValueError if they are another one."""
+    kind, name = identity.difference(about, weights, layers), about.get("base")
+    if kind == "base":
+        on = "another base" if name is None else f"another base ({name})"
+        raise ValueError(
+            f"{folder} was trained on {on}: this model's weights are others. A fine-tuned or merged copy is another base too; "
+            "check_base=False (on the command line --force) puts the adapter on it all the same"
+        )
+    return kind
 
 
 def take_tokenizer(model, folder):
