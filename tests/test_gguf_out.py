@@ -131,6 +131,11 @@ def test_the_family_comes_back(kind, tmp_path, rng):
     np.testing.assert_allclose(logits(again, x), logits(m, x), rtol=1e-5, atol=1e-5)
     assert again.config.model_type == m.config.model_type and again.config.sliding_window == m.config.sliding_window
     assert any("attends to every position" in note for note in written.notes) == (kind == "mistral")
+    said, scaling = " ".join(written.notes), (m.config.rope_scaling or {}).get("rope_type")
+    scaled = {"linear": "rope.scaling.factor", "llama3": "rope_freqs.weight", "longrope": "rope_freqs.weight", None: ""}
+    assert ("scaled positions" in said) == (scaling is not None) and scaled[scaling] in said
+    biased = any(name.endswith(".bias") for name, _ in m.named_parameters())
+    assert ("biases of such a GGUF" in said) == (biased and m.config.model_type != "qwen2")
 
 
 def test_the_divisors_of_llama3_are_those_of_llama_cpp(tmp_path):
@@ -660,6 +665,35 @@ def test_the_base_of_an_adapter_comes_along_and_is_checked(folder, tmp_path, rng
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapter_files.load_adapter(other, tmp_path / "a.gguf", check_base=False)
+
+
+@pytest.mark.parametrize("code", [None, "nf4", "int8_vectorwise"])
+def test_an_adapter_is_not_written_for_another_base(code, folder, tmp_path, rng, capsys):
+    """Dense bases, GGUF files and folders in few bits; the base itself in other forms is taken."""
+    base = Llama.from_pretrained(folder)
+    m = tiny.randomize_trainable(tl.add_lora(tl.quantize_linears(base, code) if code else base, r=4), rng)
+    peft.save_adapter(m, tmp_path / "adapter", base_model=str(folder))
+    adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "wanted.gguf", folder)
+    other = Llama.from_pretrained(folder)
+    other.model.layers[0].mlp.up_proj.weight.data[:] *= rng.standard_normal(32).astype(np.float32)
+    for at, model in (("same", Llama.from_pretrained(folder)), ("other", other)):
+        model.save_pretrained(tmp_path / at)
+        gguf_writer.save(model, tmp_path / f"{at}.f16.gguf", "f16")
+        if code:
+            bitsandbytes.save(tl.quantize_linears(model, code), tmp_path / f"{at}.few")
+    forms = ["", ".f16.gguf", *([".few"] if code else [])]
+    for form in forms:
+        adapter_files.convert_adapter(tmp_path / "adapter", tmp_path / "a.gguf", tmp_path / f"same{form}")
+        assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "wanted.gguf").read_bytes()
+        with pytest.raises(
+            ValueError, match=r"adapter was trained on another base .*: this model's weights are others"
+        ):
+            run(tmp_path / "adapter", "--out", tmp_path / "b.gguf", "--model", tmp_path / f"other{form}")
+        assert not (tmp_path / "b.gguf").exists()
+    run(tmp_path / "adapter", "--out", tmp_path / "b.gguf", "--model", tmp_path / "other", "--force")
+    assert (tmp_path / "b.gguf").read_bytes() == (tmp_path / "wanted.gguf").read_bytes()
+    with pytest.raises(ValueError, match="--force is for an adapter"):
+        run("base", "--out", tmp_path / "c.gguf", "--force")
 
 
 def test_generate_and_merge_take_a_lora_file(tmp_path, rng, capsys):

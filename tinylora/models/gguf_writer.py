@@ -113,11 +113,32 @@ def _write_model(path, model, shapes, read, kind, name, bar):
             f"llama.cpp attends to every position here, and the model only to the last {config.sliding_window}"
         )
 
+    notes += _unread_by_transformers(config, shapes)
+
     def there(tensor):
         return extra[tensor] if tensor in extra else rows_there(sources[tensor], read(sources[tensor]), config)
 
     write(path, fields | words, plan, there, bar)
     return Written(sum(math.prod(shape) for shape in shapes.values()), (*notes, *odd))
+
+
+def _unread_by_transformers(config, shapes):
+    """Sentences about what llama.cpp and tinylora read from the file, and transformers' reader (5.23) passes over."""
+    kind, notes = (config.rope_scaling or {}).get("rope_type"), []
+    if kind in ("linear", "llama3", "longrope"):
+        where = "rope.scaling.factor" if kind == "linear" else gguf._FREQUENCIES
+        notes.append(
+            f"transformers does not read {where} of a GGUF, and computes without the scaled positions; llama.cpp and tinylora do"
+        )
+    own = ".q_proj.", ".k_proj.", ".v_proj."  # biases that every qwen2 has
+    biases = [
+        n for n in shapes if n.endswith(".bias") and not (config.model_type == "qwen2" and any(p in n for p in own))
+    ]
+    if biases:
+        notes.append(
+            f"transformers does not read the {len(biases)} biases of such a GGUF, and computes without; llama.cpp and tinylora do"
+        )
+    return notes
 
 
 def architecture(config):
