@@ -73,6 +73,21 @@ def test_a_base_is_known_in_every_form_of_16_or_32_bits(one, other, rng, tmp_pat
         assert load(FORMS[there](tmp_path / "there"), tmp_path / "a") == ""
 
 
+def test_two_copies_of_one_base_that_share_no_rounding_are_refused_with_that_reason(rng, tmp_path):
+    """float16 and bfloat16 of float32 weights, and Q8_0: weights that differ by their rounding, of which a hash tells no size."""
+    adapted(half(tiny.model()), rng, tmp_path / "a")
+    copy = read(tiny.model(), tmp_path / "copy", "bfloat16")
+    with pytest.raises(ValueError, match=r"another base, or on a copy of this one in another precision: .* --force"):
+        peft.load_adapter(copy, tmp_path / "a")
+    peft.load_adapter(copy, tmp_path / "a", check_base=False)
+    eighths = tiny.model()
+    for w in eighths.parameters():
+        scale = np.abs(w.data).max(-1, keepdims=True) / 127
+        w.data = (np.round(w.data / scale) * scale).astype(np.float32)
+    with pytest.raises(ValueError, match="a copy of this one in another precision"):
+        peft.load_adapter(eighths, tmp_path / "a")
+
+
 @pytest.mark.parametrize("code", ["nf4", "fp4", "int4"])
 def test_another_way_to_hold_the_base_is_said_and_its_own_is_not(code, rng, tmp_path):
     def base(**options):
@@ -149,7 +164,9 @@ def test_another_base_is_refused_and_nothing_has_changed(other, rng, tmp_path):
     adapted(tiny.model(), rng, tmp_path / "a")
     m, x = OTHERS[other](rng), tiny.ids(rng, 1, 9)
     before = tiny.logits(m, x)
-    with pytest.raises(ValueError, match=r"a was trained on another base: this model's weights are others"):
+    with pytest.raises(
+        ValueError, match=r"a was trained on another base, or on a copy of .*: this model's weights are others"
+    ):
         peft.load_adapter(m, tmp_path / "a")
     assert not adapters.lora_layers(m) and tiny.logits(m, x).tobytes() == before.tobytes()
     peft.load_adapter(m, tmp_path / "a", check_base=False)
@@ -334,7 +351,7 @@ def test_added_tokens_come_with_the_adapter_and_their_tokenizer(grown, capsys):
 
     folder, m, rows = grown
     command = ["--adapter", str(folder / "adapter")]
-    assert main(["merge", *command, "--out", str(folder / "merged")]) == 0
+    assert main(["merge", *command, "--model", str(folder / "base"), "--out", str(folder / "merged")]) == 0
     again = tl.Llama.from_pretrained(folder / "merged")
     assert again.config.vocab_size == len(rows) == again.tokenizer.backend.token_to_id("</tool>") + 1
     np.testing.assert_array_equal(again.model.embed_tokens.weight.data, rows)

@@ -491,7 +491,8 @@ def _refuse_other_base(about, weights, layers, folder):
     if kind == "base":
         on = "another base" if name is None else f"another base ({name})"
         raise ValueError(
-            f"{folder} was trained on {on}: this model's weights are others. A fine-tuned or merged copy is another base too; "
+            f"{folder} was trained on {on}, or on a copy of this one in another precision: this model's weights are others. "
+            "A fine-tuned or merged copy is another base too; "
             "check_base=False (on the command line --force) puts the adapter on it all the same"
         )
     return kind

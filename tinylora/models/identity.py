@@ -5,7 +5,7 @@ code, its block size). `identity` describes a base in a few thousand bytes, whic
 
     dense    of all that no form of a base holds in few bits (embedding, norms, biases, a head of its own): SHA-256 of up to 4096 numbers
              of each parameter, rounded to bfloat16; and once more, rounded to float16 before. A base and its copies in 32 or 16 bits
-             share at least one of the two
+             share at least one of the two (a copy in float16 and one in bfloat16 need not, and one in 8 bits shares none)
     linear   the same for linear layers that are held in 16 or 32 bits
     codes    of linear layers in 4 or 8 bits: a sample of about 4096 of the numbers that are stored, in hexadecimal
     held     how these are held: the options that nn.quantized_linear takes, such as code and blocksize; None in 32 bits
