@@ -10,6 +10,7 @@ import tiny
 import tinylora as tl
 from tinylora import Tensor, adapters, backend, nn, ops
 from tinylora.interop import peft
+from tinylora.models import safetensors
 from tinylora.nn import Linear4bit
 
 
@@ -376,6 +377,23 @@ def test_modules_to_save_are_named_by_the_end_of_a_path_as_peft_reads_them(tmp_p
     assert tiny.logits(peft.load_adapter(tiny.model(), tmp_path), x).tobytes() == tiny.logits(m, x).tobytes()
     with pytest.raises(ValueError, match="is a target and among modules_to_save"):
         tl.add_lora(tiny.model(), r=2, target_modules=["q_proj"], modules_to_save=["proj"])
+
+
+@pytest.mark.parametrize("whole, inside", [("attn", "self_attn"), ("ers.1", "layers.1")])
+def test_an_adapted_layer_inside_a_module_that_is_saved_whole_is_refused_by_that_reason(whole, inside, tmp_path, rng):
+    """PEFT makes such an adapter where the name is the bare end of a module's, and its own load_adapter fails on it."""
+    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=2, target_modules=["q_proj"]), rng)
+    peft.save_adapter(m, tmp_path)
+    tensors, metadata = safetensors.load_safetensors(tmp_path / "adapter_model.safetensors")
+    for path, w in m.named_parameters():
+        if inside in path and "lora" not in path:
+            tensors[f"base_model.model.{path}"] = w.data + 1  # trained too
+    safetensors.save_safetensors(tmp_path / "adapter_model.safetensors", tensors, metadata)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": [whole]}))
+    for read in (peft.read_adapter, lambda folder: peft.load_adapter(tiny.model(), folder)):
+        with pytest.raises(ValueError, match=r"q_proj is adapted and lies in a module that is trained whole .*PEFT"):
+            read(tmp_path)
 
 
 def test_unknown_keys_of_a_config_are_named_and_known_ones_are_not(tmp_path, recwarn):

@@ -328,6 +328,11 @@ def _sort_tensors(tensors, config, where):
     for path, factors in weights.items():
         if not {"lora_A", "lora_B"} <= factors.keys():
             raise ValueError(f"{where}: {path} has {', '.join(sorted(factors))} but not its partner")
+        if saved_whole(f"{path}.weight", config.modules_to_save):
+            raise ValueError(
+                f"{where}: {path} is adapted and lies in a module that is trained whole (modules_to_save = "
+                f"{list(config.modules_to_save)}); PEFT writes such a file and cannot open it either"
+            )
     strange = sorted(path for path, (_, comes_along) in bases.items() if not comes_along and path not in weights)
     if strange:
         raise ValueError(f"{where}: did not expect a base weight for {strange[0]}, which is not adapted")
