@@ -396,6 +396,32 @@ def test_an_adapted_layer_inside_a_module_that_is_saved_whole_is_refused_by_that
             read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"r": "8"}, "r = '8', expected a whole number, 1 or more"),
+        ({"r": 0}, "r = 0, expected a whole number, 1 or more"),
+        ({"r": 2.5}, r"r = 2\.5, expected a whole number"),
+        ({"r": None}, "r = None, expected a whole number"),
+        ({"r": True}, "r = True, expected a whole number"),
+        ({"rank_pattern": {"q_proj": "2"}}, r"rank_pattern\['q_proj'\] = '2', expected a whole number"),
+        ({"rank_pattern": {"q_proj": 2, "v_proj": 2.5}}, r"rank_pattern\['v_proj'\] = 2\.5, expected a whole number"),
+        ({"rank_pattern": {"nowhere": 0}}, r"rank_pattern\['nowhere'\] = 0, expected a whole number"),
+        ({"rank_pattern": [2]}, r"rank_pattern = \[2\], expected names and numbers"),
+        ({"alpha_pattern": 3}, "alpha_pattern = 3, expected names and numbers"),
+        ({"target_modules": 3}, "target_modules = 3, expected names"),
+        ({"modules_to_save": [1]}, r"modules_to_save = \[1\], expected names"),
+    ],
+)
+def test_a_config_with_a_wrong_number_is_one_sentence_with_its_file(change, words, tmp_path):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=2), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    for read in (peft.read_config, lambda folder: peft.load_adapter(tiny.model(), folder)):
+        with pytest.raises(ValueError, match=rf"adapter_config\.json: .*{words}"):
+            read(tmp_path)
+
+
 def test_unknown_keys_of_a_config_are_named_and_known_ones_are_not(tmp_path, recwarn):
     peft.save_adapter(tl.add_lora(tiny.model(), r=2), tmp_path)
     path = tmp_path / "adapter_config.json"

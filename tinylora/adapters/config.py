@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..backend import whole
 from ..lora import INITS
 
 BIASES = ("none", "all", "lora_only")
@@ -56,6 +57,9 @@ class LoRAConfig:
                 or not math.isfinite(value)
             ):
                 raise ValueError(f"lora: {name} = {value!r}, expected a number")
+        whole("lora: r", self.r)
+        for key, rank in self.rank_pattern.items():
+            whole(f"lora: rank_pattern[{key!r}]", rank)
         for name in ("r", "alpha", "dropout"):
             object.__setattr__(self, name, python_number(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):

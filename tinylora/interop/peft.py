@@ -278,6 +278,13 @@ def _warn_of_unknown_keys(settings, folder):
 def _lora_config(settings):
     """The LoRAConfig of what adapter_config.json holds, with PEFT's defaults for what it leaves out."""
     targets, whole = settings.get("target_modules", "all-linear"), settings.get("modules_to_save") or ()
+    for name, value, kinds, what in (
+        *((n, settings.get(n) or {}, dict, "names and numbers") for n in ("rank_pattern", "alpha_pattern")),
+        ("target_modules", targets, (list, tuple, str), "names or a regular expression"),
+        ("modules_to_save", whole, (list, tuple, str), "names"),
+    ):
+        if not isinstance(value, kinds) or (kinds is not dict and not all(isinstance(n, str) for n in value)):
+            raise ValueError(f"{name} = {value!r}, expected {what}")
     return adapters.LoRAConfig(
         r=settings.get("r", 8),
         alpha=settings.get("lora_alpha", 8),
