@@ -465,9 +465,8 @@ def test_what_an_adapter_does_to_embedding_and_head_is_done_here(what, tied, row
     again = adapter_files.load_adapter(tl.Llama.from_pretrained(folder), tmp_path / "b", untie=True)
     assert run(again, x).tobytes() == run(ours, x).tobytes()
     agree(logits(peft.PeftModel.from_pretrained(resized(), tmp_path / "b").eval(), x), wanted, 1e-5, "in PEFT again")
-    assert main(["merge", "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "merged")]) == 0, (
-        capsys.readouterr()
-    )
+    merge = ["merge", "--model", str(folder), "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "merged")]
+    assert main(merge) == 0, capsys.readouterr()
     transformers = pytest.importorskip("transformers")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     agree(logits(merged, x), wanted, 1e-5, "merged")
