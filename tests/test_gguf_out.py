@@ -768,6 +768,40 @@ def rewritten(path, change):
     gguf_writer.write(path, fields, {n: (w.shape, "F32") for n, w in tensors.items()}, tensors.__getitem__)
 
 
+def with_entries(path, changes):
+    """A model's file with some entries changed; None leaves one out."""
+    rewritten(path, lambda f, t: f.update({"tokenizer.ggml.model": "none", **changes}))
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "eot", "eom", "padding"])
+def test_a_special_token_that_the_vocabulary_does_not_have_is_refused(name, tmp_path):
+    """A text would never end there; −1 is llama.cpp's word for none."""
+    gguf_writer.save(tiny.model(**SIZES), tmp_path / "m.gguf", "f32")
+    entry = f"tokenizer.ggml.{name}_token_id"
+    for wrong in (256, 99999):
+        with_entries(tmp_path / "m.gguf", {entry: wrong})
+        with pytest.raises(ValueError, match=rf"m\.gguf: {entry} is {wrong}, and there are 256 tokens"):
+            Llama.from_pretrained(tmp_path / "m.gguf")
+    for fine, said in ((255, 255), (2**32 - 1, None)):
+        with_entries(tmp_path / "m.gguf", {entry: fine})
+        config = Llama.from_pretrained(tmp_path / "m.gguf").config
+        ours = {"bos": "bos", "padding": "pad"}.get(name, "eos")
+        assert getattr(config, f"{ours}_token_id") == said
+    with_entries(tmp_path / "m.gguf", {entry: 7, "tokenizer.ggml.tokens": ["a", "b"]})
+    with pytest.raises(ValueError, match=rf"{entry} is 7, and there are 2 tokens"):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+
+
+def test_a_file_without_a_vocabulary_says_so(tmp_path):
+    m = tiny.model(**SIZES, vocab_size=300)
+    m.save_pretrained(tmp_path / "m", "float32")
+    gguf_writer.save(m, tmp_path / "m.gguf", "f32")
+    with pytest.raises(
+        ValueError, match=r"m\.gguf holds no vocabulary \(tokenizer\.ggml\.tokens\), and .* has 300 tokens"
+    ):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+
+
 @pytest.mark.parametrize(
     "change, words",
     [

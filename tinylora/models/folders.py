@@ -78,8 +78,13 @@ class ModelFiles:
         size = self.config.get("vocab_size", 0)
         if not isinstance(self.weights, GGUF):
             return load_tokenizer(self.path, size)
-        if "tokenizer.ggml.tokens" not in self.weights.fields and size == 256:
-            return ByteTokenizer()
+        if "tokenizer.ggml.tokens" not in self.weights.fields:
+            if size == 256:
+                return ByteTokenizer()
+            raise ValueError(
+                f"{self.path} holds no vocabulary (tokenizer.ggml.tokens), and its model has {size} tokens; expected a file with its "
+                "vocabulary, or a model of the 256 bytes"
+            )
         return fitting(BPETokenizer.from_gguf(self.weights.fields, self.path), size, self.path)
 
 

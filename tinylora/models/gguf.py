@@ -224,9 +224,7 @@ class GGUF(Mapping):
             raise ValueError(
                 f"{self.path}: its block_count is {field('block_count')}, it holds tensors of {len(blocks)} blocks"
             )
-        bos, pad, *ends = (
-            self.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "padding", "eos", "eot", "eom")
-        )
+        bos, pad, *ends = map(self._token, ("bos", "padding", "eos", "eot", "eom"))
         ends = list(dict.fromkeys(i for i in ends if i is not None))
         tokens = {
             "bos_token_id": bos,
@@ -253,6 +251,19 @@ class GGUF(Mapping):
             **self._windows(),
             **tokens,
         }
+
+    def _token(self, name):
+        """The id of a special token; None where the file has none, or llama.cpp's word for none, −1."""
+        i = self.fields.get(f"tokenizer.ggml.{name}_token_id")
+        if i is None or i in (-1, 2**32 - 1):
+            return None
+        tokens = self.fields.get("tokenizer.ggml.tokens")
+        n = len(tokens) if isinstance(tokens, list) else self._tensors["model.embed_tokens.weight"][0][0]
+        if type(i) is not int or not 0 <= i < n:
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.{name}_token_id is {i!r}, and there are {n} tokens, counted from 0"
+            )
+        return i
 
     def _windows(self):
         """The entries of a config.json about the sliding window. A window as long as the text is none."""
