@@ -469,6 +469,26 @@ def test_the_block_size_of_a_4_bit_folder_is_its_own(setup, tmp_path, capsys):
     assert f"--blocksize has no effect here: {four} is in 4 bits already" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--code int8", "--code has no effect without --out"),
+        ("--code nf4", "--code has no effect without --out"),
+        ("--force", "--force has no effect without --out"),
+        ("--draws 5", "--draws has no effect without --normality"),
+        ("--code int8 --no-double --out OUT", "--no-double-quant is for the 4-bit codes that are measured"),
+        ("--code int8 --blocksize 32 --out OUT", "--blocksize is for the 4-bit codes that are measured"),
+        ("--code fp4 --no-double-quant --blocksize 32 --force --out OUT", None),
+        ("--no-double-quant --blocksize 32", None),
+    ],
+)
+def test_an_option_of_quantize_that_has_no_effect_is_said(options, words, setup, tmp_path, capsys):
+    options = options.replace("OUT", str(tmp_path / "out"))
+    assert main(["quantize", setup[1], "--codes", "nf4", *options.split()]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tinylora: ")]
+    assert said == [] if words is None else len(said) == 1 and f"tinylora: quantize: {words}" in said[0]
+
+
 def test_epochs_on_the_command_line(setup, tmp_path, capsys):
     """Half an epoch, finished and asked for again; then a whole one, which goes on."""
     command = ["finetune", *setup, *QUICK, "--out", str(tmp_path / "run"), "--schedule", "constant"]

@@ -166,6 +166,7 @@ def quantize_parser(commands):
 def _quantize(args):
     if args.normality:
         return _normality(args)
+    _say_what_has_no_effect(args)
     from tqdm import tqdm
 
     from ..interop import bitsandbytes
@@ -185,6 +186,20 @@ def _quantize(args):
     print(codes_on_weights.describe(lines, blocksize, normal))
     if args.out:
         _report_quantized(args, done, lines, normal)
+
+
+def _say_what_has_no_effect(args):
+    """A sentence for each option of quantize that was given and that nothing looks at, or not what is written."""
+    eight = args.out and args.code == "int8"
+    for name, idle, why in (
+        ("code", not args.out, "has no effect without --out: nothing is written, and --codes says what is measured"),
+        ("force", not args.out, "has no effect without --out: nothing is written"),
+        ("draws", True, "has no effect without --normality"),
+        ("no_double_quant", eight, "is for the 4-bit codes that are measured: --code int8 writes one scale a row"),
+        ("blocksize", eight, "is for the 4-bit codes that are measured: --code int8 writes one scale a row"),
+    ):
+        if idle and name in args.given:
+            warnings.warn(f"quantize: {args.given[name]} {why}", stacklevel=2)
 
 
 def _report_quantized(args, done, lines, normal):
