@@ -424,7 +424,15 @@ def test_a_head_that_is_the_embedding_is_parted_from_it_where_it_is_adapted(setu
         ("finetune --page-bytes infk", "argument --page-bytes: 'infk' is not a size"),
         ("generate --temperature nan", "argument --temperature: 'nan' is not a finite number, 0 or more"),
         ("generate --top-k 0", "argument --top-k: '0' is not a whole number, 1 or more"),
-        ("generate --top-p nan", "argument --top-p: 'nan' is not a finite number"),
+        *(
+            (f"generate --top-p={p}", f"argument --top-p: '{p}' is not a number, more than 0 and at most 1")
+            for p in ("nan", "0", "1.5", "-0.1", "inf")
+        ),
+        *(
+            (f"finetune --epochs={n}", f"argument --epochs: '{n}' is not a finite number, more than 0")
+            for n in ("0", "0.0", "-1", "nan", "inf")
+        ),
+        ("pretrain text --out x --epochs 0", "argument --epochs: '0' is not a finite number, more than 0"),
         ("experiments --seeds -1", "argument --seeds: '-1' is not a whole number, 0 or more"),
         ("memory --seq-len x", "argument --seq-len: 'x' is not a whole number, 1 or more"),
     ],

@@ -316,7 +316,9 @@ def test_a_base_in_8_bits_is_called_as_the_option_is(folder, capsys, rng):
     [
         (["--blocksize", "32"], "--blocksize 32: the base is held in float32, without blocks"),
         (["--quantize", "none", "--blocksize", "32"], "--blocksize 32: the base is held in float32, without blocks"),
-        (["--weights", "1"], "--weights: 1 numbers for 0 adapters; expected one for each"),
+        (["--weights", "1"], "--weights is for several adapters"),
+        (["--adapter", "one", "--weights", "0.5"], "--weights is for several adapters"),
+        (["--adapter", "one", "--weights", "0.5", "0.5"], "--weights is for several adapters"),
         (["--force"], "--force is for an adapter"),
     ],
 )

@@ -4,7 +4,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from .options import FORMAT, can_draw, command, finite, positive, rate
+from .options import FORMAT, can_draw, command, finite, positive, rate, share
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
@@ -51,7 +51,7 @@ def generate_parser(commands):
     p.add_argument("--max-new-tokens", type=positive, default=400, help="(400)")
     p.add_argument("--temperature", type=rate, default=0.7, help="(0.7)")
     p.add_argument("--top-k", type=positive, default=None, help="(off)")
-    p.add_argument("--top-p", type=finite, default=None, help="(off)")
+    p.add_argument("--top-p", type=share, default=None, help="(off)")
     p.add_argument("--out", default=None, help="write the text to this file instead of the terminal")
 
 
@@ -430,6 +430,8 @@ def _open(args, folders=(), weights=None, stays=False):
     from ..interop import peft
     from ..models.llama import Llama
 
+    if weights is not None and len(folders) < 2:
+        raise ValueError("--weights is for several adapters; give them all to --adapter, or leave --weights out")
     if weights is not None and len(weights) != len(folders):
         raise ValueError(f"--weights: {len(weights)} numbers for {len(folders)} adapters; expected one for each")
     if args.force and not folders:

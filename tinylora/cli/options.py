@@ -41,6 +41,8 @@ positive = _number(int, "a whole number, 1 or more", lambda n: n >= 1)
 natural = _number(int, "a whole number, 0 or more", lambda n: n >= 0)
 finite = _number(float, "a finite number", math.isfinite)
 rate = _number(float, "a finite number, 0 or more", lambda x: math.isfinite(x) and x >= 0)
+more_than_0 = _number(float, "a finite number, more than 0", lambda x: math.isfinite(x) and x > 0)
+share = _number(float, "a number, more than 0 and at most 1", lambda x: 0 < x <= 1)
 
 
 def size(text):
@@ -79,7 +81,7 @@ def recipe_options(p, defaults):
         g.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=f"{text} ({default:g})")
     g.add_argument(
         "--epochs",
-        type=rate,
+        type=more_than_0,
         default=defaults.epochs,
         metavar="N",
         help="passes over the data instead of --steps: every sequence once a pass, in an order of its own (off)",
