@@ -792,6 +792,19 @@ def test_a_special_token_that_the_vocabulary_does_not_have_is_refused(name, tmp_
         Llama.from_pretrained(tmp_path / "m.gguf")
 
 
+@pytest.mark.parametrize("code, name", [(24, "I8"), (28, "F64"), (26, "I32"), (99, "99")])
+def test_a_type_that_is_not_dequantized_is_called_by_its_name(code, name, tmp_path):
+    gguf_writer.save(tiny.model(**SIZES), tmp_path / "m.gguf", "f32")
+    data = (tmp_path / "m.gguf").read_bytes()
+    at = data.index(b"output_norm.weight") + len("output_norm.weight") + 4 + 8  # one dimension, then the type
+    assert data[at : at + 4] == bytes(4)
+    (tmp_path / "m.gguf").write_bytes(data[:at] + code.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(
+        ValueError, match=rf"tensor model\.norm\.weight is of type {name}, which the gguf package cannot"
+    ):
+        Llama.from_pretrained(tmp_path / "m.gguf")
+
+
 def test_a_file_without_a_vocabulary_says_so(tmp_path):
     m = tiny.model(**SIZES, vocab_size=300)
     m.save_pretrained(tmp_path / "m", "float32")

@@ -496,7 +496,7 @@ def test_a_permutation_that_is_not_undone_would_be_seen(tmp_path, rng, monkeypat
         ({"extra_tensors": {"blk.0.attn_q.scale": np.ones(1, np.float32)}}, "a tensor is named blk.0.attn_q.scale"),
         ({"extra_tensors": {"blk.0.output.weight": np.ones(4, np.float32)}}, "a tensor is named blk.0.output.weight"),
         ({"extra_tensors": {"attn_q.weight": np.ones(4, np.float32)}}, "a tensor is named attn_q.weight"),
-        ({"extra_tensors": {"output.weight": np.ones((2, 2), np.int32)}}, "lm_head.weight is of type 26"),
+        ({"extra_tensors": {"output.weight": np.ones((2, 2), np.int32)}}, "lm_head.weight is of type I32"),
         ({"extra_tensors": {"output.weight": np.ones((2, 2), np.float32)}}, r"lm_head.weight has shape \(2, 2\)"),
         ({"block_count": 3}, "its block_count is 3, it holds tensors of 2 blocks"),
         ({"block_count": None}, "llama.block_count is None, expected a positive number"),

@@ -156,7 +156,7 @@ class GGUF(Mapping):
             kind = tried[code]
             if kind is None:
                 raise ValueError(
-                    f"{self.path}: tensor {name} is of type {code}, which the gguf package cannot dequantize"
+                    f"{self.path}: tensor {name} is of type {self._type_name(code)}, which the gguf package cannot dequantize"
                 )
             block = self._package.GGML_QUANT_SIZES[kind][0]
             if not shape or shape[-1] % block:
@@ -172,6 +172,11 @@ class GGUF(Mapping):
                     else f"should end at byte {end:,}, the file at {size:,}; it is truncated"
                 )
                 raise ValueError(f"{self.path} is not a whole GGUF file (tensor {name} {what})")
+
+    def _type_name(self, code):
+        """GGUF's name of a type, or its number where the gguf package has no name for it."""
+        known = {int(kind): kind.name for kind in self._package.GGMLQuantizationType}
+        return known.get(code, code)
 
     def _can(self, code):
         try:
