@@ -136,6 +136,7 @@ def test_the_family_comes_back(kind, tmp_path, rng):
     assert ("scaled positions" in said) == (scaling is not None) and scaled[scaling] in said
     biased = any(name.endswith(".bias") for name, _ in m.named_parameters())
     assert ("biases of such a GGUF" in said) == (biased and m.config.model_type != "qwen2")
+    assert ("without; llama.cpp and" in said) == (biased and m.config.model_type == "llama")  # which reads no qwen3's
 
 
 def test_the_divisors_of_llama3_are_those_of_llama_cpp(tmp_path):

@@ -169,6 +169,20 @@ def test_transformers_reads_the_whole_family(which, tmp_path, rng):
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("which", [*FAMILY, "qwen3 with biases"])
+def test_a_note_says_what_transformers_passes_over(which, tmp_path, rng):
+    """Opened without being told, it computes something else exactly where a note says so."""
+    t = llm_files.trained(digits=False)
+    changes = {**FAMILY, "qwen3 with biases": {**FAMILY["qwen3"], "attention_bias": True}}[which]
+    m = spread(tiny.model(int(rng.integers(1000)), vocab_size=t.vocab_size, intermediate_size=64, **changes), rng)
+    m.tokenizer = t
+    written = gguf_writer.save(m, tmp_path / "m.gguf", "f32")
+    error = relative_error(m, opened(tmp_path / "m.gguf"), rng.integers(0, t.vocab_size, (2, 30)))
+    print(f"{which}: relative error {error:.2e}")
+    said = any("transformers does not read" in note for note in written.notes)
+    assert error > 1e-3 if said else error < 1e-5
+
+
 def test_a_sentencepiece_vocabulary_of_its_own_makers(tmp_path):
     """Trained by the sentencepiece package, made a tokenizer.json by transformers, written here and read back: its own ids."""
     from transformers.tokenization_utils_base import generate_merges

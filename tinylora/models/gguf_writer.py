@@ -135,9 +135,8 @@ def _unread_by_transformers(config, shapes):
         n for n in shapes if n.endswith(".bias") and not (config.model_type == "qwen2" and any(p in n for p in own))
     ]
     if biases:
-        notes.append(
-            f"transformers does not read the {len(biases)} biases of such a GGUF, and computes without; llama.cpp and tinylora do"
-        )
+        who = "llama.cpp and tinylora do" if architecture(config) == "llama" else "tinylora does"
+        notes.append(f"transformers does not read the {len(biases)} biases of such a GGUF, and computes without; {who}")
     return notes
 
 
