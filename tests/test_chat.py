@@ -257,7 +257,7 @@ def test_the_loss_is_on_what_the_assistant_says_and_on_its_end(name):
             given = t.backend.decode([i for part in example for i in part], skip_special_tokens=False)
             upto = messages[:4] if not apart or "ground" in given else messages[:2]
             assert t.render(upto, strftime_now=chat.DAY.strftime).startswith(given)
-    asked = t.chat_prompt(messages[:1])
+    asked = t.encode(t.render(messages[:1], add_generation_prompt=True, strftime_now=chat.DAY.strftime))
     if name != "deepseek-r1":  # which asks with "<think>" and writes answers without
         assert list(examples[0][0]) == asked, "what is read before the first answer is the prompt"
 
