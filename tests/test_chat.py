@@ -394,6 +394,30 @@ def test_the_oldest_turns_are_dropped_and_it_is_said():
     assert "[this message takes" in shown and [x["content"] for x in messages[:1]] == ["short"]
 
 
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["\u2581a", "\u2581b"], "a b"),
+        (["\u2581", "c", "a", "d"], "cad"),
+        (["\u2581", "\u2581a"], " a"),
+        (["<s>", "\u2581", "<0xC3>", "<0xA9>", "</s>"], "é"),
+        (["ab", "\u2581a"], "ab a"),
+        (["<0xC3>"], "\ufffd"),
+    ],
+)
+def test_the_space_before_a_sentencepiece_text_is_no_part_of_an_answer(words, text, monkeypatch):
+    pytest.importorskip("tokenizers")
+    from test_tokenizers import sentencepiece
+
+    t = sentencepiece()
+    t.settings["chat_template"] = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size, max_position_embeddings=99), t)
+    ids = [t.backend.token_to_id(word) for word in words]
+    monkeypatch.setattr(m, "stream", lambda *args, **options: iter(ids))
+    messages, shown = had(m, "a", "b")
+    assert [x["content"] for x in messages[1::2]] == [text] * 2 and shown == f"{text}\n" * 2
+
+
 def test_an_answer_can_be_interrupted():
     m = talking()
     pieces = m.tokenizer.pieces

@@ -117,16 +117,28 @@ def converse(model, read, write, system=None, max_new_tokens=400, seed=0, **opti
         if ids is None:
             continue
         drawn = memory.answer(ids, max_new_tokens, seed=[seed, turn] if turn else seed, **options)
-        words = []
+        tokens = []
         try:
-            for piece in model.tokenizer.pieces(drawn):
-                words.append(piece)
+            for piece in _shown(model.tokenizer, drawn, tokens):
                 write(piece)
         except KeyboardInterrupt:
             pass  # what was said stays said
         write("\n")
-        messages = [*asked, {"role": "assistant", "content": "".join(words)}]
+        messages = [*asked, {"role": "assistant", "content": model.tokenizer.decode(tokens)}]
         turn += 1
+
+
+def _shown(tokenizer, drawn, tokens):
+    """Yield the pieces of an answer as `decode` writes them: without the space with which SentencePiece begins a text.
+
+    tokens    a list to which the tokens are added as they are drawn
+    """
+    begun = False
+    for piece in tokenizer.pieces(tokens.append(token) or token for token in drawn):
+        if piece and not begun:
+            begun = True
+            piece = piece[piece == " " + tokenizer.decode(tokens) :]
+        yield piece
 
 
 def _fitting(model, messages, kept, max_new_tokens, write):
