@@ -41,6 +41,8 @@ def records(path, data):
         ("a.ndjson", lines(PAIRS)),
         ("a.jsonl", "\n\n" + lines(PAIRS, "\r\n \r\n")),
         ("a.jsonl", b"\xef\xbb\xbf" + lines(PAIRS).encode()),
+        ("a.jsonl", b"\xef\xbb\xbf\xef\xbb\xbf" + lines(PAIRS).encode()),
+        ("a.txt", b" \r\n\xef\xbb\xbf\n\xef\xbb\xbf " + lines(PAIRS).encode()),
         ("a.jsonl", json.dumps(PAIRS, indent=1)),
         ("a.json", json.dumps(PAIRS)),
         ("a.Json", b"\xef\xbb\xbf" + json.dumps(PAIRS, indent=2).encode()),
@@ -62,10 +64,14 @@ def test_records_are_records_whatever_the_file_is_called(name, data, tmp_path):
     "name, data",
     [
         ("a.txt", "Once upon a time {there was} a [cat].\n" * 9),
-        ("a.txt", '{"name": "package", "version": "1.0"}\n' * 9),
+        ("a.txt", "[1] [2] and more\n" * 9),
+        ("a.txt", "[1]\n[2]\nand more\n" * 9),
+        ("a.txt", '{"a": 1} is an object and this is a text.\n' * 9),
+        ("a.txt", "{}\n[x]\n" * 9),
+        ("a.txt", "[]\n[]\n" * 9),
+        ("a.txt", "{'a': 1}\n{'a': 2}\n" * 9),
         ("a.py", '{\n  "a": 1, 2: 3}\n' * 9),
         ("a.md", "[link](x) and more text\n" * 9),
-        ("a.csv", "a,b,c\n1,2,3\n" * 9),
         ("a.txt", "é\u2028é\r\nü" * 20),
     ],
 )
@@ -105,6 +111,13 @@ def test_each_form_means_what_it_means_elsewhere(tmp_path):
     assert one(TALK).messages == TALK["messages"] and one(TALK).where == f"{tmp_path / 'a.jsonl'} line 1"
     shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "Hello."}]}
     assert one(shared).messages == one({"conversations": TALK["messages"]}).messages == TALK["messages"]
+    for user, model in (("User", "Assistant"), ("human", "model"), ("HUMAN", "GPT")):
+        said_by = {"role": user, "content": "hi"}, {"role": model, "content": "Hello."}
+        assert one({"messages": said_by}).messages == TALK["messages"]
+        said_by = {"from": user, "value": "hi"}, {"from": model, "value": "Hello."}
+        assert one({"conversations": said_by}).messages == TALK["messages"]
+    tool = [asked, {"role": "tool", "content": "rain"}, said]
+    assert one({"messages": tool}).messages == tool
     assert one({**shared, "system": "S"}).messages == [{"role": "system", "content": "S"}, asked, said]
     for row in (
         {"prompt": [asked], "completion": [said]},
@@ -190,6 +203,7 @@ def test_documents_are_apart(tmp_path):
         ),
         ('{"conversations": [{"from": "cat", "value": "a"}]}\n', "turn 1 is from 'cat', expected one of system, human"),
         ('{"conversations": [{"from": "human"}]}\n', "turn 1 is no object"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}\n', r"says nothing; .* \(the roles are 'bot'\)"),
         ('{"conversations": []}\n', "expected a list of messages"),
         ('{"text": ' + "[" * 100_000 + "\n", "line 1: .*cannot be read"),
         (json.dumps({**TALK, "tools": "x"}) + "\n", 'line 1, "tools": .*no JSON'),
@@ -216,7 +230,30 @@ def test_a_bad_record_is_named_by_its_line(data, words, tmp_path):
         ("a.txt", lines(PAIRS) + "and a text", "line 21: .*no JSON"),
         ("a.txt", '[{"prompt": "a", "answer": "b"},\n{"prompt": "a" "answer": "b"}]', "line 2: .*no JSON"),
         ("a.txt", '{"prompt": "a", "answer": "b" "c"}\n' * 20, "line 1: .*no JSON"),
-        ("a.csv", "prompt,answer\na,b\n", "a.csv is a table; write its rows as JSON lines"),
+        (
+            "a.csv",
+            "prompt,answer\na,b\n",
+            "a.csv is a table; write its rows as JSON lines.* name it .txt if it is running",
+        ),
+        ("a.Csv", "a,b,c\n1,2,3\n" * 9, "a.Csv is a table"),
+        ("a.tsv", "Once upon a time\n" * 9, "a.tsv is a table"),
+        (
+            "a.txt",
+            '{"name": "package", "version": "1.0"}\n' * 9,
+            "a.txt line 1: expected .* found keys 'name', 'version'",
+        ),
+        ("a.bak", '{"question": "a"},\n{"question": "b"}\n', "a.bak line 1: .*a comma follows the object"),
+        ("a", '{"question": "a", "reply": "b"}', "it has 0 arrays, and the keys 'question', 'reply'"),
+        ("a.txt", json.dumps([{"q": "a"}] * 9, indent=1), "a.txt entry 1: .* found keys 'q'"),
+        ("a.txt", json.dumps({"rows": [{"q": "a"}] * 9}), "a.txt entry 1: .* found keys 'q'"),
+        ("a.txt", '["a", "b"]\n["c", "d"]\n', "line 2.*no JSON"),
+        (
+            "a.jsonl",
+            ",\n".join(map(json.dumps, PAIRS)),
+            "line 1: .*a comma follows the object; write one object a line",
+        ),
+        ("a.jsonl", lines(PAIRS, "\r"), r"line 1: .*lines end with a carriage return alone; convert the line ends to"),
+        ("a.txt", lines(PAIRS, "\r"), "carriage return alone"),
         ("a.TSV", '"instruction"\t"output"\na\tb\n', "a.TSV is a table"),
         ("a.txt", b"ab\ncd\xff\n", r"is not UTF-8 text \(byte 5 is 0xff, in line 2\)"),
         ("a.jsonl", b"\xff\xfe{\x00}\x00", "UTF-16"),

@@ -8,8 +8,8 @@
     {"text": ...}                                                     a document
 
 A file has one form throughout; other keys are ignored. It holds one record a line (.jsonl, .ndjson), or an array, alone or under
-one key (.json). A file of another name is running text, unless it begins as records do: what is learned hangs on what a
-file holds, and the braces of JSON are never trained on unsaid.
+one key (.json). A file of another name is running text, unless it is JSON or begins as records do: what is learned hangs on what
+a file holds, and the braces of JSON are never trained on unsaid. Tables (.csv, .tsv) are refused.
 """
 
 import codecs
@@ -34,7 +34,7 @@ _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16 (little-endian)",
     codecs.BOM_UTF16_BE: "UTF-16 (big-endian)",
 }
-_SPEAKERS = {
+_SPEAKERS = {  # in any letter case
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "assistant", "model"), "assistant"),
@@ -72,7 +72,7 @@ def read_text(path):
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             raise ValueError(f"{path} is {encoding} text, expected UTF-8; convert it first")
-    data = data.removeprefix(codecs.BOM_UTF8)
+    data = re.sub(rb"\A(\s*%b)+" % codecs.BOM_UTF8, b"", data)
     if not data.strip():
         raise ValueError(f"{path} is empty; expected some text")
     if data[:4096].count(0) > len(data[:4096]) // 4:
@@ -92,7 +92,10 @@ def read_records(path, data):
     """[Record] of a file's bytes; None if it is running text."""
     text, suffix = data.decode("utf-8"), Path(path).suffix.lower()
     if suffix in _TABLES:
-        _refuse_table(path, text)
+        raise ValueError(
+            f'{path} is a table; write its rows as JSON lines, such as {{"prompt": ..., "answer": ...}}, in a .jsonl file, or name '
+            "it .txt if it is running text"
+        )
     if suffix not in (*_LINES, *_ARRAY) and not _evident(text):
         return None
     one_a_line = suffix in _LINES and not text.lstrip().startswith("[")
@@ -111,14 +114,29 @@ def read_records(path, data):
 
 
 def _evident(text):
-    """Whether a text begins as files of records do, be it one a line or an array."""
+    """Whether a text is JSON, be it one object or array or several in turn, or begins as files of records do."""
     text = text.lstrip()
-    if not text.startswith(("{", "[")):
-        return False
-    try:
-        value = json.JSONDecoder().raw_decode(text)[0]
-    except (ValueError, RecursionError):
+    value, rest = _value(text)
+    if value is None:
         return _RECORDS.match(text) is not None
+    if not rest or _known(value):
+        return True
+    later = _value(rest.removeprefix(",").lstrip())[0]
+    numbers = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)  # [1] [2] is how texts cite
+    return type(later) is type(value) and not numbers
+
+
+def _value(text):
+    """(the object or array that a text begins with, what follows it); (None, the text) if it begins with none."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text) if text.startswith(("{", "[")) else (None, 0)
+    except (ValueError, RecursionError):
+        return None, text
+    return value, text[end:].lstrip()
+
+
+def _known(value):
+    """Whether a value is a record, or has some in an array."""
     values = [value, *value.values()] if isinstance(value, dict) else [value]
     return any(isinstance(v, dict) and _keys(v) for v in [value, *(v[0] for v in values if isinstance(v, list) and v)])
 
@@ -128,13 +146,22 @@ def _parsed(text, where):
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        found = f"it is no JSON ({error.msg}, column {error.colno})"
+        found = f"it is no JSON ({_cause(text, error)}, column {error.colno})"
         raise ValueError(f"{where(error.lineno)}: expected a JSON object, and {found}") from None
     except (
         ValueError,
         RecursionError,
     ) as error:  # a number of thousands of digits, or brackets in thousands of brackets
         raise ValueError(f"{where(1)}: expected a JSON object, and it cannot be read ({error})") from None
+
+
+def _cause(text, error):
+    """What is wrong with a text of JSON."""
+    if error.msg == "Extra data" and text.startswith(",", error.pos):
+        return "a comma follows the object; write one object a line without commas, or all in one array"
+    if error.msg == "Extra data" and text[: error.pos].endswith("\r"):
+        return r"its lines end with a carriage return alone; convert the line ends to \n"
+    return error.msg
 
 
 def _lines(path, text):
@@ -154,7 +181,8 @@ def _array(path, text):
         lists = [v for v in value.values() if isinstance(v, list)]
         if len(lists) != 1:
             raise ValueError(
-                f"{path}: expected an array of records, or an object with one under one key; it has {len(lists)} arrays"
+                f"{path}: expected records, an array of them, or an object with one under one key; it has {len(lists)} arrays, and "
+                f"the keys {', '.join(map(repr, value))}"
             )
         value = lists[0]
     return [(f"{path} entry {i}", entry) for i, entry in enumerate(value if isinstance(value, list) else [value], 1)]
@@ -162,19 +190,8 @@ def _array(path, text):
 
 def _several(text):
     """Whether an object is the first of several, one behind the other."""
-    text = text.strip()
-    try:
-        return text.startswith("{") and json.JSONDecoder().raw_decode(text)[1] < len(text)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _refuse_table(path, text):
-    columns = {name.strip().strip('"').lower() for name in re.split("[,;\t]", text.split("\n", 1)[0])}
-    if _keys(columns):
-        raise ValueError(
-            f'{path} is a table; write its rows as JSON lines, such as {{"prompt": ..., "answer": ...}}, in a .jsonl file'
-        )
+    value, rest = _value(text.lstrip())
+    return isinstance(value, dict) and bool(rest)
 
 
 def _keys(entry):
@@ -249,7 +266,7 @@ def _messages(where, messages):
         whole = isinstance(content, (str, list)) or (isinstance(message, dict) and message.get("tool_calls"))
         if not whole or not isinstance(message.get("role"), str):
             raise ValueError(f'{where}: message {i} is no object with the texts "role" and "content"')
-    return messages
+    return [{**message, "role": _SPEAKERS.get(message["role"].lower(), message["role"])} for message in messages]
 
 
 def _shared(where, entry):
@@ -265,9 +282,10 @@ def _shared(where, entry):
     for i, turn in enumerate(turns if isinstance(turns, list) else [], 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise ValueError(f'{where}: turn {i} is no object with the texts "from" and "value"')
-        if turn.get("from") not in _SPEAKERS:
+        role = _SPEAKERS.get(str(turn.get("from")).lower())
+        if role is None:
             raise ValueError(f"{where}: turn {i} is from {turn.get('from')!r}, expected one of {', '.join(_SPEAKERS)}")
-        messages.append({"role": _SPEAKERS[turn["from"]], "content": turn["value"]})
+        messages.append({"role": role, "content": turn["value"]})
     return _messages(where, messages)
 
 
@@ -283,5 +301,6 @@ def _tools(where, entry):
 
 def _conversation(where, messages, first=0, tools=None):
     if not any(message["role"] == "assistant" for message in messages[first:]):
-        raise ValueError(f"{where}: the assistant says nothing; there is nothing to learn")
+        roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages[first:]))
+        raise ValueError(f"{where}: the assistant says nothing; there is nothing to learn (the roles are {roles})")
     return Record(where, messages=messages, first=first, tools=tools)
