@@ -204,6 +204,18 @@ def test_documents_are_apart(tmp_path):
         ('{"conversations": [{"from": "cat", "value": "a"}]}\n', "turn 1 is from 'cat', expected one of system, human"),
         ('{"conversations": [{"from": "human"}]}\n', "turn 1 is no object"),
         ('{"messages": [{"role": "bot", "content": "a"}]}\n', r"says nothing; .* \(the roles are 'bot'\)"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}',
+            '"weight" of message 1 is 0.5, expected 0',
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a", "train": true}, {"role": "assistant", "content": "a"}]}',
+            "user says",
+        ),
+        (
+            '{"conversations": [{"from": "gpt", "value": "a", "train_detail": [{"train": false}]}]}',
+            'message 1 has "train_d',
+        ),
         ('{"conversations": []}\n', "expected a list of messages"),
         ('{"text": ' + "[" * 100_000 + "\n", "line 1: .*cannot be read"),
         (json.dumps({**TALK, "tools": "x"}) + "\n", 'line 1, "tools": .*no JSON'),
@@ -376,4 +388,39 @@ def test_without_such_pairs_nothing_is_said_and_the_draws_are_what_they_were():
     with pytest.warns(UserWarning, match="1 of 1 answers end beyond sequences of 20 tokens"):
         assert edge.batch(np.random.default_rng(0), 1, 20)[2].sum() == 1
     for lost in ([([], [1])], [([1], [])]):
-        assert "1 of 2 answers begin beyond" in said(lambda lost=lost: Pairs([*lost, ([1], [2])]).windows(4))[0]
+        (words,) = said(lambda lost=lost: Pairs([*lost, ([1], [2])]).windows(4))
+        assert words == "pairs: 1 of 2 answers are empty and are not scored"
+    (words,) = said(lambda: Pairs([([1], []), ([1] * 9, [2]), ([1], [2])]).windows(4))
+    assert "1 of 3 answers are empty and are not scored; 1 of 3 answers begin beyond" in words
+
+
+def test_it_is_said_in_which_part_no_answer_is_learned(tmp_path):
+    short, long = {"prompt": "q", "answer": "a"}, {"prompt": "q" * 99, "answer": "a"}
+    for rows, part in (([long] * 9 + [short], "training"), ([short] * 9 + [long], "held-out")):
+        train, heldout = read_corpus(write(tmp_path / "a.jsonl", lines(rows)), BYTES)
+        with pytest.raises(ValueError, match=f"^pairs of the {part} part of .*a.jsonl: no answer begins within"):
+            (train.examples if part == "training" else heldout.windows)(20)
+    empty = [{"prompt": "q", "answer": ""}]
+    with pytest.raises(ValueError, match=r"pairs of the held-out part of .*every answer is empty"):
+        read_corpus(write(tmp_path / "b.jsonl", lines([short] * 9 + empty)), BYTES)
+
+
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss": False}, {"weight": 0.0}])
+def test_an_answer_may_be_read_and_not_learned(flag, tmp_path):
+    talk = [
+        {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+    ]
+    first, last = [{**m, **flag} if i == 1 else m for i, m in enumerate(talk)], [*talk[:3], {**talk[3], **flag}]
+    shared = [{"from": m["role"], "value": m["content"], **{k: m[k] for k in flag if k in m}} for m in first]
+    for row in ({"messages": first}, {"conversations": shared}):
+        train, _ = read_corpus(write(tmp_path / "a.jsonl", lines([row] * 10)), Turns())
+        assert train.pairs[0] == (list(b"\x01a\x02b\x03\x01c\x02"), list(b"d\x03"))
+    kept = {next(iter(flag)): 1}
+    rows = [{"messages": [{**m, **kept} for m in last]}, {"messages": [*last[:3], {**last[3], **flag}]}]
+    train, _ = read_corpus(write(tmp_path / "b.jsonl", lines([rows[1]] * 10)), Turns())
+    assert train.pairs[0] == (list(b"\x01a\x02"), list(b"b\x03"))
+    train, _ = read_corpus(write(tmp_path / "c.jsonl", lines([rows[0]] * 10)), Turns())
+    assert train.pairs[0][3] == list(b"d\x03")
+    neither = {"messages": [{**m, **flag} for m in talk]}
+    train, _ = read_corpus(write(tmp_path / "d.jsonl", lines([rows[0], *[neither] * 8, rows[0]])), Turns())
+    assert len(train.pairs) == 1

@@ -18,7 +18,7 @@ DAY = datetime(2024, 7, 26)
 
 
 # ---------------------------------------------------------------------------------------------------------------- to learn from
-def turns(tokenizer, messages, first=0, **more):
+def turns(tokenizer, messages, first=0, unlearned=(), **more):
     """[(read, learned, read, learned, ...)], lists of ids: what a model with turns reads of a conversation, and what it learns.
 
     Learned is what the assistant says, from behind the words that ask it to speak (add_generation_prompt) up to and with the
@@ -30,19 +30,29 @@ def turns(tokenizer, messages, first=0, **more):
 
     A template that asks for today's date is told DAY, so that a run that goes on tomorrow reads the same.
 
-    first    answers from this message on are learned
-    more     further variables of the template: tools, documents, ...
+    first        answers from this message on are learned
+    unlearned    the places of answers that are read all the same
+    more         further variables of the template: tools, documents, ...
     """
     more = {"strftime_now": DAY.strftime, **more}
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    messages, ending = messages[: said[-1] + 1], tokenizer.ending  # behind the last answer there is nothing to learn
-    mark, wanted = ending[0], [i for i in said if i >= first]
+    wanted = [i for i in said if i >= first and i not in unlearned]
+    if not wanted:
+        return []
+    messages, said = (
+        messages[: wanted[-1] + 1],
+        [i for i in said if i <= wanted[-1]],
+    )  # behind it there is nothing to learn
+    ending = tokenizer.ending
+    mark = ending[0]
     text, spans = tokenizer.spoken(messages, **more)
     if spans:
         if len(spans) != len(said) and len(wanted) != len(said):
             raise ValueError(f"the chat template marks {len(spans)} answers where {len(said)} are given")
         ended = [(a, b + len(mark) * text.startswith(mark, b)) for a, b in spans]
-        return [tokenizer.segments(text, ended[-len(wanted) :] if first else ended)]
+        if len(spans) == len(said):
+            ended = [span for i, span in zip(said, ended, strict=True) if i in wanted]
+        return [tokenizer.segments(text, ended)]
     parts = [_part(tokenizer, messages, i, ending, more) for i in wanted]
     if mark and all(text.startswith(upto) for _, upto in parts):
         return [tokenizer.segments(text, [(start, len(upto)) for start, upto in parts])]

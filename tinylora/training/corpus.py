@@ -84,18 +84,18 @@ class Text:
 class Pairs:
     """What is read and what is learned of it, in turn: (prompt, answer), or (prompt, answer, prompt, answer, ...), each a list of ids.
 
-    The loss is on the answers. lengths: as in Text.
+    The loss is on the answers. lengths: as in Text. name: what errors call them.
     """
 
-    def __init__(self, pairs, lengths=None):
-        self.lengths = lengths
+    def __init__(self, pairs, lengths=None, name="pairs"):
+        self.lengths, self.name = lengths, name
         self.pairs = [tuple(list(part) for part in pair) for pair in pairs]
         self.tokens = sum(len(answer) for pair in self.pairs for answer in pair[1::2])
         if not self.tokens:
-            raise ValueError("pairs: every answer is empty; there is nothing to predict")
+            raise ValueError(f"{name}: every answer is empty; there is nothing to predict")
         learned = [_learned(pair) for pair in self.pairs]
-        never = np.iinfo(np.int64).max
-        self._first = np.array([places[0] if len(places) else never for places in learned])
+        self._empty = np.array([not len(places) for places in learned])
+        self._first = np.array([places[0] if len(places) else np.iinfo(np.int64).max for places in learned])
         self._last = np.array([places[-1] if len(places) else 0 for places in learned])
         self._said = set()
 
@@ -121,12 +121,16 @@ class Pairs:
         """The indices of the pairs with something to learn within `length`; a warning if others are left out, or cut."""
         within = np.flatnonzero(self._first <= length)
         if not len(within):
-            raise ValueError(f"pairs: no answer begins within sequences of {length} tokens; choose a larger --seq-len")
-        lost, cut = len(self.pairs) - len(within), int((self._last[within] > length).sum())
-        if (lost or cut) and (length, purpose) not in self._said:
+            raise ValueError(
+                f"{self.name}: no answer begins within sequences of {length} tokens; choose a larger --seq-len"
+            )
+        empty, cut = int(self._empty.sum()), int((self._last[within] > length).sum())
+        lost = len(self.pairs) - len(within) - empty
+        if (empty or lost or cut) and (length, purpose) not in self._said:
             self._said.add((length, purpose))
             beyond = f"of {len(self.pairs)} answers %s beyond sequences of {length} tokens (--seq-len) and are"
-            said = [f"{lost} {beyond % 'begin'} not {purpose}"] if lost else []
+            said = [f"{empty} of {len(self.pairs)} answers are empty and are not {purpose}"] if empty else []
+            said += [f"{lost} {beyond % 'begin'} not {purpose}"] if lost else []
             said += [f"{cut} {beyond % 'end'} cut"] if cut else []
             warnings.warn(f"pairs: {'; '.join(said)}", stacklevel=3)
         return within
@@ -178,10 +182,11 @@ def read_corpus(path, tokenizer, heldout=0.1):
     cut = int(len(records) * (1 - heldout))
     if cut in (0, len(records)):
         raise ValueError(f"{path} holds {len(records)} records; too few to hold some out")
-    return _corpus(records[:cut], tokenizer), _corpus(records[cut:], tokenizer)
+    train, heldout = (f"pairs of the {part} part of {path}" for part in ("training", "held-out"))
+    return _corpus(records[:cut], tokenizer, train), _corpus(records[cut:], tokenizer, heldout)
 
 
-def _corpus(records, tokenizer):
+def _corpus(records, tokenizer, name):
     """The Text or the Pairs of records in one form."""
     if records[0].text is not None:
         return documents([record.text for record in records], tokenizer)
@@ -194,12 +199,12 @@ def _corpus(records, tokenizer):
     for record in records:
         try:
             if record.messages is not None:
-                pairs += turns(tokenizer, record.messages, record.first, tools=record.tools)
+                pairs += turns(tokenizer, record.messages, record.first, record.unlearned, tools=record.tools)
             else:
                 pairs += _asked_and_answered(record.prompt, record.answer, tokenizer, record.question)
         except ValueError as error:
             raise ValueError(f"{record.where}: {error}") from None
-    return Pairs(pairs, _lengths(tokenizer))
+    return Pairs(pairs, _lengths(tokenizer), name)
 
 
 def running_text(data, tokenizer):

@@ -7,6 +7,7 @@
     {"instruction": ..., "input": ..., "output": ...}                 Alpaca's; the input may be missing or empty
     {"text": ...}                                                     a document
 
+A message with "weight": 0 (OpenAI), "train": false (axolotl) or "loss": false is read and not learned.
 A file has one form throughout; other keys are ignored. It holds one record a line (.jsonl, .ndjson), or an array, alone or under
 one key (.json). A file of another name is running text, unless it is JSON or begins as records do: what is learned hangs on what
 a file holds, and the braces of JSON are never trained on unsaid. Tables (.csv, .tsv) are refused.
@@ -26,6 +27,7 @@ _FORMS = (
     ("instruction", "output"),
     ("text",),
 )
+_FLAGS = ("weight", "train", "loss")  # of a message: whether it is learned
 _LINES, _ARRAY, _TABLES = (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv")
 _RECORDS = re.compile(rf'\s*(\[\s*)?{{[^{{]{{0,2000}}?"({"|".join(sorted({f[0] for f in _FORMS}))})"\s*:')
 _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's
@@ -46,8 +48,8 @@ class Record:
     """One entry of a data file.
 
     where       the file and the line, for sentences about it
-    messages    of a conversation, [{"role", "content"}, ...], or None; answers from message `first` on are learned, and a template
-                may be given `tools`
+    messages    of a conversation, [{"role", "content"}, ...], or None; answers from message `first` on are learned, but not those
+                whose places are in `unlearned`, and a template may be given `tools`
     prompt      of a pair, or None; `answer` belongs to it. An Alpaca record has its `question` too, for models with turns
     text        of a document, or None
     """
@@ -55,6 +57,7 @@ class Record:
     where: str
     messages: list | None = None
     first: int = 0
+    unlearned: tuple = ()
     tools: list | None = None
     prompt: str | None = None
     answer: str | None = None
@@ -285,7 +288,8 @@ def _shared(where, entry):
         role = _SPEAKERS.get(str(turn.get("from")).lower())
         if role is None:
             raise ValueError(f"{where}: turn {i} is from {turn.get('from')!r}, expected one of {', '.join(_SPEAKERS)}")
-        messages.append({"role": role, "content": turn["value"]})
+        flags = {name: turn[name] for name in (*_FLAGS, "train_detail") if name in turn}
+        messages.append({"role": role, "content": turn["value"], **flags})
     return _messages(where, messages)
 
 
@@ -303,4 +307,23 @@ def _conversation(where, messages, first=0, tools=None):
     if not any(message["role"] == "assistant" for message in messages[first:]):
         roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages[first:]))
         raise ValueError(f"{where}: the assistant says nothing; there is nothing to learn (the roles are {roles})")
-    return Record(where, messages=messages, first=first, tools=tools)
+    unlearned = tuple(i for i, message in enumerate(messages) if not _is_learned(where, i, message))
+    messages = [{name: value for name, value in message.items() if name not in _FLAGS} for message in messages]
+    return Record(where, messages=messages, first=first, unlearned=unlearned, tools=tools)
+
+
+def _is_learned(where, i, message):
+    """Whether the flags of message i let it be learned."""
+    if message.get("train_detail"):
+        raise ValueError(
+            f'{where}: message {i + 1} has "train_detail"; tinylora learns a message whole or, by "train", not'
+        )
+    flags = {name: message[name] for name in _FLAGS if message.get(name) is not None}
+    for name, value in flags.items():
+        if value not in (0, 1):
+            raise ValueError(f'{where}: "{name}" of message {i + 1} is {value!r}, expected 0 or 1, or false or true')
+        if value is True and message["role"] != "assistant":
+            raise ValueError(
+                f'{where}: "{name}" of message {i + 1} is true, and the {message["role"]} says it; only what the assistant says is learned'
+            )
+    return all(flags.values())
