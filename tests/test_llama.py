@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -108,6 +109,23 @@ def test_generation_with_a_cache_equals_generation_without(options, xp):
     m = tiny.model().to(xp)
     with_cache, without = (list(m.stream("Hello", 100, use_cache=c, seed=4, **options)) for c in (True, False))
     assert with_cache == without and len(with_cache) == 100  # 105 tokens: past the window of 64
+
+
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_it_is_said(window):
+    m, text = tiny.model(max_position_embeddings=window), "the lazy dogs"
+    for prompt in (text, list(text.encode())):
+        with pytest.warns(UserWarning) as caught:
+            tokens = list(m.stream(prompt, 9, temperature=0))
+        seen = max(window - 1, 1)
+        assert [str(w.message) for w in caught] == [
+            f"generate: the model does not see the first {13 - seen} of the prompt's 13 tokens; it reads {window} at a time "
+            "(max_position_embeddings)"
+        ]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert list(m.stream(text[-seen:], 9, temperature=0)) == tokens
+            list(m.stream(text[:window], 9))
 
 
 def test_generation_is_without_dropout_and_leaves_the_mode_alone():

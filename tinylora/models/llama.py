@@ -20,6 +20,7 @@ directions, other architectures. `attention_dropout` is not applied in training.
 """
 
 import math
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -429,7 +430,8 @@ class Llama(Module):
         `stop` ends the text at that token id, or at one of several; by default at the config's eos_token_id, or else the
         tokenizer's end_ids, if there are any (stop=() never stops). With a KV cache each token is one position of work;
         `cache` is one that has seen the prompt's first tokens already. Past max_position_embeddings the window slides:
-        the second half of the context is read again and the cache starts anew.
+        the second half of the context is read again and the cache starts anew. A prompt that is longer than that loses its
+        beginning, which a warning says.
         """
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"generate: temperature = {temperature}, expected 0 (greedy) or more")
@@ -445,9 +447,16 @@ class Llama(Module):
         stops = {stop} if isinstance(stop, (int, np.integer)) else set(stop)
         rng, window = np.random.default_rng(seed), self.config.max_position_embeddings
         first = 0  # where the window that the model sees begins
+        if len(ids) > window and max_new_tokens > 0:
+            first, cache = len(ids) - max(window - 1, 1), None
+            warnings.warn(
+                f"generate: the model does not see the first {first} of the prompt's {len(ids)} tokens; it reads {window} at a time "
+                "(max_position_embeddings)",
+                stacklevel=2,
+            )
         for _ in range(max_new_tokens):
             if len(ids) - first > window:
-                first, cache = len(ids) - window // 2, None
+                first, cache = len(ids) - max(window // 2, 1), None
             if use_cache and cache is None:
                 cache = KVCache(min(window, len(ids) - first + max_new_tokens))
             new = ids[first + cache.length :] if use_cache else ids[first:]
