@@ -15,6 +15,7 @@ import tiny
 from tinylora import Llama, backend
 from tinylora.models import chat, templates
 from tinylora.models.templates import Template
+from tinylora.training.corpus import question_and_answer
 
 jinja2 = pytest.importorskip("jinja2")
 
@@ -260,6 +261,18 @@ def test_the_loss_is_on_what_the_assistant_says_and_on_its_end(name):
     asked = t.encode(t.render(messages[:1], add_generation_prompt=True, strftime_now=chat.DAY.strftime))
     if name != "deepseek-r1":  # which asks with "<think>" and writes answers without
         assert list(examples[0][0]) == asked, "what is read before the first answer is the prompt"
+
+
+@pytest.mark.parametrize("name", chats.MARKS)
+def test_an_end_that_the_data_write_out_is_there_once(name):
+    pytest.importorskip("tokenizers")
+    t, end, eos = chats.tokenizer(name), chats.MARKS[name][3], chats.MARKS[name][1]
+    plain = chat.turns(t, chats.talk("What?", "A mill.", "Why?", "Corn."))
+    for first, last in ((end, end), (end + "\n", eos), (end + " " + end, "")):
+        messages = chats.talk("What?", "A mill." + first, "Why?", "Corn." + last)
+        kept = [dict(message) for message in messages]
+        assert chat.turns(t, messages) == plain and messages == kept
+    assert question_and_answer([("What?", "A mill." + end)], t).pairs == chat.turns(t, chats.talk("What?", "A mill."))
 
 
 def test_white_space_that_is_a_token_of_its_own_ends_nothing():

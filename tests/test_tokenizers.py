@@ -12,7 +12,7 @@ import tiny
 from tinylora import Llama
 from tinylora.models import files, vocabularies
 from tinylora.models.tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
-from tinylora.training.corpus import Pairs, question_and_answer, read_corpus, running_text, scored_bytes
+from tinylora.training.corpus import Pairs, documents, question_and_answer, read_corpus, running_text, scored_bytes
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -143,6 +143,23 @@ def test_a_text_gets_what_its_tokenizer_puts_in_front_and_never_what_behind(fron
     assert by_text == by_ids
     if ids:
         assert list(m.stream("", 1, 0)) == list(m.stream(ids, 1, 0))
+
+
+@pytest.mark.parametrize("front", [("<s>",), ("</s>",), ()])
+def test_marks_that_the_data_write_out_are_there_once(front):
+    t = BPETokenizer(byte_level(front=front), {"eos_token": "</s>"})
+    begin, text = "".join(front), "a cat"
+    written = [begin + text, text + "</s>", begin + text + "</s>", text]
+    once = documents([text] * 4, t).sources[0].tolist()
+    assert documents(written, t).sources[0].tolist() == once and once.count(2) == 4 + (front == ("</s>",))
+    assert (
+        running_text((begin + text).encode(), t).sources[0].tolist()
+        == running_text(text.encode(), t).sources[0].tolist()
+    )
+    plain = question_and_answer([(text, text)], t).pairs
+    assert question_and_answer([(begin + text, text + "</s>")], t).pairs == plain
+    m = Llama(replace(tiny.CONFIG, vocab_size=t.vocab_size), t)
+    assert list(m.stream(begin + text, 5, 0)) == list(m.stream(text, 5, 0))
 
 
 def test_bos_counts_no_byte_and_is_never_a_target():

@@ -35,6 +35,7 @@ def turns(tokenizer, messages, first=0, unlearned=(), **more):
     more         further variables of the template: tools, documents, ...
     """
     more = {"strftime_now": DAY.strftime, **more}
+    messages = [_without_end(message, tokenizer.end_marks) for message in messages]
     said = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     wanted = [i for i in said if i >= first and i not in unlearned]
     if not wanted:
@@ -59,6 +60,16 @@ def turns(tokenizer, messages, first=0, unlearned=(), **more):
     end = [] if mark or tokenizer.end_id is None else [tokenizer.end_id]
     apart = [tokenizer.segments(upto, [(start, len(upto))]) for start, upto in parts]
     return [(*rest, [*learned, *end]) for *rest, learned in apart]
+
+
+def _without_end(message, marks):
+    """A message of the assistant's without the mark of its end that some data write out; the template writes one."""
+    content = message.get("content")
+    if message["role"] == "assistant" and isinstance(content, str):
+        while mark := next((mark for mark in marks if content.rstrip().endswith(mark)), None):
+            content = content.rstrip().removesuffix(mark)
+        message = {**message, "content": content}
+    return message
 
 
 def _part(tokenizer, messages, i, ending, more):

@@ -439,7 +439,7 @@ class Llama(Module):
             raise ValueError(f"generate: top_p = {top_p}, expected 0 < top_p <= 1")
         if top_k is not None and top_k < 1:
             raise ValueError(f"generate: top_k = {top_k}, expected 1 or more")
-        ids = [*self.tokenizer.front, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else list(prompt)
+        ids = self.tokenizer.begun(self.tokenizer.encode(prompt)) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise ValueError("generate: the prompt is empty; give at least one token to continue from")
         if stop is None:

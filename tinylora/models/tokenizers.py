@@ -29,10 +29,14 @@ class Tokenizer:
     chats         whether the model knows turns
     eos_id        the token that ends a text, or None
     end_id        the token that ends an answer, or None
-    end_ids       all tokens that end one or the other
+    end_ids       all tokens that end one or the other; `end_marks` are their texts
     """
 
-    front, chats, eos_id, end_id, end_ids = (), False, None, None, ()
+    front, chats, eos_id, end_id, end_ids, end_marks = (), False, None, None, (), ()
+
+    def begun(self, ids):
+        """The ids of a text with `front` before them; some texts write it out themselves, and then it is there once."""
+        return [*(() if tuple(ids[: len(self.front)]) == self.front else self.front), *ids]
 
     def following(self, text):
         """The ids of a text that stands behind another one."""
@@ -183,6 +187,11 @@ class BPETokenizer(Tokenizer):
         """The ids of end_id and of the tokens that end a text or, as a GGUF says, a turn."""
         ids = (self.end_id, self.eos_id, self._named("eot_token"))
         return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+    @property
+    def end_marks(self):
+        """The texts of end_ids."""
+        return tuple(self.backend.id_to_token(i) for i in self.end_ids)
 
     @functools.cached_property
     def ending(self):

@@ -209,19 +209,27 @@ def _corpus(records, tokenizer, name):
 
 def running_text(data, tokenizer):
     """UTF-8 bytes -> Text, with what the tokenizer puts before a text."""
-    return Text([np.asarray([*tokenizer.front, *tokenizer.encode(data)])], _lengths(tokenizer))
+    return Text([np.asarray(tokenizer.begun(tokenizer.encode(data)))], _lengths(tokenizer))
 
 
 def documents(texts, tokenizer):
-    """Texts -> Text, one behind the other: between BOS and EOS, or apart by a blank line where the vocabulary has neither."""
+    """Texts -> Text, one behind the other: between BOS and EOS, or apart by a blank line where the vocabulary has neither.
+
+    What a text writes out of them itself is there once.
+    """
     end = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     if not tokenizer.front and not end:
         return running_text("\n\n".join(texts).encode("utf-8"), tokenizer)
     if tokenizer.front == end:  # one token begins a document and ends the one before it
-        ids = [*end, *(i for text in texts for i in (*tokenizer.encode(text), *end))]
+        ids = [*end, *(i for text in texts for i in _ended(tokenizer.begun(tokenizer.encode(text))[1:], end))]
         return Text([np.asarray(ids)], _lengths(tokenizer))
-    ids = [i for text in texts for i in (*tokenizer.front, *tokenizer.encode(text), *end)]
+    ids = [i for text in texts for i in _ended(tokenizer.begun(tokenizer.encode(text)), end)]
     return Text([np.asarray(ids)], _lengths(tokenizer), tokenizer.front)
+
+
+def _ended(ids, end):
+    """The ids with `end` behind them, unless they end so."""
+    return ids if end and tuple(ids[-1:]) == end else [*ids, *end]
 
 
 def _lengths(tokenizer):
@@ -241,7 +249,5 @@ def _asked_and_answered(prompt, answer, tokenizer, question=None):
     if tokenizer.chats:
         asked = {"role": "user", "content": prompt if question is None else question}
         return turns(tokenizer, [asked, {"role": "assistant", "content": answer}])
-    learned, end = tokenizer.following(answer), [] if tokenizer.end_id is None else [tokenizer.end_id]
-    if learned[-1:] != end:  # some data write it out
-        learned = [*learned, *end]
-    return [([*tokenizer.front, *tokenizer.encode(prompt)], learned)]
+    end = () if tokenizer.end_id is None else (tokenizer.end_id,)
+    return [(tokenizer.begun(tokenizer.encode(prompt)), _ended(tokenizer.following(answer), end))]
