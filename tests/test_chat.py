@@ -431,6 +431,16 @@ def test_the_space_before_a_sentencepiece_text_is_no_part_of_an_answer(words, te
     assert [x["content"] for x in messages[1::2]] == [text] * 2 and shown == f"{text}\n" * 2
 
 
+def test_half_a_surrogate_pair_is_named_where_it_was_typed():
+    m, half = talking(), r"the text holds '\\udce9' at character 2: half of a surrogate pair, no character"
+    messages, shown = had(m, "a", "ab\udce9", "\udce9" * 3, "b", max_new_tokens=4, system="Be brief.")
+    assert [x["content"] for x in messages[1::2]] == ["a", "b"]
+    assert "\n[" + half.replace("\\\\", "\\") + "]\n[the text holds" in shown
+    for call in (m.tokenizer.chat_prompt, m.tokenizer.following, m.tokenizer.encode):
+        with pytest.raises(ValueError, match=half):
+            call("ab\udce9")
+
+
 def test_an_answer_can_be_interrupted():
     m = talking()
     pieces = m.tokenizer.pieces

@@ -12,6 +12,7 @@ from datetime import datetime
 import numpy as np
 
 from .llama import KVCache
+from .tokenizers import checked
 
 #: What Llama 3's template says where there is no clock.
 DAY = datetime(2024, 7, 26)
@@ -132,6 +133,11 @@ def converse(model, read, write, system=None, max_new_tokens=400, seed=0, **opti
             write("[the conversation begins anew]\n")
             continue
         if not said.strip():
+            continue
+        try:
+            checked(said)
+        except ValueError as error:
+            write(f"[{error}]\n")
             continue
         asked = [*messages, {"role": "user", "content": said}]
         asked, ids = _fitting(model, asked, len(start), max_new_tokens, write)

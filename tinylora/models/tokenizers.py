@@ -138,6 +138,7 @@ class BPETokenizer(Tokenizer):
 
     def following(self, text):
         """The ids of a text that stands behind another one: without the space that some vocabularies put before a text."""
+        text = checked(text)
         line = self.encode("\n") if self._prefixed else []
         ids = self.encode("\n" + text) if self._prefixed else []
         return ids[len(line) :] if line and ids[: len(line)] == line else self.encode(text)
@@ -222,6 +223,9 @@ class BPETokenizer(Tokenizer):
         """
         if not messages:
             raise ValueError("chat: the conversation is empty; give at least one message")
+        for message in messages:  # a place in the rendered text would say nothing to who wrote them
+            if isinstance(message.get("content"), str):
+                checked(message["content"])
         found = templates.named(self.settings.get("chat_template"), self.where)
         if not found:
             self._knows_turns()
