@@ -206,6 +206,34 @@ def test_a_tokenizer_that_cannot_encode_is_a_sentence(tmp_path):
         load_tokenizer(tmp_path, 10)
 
 
+@pytest.mark.parametrize(
+    "kind, decoder, words",
+    [
+        ("word", None, "its model is WordLevel; tinylora reads"),
+        ("piece", "WordPiece", "its model is WordPiece and its decoder is WordPiece; tinylora reads"),
+        ("suffix", "BPEDecoder", "its BPE model has end_of_word_suffix '</w>' and its decoder is BPEDecoder"),
+        ("suffix", "ByteLevel", "its BPE model has end_of_word_suffix '</w>'; tinylora"),
+        ("prefix", None, "its BPE model has continuing_subword_prefix '##'; tinylora"),
+        ("plain", "CTC", "its decoder is CTC"),
+    ],
+)
+def test_vocabularies_with_other_marks_of_words_are_refused(kind, decoder, words, tmp_path):
+    m, d = tokenizers.models, tokenizers.decoders
+    model = {
+        "word": lambda: m.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"),
+        "piece": lambda: m.WordPiece({"a": 0, "##b": 1, "[UNK]": 2}, unk_token="[UNK]"),
+        "suffix": lambda: m.BPE({"a": 0, "a</w>": 1}, [], end_of_word_suffix="</w>"),
+        "prefix": lambda: m.BPE({"a": 0, "##a": 1}, [], continuing_subword_prefix="##"),
+        "plain": lambda: m.BPE({"a": 0}, []),
+    }[kind]()
+    backend = tokenizers.Tokenizer(model)
+    if decoder is not None:
+        backend.decoder = d.Sequence([d.Fuse(), getattr(d, decoder)()])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {words}"):
+        load_tokenizer(tmp_path, 10)
+
+
 def test_special_tokens_map_counts_only_beside_an_old_config(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     files.write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<unk>"})

@@ -100,8 +100,7 @@ class BPETokenizer(Tokenizer):
         self._special = {i for i, token in added.items() if token.special}
         known = backend.get_vocab(with_added_tokens=False)
         self._words = {i for i, token in added.items() if token.content not in known}  # written as they are
-        kinds = _kinds(json.loads(backend.decoder.__getstate__())) if backend.decoder is not None else ()
-        self._bytes = _byte_of_letter() if "ByteLevel" in kinds else None
+        self._bytes = _byte_of_letter() if "ByteLevel" in _kinds(backend) else None
         text = next((t for t in ("a", *backend.get_vocab()) if self.encode(t)), "")
         marked = backend.encode(text, add_special_tokens=True)
         pairs = zip(marked.ids, marked.special_tokens_mask, strict=True)
@@ -117,6 +116,7 @@ class BPETokenizer(Tokenizer):
             backend.encode("a")
         except Exception as error:  # the package raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer that the tokenizers package reads ({error})") from None
+        _check_marks(backend, path)
         settings, where = _settings(path.parent)
         if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
             settings["eos_token"] = backend.id_to_token(end)
@@ -340,9 +340,29 @@ def _special_tokens(settings):
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _kinds(decoder):
-    """The types of a decoder, as the tokenizers package writes it, and of its parts."""
-    return {decoder["type"]}.union(*map(_kinds, decoder.get("decoders", ())))
+def _kinds(backend):
+    """The types of a backend's decoder, as the tokenizers package writes it, and of its parts."""
+
+    def types(decoder):
+        return {decoder["type"]}.union(*map(types, decoder.get("decoders", ())))
+
+    return set() if backend.decoder is None else types(json.loads(backend.decoder.__getstate__()))
+
+
+def _check_marks(backend, where):
+    """Refuse a vocabulary whose tokens say in other ways than GPT-2's and SentencePiece's where a word begins or ends."""
+    model, found = backend.model, []
+    if type(model).__name__ in ("WordLevel", "WordPiece"):
+        found = [f"model is {type(model).__name__}"]
+    for name in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if getattr(model, name, None) and not found:
+            found = [f"{type(model).__name__} model has {name} {getattr(model, name)!r}"]
+    found += [f"decoder is {kind}" for kind in sorted(_kinds(backend) & {"BPEDecoder", "CTC", "WordPiece"})]
+    if found:
+        raise ValueError(
+            f"{where}: its {' and its '.join(found)}; tinylora reads vocabularies of bytes (GPT-2's kind) or with spaces as \u2581 "
+            "(SentencePiece's kind)"
+        )
 
 
 def _text(token):
