@@ -206,6 +206,60 @@ def test_a_tokenizer_that_cannot_encode_is_a_sentence(tmp_path):
         load_tokenizer(tmp_path, 10)
 
 
+def listing(folder, settings=(), **others):
+    """A folder whose tokenizer.json has three special tokens and 300 in all, and further ones in the files beside it."""
+    byte_level().save(str(folder / "tokenizer.json"))
+    others = {"tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>", **dict(settings)}, **others}
+    for name, content in others.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+MARK = {"content": "<x>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize(
+    "settings, others",
+    [
+        ({"added_tokens_decoder": {"300": MARK, "301": {**MARK, "content": "<y>"}}}, {}),
+        ({"additional_special_tokens": ["<x>", "<y>"]}, {}),
+        ({"additional_special_tokens": [MARK, {**MARK, "content": "<y>"}]}, {}),
+        ({"extra_special_tokens": ["<x>", "<y>"]}, {}),
+        ({"extra_special_tokens": {"image_token": "<x>", "end": "<y>"}}, {}),
+        ({}, {"special_tokens_map": {"additional_special_tokens": ["<x>", "<y>"]}}),
+        ({}, {"added_tokens": {"<y>": 301, "<x>": 300, "</s>": 2}}),
+    ],
+)
+def test_tokens_that_lie_beside_a_tokenizer_json_are_added(settings, others, tmp_path):
+    t = load_tokenizer(listing(tmp_path, settings, **others), 302)
+    assert t.vocab_size == 302 and [t.encode(text) for text in ("<x>", "<y>")] == [[300], [301]]
+    assert (t.decode([300]) == "") == ("added_tokens" not in others)
+    t.save(tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again", 302).encode("a<x>b<y>") == t.encode("a<x>b<y>")
+    with pytest.raises(ValueError, match="302 tokens, but the model's vocab_size is 300"):
+        load_tokenizer(tmp_path, 300)
+
+
+@pytest.mark.parametrize(
+    "settings, others, words",
+    [
+        (
+            {"added_tokens_decoder": {"305": MARK}},
+            {},
+            "_config.json gives the added token '<x>' the id 305, .* gets 300",
+        ),
+        ({"added_tokens_decoder": {"7": MARK}}, {}, "_config.json gives the added token '<x>' the id 7, .* gets 300"),
+        ({}, {"added_tokens": {"<x>": 2}}, "added_tokens.json gives the added token '<x>' the id 2, .* gets 300"),
+        ({"added_tokens_decoder": {"300": "<x>"}}, {}, "_config.json: the added tokens are not {id: token}"),
+        ({"added_tokens_decoder": {"a": MARK}}, {}, "_config.json: the added tokens are not {id: token}"),
+        ({"added_tokens_decoder": [MARK]}, {}, "_config.json: the added tokens are not {id: token}"),
+    ],
+)
+def test_an_added_token_whose_id_does_not_fit_is_refused(settings, others, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        load_tokenizer(listing(tmp_path, settings, **others), 400)
+
+
 @pytest.mark.parametrize(
     "kind, decoder, words",
     [

@@ -145,6 +145,38 @@ def test_bos_stands_in_front_where_transformers_puts_it(kind, flag, front, tmp_p
     assert ours.front == ((1,) if front else ())
 
 
+ADDED = {"content": "<x>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+
+
+@pytest.mark.parametrize(
+    "settings, beside",
+    [
+        ({"added_tokens_decoder": {"300": ADDED, "301": {**ADDED, "content": "<y>", "special": False}}}, {}),
+        ({"added_tokens_decoder": {"1": {**ADDED, "content": "<|im_start|>", "special": False}}}, {}),
+        (
+            {"added_tokens_decoder": {"300": ADDED}, "pad_token": "<pad>", "additional_special_tokens": ["<y>", "<x>"]},
+            {},
+        ),
+        ({"added_tokens_decoder": {"300": ADDED}}, {"added_tokens.json": {"<y>": 300}}),
+        ({"additional_special_tokens": ["<x>"], "extra_special_tokens": ["<y>"]}, {}),
+        ({"extra_special_tokens": {"image_token": "<x>", "other_token": "<y>"}, "audio_token": "<z>"}, {}),
+        ({}, {"added_tokens.json": {"<x>": 301, "<y>": 300}}),
+        ({"additional_special_tokens": ["<x>"]}, {"added_tokens.json": {"<x>": 300, "<y>": 301}}),
+        ({}, {"special_tokens_map.json": {"additional_special_tokens": ["<x>"], "pad_token": "<pad>"}}),
+    ],
+)
+def test_tokens_beside_a_tokenizer_json_get_transformers_ids(settings, beside, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    for name, content in {"tokenizer_config.json": {**named, **settings}, **beside}.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    ours, theirs = load_tokenizer(tmp_path, 1000), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "a <x>b <y> c<z><pad> <|im_start|>"
+    ids = ours.encode(text)
+    assert ids == theirs(text, add_special_tokens=False).input_ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
 def test_settings_of_a_call_are_not_obeyed(tmp_path):
     text, backend = "once upon a time there was a cat. " * 40, byte_level()
     backend.enable_truncation(16, stride=2, direction="left")

@@ -18,6 +18,7 @@ import numpy as np
 
 from . import files, templates, vocabularies
 
+_NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens, in transformers' order
 _ASKED, _ANSWERED = "Question", "Answer"  # a conversation that shows what a template writes behind an answer
 
 
@@ -109,7 +110,8 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_file(cls, path):
-        """From a tokenizer.json and what lies beside it: tokenizer_config.json, special_tokens_map.json, and chat templates."""
+        """From a tokenizer.json and what lies beside it: tokenizer_config.json, special_tokens_map.json, added_tokens.json, and chat
+        templates."""
         package = vocabularies.package()
         try:
             backend = package.Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -120,6 +122,7 @@ class BPETokenizer(Tokenizer):
         settings, where = _settings(path.parent)
         if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
             settings["eos_token"] = backend.id_to_token(end)
+        _add_listed(backend, settings, path.parent)
         return cls(backend, settings, where)
 
     @classmethod
@@ -321,6 +324,47 @@ def _settings(folder):
     found = [*templates.beside(folder), (settings.get("chat_template"), path), *templates.of_processor(folder)]
     template, where = next(((text, file) for text, file in found if text), (None, folder / "tokenizer.json"))
     return settings | ({"chat_template": template} if template else {}), where
+
+
+def _add_listed(backend, settings, folder):
+    """Add the tokens that the files beside a tokenizer.json list and it lacks, in the order in which transformers adds them."""
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    special = _special_tokens(settings)
+    named = [
+        special[name] for name in dict.fromkeys((*(f"{name}_token" for name in _NAMES), *special)) if name in special
+    ]
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    extra = [_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    where, old, listed = folder / "tokenizer_config.json", folder / "added_tokens.json", {}
+    try:
+        if "added_tokens_decoder" in settings:
+            listed = {int(i): dict(token) for i, token in settings["added_tokens_decoder"].items()}
+        elif old.is_file():
+            where, marks = old, {*named, *extra}
+            listed = {
+                i: {"content": t, "special": t in marks} for t, i in files.read_json(old).items() if t not in added
+            }
+        tokens = {i: _added_token(token, token["content"] in named) for i, token in sorted(listed.items())}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{where}: the added tokens are not {{id: token}} as transformers writes them ({error!r})"
+        ) from None
+    backend.add_tokens(list(tokens.values()))
+    for i, token in tokens.items():
+        if (found := backend.token_to_id(token.content)) != i:
+            raise ValueError(
+                f"{where} gives the added token {token.content!r} the id {i}, and behind the tokens of tokenizer.json it gets {found}"
+            )
+    added += [token.content for token in tokens.values()]
+    if any(backend.token_to_id(token) is None for token in extra):
+        backend.add_special_tokens([token for token in dict.fromkeys((*named, *extra)) if token not in added])
+
+
+def _added_token(token, special):
+    """An AddedToken of what a file says of it; `special` if it is named as such elsewhere."""
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    token = {name: token[name] for name in known if name in token}
+    return vocabularies.package().AddedToken(**{**token, "special": special or token.get("special", False)})
 
 
 def _end_of_text(folder):
