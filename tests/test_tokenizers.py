@@ -215,6 +215,30 @@ def listing(folder, settings=(), **others):
     return folder
 
 
+@pytest.mark.parametrize(
+    "settings, one, behind",
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, ["\u2581a"], ["<s>", "a"]),
+        ({"tokenizer_class": "LlamaTokenizerFast", "legacy": False}, ["\u2581a"], ["<s>", "a"]),
+        ({"tokenizer_class": "LlamaTokenizer", "legacy": True}, ["\u2581a"], ["<s>", "\u2581a"]),
+        ({"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False, "legacy": True}, ["a"], ["<s>", "a"]),
+        ({"tokenizer_class": "CodeLlamaTokenizer", "legacy": True}, ["\u2581a"], ["<s>", "a"]),
+        ({"tokenizer_class": "PreTrainedTokenizerFast"}, ["\u2581a"], ["<s>", "\u2581a"]),
+        ({}, ["\u2581a"], ["<s>", "\u2581a"]),
+    ],
+)
+def test_llamas_classes_say_where_a_text_gets_a_space(settings, one, behind, tmp_path):
+    sentencepiece().backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>", **settings}))
+    load_tokenizer(tmp_path, 1000).save(tmp_path / "again")
+    for t in (load_tokenizer(tmp_path, 1000), load_tokenizer(tmp_path / "again", 1000)):
+        assert [t.backend.id_to_token(i) for i in t.encode("a")] == one
+        assert [t.backend.id_to_token(i) for i in t.encode("<s>a")] == behind
+        assert t.decode(t.encode("a b")) == "a b" and t.continuation(t.following("ab")) == "ab"
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')  # there the file counts
+    assert [t.backend.id_to_token(i) for i in load_tokenizer(tmp_path, 1000).encode("<s>a")] == ["<s>", "\u2581a"]
+
+
 MARK = {"content": "<x>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
 
 

@@ -4,6 +4,7 @@ Beside it sentencepiece, whose ids a SentencePiece vocabulary must give.
 """
 
 import io
+import itertools
 import json
 import os
 
@@ -11,6 +12,7 @@ import chats
 import llm_files
 import numpy as np
 import pytest
+from test_tokenizers import sentencepiece
 
 from tinylora.models import chat, vocabularies
 from tinylora.models.gguf import _read_header
@@ -143,6 +145,30 @@ def test_bos_stands_in_front_where_transformers_puts_it(kind, flag, front, tmp_p
         assert ours.encode(text, add_special_tokens=True) == theirs(text).input_ids
         assert ours.encode(text) == theirs(text, add_special_tokens=False).input_ids
     assert ours.front == ((1,) if front else ())
+
+
+@pytest.mark.parametrize(
+    "kind", ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "PreTrainedTokenizerFast"]
+)
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
+def test_spaces_before_a_text_are_where_transformers_puts_them(kind, model_type, tmp_path):
+    texts = ("ab a", "<s>ab", " ab", "a</s>b", "  a  b", "", "<s> ab", "a\nb", "é c", "</s></s>a", "<s>", "ab ")
+    for legacy, space, prefix in itertools.product((None, False, True), (None, False, True), (True, False)):
+        backend = sentencepiece(prefix).backend
+        backend.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        backend.save(str(tmp_path / "tokenizer.json"))
+        settings = {"tokenizer_class": kind, "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        settings |= {"legacy": legacy, "add_prefix_space": space}
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps({k: v for k, v in settings.items() if v is not None})
+        )
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        ours, theirs = load_tokenizer(tmp_path, 1000), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        for text in texts:
+            ids = ours.encode(text)
+            assert ids == theirs(text, add_special_tokens=False).input_ids, (settings, text)
+            assert ours.encode(text, add_special_tokens=True) == theirs(text).input_ids
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), (settings, text)
 
 
 ADDED = {"content": "<x>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False, "special": True}

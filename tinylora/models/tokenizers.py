@@ -122,6 +122,7 @@ class BPETokenizer(Tokenizer):
         settings, where = _settings(path.parent)
         if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
             settings["eos_token"] = backend.id_to_token(end)
+        _cut_as_llama(backend, settings, path.parent)
         _add_listed(backend, settings, path.parent)
         return cls(backend, settings, where)
 
@@ -324,6 +325,38 @@ def _settings(folder):
     found = [*templates.beside(folder), (settings.get("chat_template"), path), *templates.of_processor(folder)]
     template, where = next(((text, file) for text, file in found if text), (None, folder / "tokenizer.json"))
     return settings | ({"chat_template": template} if template else {}), where
+
+
+def _cut_as_llama(backend, settings, folder):
+    """Give a SentencePiece vocabulary of the class LlamaTokenizer or CodeLlamaTokenizer the space before a text that its settings say.
+
+    transformers (5.23, models/llama and code_llama) builds these two anew around the words and merges of tokenizer.json:
+
+        add_prefix_space false    no space in front
+        legacy true               Llama's alone: one before each stretch of text, behind a special token as well
+        otherwise                 one where the text begins
+
+    It does not in the folder of a Mistral model.
+    """
+    kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+    if (
+        kind not in ("LlamaTokenizer", "CodeLlamaTokenizer")
+        or backend.token_to_id("\u2581") is None
+        or "ByteLevel" in _kinds(backend)
+    ):
+        return
+    config = folder / "config.json"
+    if config.is_file() and files.read_json(config).get("model_type") == "mistral":
+        return
+    package, spaced = vocabularies.package(), settings.get("add_prefix_space") in (None, True)
+    again = "always" if settings.get("legacy") and kind == "LlamaTokenizer" else "first"
+    backend.normalizer = None
+    backend.pre_tokenizer = package.pre_tokenizers.Metaspace(
+        replacement="\u2581", prepend_scheme=again if spaced else "never", split=False
+    )
+    d = package.decoders
+    strip = [d.Strip(" ", 1, 0)] if spaced or kind == "CodeLlamaTokenizer" else []
+    backend.decoder = d.Sequence([d.Replace("\u2581", " "), d.ByteFallback(), d.Fuse(), *strip])
 
 
 def _add_listed(backend, settings, folder):
