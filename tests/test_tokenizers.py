@@ -264,6 +264,12 @@ def test_tokens_that_lie_beside_a_tokenizer_json_are_added(settings, others, tmp
         load_tokenizer(tmp_path, 300)
 
 
+def test_the_end_of_a_text_may_be_an_added_token(tmp_path):
+    listing(tmp_path, {"eos_token": None, "added_tokens_decoder": {"300": MARK}}, config={"eos_token_id": 300})
+    t = load_tokenizer(tmp_path, 301)
+    assert t.eos_id == t.end_id == 300 and t.settings["eos_token"] == "<x>"
+
+
 @pytest.mark.parametrize(
     "settings, others, words",
     [

@@ -120,10 +120,10 @@ class BPETokenizer(Tokenizer):
             raise ValueError(f"{path} is not a tokenizer that the tokenizers package reads ({error})") from None
         _check_marks(backend, path)
         settings, where = _settings(path.parent)
-        if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
-            settings["eos_token"] = backend.id_to_token(end)
         _cut_as_llama(backend, settings, path.parent)
         _add_listed(backend, settings, path.parent)
+        if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
+            settings["eos_token"] = backend.id_to_token(end)
         return cls(backend, settings, where)
 
     @classmethod
