@@ -79,7 +79,9 @@ def _base_and_adapter_options(g):
 def _step_options(g):
     from ..costs.memory import PRECISIONS
 
-    g.add_argument("--seq-len", type=positive, default=512, help="tokens a sequence (512)")
+    g.add_argument(
+        "--seq-len", type=positive, default=None, help="tokens a sequence (512, or as many as the model has positions)"
+    )
     g.add_argument("--batch-size", type=positive, default=1, help="sequences at a time (1)")
     g.add_argument(
         "--checkpointing", action="store_true", help="keep the blocks' inputs, and rebuild one block at a time"
@@ -111,7 +113,9 @@ def _memory(args):
     precision = args.precision or ("paper" if published and not args.measure else "engine")
     if args.measure:
         _check_measurable(model, precision)
-    config, options = memory.config_of(model), _options(args, memory.PRECISIONS[precision])
+    config = memory.config_of(model)
+    args.seq_len = args.seq_len or min(512, config.max_position_embeddings)
+    options = _options(args, memory.PRECISIONS[precision])
     plans = [(args.method, args.checkpointing)]
     if args.method == "all":
         plans = [("full", False), ("lora", False), ("qlora", False), ("qlora", True)]
@@ -199,7 +203,7 @@ def _draw(args, accounts, published=False):
     if args.out or can_draw():
         path = args.out or "memory.svg"
         alone = published and args.method == "qlora" and len(accounts) == 1
-        style.save(figure_6(args.seq_len) if args.audit or alone else account_bars(accounts), path)
+        style.save(figure_6(args.seq_len or 512) if args.audit or alone else account_bars(accounts), path)
         print(f"\nfigure: {path}")
 
 
