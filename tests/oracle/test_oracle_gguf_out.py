@@ -116,7 +116,7 @@ def test_what_llama_cpp_computes_with_an_adapter_of_peft_is_what_peft_computes(o
 
     adapter, base = gguf.GGUFReader(tmp_path / "a.gguf"), gguf.GGUFReader(tmp_path / "base.gguf")
     alpha, factors = adapter.fields["adapter.lora.alpha"].contents(), {t.name: t.data for t in adapter.tensors}
-    writer = gguf.GGUFWriter(tmp_path / "merged.gguf", "llama")
+    writer = gguf.GGUFWriter(tmp_path / "by-hand.gguf", "llama")
     for name, field in base.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
             writer.add_key_value(
@@ -134,7 +134,7 @@ def test_what_llama_cpp_computes_with_an_adapter_of_peft_is_what_peft_computes(o
     writer.write_tensors_to_file()
     writer.close()
     ids = rng.integers(0, t.vocab_size, (2, 30))
-    error = relative_error(opened(tmp_path / "merged.gguf"), theirs, ids)
+    error = relative_error(opened(tmp_path / "by-hand.gguf"), theirs, ids)
     print(f"{options}: relative error {error:.2e}")
     assert error < 1e-5
     with theirs.disable_adapter():

@@ -140,6 +140,10 @@ class Tables:
     """cos and sin of a model's positions, made once for each device and sliced. A copied or pickled one is empty and fills again."""
 
     def __init__(self):
+        self.clear()
+
+    def clear(self):
+        """Forget all tables; they are made again when they are asked for."""
         self._made = None, {}  # the config, {numpy or cupy: its table}
 
     def __getstate__(self):
