@@ -1,6 +1,5 @@
 """Files of training data: how they are told apart, what their records mean, and what is said of bad ones."""
 
-import itertools
 import json
 import warnings
 
@@ -292,40 +291,21 @@ def test_a_text_with_half_a_surrogate_pair_is_refused_before_it_is_encoded():
 
 
 # ------------------------------------------------------------------------------------------------------------- conversations
-class Turns(ByteTokenizer):
-    """Bytes with turns, <user> by \\x01 ... \\x02 and the assistant's up to \\x03, and a system's by \\x04 ... \\x02."""
-
-    chats, end_id, ending = True, 3, ("\x03", "")
-
-    def spoken(self, messages, add_generation_prompt=False, **more):
-        turns = {"user": "\x01{}\x02", "assistant": "{}\x03", "system": "\x04{}\x02"}
-        if messages[0]["role"] == "assistant":
-            raise ValueError("chat: the user begins")
-        return "".join(turns[m["role"]].format(m["content"]) for m in messages), []
-
-    def render(self, messages, **more):
-        return self.spoken(messages, **more)[0]
-
-    def segments(self, text, spans):
-        cuts = [0, *(place for span in spans for place in span)]
-        return tuple(self.encode(text[a:b]) for a, b in itertools.pairwise(cuts))
-
-
 def test_every_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path):
     talk = [
         {"role": r, "content": c}
         for r, c in (("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "de"))
     ]
-    train, _ = read_corpus(write(tmp_path / "a.jsonl", lines([{"messages": talk}] * 10)), Turns())
+    train, _ = read_corpus(write(tmp_path / "a.jsonl", lines([{"messages": talk}] * 10)), tiny.Turns())
     assert train.pairs[0] == (list(b"\x04s\x02\x01a\x02"), list(b"b\x03"), list(b"\x01c\x02"), list(b"de\x03"))
     assert train.tokens == 9 * 5
     _, targets, mask = train.windows(20)
     assert bytes(targets[0][mask[0] == 1].tolist()) == b"b\x03de\x03"
     half = [{"prompt": talk[:3], "completion": talk[3:]}] * 10
-    train, _ = read_corpus(write(tmp_path / "b.jsonl", lines(half)), Turns())
+    train, _ = read_corpus(write(tmp_path / "b.jsonl", lines(half)), tiny.Turns())
     assert train.pairs[0] == (list(b"\x04s\x02\x01a\x02b\x03\x01c\x02"), list(b"de\x03"))
     train, _ = read_corpus(
-        write(tmp_path / "c.jsonl", lines([{"instruction": "a", "input": "", "output": "b"}] * 10)), Turns()
+        write(tmp_path / "c.jsonl", lines([{"instruction": "a", "input": "", "output": "b"}] * 10)), tiny.Turns()
     )
     assert train.pairs[0] == (list(b"\x01a\x02"), list(b"b\x03"))
 
@@ -333,7 +313,7 @@ def test_every_answer_of_a_conversation_is_learned_and_nothing_else(tmp_path):
 def test_what_a_template_refuses_is_named_by_its_line(tmp_path):
     wrong = {"messages": [{"role": "assistant", "content": "b"}]}
     with pytest.raises(ValueError, match=r"a\.jsonl line 2: chat: the user begins"):
-        read_corpus(write(tmp_path / "a.jsonl", lines([TALK, wrong, *[TALK] * 9])), Turns())
+        read_corpus(write(tmp_path / "a.jsonl", lines([TALK, wrong, *[TALK] * 9])), tiny.Turns())
 
 
 def test_an_answer_ends_with_the_token_that_ends_one():
@@ -413,14 +393,14 @@ def test_an_answer_may_be_read_and_not_learned(flag, tmp_path):
     first, last = [{**m, **flag} if i == 1 else m for i, m in enumerate(talk)], [*talk[:3], {**talk[3], **flag}]
     shared = [{"from": m["role"], "value": m["content"], **{k: m[k] for k in flag if k in m}} for m in first]
     for row in ({"messages": first}, {"conversations": shared}):
-        train, _ = read_corpus(write(tmp_path / "a.jsonl", lines([row] * 10)), Turns())
+        train, _ = read_corpus(write(tmp_path / "a.jsonl", lines([row] * 10)), tiny.Turns())
         assert train.pairs[0] == (list(b"\x01a\x02b\x03\x01c\x02"), list(b"d\x03"))
     kept = {next(iter(flag)): 1}
     rows = [{"messages": [{**m, **kept} for m in last]}, {"messages": [*last[:3], {**last[3], **flag}]}]
-    train, _ = read_corpus(write(tmp_path / "b.jsonl", lines([rows[1]] * 10)), Turns())
+    train, _ = read_corpus(write(tmp_path / "b.jsonl", lines([rows[1]] * 10)), tiny.Turns())
     assert train.pairs[0] == (list(b"\x01a\x02"), list(b"b\x03"))
-    train, _ = read_corpus(write(tmp_path / "c.jsonl", lines([rows[0]] * 10)), Turns())
+    train, _ = read_corpus(write(tmp_path / "c.jsonl", lines([rows[0]] * 10)), tiny.Turns())
     assert train.pairs[0][3] == list(b"d\x03")
     neither = {"messages": [{**m, **flag} for m in talk]}
-    train, _ = read_corpus(write(tmp_path / "d.jsonl", lines([rows[0], *[neither] * 8, rows[0]])), Turns())
+    train, _ = read_corpus(write(tmp_path / "d.jsonl", lines([rows[0], *[neither] * 8, rows[0]])), tiny.Turns())
     assert len(train.pairs) == 1

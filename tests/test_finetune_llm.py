@@ -1,6 +1,5 @@
 """finetune on questions and answers, on a GGUF, with pages in a file, with a trace and with 8-bit states; 16-bit storage and prepare."""
 
-import itertools
 import json
 import os
 import subprocess
@@ -36,25 +35,8 @@ def text(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ questions and answers
-class Turns(ByteTokenizer):
-    """Bytes with turns, \x01 user \x02 assistant \x03: what a chat model's tokenizer does."""
-
-    chats, end_id, ending = True, 3, ("\x03", "")
-
-    def spoken(self, messages, add_generation_prompt=False, **more):
-        turns = {"user": "\x01{}\x02", "assistant": "{}\x03"}
-        return "".join(turns[m["role"]].format(m["content"]) for m in messages), []
-
-    def render(self, messages, **more):
-        return self.spoken(messages, **more)[0]
-
-    def segments(self, text, spans):
-        cuts = [0, *(place for span in spans for place in span)]
-        return tuple(self.encode(text[a:b]) for a, b in itertools.pairwise(cuts))
-
-
 def test_a_question_is_asked_in_turns_and_the_end_of_the_answer_is_learned():
-    pairs = question_and_answer([("ab", "xy"), ("c", "é")], Turns())
+    pairs = question_and_answer([("ab", "xy"), ("c", "é")], tiny.Turns())
     assert pairs.pairs == [([1, 97, 98, 2], [120, 121, 3]), ([1, 99, 2], [195, 169, 3])]
     assert pairs.tokens == 6
     inputs, targets, mask = pairs.windows(8)

@@ -1,8 +1,11 @@
 """A Llama small enough to test with, and helpers for it."""
 
+import itertools
+
 import numpy as np
 
 from tinylora import Llama, LlamaConfig, backend, ops
+from tinylora.models.tokenizers import ByteTokenizer
 from tinylora.nn import Embedding, Linear, Module, RMSNorm, normal
 
 CONFIG = LlamaConfig(
@@ -106,3 +109,22 @@ def randomize_trainable(m, rng):
         new = (0.4 * rng.standard_normal(p.shape)).astype(np.float32)
         p.data = backend.move(new, backend.array_module(p.data))
     return m
+
+
+class Turns(ByteTokenizer):
+    """Bytes with turns, <user> by \\x01 ... \\x02 and the assistant's up to \\x03, and a system's by \\x04 ... \\x02."""
+
+    chats, end_id, ending = True, 3, ("\x03", "")
+
+    def spoken(self, messages, add_generation_prompt=False, **more):
+        turns = {"user": "\x01{}\x02", "assistant": "{}\x03", "system": "\x04{}\x02"}
+        if messages[0]["role"] == "assistant":
+            raise ValueError("chat: the user begins")
+        return "".join(turns[m["role"]].format(m["content"]) for m in messages), []
+
+    def render(self, messages, **more):
+        return self.spoken(messages, **more)[0]
+
+    def segments(self, text, spans):
+        cuts = [0, *(place for span in spans for place in span)]
+        return tuple(self.encode(text[a:b]) for a, b in itertools.pairwise(cuts))

@@ -69,8 +69,8 @@ class Job:
     """What to fine-tune and how.
 
     model    "base", a model folder, or FILE.gguf
-    text     a .txt or .jsonl file, or None for the embedded Jargon File: as running text, or as questions and answers for a
-             model whose vocabulary knows turns (ChatML)
+    text     a file of text or of records (see `datafiles`), or None for the embedded Jargon File: as running text, or as questions and
+             answers for a model that knows turns
     heldout  evaluate on so many held-out sequences (None: all)
     adapter  the folder of an adapter, of finetune's or PEFT's, that is trained further; its own settings then count, and not r, alpha,
              dropout, target_modules, exclude_modules, layers_to_transform, use_rslora and use_dora (see `going_on`)
