@@ -88,7 +88,7 @@ def test_an_adapter_of_a_model_in_another_byte_order_is_the_same_adapter(tmp_pat
 
 @pytest.mark.parametrize("dtype", ["c8", "O", "S3", "M8[s]", [("a", "f4")]], ids=str)
 def test_what_the_format_has_no_name_for_is_refused_before_anything_is_written(dtype, tmp_path):
-    with pytest.raises(ValueError, match=r"x: w is \w+.*, expected one of float64, float32"):
+    with pytest.raises(ValueError, match=r"x: w is \w+.*, expected one of .*float64, float32"):
         safetensors.save_safetensors(tmp_path / "x", {"w": np.zeros(3, dtype)})
     assert not os.listdir(tmp_path)
 
@@ -132,3 +132,182 @@ def test_json_errors_are_sentences(tmp_path):
         files.read_json(tmp_path / "list.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         safetensors.load_safetensors(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("kind", safetensors._NUMPY)
+def test_a_file_has_the_bytes_that_the_package_writes(kind, tmp_path, rng):
+    """Each dtype beside every other, so that their order shows."""
+    package = pytest.importorskip("safetensors")
+    tensors = {"b": BFloat16Array.of(rng.standard_normal(3).astype(np.float32)), "a": np.zeros((2, 0), np.float32)}
+    for i, other in enumerate({kind, *rng.choice(list(safetensors._NUMPY), 4)} - {"BF16"}):
+        tensors[f"{rng.integers(100)}-{i}"] = rng.integers(0, 2, (3, 2)).astype(safetensors._NUMPY[other])
+    specs = {}
+    for name, x in tensors.items():
+        held = x.bits if isinstance(x, BFloat16Array) else x
+        dtype = "bfloat16" if isinstance(x, BFloat16Array) else x.dtype.name
+        specs[name] = package.TensorSpec(dtype=dtype, shape=x.shape, data_ptr=held.ctypes.data, data_len=held.nbytes)
+    package.serialize_file(specs, tmp_path / "package", metadata={"format": "pt"})
+    safetensors.save_safetensors(tmp_path / "ours", tensors)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "package").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------- files that belong together
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def saved(folder, **texts):
+    with files.whole_folder(folder, replaces=("config.json", "weights", "vocabulary")) as new:
+        for name, text in texts.items():
+            (new / name.replace("config", "config.json")).write_text(text)
+
+
+def test_files_that_belong_together_become_the_folders_together(tmp_path):
+    folder = tmp_path / "m"
+    saved(folder, config="1", weights="1", vocabulary="1")
+    (folder / "mine").write_text("mine")
+    (folder / "inner").mkdir()
+    (folder / "weights").chmod(0o600)
+    saved(folder, config="2", weights="2")
+    assert contents(folder) == {"config.json": "2", "weights": "2", "mine": "mine"}
+    assert (folder / "weights").stat().st_mode & 0o777 == 0o600
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"] and (folder / "inner").is_dir()
+
+
+def test_a_block_that_fails_changes_nothing_and_leaves_nothing(tmp_path):
+    for before in ({}, {"config": "1", "weights": "1"}):
+        if before:
+            saved(tmp_path / "m", **before)
+        there = contents(tmp_path)
+        for error in (KeyboardInterrupt, ValueError, OSError(28, "No space left on device")):
+            with (
+                pytest.raises(type(error) if isinstance(error, OSError) else error),
+                files.whole_folder(tmp_path / "m") as new,
+            ):
+                (new / "config.json").write_text("2")
+                raise error
+        assert contents(tmp_path) == there and len(list(tmp_path.iterdir())) == bool(before)
+
+
+def killed_at(call, run):
+    """Run in a process that ends, as by SIGKILL, before this call of all that change a folder. Whether it was killed."""
+    child = os.fork()
+    if child == 0:
+        count = iter(range(10**6))
+
+        def shim(real):
+            def called(*args, **kwargs):
+                if next(count) == call:
+                    os._exit(9)
+                return real(*args, **kwargs)
+
+            return called
+
+        for name in ("replace", "rename", "unlink", "rmdir", "mkdir", "fsync", "chmod"):
+            setattr(os, name, shim(getattr(os, name)))
+        try:
+            run()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_save_that_is_killed_anywhere_leaves_the_old_files_or_the_new_ones(tmp_path):
+    old, new = {"config.json": "1", "weights": "1", "vocabulary": "1"}, {"config.json": "2", "weights": "2"}
+    call, found = 0, []
+    while True:
+        folder = tmp_path / str(call)
+        saved(folder, config="1", weights="1", vocabulary="1")
+        if not killed_at(call, lambda folder=folder: saved(folder, config="2", weights="2")):
+            break
+        raw = contents(folder)
+        if "config.json" in raw:  # whoever knows nothing of `.saved`
+            assert (raw["config.json"], raw["weights"], raw.get("vocabulary")) in (("1", "1", "1"), ("2", "2", None))
+        files.settle(folder)
+        there = {name: text for name, text in contents(folder).items() if not name.startswith(".")}
+        assert there in (old, new)
+        found.append(there == new)
+        saved(folder, config="3", weights="3")
+        assert contents(folder) == {"config.json": "3", "weights": "3"} and len(list(folder.iterdir())) == 2
+        call += 1
+    assert call > 10 and True in found and False in found and contents(folder) == new
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(map(str, range(call + 1)))
+
+
+def test_a_stranger_s_plan_reaches_nothing_outside_of_the_folder(tmp_path):
+    (tmp_path / "m" / ".saved").mkdir(parents=True)
+    (tmp_path / "victim").write_text("mine")
+    for plan in (
+        '{"head": "config.json", "remove": ["../victim"]}',
+        '{"head": "../victim", "remove": []}',
+        "[]",
+        "{}",
+        '{"head": 1}',
+    ):
+        (tmp_path / "m" / ".saved" / ".plan.json").write_text(plan)
+        with pytest.raises((OSError, ValueError), match=r"plan\.json"):
+            files.settle(tmp_path / "m")
+    assert (tmp_path / "victim").read_text() == "mine"
+    (tmp_path / "m2").mkdir()
+    (tmp_path / "m2" / ".saved").symlink_to(tmp_path / "m")
+    with pytest.raises(OSError, match="not a folder"):
+        files.settle(tmp_path / "m2")
+
+
+def test_one_process_at_a_time_holds_a_folder(tmp_path):
+    code = "import sys; from tinylora.models import files\nwith files.locked(sys.argv[1]): print('held')"
+    run = [sys.executable, "-c", code, tmp_path / "run"]
+    with files.locked(tmp_path / "run"), files.locked(tmp_path / "run"):  # whoever has it may take it again
+        held = subprocess.run(run, capture_output=True, text=True)
+        assert held.returncode == 1 and "is being written by another run" in held.stderr
+    assert not (tmp_path / "run").exists()  # empty, and made for the lock
+    assert subprocess.run(run, capture_output=True, text=True).stdout == "held\n"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="it is a file; expected a folder"), files.locked(tmp_path / "file"):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------------------ one file
+def test_a_file_keeps_its_permissions_and_a_link_stays_one(tmp_path):
+    (tmp_path / "real").write_text("{}")
+    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "link").symlink_to("real")
+    files.write_json(tmp_path / "link", {"a": 1})
+    assert (tmp_path / "link").is_symlink() and files.read_json(tmp_path / "real") == {"a": 1}
+    assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (b'{"a":' * 200_000, "nested too deeply"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"[]", "found a list"),
+    ],
+    ids=["deep", "long number", "no UTF-8", "empty", "list"],
+)
+def test_json_that_is_none_is_said_with_its_file(text, said, tmp_path):
+    (tmp_path / "x.json").write_bytes(text)
+    with pytest.raises(ValueError, match=rf"x\.json.*{said}"):
+        files.read_json(tmp_path / "x.json")
+
+
+def test_only_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, said in {
+        "pipe": "a pipe",
+        "zero": "a device",
+        ".": "a folder",
+        "none": "does not exist",
+        "a\0": "no path",
+    }.items():
+        with pytest.raises((OSError, ValueError), match=said):
+            files.read_json(tmp_path / name)
+    with open(tmp_path / "large", "wb") as f:
+        f.truncate(1 << 40)
+    with pytest.raises(ValueError, match="expected at most"):
+        files.read_json(tmp_path / "large")

@@ -25,6 +25,7 @@ from ..backend import move
 from ..dtypes import BFloat16Array, as_float32
 from ..models import eightbit, files, safetensors
 from ..models.eightbit import Linear8bit, VectorwiseInt8
+from ..models.folders import MODEL_FILES
 from ..models.fourbit import from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors is handed on)
 from ..models.llama import Llama
 from ..nn import Linear, is_adapter_weight
@@ -77,9 +78,10 @@ def save(model, folder, compute_dtype="float32"):
         config["quantization_config"] = quantization_config(kinds[QuantizedTensor], compute_dtype, kept)
     else:
         config["quantization_config"] = eightbit.quantization_config(_threshold(model), kept)
-    safetensors.save_safetensors(Path(folder) / "model.safetensors", tensors | (half if exact else dense))
-    model.tokenizer.save(Path(folder))
-    files.write_json(Path(folder) / "config.json", config)
+    with files.whole_folder(folder, replaces=MODEL_FILES) as new:
+        safetensors.save_safetensors(new / "model.safetensors", tensors | (half if exact else dense))
+        model.tokenizer.save(new)
+        files.write_json(new / "config.json", config)
 
 
 def _threshold(model):
@@ -176,17 +178,19 @@ def quantize_folder(
         config["quantization_config"] = eightbit.quantization_config(skip=kept)
     else:
         config["quantization_config"] = quantization_config(done[linear[0]], skip=kept)
-    for path in sorted(source.iterdir()):  # tokenizer, chat template, licence
-        if path.is_file() and _goes_along(path.name):
-            with files.atomic(target / path.name) as temporary:
-                shutil.copyfile(path, temporary)
-    safetensors.save_safetensors(target / "model.safetensors", tensors)
-    files.write_json(target / "config.json", config)
+    with files.whole_folder(target, replaces=MODEL_FILES) as new:
+        for path in sorted(source.iterdir()):  # tokenizer, chat template, licence
+            if path.is_file() and _goes_along(path.name):
+                shutil.copyfile(path, new / path.name)
+        safetensors.save_safetensors(new / "model.safetensors", tensors)
+        files.write_json(new / "config.json", config)
     return done
 
 
 def _check_folders(source, target, force):
     """The source's config, if the source can be quantized and the target can be written."""
+    for folder in (source, target):
+        files.settle(folder)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected a model folder as transformers saves it")
     config = files.read_json(source / "config.json")

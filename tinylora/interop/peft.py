@@ -54,6 +54,13 @@ from ..models.tokenizers import BPETokenizer
 from . import embeddings
 
 _PREFIX = "base_model.model."
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FILES = (
+    _CONFIG,
+    _WEIGHTS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+)  # what an adapter that is saved takes the place of
 _METADATA = "tinylora"  # the key of the base's description in the metadata
 
 #: Settings that change what the adapter computes, and that tinylora lacks.
@@ -78,23 +85,26 @@ _CONDENSED = 20  # so many target_modules PEFT condenses to shorter names; layer
 
 
 # -------------------------------------------------------------------------------------------------------------------- saving
-def save_adapter(model, folder, base_model=None, name=None):
+def save_adapter(model, folder, base_model=None, name=None, tokenizer=None):
     """Write one adapter as PEFT does (without a name, the active one), and beside it what its base is.
 
     base_model   what PEFT should record as the base (a name or a folder)
+    tokenizer    one that comes along, where the adapter has tokens that its base lacks
     """
     adapter = adapters.adapter_of(model, name)
     tensors, config = _tensors(model, adapter), _config(model, adapter, base_model)
     json.dumps(config)  # what cannot be written is said before anything is
     about = {"base": base_model, **identity.identity(own_weights(model), linears(model))}
-    folder = Path(folder)
-    safetensors.write_safetensors(
-        folder / "adapter_model.safetensors",
-        {key: ("F32", array.shape) for key, array in tensors.items()},
-        tensors.__getitem__,
-        {"format": "pt", _METADATA: json.dumps(about)},
-    )
-    files.write_json(folder / "adapter_config.json", config)
+    with files.whole_folder(folder, head=_CONFIG, replaces=_FILES) as new:
+        safetensors.write_safetensors(
+            new / _WEIGHTS,
+            {key: ("F32", array.shape) for key, array in tensors.items()},
+            tensors.__getitem__,
+            {"format": "pt", _METADATA: json.dumps(about)},
+        )
+        if tokenizer is not None:
+            tokenizer.save(new)
+        files.write_json(new / _CONFIG, config)
 
 
 def _tensors(model, adapter):
@@ -235,10 +245,11 @@ def read_config(folder):
 
 def _read(folder):
     """The _File of a folder."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    files.settle(folder)
+    for name in (_CONFIG, _WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
-    where = folder / "adapter_config.json"
+    where = folder / _CONFIG
     settings = files.read_json(where)
     _refuse_what_is_not_read(settings, where)
     try:

@@ -1,54 +1,92 @@
-"""Files that are written whole or not at all.
+"""Files that are written whole or not at all, one by one or as a set; and files that are read with care.
 
-`atomic(path)` gives a temporary path in the same folder; only when the block ends without an error is it synced to disk
-and renamed over the old file, in one step of the file system. A full disk, a bug or a SIGKILL leaves the old file as it
-was.
+    with atomic(path) as temporary: …          one file: written beside, synced, and renamed over the old one
+    with whole_folder(folder) as new: …        files that belong together: all of them become the folder's, or none
+    with locked(folder): …                     one process at a time
+
+`whole_folder` keeps SQLite's habit. The new files are written and synced in a folder of their own, which one rename then
+calls `.saved`: that is the moment at which the save has happened. Only now are they moved to their places, and the file by
+which the folder is known (config.json) leaves first and comes last, so that no program ever opens a mixture. Whoever is
+killed before `.saved` exists has changed nothing; whoever is killed after it is finished by the next reader (`settle`).
 """
 
 import contextlib
+import errno
 import glob
 import json
 import os
+import shutil
+import stat
+import threading
+import time
 from pathlib import Path
 
+from .fields import shown
 
+SAVED = ".saved"  # a whole save, of which not every file is in its place yet
+_PLAN = ".plan.json"  # in it: {"head": the file by which the folder is known, "remove": names that the save leaves out}
+_JSON_LIMIT = 256 << 20
+
+
+# ---------------------------------------------------------------------------------------------------------------------- one file
 @contextlib.contextmanager
 def atomic(path):
-    """A temporary path beside `path` that becomes `path` if the block succeeds and disappears if it does not."""
-    path = Path(path)
+    """A temporary path beside `path` that becomes `path` if the block succeeds and disappears if it does not.
+
+    A file that was there before keeps its permissions, and one that is reached by a link is replaced where it lies.
+    """
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{glob.escape(path.name)}.*.part"):  # left by a process that was killed
-            if not _alive(stale.name.split(".")[-2]):
-                stale.unlink(missing_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # some writers replace the file and with it its permissions
+        _remove_stale(path.parent, f".{path.name}.")
+        before = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+        temporary.touch(0o666 if before is None else 0o600)
+        mode = stat.S_IMODE(temporary.stat().st_mode) if before is None else before
         yield str(temporary)
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        os.chmod(temporary, mode)  # some writers replace the file and with it its permissions
+        _sync(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
         if isinstance(error, OSError):
             raise OSError(f"could not write {path}: {error}; what was there before is untouched") from error
         raise
 
 
+def _remove_stale(folder, start):
+    """Remove what processes left that were killed while they wrote: START<process>.part, a file or a folder."""
+    for stale in folder.glob(f"{glob.escape(start)}*.part"):
+        if not _alive(stale.name.removeprefix(start).removesuffix(".part")):
+            _remove(stale)
+
+
+def _remove(path):
+    """Remove a file or a folder, and be content if it cannot be."""
+    with contextlib.suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _alive(pid):
-    """Whether a process of that number runs; True where it cannot be told."""
-    if os.name != "posix" or not pid.isdigit():
+    """Whether another process of that number runs; True where it cannot be told."""
+    if os.name != "posix" or not pid.isdigit() or len(pid) > 10:
         return True
     try:
         os.kill(int(pid), 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         return True
     return int(pid) != os.getpid()
+
+
+def _sync(path):
+    with open(path, "rb+") as f:
+        os.fsync(f.fileno())
 
 
 def _sync_folder(folder):
@@ -72,11 +110,241 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path):
-    """The JSON object in a file; a sentence if there is none."""
+# ------------------------------------------------------------------------------------------------------- files that belong together
+@contextlib.contextmanager
+def whole_folder(folder, head="config.json", replaces=()):
+    """An empty folder; the files that the block writes there become `folder`'s together if it succeeds, and none of them if not.
+
+    head       the file by which the folder is known: a reader without it refuses the folder
+    replaces   names of files that belong to what is saved: those that the block does not write are removed with the old ones
+
+    Other files of `folder` stay as they are.
+    """
+    folder = Path(os.path.realpath(folder))
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        new = not folder.exists()
+        beside, start = (folder.parent, f".{folder.name}.") if new else (folder, ".saving.")
+        beside.mkdir(parents=True, exist_ok=True)
+        settle(folder)
+        _remove_stale(folder.parent, f".{folder.name}.")
+        _remove_stale(beside, start)
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    prepared = beside / f"{start}{os.getpid()}.part"
+    try:
+        prepared.mkdir()
+        yield prepared
+        names = [entry.name for entry in prepared.iterdir()]
+        for name in names:
+            if (folder / name).is_file():
+                os.chmod(prepared / name, stat.S_IMODE((folder / name).stat().st_mode))
+            _sync(prepared / name)
+        if new:
+            _sync_folder(prepared)
+            new = _renamed(prepared, folder)
+        if not new:
+            remove = sorted(set(replaces) - set(names))
+            (prepared / _PLAN).write_text(json.dumps({"head": head, "remove": remove}), encoding="utf-8")
+            _sync(prepared / _PLAN)
+            _sync_folder(prepared)
+            with locked(folder, wait=30):
+                settle(folder)
+                os.replace(prepared, folder / SAVED)
+                _sync_folder(folder)
+                _move_in(folder)
+    except BaseException as error:
+        _remove(prepared)
+        if isinstance(error, OSError):
+            raise _unwritten(folder, error) from error
+        raise
+
+
+def _unwritten(folder, error):
+    """The sentence on a save that failed, which says how the folder is now."""
+    left = "what was there before is untouched"
+    if (folder / SAVED).exists():
+        left = f"the new files lie in {folder / SAVED}, and whatever opens or writes the folder next puts them in their places"
+    return OSError(f"could not write {folder}: {error}; {left}")
+
+
+def _renamed(prepared, folder):
+    """Whether a folder that is prepared has become `folder`; False if another process has made it meanwhile."""
+    try:
+        os.rename(prepared, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EACCES) or not folder.is_dir():
+            raise
+        return False
+    _sync_folder(folder.parent)
+    return True
+
+
+def settle(folder):
+    """Finish a save of this folder that was killed after all of it was written. Every reader of a folder calls it first."""
+    folder = Path(folder)
+    if not os.path.lexists(folder / SAVED):
+        return
+    try:
+        with locked(folder, wait=30):
+            if os.path.lexists(folder / SAVED):
+                _move_in(folder)
+    except OSError as error:
+        raise OSError(
+            f"{folder}: a save was interrupted after its files were written to {folder / SAVED}, and they could not be put in "
+            f"their places: {error}"
+        ) from error
+
+
+def _move_in(folder):
+    """Put the files of `.saved` in their places. It may be killed at any point and done again."""
+    saved = folder / SAVED
+    if saved.is_symlink() or not saved.is_dir():
+        raise OSError(f"{saved} is not a folder; expected one that a save left")
+    names = sorted(entry.name for entry in saved.iterdir())
+    if _PLAN in names:
+        plan = read_json(saved / _PLAN)
+        head, remove = plan.get("head"), plan.get("remove")
+        if not (isinstance(remove, list) and all(map(_is_plain, [head, *remove]))):
+            raise OSError(f"{saved / _PLAN} is damaged: expected names of files, found {shown(plan)}")
+        names.remove(_PLAN)
+        for name in ([head] if head in names else []) + remove:
+            (folder / name).unlink(missing_ok=True)
+        for name in sorted(names, key=head.__eq__):  # the head comes last
+            os.replace(saved / name, folder / name)
+        _sync_folder(folder)
+        (saved / _PLAN).unlink()
+    saved.rmdir()
+    _sync_folder(folder)
+
+
+def _is_plain(name):
+    """Whether this is the name of a file in a folder, and not a way out of it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+
+
+# -------------------------------------------------------------------------------------------------------------------------- locks
+_held = {}  # {folder: thread} of this process; a thread that has the lock may take it again
+_guard = threading.Lock()
+
+
+@contextlib.contextmanager
+def locked(folder, wait=0):
+    """Hold a folder against other processes (and threads), and make it if it is not there. An empty one is not left behind.
+
+    wait   seconds for which to try; then BlockingIOError with a sentence. The system lets go of the lock of a process that ends,
+           however it ends. Where there is no flock (Windows, some network file systems), nothing is held.
+    """
+    folder = Path(os.path.realpath(folder))
+    with _guard:
+        again = _held.get(folder) == threading.get_ident()
+    if again:
+        yield
+        return
+    made = _made(folder)
+    handle = _flocked(folder, time.monotonic() + wait)
+    try:
+        with _guard:
+            _held[folder] = threading.get_ident()
+        yield
+    finally:
+        with _guard:
+            _held.pop(folder, None)
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if handle is not None:
+            os.close(handle)
+
+
+def _made(folder):
+    """Make a folder if there is none; whether that was so."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        if not folder.is_dir():
+            raise OSError(
+                f"could not write {folder}: it is a file; expected a folder, or a name that is free"
+            ) from None
+        return False
+    except OSError as error:
+        raise OSError(f"could not write {folder}: {error}") from error
+    return True
+
+
+def _flocked(folder, until):
+    """An open handle on a folder that this process alone has locked; None where folders cannot be locked."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return handle
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise BlockingIOError(
+                        f"{folder} is being written by another run; wait until it has ended, or choose another folder"
+                    ) from None
+                time.sleep(0.05)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    except BaseException:
+        os.close(handle)
+        raise
+
+
+def check_writable(path):
+    """OSError with a sentence if a file or folder at `path` could not be written; asked before long work, and nothing is left behind."""
+    path = Path(os.path.realpath(path))
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    folder = nearest if nearest.is_dir() else nearest.parent
+    if nearest != path and not nearest.is_dir():
+        raise OSError(f"could not write {path}: {nearest} is a file; expected a folder")
+    trial = folder / f".{path.name}.{os.getpid()}.part"
+    try:
+        trial.touch(0o600)
+    except OSError as error:
+        raise OSError(f"could not write {path}: {error}") from error
+    finally:
+        _remove(trial)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ reading
+def check_regular(path, limit=None):
+    """The size in bytes of a regular file; a sentence for a path at which there is none: nothing, a folder, a pipe, a device.
+
+    limit   ValueError if the file is larger
+    """
+    path = Path(path)
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"{path} does not exist") from None
+    except ValueError as error:  # a zero byte in the name
+        raise ValueError(f"{shown(str(path))} is no path: {error}") from None
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a socket or a device"
+        raise ValueError(f"{path} is {kind}; expected a file")
+    if limit is not None and found.st_size > limit:
+        raise ValueError(f"{path} has {found.st_size} bytes; expected at most {limit}")
+    return found.st_size
+
+
+def read_json(path, limit=_JSON_LIMIT):
+    """The JSON object in a file; a sentence that names the file if there is none."""
+    check_regular(path, limit)
+    try:
+        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; expected a JSON object") from None
+    except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, found a {type(value).__name__}")

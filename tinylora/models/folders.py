@@ -17,6 +17,12 @@ from .gguf import GGUF, is_gguf
 from .tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+#: What a model folder consists of, here and in transformers. A model that is saved takes the place of all of them.
+MODEL_FILES = (
+    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -102,6 +108,7 @@ def open_model(path, held="dense"):
     if is_gguf(folder):
         opened = GGUF(folder)
         return ModelFiles(folder, opened.config, folder, opened)
+    files.settle(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{path}: expected 'base' or a folder with config.json and model.safetensors, or FILE.gguf"
@@ -123,19 +130,21 @@ def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16", bar=
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
     folder = Path(folder)
+    files.settle(folder)
     if isinstance(tokenizer, ByteTokenizer) and (folder / "tokenizer.json").exists():
         raise ValueError(f"{folder} holds the vocabulary of another model (tokenizer.json); choose another folder")
-    safetensors.write_safetensors(
-        folder / "model.safetensors",
-        {name: (DTYPES[dtype], tuple(shape)) for name, shape in shapes.items()},
-        (lambda name: BFloat16Array.of(read(name))) if dtype == "bfloat16" else read,
-        bar=bar,
-    )
-    tokenizer.save(folder)
     ids = {name: config[name] for name in _TOKENS if config.get(name) is not None}
-    if ids:
-        files.write_json(folder / "generation_config.json", ids)
-    files.write_json(folder / "config.json", {**config, "dtype": dtype})
+    with files.whole_folder(folder, replaces=MODEL_FILES) as new:
+        safetensors.write_safetensors(
+            new / "model.safetensors",
+            {name: (DTYPES[dtype], tuple(shape)) for name, shape in shapes.items()},
+            (lambda name: BFloat16Array.of(read(name))) if dtype == "bfloat16" else read,
+            bar=bar,
+        )
+        tokenizer.save(new)
+        if ids:
+            files.write_json(new / "generation_config.json", ids)
+        files.write_json(new / "config.json", {**config, "dtype": dtype})
 
 
 def rounded(w, dtype):

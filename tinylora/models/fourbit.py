@@ -138,6 +138,7 @@ def held(path):
     or a file beside it does (AutoGPTQ, AutoAWQ and ModelOpt, before transformers knew them).
     """
     folder = Path(path)
+    files.settle(folder)
     if str(path) == "base" or not (folder / "config.json").is_file():
         return "dense"
     config = files.read_json(folder / "config.json")

@@ -4,7 +4,8 @@
 
 The safetensors package reads and writes NumPy arrays but no bfloat16; here a bfloat16 tensor is a BFloat16Array. And a model
 need not be in memory twice: `open_folder` reads the header and then each tensor when it is asked for, `write_safetensors`
-takes them one at a time.
+takes them one at a time. A file that is half written is the one that `files.atomic` removes again: the package's own, which it
+would leave behind where it is killed, is never there.
 """
 
 import json
@@ -15,55 +16,49 @@ from pathlib import Path
 import numpy as np
 
 from ..dtypes import BFloat16Array, from_bfloat16_bits
-from .files import atomic, read_json
+from .files import atomic, read_json, settle
 
+#: Wide dtypes first, which aligns all of them; in this order the safetensors package writes them too.
 _NUMPY = {
+    "U64": np.uint64,
+    "I64": np.int64,
     "F64": np.float64,
     "F32": np.float32,
-    "F16": np.float16,
-    "I64": np.int64,
+    "U32": np.uint32,
     "I32": np.int32,
+    "BF16": np.uint16,  # its bits
+    "F16": np.float16,
+    "U16": np.uint16,
     "I16": np.int16,
     "I8": np.int8,
-    "U64": np.uint64,
-    "U32": np.uint32,
-    "U16": np.uint16,
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_CODES = {np.dtype(kind).name: name for name, kind in _NUMPY.items()} | {"bfloat16": "BF16"}
-_BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()} | {"BF16": 2}
+_CODES = {np.dtype(kind).name: name for name, kind in _NUMPY.items() if name != "BF16"} | {"bfloat16": "BF16"}
+_BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()}
+_PLACES = {name: place for place, name in enumerate(_NUMPY)}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 20  # elements widened at a time
 
 
 def save_safetensors(path, tensors, metadata=None):
     """Write {name: array or BFloat16Array} atomically. Metadata: strings to strings, {"format": "pt"} by default, as torch's tools ask."""
-    import safetensors
-
-    specs, alive = {}, []  # the specs hold bare addresses, so the arrays must outlive the call
+    plan = {}
     for name, x in tensors.items():
-        dtype = _dtype(x)
-        if dtype not in _CODES:
-            raise ValueError(f"{path}: {name} is {dtype}, expected one of {', '.join(_CODES)}")
-        a = _as_stored(x)
-        alive.append(a)
-        specs[name] = safetensors.TensorSpec(dtype=dtype, shape=x.shape, data_ptr=a.ctypes.data, data_len=a.nbytes)
-    with atomic(path) as temporary:
-        try:
-            safetensors.serialize_file(specs, temporary, metadata={"format": "pt"} if metadata is None else metadata)
-        except safetensors.SafetensorError as error:  # the package's own type, also where the disk is full
-            raise OSError(str(error)) from None
+        if _dtype(x) not in _CODES:
+            raise ValueError(f"{path}: {name} is {_dtype(x)}, expected one of {', '.join(_CODES)}")
+        plan[name] = _CODES[_dtype(x)], x.shape
+    write_safetensors(path, plan, tensors.__getitem__, metadata)
 
 
 def write_safetensors(path, plan, read, metadata=None, bar=iter):
-    """Write tensors one at a time, atomically: never more than one is in memory. The same bytes as `save_safetensors` writes.
+    """Write tensors one at a time, atomically: never more than one is in memory. The same bytes as the safetensors package writes.
 
     plan   {name: (dtype, shape)}, dtype as the format names it: "F32", "BF16"
     read   read(name) -> array or BFloat16Array of that dtype and shape
     bar    is given the list of the names and hands them on, for a progress bar
     """
-    names = sorted(plan, key=lambda name: (-_BYTES[plan[name][0]], name))  # wide dtypes first, which aligns all of them
+    names = sorted(plan, key=lambda name: (_PLACES[plan[name][0]], name))
     header, end = {"__metadata__": {"format": "pt"} if metadata is None else metadata}, 0
     for name in names:
         dtype, shape = plan[name]
@@ -114,7 +109,7 @@ class Safetensors(Mapping):
                 f"{self.path} is not a whole safetensors file ({error}); it may be truncated or corrupted"
             ) from None
         for name, (kind, _, _) in self._entries.items():
-            if kind != "BF16" and kind not in _NUMPY:
+            if kind not in _NUMPY:
                 raise ValueError(f"{self.path}: tensor {name} has dtype {kind}, which NumPy cannot hold")
 
     def __iter__(self):
@@ -136,7 +131,7 @@ class Safetensors(Mapping):
 
     def __getitem__(self, name):
         kind, shape, begin = self._entries[name]
-        array = np.empty(math.prod(shape), np.uint16 if kind == "BF16" else _NUMPY[kind])
+        array = np.empty(math.prod(shape), _NUMPY[kind])
         with open(self.path, "rb") as f:
             f.seek(begin)
             self._fill(f, array, name)
@@ -161,11 +156,11 @@ class Safetensors(Mapping):
         kind, shape, begin = self._entries[name]
         if kind not in _FLOATS:
             raise ValueError(f"{self.path}: tensor {name} has dtype {kind}, expected floats")
-        size, stored = math.prod(shape), np.uint16 if kind == "BF16" else _NUMPY[kind]
+        size = math.prod(shape)
         with open(self.path, "rb") as f:
             f.seek(begin)
             for start in range(0, size, _PIECE):
-                piece = np.empty(min(_PIECE, size - start), stored)
+                piece = np.empty(min(_PIECE, size - start), _NUMPY[kind])
                 self._fill(f, piece, name)
                 yield from_bfloat16_bits(piece) if kind == "BF16" else piece.astype(np.float32, copy=False)
 
@@ -250,6 +245,7 @@ def _once(pairs):
 def open_folder(folder):
     """The tensors of a model folder, read when asked for: model.safetensors, or the files that model.safetensors.index.json lists."""
     folder = Path(folder)
+    settle(folder)
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return Safetensors(folder / "model.safetensors")

@@ -360,9 +360,11 @@ def _save(report, model, job, folder, trace=None):
     """Write adapter/ (or model/, without one), paging.csv if there is a trace, and last report.json, which says that the run has ended."""
     if adapters.lora_layers(model):
         report.adapter = str(folder / "adapter")
-        peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)))
-        if job.adapter is not None and (Path(job.adapter) / "tokenizer.json").is_file():
-            model.tokenizer.save(folder / "adapter")  # it may have tokens that the base's lacks
+        more = (
+            job.adapter is not None and (Path(job.adapter) / "tokenizer.json").is_file()
+        )  # tokens that the base lacks
+        tokenizer = model.tokenizer if more else None
+        peft.save_adapter(model, report.adapter, base_model=str(model_folder(job)), tokenizer=tokenizer)
     else:
         report.adapter = str(folder / "model")
         model.save_pretrained(report.adapter, dtype="float32")
