@@ -229,15 +229,14 @@ def test_a_finished_run_is_reported_and_not_repeated(setup, tmp_path, capsys, mo
 
 FULL_AFTER_ONE = """
 import resource, signal, sys
-from tinylora import train
-from tinylora import backend, files
 from tinylora.cli import main
+from tinylora.training import checkpoints
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-save = train._save
+save = checkpoints.save
 def save_and_fill_the_disk(*args):
     save(*args)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-train._save = save_and_fill_the_disk
+checkpoints.save = save_and_fill_the_disk
 sys.exit(main(sys.argv[1:]))
 """
 

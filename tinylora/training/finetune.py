@@ -7,6 +7,7 @@
 bfloat16 base, QLoRA with NF4, FP4 and Int4; and, where it is named, LoRA on a base in LLM.int8.
 """
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -20,15 +21,16 @@ import numpy as np
 from .. import adapters, backend, data
 from ..dtypes import Stored
 from ..interop import peft
-from ..models import eightbit, files, folders, fourbit, identity
+from ..models import eightbit, fields, files, folders, fourbit, identity
 from ..models.chat import ends
 from ..models.llama import Llama
 from ..optim import AdamW
 from ..paging import Pager
 from ..tensor import Tensor
 from .adamw8bit import AdamW8bit
+from .checkpoints import ROW, check_run
 from .corpus import Pairs, question_and_answer, read_corpus, read_text, running_text
-from .train import Recipe, bits_per_byte, check_run, fit
+from .train import Recipe, bits_per_byte, fit
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,37 @@ def going_on(folder, **options):
     return Job(**job, adapter=str(folder))
 
 
+#: The columns of paging.csv.
+_TRACE = {
+    "step": fields.whole(),
+    "page": fields.whole(),
+    "event": fields.one_of("fault", "prefetch", "hit", "evict"),
+    "bytes": fields.whole(),
+}
+#: What report.json holds, when it is read again.
+_COUNTS = fields.mapping(fields.optional(fields.number()))
+_REPORT = {
+    "job": fields.fields({}),
+    "recipe": fields.fields({"steps": fields.whole(1)}),
+    "inputs": fields.mapping(fields.optional(fields.text())),
+    "output": fields.optional(fields.text()),
+    "before": fields.optional(fields.number()),
+    "after": fields.optional(fields.number()),
+    "trainable": fields.whole(),
+    "parameters": fields.whole(1),
+    "bits_per_param": fields.optional(fields.number()),
+    "weight_error": fields.optional(fields.number()),
+    "bytes": fields.mapping(fields.whole()),
+    "paging": _COUNTS,
+    "samples": fields.mapping(fields.text(1 << 20)),
+    "history": fields.several(ROW),
+    "first_step": fields.whole(),
+    "seconds": fields.number(0),
+    "tokens_per_second": fields.number(0),
+    "adapter": fields.optional(fields.text()),
+}
+
+
 @dataclass
 class Report:
     """What a job measured. Bytes are of arrays that exist, not predictions."""
@@ -149,6 +182,9 @@ class Report:
     job: dict
     recipe: dict
     inputs: dict = field(default_factory=dict)  # hashes of the base model and of the text
+    output: str | None = (
+        None  # and of what was trained, by which a report and the folder beside it are known to belong together
+    )
     before: float | None = None  # held-out bits per byte of the base as trained on (quantized, if it is)
     after: float | None = None
     trainable: int = 0
@@ -243,7 +279,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
     """Run a job; returns its Report. With `out`, the folder gets report.json, checkpoint.safetensors and adapter/ (or model/).
 
     Killed and started again with the same arguments, it goes on from the last checkpoint; on the same machine, with the same BLAS
-    kernel, it ends with the same bytes as a run that was left alone.
+    kernel, it ends with the same bytes as a run that was left alone. A folder that another process is training in is refused.
 
     trace    also write paging.csv (step, page, event, bytes), from the step at which this process began
     """
@@ -251,9 +287,17 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         raise ValueError(
             f"--out {out} would overwrite the adapter that is trained further ({job.adapter}); choose another folder"
         )
-    done = finished(job, recipe, out)
-    if done is not None:
-        return done
+    with files.locked(out) if out else contextlib.nullcontext():
+        done = finished(job, recipe, out)
+        if done is not None:
+            return done
+        if out:
+            files.check_writable(Path(out) / "report.json")
+        return _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace)
+
+
+def _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace):
+    """What `finetune` does, in a folder that is held for it."""
     model = prepare(job, recipe.seed)
     train, heldout = corpus(job, model.tokenizer)
     recipe = recipe.planned(train)
@@ -368,15 +412,21 @@ def _save(report, model, job, folder, trace=None):
     else:
         report.adapter = str(folder / "model")
         model.save_pretrained(report.adapter, dtype="float32")
+    report.output = _trained(report.adapter)
     if trace is not None:
         files.write_text(folder / "paging.csv", _as_csv(trace))
     files.write_json(folder / "report.json", json.loads(json.dumps(asdict(report))))
 
 
+def _trained(folder):
+    """A short hash of the weights in the folder of an adapter or a model."""
+    return _digest(sorted(Path(folder).glob("*.safetensors")))
+
+
 def _as_csv(trace):
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([("step", "page", "event", "bytes"), *trace])
+    writer.writerows([_TRACE, *trace])
     return text.getvalue()
 
 
@@ -385,9 +435,19 @@ def read_trace(out):
     path = Path(out) / "paging.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run finetune with --trace")
-    with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.reader(f))
-    return [(int(step), int(page), event, int(nbytes)) for step, page, event, nbytes in rows[1:]]
+    files.check_regular(path)
+    trace = []
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        rows = csv.reader(f)
+        if (head := next(rows, None)) != list(_TRACE):
+            raise ValueError(f"{path}: its first line is {fields.shown(head)}, expected {','.join(_TRACE)}")
+        for row in rows:
+            where = f"{path}, line {rows.line_num}"
+            if len(row) != len(_TRACE):
+                raise ValueError(f"{where}: {len(row)} values, expected {','.join(_TRACE)}")
+            numbers = [int(text) if text.isascii() and text.isdigit() and len(text) < 20 else text for text in row]
+            trace.append(tuple(fields.check(dict(zip(_TRACE, numbers, strict=True)), _TRACE, where).values()))
+    return trace
 
 
 def sample(model, own=None, tokens=240):
@@ -425,13 +485,18 @@ def finished(job, recipe, out):
     if path is None or not path.exists():
         return None
     saved = files.read_json(path)
+    fields.check(saved, _REPORT, str(path), required=("job", "recipe"))
     for name, default in (("job", Job()), ("recipe", Recipe())):  # a report from before an option existed
         saved[name] = {**asdict(default), **saved.get(name, {})}
     wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
     if recipe.epochs is not None:  # how many steps they take is known when the data are read
         wanted["recipe"]["steps"] = saved["recipe"]["steps"]
     same = all(saved.get(name) == value for name, value in wanted.items())
-    return Report(**saved) if same and Path(saved["adapter"]).is_dir() else None
+    if not same or not Path(saved.get("adapter") or "").is_dir():
+        return None
+    if saved.get("output") not in (None, _trained(saved["adapter"])):
+        return None  # what was trained further since then
+    return Report(**{name: value for name, value in saved.items() if name in _REPORT})
 
 
 # -------------------------------------------------------------------------------------------------------------------- printing

@@ -37,7 +37,13 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
     Killed and started again with the same arguments, it goes on from the last checkpoint in `out`, and on the same machine, with the
     same BLAS kernel, it ends with the same bytes.
     """
-    config = config or LlamaConfig()
+    with files.locked(out):
+        files.check_writable(Path(out) / "config.json")
+        return _run(paths, out, recipe, config or LlamaConfig(), checkpoint_every, device, progress)
+
+
+def _run(paths, out, recipe, config, checkpoint_every, device, progress):
+    """What `pretrain` does, in a folder that is held for it."""
     backend.module_for(device)
     names = [Path(p).stem for p in paths]
     if len(set(names)) < len(names):

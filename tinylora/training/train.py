@@ -10,24 +10,21 @@ gradients are summed in a fixed order: the number of shards is part of the recip
 """
 
 import contextlib
-import json
 import math
 import sys
 import time
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
 from .. import backend, ops
 from ..backend import move, whole
 from ..kernels import copies
-from ..models import safetensors
 from ..optim import AdamW, clip_grad_norm
 from ..tape import tape_bytes, watch_rebuilds
 from ..tensor import no_grad, state
+from . import checkpoints
 from .corpus import Pairs, scored_bytes
 from .schedule import schedule
 
@@ -159,6 +156,10 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
             total = math.fsum(progress_bar(done, progress, total=len(parts), desc="held-out", leave=False))
     finally:
         model.train(training)
+    if not math.isfinite(total):
+        raise FloatingPointError(
+            f"held-out text: the loss is {total}; the model's weights are too large, or not finite"
+        )
     return total / math.log(2) / nbytes
 
 
@@ -195,11 +196,11 @@ def fit(
     trainable = model.trainable()
     optimizer = _optimizer(optimizer, trainable, recipe, pager)
     result = Result(gradient_bytes=sum(p.nbytes for _, p in trainable), optimizer_bytes=optimizer.state_bytes)
-    identity, path, resuming = check_run(out, data, recipe, about, defaults)
+    identity, path, resuming = checkpoints.check_run(out, data, recipe, about, defaults)
     if isinstance(data, Pairs):
         data.within(recipe.seq_len, "learned")  # says what is left out, before the first step
     if resuming:
-        result.first_step = _resume(path, recipe, trainable, optimizer, result)
+        result.first_step = checkpoints.resume(path, recipe, trainable, optimizer, result)
     first = result.first_step
     evaluated = eval_every if heldout is not None else 0
     weights = [w for _, w in model.named_weights()]
@@ -228,7 +229,9 @@ def fit(
             result.seconds, result.tokens_per_second = pace.after(loss, tokens)
             bar.set_postfix_str(pace.text(row), refresh=False)
             if path and (last or (checkpoint_every and done % checkpoint_every == 0)):
-                _save(path, identity, trainable, optimizer, result)
+                checkpoints.save(path, identity, trainable, optimizer, result)
+            elif last:
+                checkpoints.check_finite([(name, p.data) for name, p in trainable], asdict(recipe), result)
     model.eval()
     return result
 
@@ -245,10 +248,9 @@ def _clip_and_step(optimizer, trainable, recipe, step, loss, checkpoint):
     """Clip the gradients, step at the schedule's rate and drop them; FloatingPointError if loss or norm is not finite."""
     norm = clip_grad_norm([p for _, p in trainable], recipe.clip or math.inf)
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        kept = f"; the last checkpoint is {checkpoint}" if checkpoint and checkpoint.exists() else ""
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss} and the norm of its gradient {norm}; lower the learning rate "
-            f"(lr = {recipe.lr}){kept}"
+            f"(lr = {recipe.lr}){checkpoints.kept(checkpoint)}"
         )
     optimizer.step(schedule(recipe.schedule, step, recipe.steps, recipe.warmup, recipe.floor))
     optimizer.zero_grad()
@@ -377,75 +379,3 @@ def _side_by_side(pool, shard, n, pager):
             pager.counters.rescues += 1
         results[j] = shard(j)
     return results
-
-
-def _save(path, identity, trainable, optimizer, result):
-    tensors = {f"param.{name}": move(p.data, "cpu") for name, p in trainable}
-    tensors |= {f"optimizer.{name}": a for name, a in optimizer.state_dict().items()}
-    about = {"identity": identity, "history": result.history, "tape_bytes": result.tape_bytes}
-    safetensors.save_safetensors(path, tensors, {"tinylora": json.dumps(about)})
-
-
-def check_run(out, data, recipe, about=None, defaults=None):
-    """(identity, path, whether a checkpoint lies there) of a run in `out`; ValueError if the checkpoint is of another run.
-
-    A run may have more steps, or epochs, than the one that left the checkpoint: it goes on from there.
-    """
-    recipe = recipe.planned(data)
-    identity = _as_json({"recipe": asdict(recipe), "data": data.fingerprint(), **(about or {})})
-    path = Path(out) / "checkpoint.safetensors" if out else None
-    if path is None or not path.exists():
-        return identity, path, False
-    _, metadata = safetensors.load_safetensors(path)
-    theirs = json.loads(metadata.get("tinylora", "{}")).get("identity", {})
-    # Options that are newer than the checkpoint had their defaults; those that no longer matter are not compared.
-    for key, values in _as_json({"recipe": {"epochs": None}, **(defaults or {})}).items():
-        if isinstance(theirs.get(key), dict):
-            theirs[key] = {name: v for name, v in {**values, **theirs[key]}.items() if name in identity[key]}
-    if _shorter(theirs.get("recipe"), recipe):
-        theirs["recipe"] |= {"steps": recipe.steps, "epochs": recipe.epochs}
-    for key in sorted(identity.keys() | theirs.keys()):
-        a, b = theirs.get(key), identity.get(key)
-        if a != b:
-            if isinstance(a, dict) and isinstance(b, dict):
-                part = next(k for k in sorted(a.keys() | b.keys()) if a.get(k, "not set") != b.get(k, "not set"))
-                key, a, b = f"{key}.{part}", a.get(part), b.get(part)
-            raise ValueError(
-                f"{path} is the checkpoint of another run: its {key} is {a}, this run's is {b}; "
-                "choose another output folder or remove the file"
-            )
-    return identity, path, True
-
-
-def _shorter(saved, recipe):
-    """Whether a checkpoint's recipe was planned for at most as many steps as this one, and in the same way."""
-    planned = saved.get("steps") if isinstance(saved, dict) else None
-    return isinstance(planned, int) and planned <= recipe.steps and (saved["epochs"] is None) == (recipe.epochs is None)
-
-
-def _as_json(x):
-    """x as it comes back from a file: tuples are lists."""
-    return json.loads(json.dumps(x))
-
-
-def _resume(path, recipe, trainable, optimizer, result):
-    """Load a checkpoint of the same run, or of one of fewer steps; returns the step to go on from."""
-    tensors, metadata = safetensors.load_safetensors(path)
-    about = json.loads(metadata["tinylora"])
-    before = about["identity"]["recipe"]["steps"]
-    if before != recipe.steps and recipe.schedule != "constant":
-        warnings.warn(
-            f"{path} was planned for {before} steps and goes on to {recipe.steps}: the {recipe.schedule} schedule is laid over all of "
-            "them anew, so it does not end as a run does that was planned for them from the start",
-            stacklevel=2,
-        )
-    for name, p in trainable:
-        saved = tensors.get(f"param.{name}")
-        if saved is None or saved.shape != p.shape:
-            raise ValueError(f"{path} has no parameter {name} of shape {p.shape}")
-    states = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-    optimizer.load_state_dict(states)
-    for name, p in trainable:  # only now that everything was found fit
-        p.data = move(tensors[f"param.{name}"].copy(), backend.array_module(p.data))
-    result.history, result.tape_bytes = about["history"], about["tape_bytes"]
-    return optimizer.step_count
