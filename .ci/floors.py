@@ -4,7 +4,8 @@ import re
 import sys
 import tomllib
 
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
 wanted = [*project["dependencies"], *(r for extra in sys.argv[1:] for r in project["optional-dependencies"][extra])]
 for requirement in wanted:
     name, floor = re.fullmatch(r"([\w-]+)(?:>=|==)([\w.]+)", requirement).groups()

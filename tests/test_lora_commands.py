@@ -219,7 +219,7 @@ def test_the_block_size_is_the_adapters_unless_another_is_given(trained, capsys,
     "arguments, words",
     [
         (["--quantize", "nf4", "--dtype", "bfloat16", "--out", "merged"], "--dtype bfloat16 is for a dense file"),
-        (["--model", "model", "--out", "model"], "would overwrite the base; choose another folder"),
+        (["--model", "model", "--out", "model"], "would overwrite its source"),
     ],
 )
 def test_a_merge_that_would_lose_something_is_refused(arguments, words, trained, capsys, monkeypatch):

@@ -60,6 +60,8 @@ def _generate(args):
 
     if args.chat and args.prompt is None and args.out:
         raise ValueError("--out takes one answer, and without --prompt --chat is a conversation; give --prompt")
+    if args.out:
+        files.check_target(args.out, folder=False)
     model = _open(args, args.adapter, args.weights)
     model.to(args.device).eval()
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
@@ -251,11 +253,12 @@ def _linear_weights(folder, args):
 def _normality(args):
     from tqdm import tqdm
 
+    from ..models import files
     from ..papers import normality
 
     _refuse_what_only_codes_need(args)
-    if args.out and Path(args.out).exists() and not Path(args.out).is_dir():
-        raise ValueError(f"--out {args.out} is a file; expected a folder")
+    if args.out:
+        files.check_target(args.out)
     names, source, stored = _weights_to_test(args)
     pairs = ((n, source[n]) for n in tqdm(names, desc="testing", disable=None))  # of a GGUF one tensor at a time
     groups, short = normality.measure(pairs, args.blocksize)
@@ -362,6 +365,7 @@ def _merge(args):
     from .. import adapters
     from ..dtypes import BFloat16Array, Stored
     from ..interop import bitsandbytes
+    from ..models import files, folders
 
     few = args.quantize not in (None, "none")
     if few and "dtype" in args.given:
@@ -370,9 +374,8 @@ def _merge(args):
         )
     if args.model is None and (base := _format(args.adapter).read_base(args.adapter).find()) != "base":
         raise ValueError(f"{args.adapter} was trained on {base}; a merge is for good, so name its base: --model {base}")
+    files.check_target(args.out, args.adapter, folders.place(args.model or "base"))
     model = _open(args, [args.adapter], stays=few)
-    if args.model != "base" and Path(args.out).resolve() == Path(args.model).resolve():
-        raise ValueError(f"--out {args.out} would overwrite the base; choose another folder")
     stored = [w for _, w in model.named_weights() if isinstance(w, Stored) and not isinstance(w, BFloat16Array)]
     if few and (found := {_word(w.code_name) for w in stored}) != {args.quantize}:
         raise ValueError(

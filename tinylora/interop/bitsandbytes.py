@@ -178,13 +178,19 @@ def quantize_folder(
         config["quantization_config"] = eightbit.quantization_config(skip=kept)
     else:
         config["quantization_config"] = quantization_config(done[linear[0]], skip=kept)
-    with files.whole_folder(target, replaces=MODEL_FILES) as new:
+    with files.whole_folder(target, replaces=(*MODEL_FILES, *_MEASURED)) as new:
         for path in sorted(source.iterdir()):  # tokenizer, chat template, licence
             if path.is_file() and _goes_along(path.name):
                 shutil.copyfile(path, new / path.name)
         safetensors.save_safetensors(new / "model.safetensors", tensors)
         files.write_json(new / "config.json", config)
     return done
+
+
+_MEASURED = (
+    "report.json",
+    "errors.svg",
+)  # what `tinylora quantize` writes beside the weights, and which then speaks of others
 
 
 def _check_folders(source, target, force):
@@ -196,8 +202,7 @@ def _check_folders(source, target, force):
     config = files.read_json(source / "config.json")
     if is_quantized(source):
         raise ValueError(f"{source / 'config.json'} says that the model is quantized already")
-    if target.resolve() == source.resolve():
-        raise ValueError(f"{target} would overwrite its source")
+    files.check_target(target, source)
     if (target / "config.json").is_file() and not files.read_json(target / "config.json").get("quantization_config"):
         raise ValueError(f"{target} holds another, dense model; choose a new folder")
     if config.get("model_type") not in OPENED and not force:

@@ -300,20 +300,36 @@ def _flocked(folder, until):
         raise
 
 
-def check_writable(path):
-    """OSError with a sentence if a file or folder at `path` could not be written; asked before long work, and nothing is left behind."""
+def check_target(path, *sources, folder=True):
+    """Asked before long work: ValueError or OSError if `path` is one of the sources, or if a folder (or a file) could not be written there.
+
+    Nothing is made, and nothing is left behind.
+    """
+    for source in sources:
+        if same(path, source):
+            raise ValueError(f"{path} would overwrite its source ({source}); choose another place")
     path = Path(os.path.realpath(path))
     nearest = next(p for p in (path, *path.parents) if p.exists())
-    folder = nearest if nearest.is_dir() else nearest.parent
-    if nearest != path and not nearest.is_dir():
-        raise OSError(f"could not write {path}: {nearest} is a file; expected a folder")
-    trial = folder / f".{path.name}.{os.getpid()}.part"
+    if not nearest.is_dir() and (folder or nearest != path):
+        raise OSError(f"could not write {path}: {nearest} is a file; expected a folder, or a name that is free")
+    if nearest.is_dir() and nearest == path and not folder:
+        raise ValueError(f"{path} is a folder; expected the name of a file")
+    beside = nearest if nearest.is_dir() else nearest.parent
+    trial = beside / f".{path.name}.{os.getpid()}.part"
     try:
+        _remove_stale(beside, f".{path.name}.")
         trial.touch(0o600)
     except OSError as error:
         raise OSError(f"could not write {path}: {error}") from error
     finally:
         _remove(trial)
+
+
+def same(one, other):
+    """Whether two paths lead to the same file or folder, by whatever links."""
+    if os.path.exists(one) and os.path.exists(other):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ reading

@@ -99,12 +99,17 @@ def is_rotary_table(name):
     return name.endswith("rotary_emb.inv_freq")
 
 
+def place(path):
+    """The folder or file that a model's name means."""
+    return base_folder() if str(path) == "base" else Path(path)
+
+
 def open_model(path, held="dense"):
     """The ModelFiles of "base" (the embedded model), a folder with config.json and safetensors, or FILE.gguf.
 
     held   how the weights of the folder must be held: "dense", "4bit" or "8bit" (see `fourbit.held`)
     """
-    folder = base_folder() if str(path) == "base" else Path(path)
+    folder = place(path)
     if is_gguf(folder):
         opened = GGUF(folder)
         return ModelFiles(folder, opened.config, folder, opened)

@@ -28,7 +28,7 @@ import numpy as np
 from ..backend import move
 from ..nn import is_adapter_weight
 from ..tensor import Tensor
-from . import fourbit, gguf, rope
+from . import files, fourbit, gguf, rope
 from .files import atomic
 from .gguf_vocabulary import vocabulary
 from .llama import Llama, _open
@@ -88,11 +88,7 @@ def check_target(source, path, kind):
     if kind not in TYPES:
         raise ValueError(f"type {kind!r} is unknown: expected one of {', '.join(TYPES)}")
     gguf._package("writing")
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected the name of a file to write")
-    if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
-        raise ValueError(f"{path} would overwrite its source")
+    files.check_target(path, *([] if source is None else [source]), folder=False)
 
 
 def _name(source):

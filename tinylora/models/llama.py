@@ -22,7 +22,6 @@ directions, other architectures. `attention_dropout` is not applied in training.
 import math
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -43,7 +42,7 @@ from ..nn import (
 )
 from ..tape import checkpoint
 from ..tensor import Tensor, no_grad
-from . import eightbit, folders, fourbit, rope
+from . import eightbit, files, folders, fourbit, rope
 from .tokenizers import ByteTokenizer
 
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
@@ -591,9 +590,8 @@ def convert(path, folder, dtype="bfloat16", bar=iter):
     dtype "float32" holds exactly what a GGUF's 4 or 8 bits stand for, "bfloat16" rounds it once more (ties to even).
     Returns the number of weights written.
     """
+    files.check_target(folder, folders.place(path))
     model, opened = _open(Llama, path)
-    if opened.path.resolve() == Path(folder).resolve():
-        raise ValueError(f"{folder} would overwrite its source")
     shapes = {name: w.shape for name, w in model.named_parameters()}
     folders.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype, bar)
     return sum(math.prod(shape) for shape in shapes.values())

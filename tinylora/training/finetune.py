@@ -239,7 +239,7 @@ def _holding(job):
 
 def model_folder(job):
     """The folder that job.model means."""
-    return data.base_folder() if job.model == "base" else Path(job.model)
+    return folders.place(job.model)
 
 
 def inputs(job):
@@ -283,7 +283,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
 
     trace    also write paging.csv (step, page, event, bytes), from the step at which this process began
     """
-    if out and job.adapter is not None and (Path(out) / "adapter").resolve() == Path(job.adapter).resolve():
+    if out and job.adapter is not None and files.same(Path(out) / "adapter", job.adapter):
         raise ValueError(
             f"--out {out} would overwrite the adapter that is trained further ({job.adapter}); choose another folder"
         )
@@ -292,7 +292,7 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
         if done is not None:
             return done
         if out:
-            files.check_writable(Path(out) / "report.json")
+            files.check_target(out)
         return _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace)
 
 

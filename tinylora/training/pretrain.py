@@ -38,7 +38,7 @@ def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, devic
     same BLAS kernel, it ends with the same bytes.
     """
     with files.locked(out):
-        files.check_writable(Path(out) / "config.json")
+        files.check_target(out)
         return _run(paths, out, recipe, config or LlamaConfig(), checkpoint_every, device, progress)
 
 
