@@ -138,8 +138,10 @@ def held(path):
     or a file beside it does (AutoGPTQ, AutoAWQ and ModelOpt, before transformers knew them).
     """
     folder = Path(path)
+    if str(path) == "base":
+        return "dense"
     files.settle(folder)
-    if str(path) == "base" or not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file():
         return "dense"
     config = files.read_json(folder / "config.json")
     said = [config[key] for key in ("quantization_config", "compression_config") if config.get(key)]

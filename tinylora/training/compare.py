@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from ..models import files
 from .finetune import COMPARED, FULL_RECIPE, METHODS, finetune, finished
 
 
@@ -19,6 +20,8 @@ def compare(
 
     Finished runs in `out` are read instead of repeated, so that a comparison can be resumed.
     """
+    if out:
+        files.check_target(out)
     reports = {}
     for method in methods:
         for seed in seeds:
