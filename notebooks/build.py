@@ -183,7 +183,7 @@ def hand_out(source, folder):
     own = f"nb{source.name[:2]}.py"
     rooms = [room for room in ("checks", "drawings") if (HERE / room / own).exists()]
     beside = [f"{room}/{name}" for room in rooms for name in ("__init__.py", own)]
-    for name in (target.name, "grading.py", "conftest.py", "test_exercises.py", *beside):
+    for name in (target.name, "grading.py", "marking.py", "conftest.py", "test_exercises.py", *beside):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / name, folder / name)
     return f"copied to {folder}"

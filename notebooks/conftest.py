@@ -1,8 +1,11 @@
-"""The options of `pytest notebooks`, fresh random inputs, and the table of marks."""
+"""The options of `pytest notebooks`, fresh random inputs, what was handed in, whose turn it is, and the table of marks."""
 
 import csv
 import os
+from pathlib import Path
 
+import grading
+import marking
 import numpy as np
 import pytest
 
@@ -14,6 +17,13 @@ os.environ.setdefault("MPLBACKEND", "agg")  # a notebook's setup cell may import
 def seconds(text):
     """A time limit, such as 60."""
     if not 0 < float(text) < 1e6:
+        raise ValueError(text)
+    return float(text)
+
+
+def gigabytes(text):
+    """A memory limit, such as 4, or inf."""
+    if not float(text) > 0:
         raise ValueError(text)
     return float(text)
 
@@ -34,24 +44,35 @@ def pytest_addoption(parser):
         help="when an answer that is still running is stopped and counts as not right: an endless loop must not hold up the "
         "others. The slowest solution takes seconds, so 60 is enough on a machine that does nothing else (600)",
     )
+    parser.addoption(
+        "--memory",
+        metavar="GB",
+        type=gigabytes,
+        default=4,
+        help="the memory that an answer may take (4); inf for no limit. It is not limited on Windows and macOS",
+    )
     parser.addoption("--table", metavar="FILE.csv", help="write the marks: a row an answer set, a column an exercise")
 
 
 @pytest.fixture
-def rng():
-    """Random inputs that differ from run to run; the seed is printed when a test fails."""
+def seed():
+    """The seed of random inputs, which differ from run to run; it is printed when a test fails."""
     seed = int(np.random.SeedSequence().generate_state(1)[0])
     print(f"rng seed: {seed}")
-    return np.random.default_rng(seed)
+    return seed
 
 
 @pytest.fixture(scope="session")
 def marks(request):
     """{"alice": {"08-2": "right"}}, which the tests fill; after the last of them it is written to --table.
 
-    An exercise that only others handed in counts as not answered.
+    An exercise that only others handed in counts as not answered; one that this run did not come to is not graded.
     """
     found, path = {}, request.config.getoption("table")
+    for who, _, exercise in asked_for(request.session):
+        row = found.setdefault(row_of(who, request.config), {})
+        if exercise:
+            row[exercise] = "not graded"
     yield found
     if path:
         exercises = sorted({exercise for row in found.values() for exercise in row}, key=lambda e: (e[:2], int(e[3:])))
@@ -61,3 +82,54 @@ def marks(request):
                 csv.writer(file, lineterminator="\n").writerows([["answers", *exercises], *rows])
         except OSError as error:
             pytest.fail(str(error), pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def texts(request):
+    """{file: its text, or why there is none}, read before the first answer runs, which could change the others' files."""
+    found, solution = {}, request.config.getoption("answers") == "solutions"
+    for _, file, _ in asked_for(request.session):
+        if file and file not in found:
+            try:
+                found[file] = solved(file) if solution else (file, grading.text_of(file))
+            except (ValueError, ImportError) as error:
+                found[file] = error
+    return found
+
+
+@pytest.fixture(scope="session")
+def student_of(request, marks, texts):
+    """student_of(who) grades one answer set, in processes that end when it is another's turn, and before the table is written."""
+    turn = {}
+
+    def student_of(who):
+        if who not in turn:
+            end()
+            limit, memory = request.config.getoption("limit"), request.config.getoption("memory")
+            turn[who] = marking.Student(limit, memory)
+        return turn[who]
+
+    def end():
+        for who in list(turn):
+            turn.pop(who).close()
+
+    yield student_of
+    end()
+
+
+def asked_for(session):
+    """[(who, file, exercise)] of the tests that run."""
+    return [tuple(item.callspec.params[name] for name in ("who", "file", "exercise")) for item in session.items]
+
+
+def row_of(who, config):
+    """How the table calls an answer set; one that has no name is called as its folder or file is."""
+    return who or Path(config.getoption("answers") or grading.HERE).resolve().name
+
+
+def solved(source):
+    """(name, text) of the solution version of a source."""
+    import build  # which students do not have
+    import nbformat
+
+    return source.with_suffix(".ipynb"), nbformat.writes(build.make(source, solutions=True))

@@ -9,23 +9,23 @@ The exercise `exercise_2` of notebook 08 is called 08-2. Its check lies in check
         assert np.allclose(answer(x), 2 * x), "exercise_2(x) should be twice x."
 
 `_ = grade("08-2", exercise_2)` in a notebook prints the verdict. For pytest, `answer` takes the function out of a notebook by
-running only its cells tagged "setup" and "exercise", so that grading a notebook takes a second and not its whole run.
+running only its cells tagged "setup" and "exercise", so that grading a notebook takes a second and not its whole run. There an
+answer runs in a process of its own (marking.py): a check hands it data, gets data, and asks for the rest with `there` and `peak`.
 """
 
-import contextlib
 import functools
 import importlib
 import re
-import signal
 import sys
-import threading
 import traceback
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
 SPACE = "answers"  # __name__ in the namespace in which a handed-in notebook's cells run
+LARGEST = 100_000_000  # bytes of a notebook; one with many figures has a few million
 CHECKS = {}  # "08-2": function(answer, rng) that asserts
 
 if str(HERE) not in sys.path:  # checks and answers import from here, wherever Python was started
@@ -51,35 +51,11 @@ def load_checks():
     return CHECKS
 
 
-class Slow(BaseException):
-    """The time is up. Not an Exception, so that an `except Exception` in an answer does not swallow it."""
+class Raised(Exception):
+    """What an answer in another process raised, as the sentence that `complaint` made of it there."""
 
 
-@contextlib.contextmanager
-def limited(seconds):
-    """Raise Slow in a block that takes longer, and again every second in case an answer's bare `except` catches it.
-
-    Without a limit if seconds is None, and where there is no SIGALRM: on Windows, or outside the main thread. It cannot
-    interrupt one long call into C, nor a loop around a bare `except`.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    if seconds is None or not main or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(number, frame):
-        raise Slow(f"takes more than {seconds:g} seconds")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    try:
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
-def verdict(exercise, function, rng, limit=None):
+def verdict(exercise, function, rng):
     """What the exercise's check says of a function: "right", "not answered yet", or "not right: " and why."""
     if exercise not in load_checks():
         raise ValueError(f"exercise {exercise} has no check; expected one in notebooks/checks/nb{exercise[:2]}.py")
@@ -92,37 +68,48 @@ def verdict(exercise, function, rng, limit=None):
         return returned[0]
 
     try:
-        with limited(limit):
-            CHECKS[exercise](remembered, rng)
+        CHECKS[exercise](remembered, rng)
     except NotImplementedError:
         return "not answered yet"
-    except Slow as error:
-        return f"not right: it {error}"
-    except SystemExit:
-        return "not right: it calls exit(), which ends Python"
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        file = getattr(getattr(function, "__code__", None), "co_filename", None)
-        lines = [at.lineno for at in frames if at.filename == file]
-        checks = isinstance(error, AssertionError) and (
-            not lines or frames[-1].filename == CHECKS[exercise].__code__.co_filename
-        )
-        if checks and str(error).strip():
-            return f"not right: {str(error).strip()}"
-        if returned and returned[0] is None:
-            return f"not right: exercise_{exercise[3:]} returned None; is a `return` missing?"
-        if checks:
-            return f"not right: `{frames[-1].line}` does not hold"
-        if isinstance(error, AssertionError) and frames[-1].filename == file:
-            return f"not right: {own_assert(error, lines[-1])}"
-        where = f", in line {lines[-1]} of its cell" if lines else ""
-        graded = getattr(function, "__globals__", {}).get("__name__") == SPACE  # in a notebook all its cells have run
-        return f"not right: it raised {type(error).__name__}: {error}{where}{hint(error) if graded else ''}"
+    except KeyboardInterrupt:
+        raise
+    except Raised as error:
+        return f"not right: {error}"
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        return f"not right: it raises {type(error).__name__}, which ends the run"
+        return f"not right: {complaint(exercise, function, error, returned)}"
     return "right"
+
+
+def complaint(exercise, function, error, returned=(), memory=None):
+    """A sentence on the error with which a check ended, or one in a call of the answer; `memory` is the limit in GB, if any."""
+    if isinstance(error, SystemExit):
+        return "it calls exit(), which ends Python"
+    if not isinstance(error, Exception):
+        return f"it raises {type(error).__name__}, which ends the run"
+    if isinstance(error, MemoryError) and memory:
+        return f"it {beyond(memory)}"
+    frames = traceback.extract_tb(error.__traceback__)
+    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    lines = [at.lineno for at in frames if at.filename == file]
+    checks = isinstance(error, AssertionError) and (
+        not lines or frames[-1].filename == CHECKS[exercise].__code__.co_filename
+    )
+    if checks and str(error).strip():
+        return str(error).strip()
+    if returned and returned[0] is None:
+        return f"exercise_{exercise[3:]} returned None; is a `return` missing?"
+    if checks:
+        return f"`{frames[-1].line}` does not hold"
+    if isinstance(error, AssertionError) and frames[-1].filename == file:
+        return own_assert(error, lines[-1])
+    where = f", in line {lines[-1]} of its cell" if lines else ""
+    graded = getattr(function, "__globals__", {}).get("__name__") == SPACE  # in a notebook all its cells have run
+    return f"it raised {type(error).__name__}: {error}{where}{hint(error) if graded else ''}"
+
+
+def beyond(memory):
+    """What an answer does that is stopped for its memory."""
+    return f"needs more than {memory:g} GB of memory"
 
 
 def own_assert(error, line):
@@ -136,6 +123,30 @@ def hint(error):
     if type(error) is not NameError:
         return ""
     return ". A name from another cell is not there when a notebook is graded; put it into the exercise's cell."
+
+
+def there(answer, scene, *args):
+    """scene(answer, *args), played in the process in which the answer runs. What it returns must be data, as args are.
+
+    A check asks for what cannot be seen from outside: memory, what is alive, what becomes of objects that are not data. The scene
+    is a function at the top of a checks/nbNN.py. An answer could cheat in it, since it runs beside it, so a check judges here.
+    """
+    return answer.there(scene, *args) if hasattr(answer, "there") else scene(answer, *args)
+
+
+def peak(answer, *args):
+    """The most bytes that answer(*args) takes at once. A first call warms up what is imported or cached once."""
+    return there(answer, _peak, *args)
+
+
+def _peak(answer, *args):
+    answer(*args)
+    tracemalloc.start()
+    try:
+        answer(*args)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def grade(exercise, function):
@@ -152,17 +163,33 @@ def sources():
 
 def read(path):
     """A notebook, from an .ipynb or from a .py in jupytext's percent format. ValueError if it is neither."""
+    return parsed(path, text_of(path))
+
+
+def text_of(path):
+    """What stands in a notebook's file. ValueError if it cannot be read as text, or has more than LARGEST bytes."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, expected at most {LARGEST:,}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a notebook: {str(error)[:200]}") from None
+
+
+def parsed(path, text):
+    """The notebook of a path's text."""
+    path = Path(path)
+    try:
         if path.suffix == ".ipynb":
             import nbformat
 
-            return nbformat.reads(path.read_text(encoding="utf-8"), as_version=4)
+            return nbformat.reads(text, as_version=4)
         import jupytext
 
-        return jupytext.reads(path.read_text(encoding="utf-8"), fmt="py:percent")
+        return jupytext.reads(text, fmt="py:percent")
     except ImportError as error:
         raise ImportError(
             f"reading {path.name} needs {error.name}: pip install -e '.[notebooks]' in a clone of tinylora"
@@ -200,39 +227,64 @@ def to_run(notebook):
     return setup, exercise
 
 
-def answer(notebook, k, limit=None):
+class Cells:
+    """A fresh namespace in which cells run, and from which their functions are taken."""
+
+    def __init__(self, memory=None):
+        self.space, self.memory = {"__name__": SPACE}, memory
+
+    def run(self, i, code, whose):
+        """Run cell i; None, or a sentence on its error. `whose` is "setup", "mine", or "other": another exercise's."""
+        file = f"cell {i}"
+        try:
+            exec(compiled(code, file), self.space)
+        except NotImplementedError:
+            pass  # the cell itself calls an exercise that has no answer; the check will find that out
+        except BaseException as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            if isinstance(error, AssertionError) and at.filename == file and whose == "mine":
+                return own_assert(error, at.lineno)
+            what = f"raises {type(error).__name__}: {error}{hint(error) if whose == 'mine' else ''}"
+            if isinstance(error, SyntaxError):
+                what = f"does not compile: {error}"
+            if isinstance(error, SystemExit):
+                what = "calls exit(), which ends Python"
+            if isinstance(error, MemoryError) and self.memory:
+                what = beyond(self.memory)
+            return f"{called(code)} {what}"
+        return None
+
+    def function(self, name):
+        """What is called so, if it can be called, and else None."""
+        found = self.space.get(name)
+        return found if callable(found) else None
+
+
+def called(code):
+    """How a sentence names a cell."""
+    return f"the cell {code.strip().splitlines()[0]!r}"
+
+
+def answer(notebook, k, cells=None):
     """The function exercise_K of a notebook; where two cells define it, that of the last.
 
-    In a fresh namespace, the cells tagged "setup" or "exercise" run in order up to the one that defines the function. Of
-    another exercise's cell an error is passed over, since that exercise's own test reports it; any other error raises
-    ValueError with a sentence. Each cell may take `limit` seconds.
+    In a fresh namespace (or in `cells`), the cells tagged "setup" or "exercise" run in order up to the one that defines the
+    function. Of another exercise's cell an error is passed over, since that exercise's own test reports it; any other error
+    raises ValueError with a sentence.
     """
-    name, space = f"exercise_{k}", {"__name__": SPACE}
+    name, cells = f"exercise_{k}", cells or Cells()
     setup, exercise = to_run(notebook)
     defines = rf"^(def {name}\b|{name}\s*(:[^=\n]+)?=[^=])"
     mine = max((i for i in exercise if re.search(defines, notebook.cells[i - 1].source, re.M)), default=0)
     for i in (i for i in sorted(setup | exercise) if i <= mine):
-        code, file = notebook.cells[i - 1].source, f"cell {i}"
-        try:
-            with limited(limit):
-                exec(compiled(code, file), space)
-        except NotImplementedError:
-            pass  # the cell itself calls an exercise that has no answer; the check will find that out
-        except (Exception, Slow, SystemExit) as error:
-            if i != mine and i not in setup:
-                continue
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            if isinstance(error, AssertionError) and at.filename == file and i == mine:
-                raise ValueError(own_assert(error, at.lineno)) from None
-            what = f"raises {type(error).__name__}: {error}{hint(error) if i == mine else ''}"
-            if isinstance(error, SyntaxError):
-                what = f"does not compile: {error}"
-            if isinstance(error, Slow | SystemExit):
-                what = error if isinstance(error, Slow) else "calls exit(), which ends Python"
-            raise ValueError(f"the cell {code.strip().splitlines()[0]!r} {what}") from None
-    if not callable(space.get(name)):
+        whose = "mine" if i == mine else "setup" if i in setup else "other"
+        error = cells.run(i, notebook.cells[i - 1].source, whose)
+        if error and whose != "other":
+            raise ValueError(error)
+    function = cells.function(name)
+    if function is None:
         raise ValueError(f"no exercise cell defines {name}; was it renamed, or written into a new cell?")
-    return space[name]
+    return function
 
 
 def collect(path, numbers):

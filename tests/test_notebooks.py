@@ -2,11 +2,13 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
+import time
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ sys.path.insert(0, str(NOTEBOOKS))
 
 import build  # noqa: E402
 import grading  # noqa: E402
+import marking  # noqa: E402
 import outputs  # noqa: E402
 
 FOLDED = {"setup", "exercise", "hide-input"}
@@ -382,18 +385,6 @@ def test_a_name_error_in_a_notebook_has_no_hint(source, rng):
     assert "another cell" not in said
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no SIGALRM")
-def test_an_endless_loop(source, rng):
-    before = signal.getsignal(signal.SIGALRM)
-    change(source, "y = TWO * x", "while True: pass")
-    endless = grading.answer(grading.read(source), 1)
-    assert grading.verdict("99-1", endless, rng, limit=0.1) == "not right: it takes more than 0.1 seconds"
-    change(source, "    # END SOLUTION\n\n\n# %%\n", "\n\nexercise_1(1)\n\n# %%\n")
-    with pytest.raises(ValueError, match=r"the cell 'def exercise_1\(x\):' takes more than 0.1 seconds"):
-        grading.answer(grading.read(source), 1, limit=0.1)
-    assert signal.getsignal(signal.SIGALRM) == before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-
 def test_collecting_answers(tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -449,6 +440,233 @@ def test_pytest_grades(source, tmp_path):
     ]
 
 
+IMPORTS = """\
+# %% tags=["setup"]
+import os, signal, sys, threading, time
+import numpy as np
+import checks.nb99, grading
+
+# %% tags=["exercise"]
+"""
+RIGHT = "def exercise_2(x):\n    return x @ x\n"
+TURN = "in_its_cell ="  # what a hostile student does before its function is called
+HOSTILE = {  # what a class of students does in exercise 1, before it returns something wrong; exercise 2 is right
+    "replaces the checks": f"{TURN} [grading.CHECKS.update({{k: lambda answer, rng: None}}) for k in grading.CHECKS]",
+    "replaces the verdict": f"{TURN} grading.verdict = grading.complaint = lambda *_, **__: 'right'",
+    "patches NumPy": f"{TURN} np.allclose = np.isclose = np.testing.assert_allclose = lambda *_, **__: True",
+    "patches a check's module": f"{TURN} checks.nb99.np = None",
+    "os._exit": "os._exit(0)",
+    "os._exit in the cell": f"{TURN} os._exit(0)",
+    "sys.exit": "sys.exit(0)",
+    "KeyboardInterrupt": "raise KeyboardInterrupt",
+    "KeyboardInterrupt in the cell": f"{TURN} signal.raise_signal(signal.SIGINT)",
+    "a thread that lives": "threading.Thread(target=time.sleep, args=(1000,)).start()",
+    "SIGKILL": "signal.raise_signal(signal.SIGKILL); os.abort()",
+    "kills its parent": "os.kill(os.getppid(), 9); time.sleep(0.1)",
+    "kills its group": "os.killpg(0, 9); time.sleep(0.1)",
+    "stops itself and its parent": "os.kill(os.getppid(), signal.SIGSTOP); os.kill(os.getpid(), signal.SIGSTOP)",
+    "leaves children": """\
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        while os.fork() == 0:
+            time.sleep(0.05)
+            open("alive", "a").write(".")
+        os._exit(0)
+time.sleep(0.5)
+""",
+    "leaves a child and ends": "os.fork() == 0 and time.sleep(1000) or os._exit(0)",
+    "writes the marks": "open('marks.csv', 'w').write('answers,99-1,99-2\\nall,right,right\\n')",
+    "writes the others' answers": f"{TURN} [open(f'class/99_z_{{who}}.py', 'w') for who in ('wrong', 'honest')]",
+    "writes a verdict": """\
+for fd in range(3, 50):
+    try: os.write(fd, b'\\0\\0\\0\\x11["said", "right"]')
+    except OSError: pass
+""",
+    "takes memory": "np.ones(1 << 40)",
+    "switches off the timer": """\
+signal.setitimer(signal.ITIMER_REAL, 0)
+signal.signal(signal.SIGALRM, signal.SIG_IGN)
+while True:
+    try: time.sleep(1)
+    except BaseException: pass
+""",
+    "one long C call": "sum(range(10**15))",
+    "an object that equals all": "return type('X', (), {'__eq__': lambda *_: True, '__array__': lambda *_, **__: 2 * x})()",
+    "a result without end": "return itertools.count() if (itertools := __import__('itertools')) else 0",
+}
+
+
+def hostile(act):
+    """A notebook of both exercises, of which the first has this act."""
+    before, indented = (act, "") if act.startswith(TURN) else ("", act.strip().replace("\n", "\n    "))
+    return f'{IMPORTS}{before}\ndef exercise_1(x):\n    {indented}\n    return 3 * x\n\n# %% tags=["exercise"]\n{RIGHT}'
+
+
+linux = pytest.mark.skipif(
+    not marking.LINUX, reason="elsewhere less is promised, and a process does not inherit the checks"
+)
+
+
+@linux
+def test_what_a_student_does_changes_nobody_elses_marks(source, tmp_path):
+    """Many hostile students in one class run: they are not right, the two after them have their marks, and nothing lives on."""
+    folder, names = tmp_path / "class", [f"99_{i:02d}" for i in range(len(HOSTILE))]
+    folder.mkdir()
+    for name, act in zip(names, HOSTILE.values(), strict=True):
+        (folder / f"{name}.py").write_text(hostile(act))
+    (folder / "99_z_honest.py").write_text(hostile("return 2 * x"))
+    (folder / "99_z_wrong.py").write_text(hostile("pass"))
+    command = [sys.executable, "-m", "pytest", "notebooks", "-p", "no:cacheprovider", "-q", "--answers", "class"]
+    command += ["--limit", "3", "--memory", "1", "--table", "marks.csv"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stdout + done.stderr
+    table = [line.split(",") for line in (tmp_path / "marks.csv").read_text().splitlines()]
+    assert table[0] == ["answers", "99-1", "99-2"]
+    assert table[-2:] == [["99_z_honest", "right", "right"], ["99_z_wrong", "not right", "right"]]
+    found = dict(zip(HOSTILE, table[1:-2], strict=True))
+    assert [row[0] for row in found.values()] == names
+    assert {what: row[1] for what, row in found.items()} == dict.fromkeys(HOSTILE, "not right")
+    # a death or a long run in exercise 1 does not lose exercise 2; what an answer patches may, since it is its own process
+    lost = {what for what, row in found.items() if row[2] != "right"}
+    assert lost <= {"writes a verdict", "patches NumPy"}, done.stdout
+    for sentence in (
+        "it takes more than 3 seconds",
+        "it ended Python (os._exit or a signal)",
+        "it needs more than 1 GB of memory",
+        "it calls exit(), which ends Python",
+        "it raises KeyboardInterrupt, which ends the run",
+    ):
+        assert f"exercise 99-1 is not right: {sentence}\n" in done.stdout
+    assert "is not gradable: the cell 'in_its_cell = os._exit(0)' ended Python (os._exit or a signal)\n" in done.stdout
+    alive = tmp_path / "alive"
+    assert alive.exists() and (size := alive.stat().st_size)
+    time.sleep(0.3)
+    assert alive.stat().st_size == size, "a child of an answer is still alive"
+
+
+@pytest.fixture
+def graded(source):
+    """graded(text, exercise, limit) of one student."""
+    students = []
+
+    def graded(text, exercise, limit=60):
+        students.append(marking.Student(limit, memory=1))
+        return students[-1].mark("99_tiny.py", text, exercise, 0)
+
+    yield graded
+    for student in students:
+        student.close()
+
+
+@linux
+def test_an_endless_loop(graded):
+    loop = TINY.replace("y = TWO * x", "while True: pass")
+    assert graded(loop, "99-1", 0.3) == "not right: it takes more than 0.3 seconds"
+    called = loop.replace("    # END SOLUTION\n\n\n# %%\n", "\n\nexercise_1(1)\n\n# %%\n")
+    said = "not gradable: the cell 'def exercise_1(x):' takes more than 0.3 seconds"
+    assert called != loop and graded(called, "99-1", 0.3) == said
+    assert graded(called, "99-2", 0.3) == "right"  # another exercise's cell is passed over
+    said = "not gradable: the cell 'import numpy as np' takes more than 0.3 seconds"
+    assert graded(TINY.replace("TWO = 2", "while True: pass"), "99-2", 0.3) == said
+
+
+@linux
+@pytest.mark.parametrize(
+    "answer, sentence",
+    [
+        ("y = TWO * x", "right"),
+        ("y = [2 * float(one) for one in x]", "right"),
+        ("y = (2 * one for one in x)", "not right: it raised TypeError: "),
+        ("y = 3 * x", "not right: exercise_1(x) should be twice x."),
+        ("raise NotImplementedError", "not answered yet"),
+        ("raise ValueError('right')", "not right: it raised ValueError: right, in line 4 of its cell"),
+        ("y = double(x)", "'double' is not defined, in line 4 of its cell. A name from another cell is not"),
+        ("assert x is None", "not right: your assert in line 4 of the cell fails"),
+        ("y = None", "not right: exercise_1 returned None; is a `return` missing?"),
+        ("y = 'red\\x1b[31m\\n'", "not right: it raised "),
+    ],
+)
+def test_verdict_from_another_process(graded, answer, sentence):
+    said = graded(TINY.replace("y = TWO * x", answer), "99-1")
+    assert sentence in said and said.isprintable()
+
+
+@linux
+def test_a_check_sees_what_an_answer_does_to_its_arguments(graded):
+    @grading.check("99-3")
+    def _(answer, rng):
+        x, rows = np.arange(3.0), [np.zeros(2), {"a": np.ones(2)}]
+        answer(x, rows)
+        grading.there(answer, _seen)
+        raise AssertionError(
+            f"{x.tolist()} {rows[0].tolist()} {rows[1]['a'].tolist()} {grading.peak(answer, x, rows) > 8e6}"
+        )
+
+    text = TINY.replace("exercise_1(x):", "exercise_3(x, rows):").replace(
+        "TWO * x", "np.ones(1 << 20)[:3]; x[1] = 7; rows[1]['a'] += 1"
+    )
+    assert graded(text, "99-3") == "not right: [0.0, 7.0, 2.0] [0.0, 0.0] [2.0, 2.0] True"
+
+
+def _seen(answer):
+    assert callable(answer)
+
+
+VALUES = [
+    *(
+        None,
+        True,
+        3,
+        -(10**30),
+        1.5,
+        float("inf"),
+        2 + 1j,
+        "ß\n",
+        Fraction(1, 3),
+        np.float32(0.1),
+        np.int64(-4),
+        np.bool_(True),
+    ),
+    *((1, (2.0,)), [], {"a": [1], 2: (3,)}, {1, 2}, np.arange(6, dtype=np.int16).reshape(2, 3).T, np.zeros((0, 3))),
+    *(np.array([1, None], dtype=object), np.array("text"), np.array(2.0)),
+]
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_data_comes_back_as_it_was(value):
+    found = marking.decoded(json.loads(json.dumps(marking.encoded(value))))
+    assert type(found) is type(value)
+    assert np.array_equal(found, value) if isinstance(value, np.ndarray) else found == value
+    assert getattr(found, "dtype", None) == getattr(value, "dtype", None)
+    assert getattr(found, "shape", None) == getattr(value, "shape", None)
+
+
+def test_what_is_not_data_is_only_named():
+    class Evil:
+        def __reduce__(self):
+            raise AssertionError("it was pickled")
+
+        def __eq__(self, other):
+            return True
+
+        __hash__ = None
+
+        def __repr__(self):
+            return "evil\x1b[31m\n"
+
+    found = marking.decoded(marking.encoded([Evil(), iter("ab"), range(2), {1: 2}.keys()]))
+    assert type(found[0]).__name__ == "Evil" and repr(found[0]) == "evil?[31m" and found[0] != 1
+    assert [*found[1]] == ["a", "b"] and found[2:] == [[0, 1], [1]]
+
+
+def test_a_notebook_too_large_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(grading, "LARGEST", 10)
+    (tmp_path / "99.py").write_text("# %%\n" * 3)
+    with pytest.raises(ValueError, match=r"99\.py is not a notebook: it has 15 bytes, expected at most 10"):
+        grading.read(tmp_path / "99.py")
+
+
 def test_a_folder_called_solutions_is_not_the_word(source, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("graded", source.parent / "test_exercises.py")
     graded = importlib.util.module_from_spec(spec)
@@ -471,7 +689,15 @@ def test_what_students_get(source, tmp_path, capsys):
     nbformat.write(build.make(source), built)
     assert build.main(["--student", str(folder)]) == 0
     assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*")) == [
-        *("99_tiny.ipynb", "checks/__init__.py", "checks/nb99.py", "conftest.py", "grading.py", "test_exercises.py"),
+        *(
+            "99_tiny.ipynb",
+            "checks/__init__.py",
+            "checks/nb99.py",
+            "conftest.py",
+            "grading.py",
+            "marking.py",
+            "test_exercises.py",
+        ),
     ]
     change(folder / "99_tiny.ipynb", 'raise NotImplementedError(\\"your answer\\")', "return TWO * x")
     command = [sys.executable, "-m", "pytest", str(folder), "-p", "no:cacheprovider"]

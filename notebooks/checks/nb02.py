@@ -1,9 +1,7 @@
 """Checks of notebook 02, a small autograd and the bypass."""
 
-import tracemalloc
-
 import numpy as np
-from grading import check
+from grading import check, peak, there
 
 import tinylora as tl
 from tinylora import ops
@@ -56,15 +54,9 @@ def _(answer, rng):
             )
     n = 700
     x, W0, A, B, g = (rng.standard_normal(shape) for shape in ((3, n), (n, n), (2, n), (n, 2), (3, n)))
-    answer(x, W0, A, B, 1.5, g)  # what is imported or compiled at a first call is not counted
-    tracemalloc.start()
-    try:
-        answer(x, W0, A, B, 1.5, g)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < W0.nbytes // 2, (
-        f"With W0 {n} × {n} the call takes {peak:,} bytes, and W0 itself has {W0.nbytes:,}: something as large as W0 is formed. "
+    taken = peak(answer, x, W0, A, B, 1.5, g)
+    assert taken < W0.nbytes // 2, (
+        f"With W0 {n} × {n} the call takes {taken:,} bytes, and W0 itself has {W0.nbytes:,}: something as large as W0 is formed. "
         "Which order of the products keeps the rank, or the tokens, on one side of every result?"
     )
 
@@ -100,80 +92,87 @@ def _(answer, rng):
 
 
 class _Value:
-    """A value without an age; its pullbacks count their calls."""
+    """A value without an age."""
 
-    def __init__(self, *pairs):
-        self.parents = list(pairs)
+    def __init__(self):
+        self.parents = []
 
 
-def _graph(rng, n, calls):
-    """A random graph of n values and one leaf, in an order in which each uses earlier ones; (values, {(i, j): factors})."""
-    values, edges = [_Value()], []
+def _walked(answer, edges, n, g):
+    """What exercise_3 makes of a graph of n values: the last is the root, edges [(i, j, factor), …] say that i uses j.
+
+    A dict of the gradients in order (None where one is missing), of how often a pullback was called at most, and of what became of
+    the graph. "kind" is the type of what was returned; if it is no dict, that is all.
+    """
+    values, calls = [_Value() for _ in range(n)], [0] * len(edges)
+    for number, (i, j, factor) in enumerate(edges):
+
+        def pull(g, factor=factor, number=number):
+            calls[number] += 1
+            return g * factor
+
+        values[i].parents.append((values[j], pull))
+    parents = [list(v.parents) for v in values]
+    found = answer(values[-1], g)
+    if not isinstance(found, dict):
+        return {"kind": type(found).__name__}
+    return {
+        "kind": "dict",
+        "gradients": [found.get(v) for v in values],
+        "calls": max(calls),
+        "same graph": [v.parents for v in values] == parents,
+        "bare values": all(vars(v).keys() == {"parents"} for v in values),
+    }
+
+
+def _walked_chain(answer, n, g):
+    """The same of a chain of n values; None if it is deeper than Python's stack."""
+    try:
+        return _walked(answer, [(i, i - 1, 1.0) for i in range(1, n)], n, g)
+    except RecursionError:
+        return None
+
+
+def _graph(rng, n):
+    """The edges of a random graph of n values and one leaf, in an order in which each uses earlier ones."""
+    edges = []
     for i in range(1, n):
         chosen = rng.integers(max(0, i - 6), i, int(rng.integers(1, 4))).tolist()
         chosen.append(i - 1)  # so that all are reached
-        pairs = []
-        for j in chosen:
-            factor = float(rng.uniform(-1, 1))
-            edges.append((i, j, factor))
-            edge = len(edges)
-
-            def pull(g, factor=factor, number=edge):
-                calls[number] = calls.get(number, 0) + 1
-                return g * factor
-
-            pairs.append((values[j], pull))
-        order = rng.permutation(len(pairs)).tolist()
-        values.append(_Value(*(pairs[k] for k in order)))
-    return values, edges
+        edges += [(i, chosen[k], float(rng.uniform(-1, 1))) for k in rng.permutation(len(chosen)).tolist()]
+    return edges
 
 
 @check("02-3")
 def _(answer, rng):
-    def same(g):
-        return g
-
-    a = _Value()
-    b = _Value((a, same), (a, same))
-    c = _Value((b, same), (b, same))
-    found = answer(c, 1.0)
-    assert isinstance(found, dict), (
-        f"exercise_3 should return a dict from values to gradients, not {type(found).__name__}."
-    )
-    for name, value, wanted in (("c", c, 1), ("b", b, 2), ("a", a, 4)):
-        assert value in found, f"b = a + a; c = b + b: the gradient of {name} is missing from the dict."
-        assert found[value] == wanted, (
-            f"b = a + a; c = b + b: the gradient of {name} should be {wanted}; it is {found[value]}. "
+    small = [(1, 0, 1.0), (1, 0, 1.0), (2, 1, 1.0), (2, 1, 1.0)]
+    seen = there(answer, _walked, small, 3, 1.0)
+    assert seen["kind"] == "dict", f"exercise_3 should return a dict from values to gradients, not {seen['kind']}."
+    for name, found, wanted in zip("cba", seen["gradients"][::-1], (1, 2, 4), strict=True):
+        assert found is not None, f"b = a + a; c = b + b: the gradient of {name} is missing from the dict."
+        assert found == wanted, (
+            f"b = a + a; c = b + b: the gradient of {name} should be {wanted}; it is {found}. "
             "A value's gradient is complete when all that used it have passed theirs on."
         )
     for n in (5, 12, *rng.integers(20, 60, 4).tolist()):
-        calls = {}
-        values, edges = _graph(rng, n, calls)
-        parents = [list(v.parents) for v in values]
+        edges = _graph(rng, n)
         wanted = np.zeros(n)
         wanted[-1] = g = float(rng.uniform(1, 2))
         for i, j, factor in reversed(edges):
             wanted[j] += wanted[i] * factor
-        found = answer(values[-1], g)
-        for i, v in enumerate(values):
-            assert v in found, f"In a random graph of {n} values the gradient of one below the root is missing."
-            assert abs(found[v] - wanted[i]) <= 1e-9 * (1 + abs(wanted[i])), (
-                f"In a random graph of {n} values a gradient should be {wanted[i]:.6f} and is {found[v]:.6f}. "
+        seen = there(answer, _walked, edges, n, g)
+        for i, found in enumerate(seen["gradients"]):
+            assert found is not None, f"In a random graph of {n} values the gradient of one below the root is missing."
+            assert abs(found - wanted[i]) <= 1e-9 * (1 + abs(wanted[i])), (
+                f"In a random graph of {n} values a gradient should be {wanted[i]:.6f} and is {found:.6f}. "
                 "Paths of different lengths may lead to one value; the longest decides when it is complete."
             )
-        most = max(calls.values())
+        most = seen["calls"]
         assert most == 1, f"In a random graph of {n} values a pullback is called {most} times; once is enough."
-        assert [v.parents for v in values] == parents, "exercise_3 changes the graph; it should stay as it is."
-        assert all(vars(v).keys() == {"parents"} for v in values), (
-            "exercise_3 leaves attributes on the values of the graph."
-        )
-    y = leaf = _Value()
-    for _ in range(5000):
-        y = _Value((y, same))
-    try:
-        found = answer(y, 3.0)
-    except RecursionError:
-        raise AssertionError(
-            "A chain of 5,000 operations is deeper than Python's stack; walk it with a loop."
-        ) from None
-    assert found.get(leaf) == 3.0, "At the end of a chain of 5,000 operations y = x the gradient should be the root's."
+        assert seen["same graph"], "exercise_3 changes the graph; it should stay as it is."
+        assert seen["bare values"], "exercise_3 leaves attributes on the values of the graph."
+    seen = there(answer, _walked_chain, 5001, 3.0)
+    assert seen is not None, "A chain of 5,000 operations is deeper than Python's stack; walk it with a loop."
+    assert seen["gradients"][0] == 3.0, (
+        "At the end of a chain of 5,000 operations y = x the gradient should be the root's."
+    )

@@ -1,20 +1,7 @@
 """Checks of notebook 03, merging and switching."""
 
-import tracemalloc
-
 import numpy as np
-from grading import check
-
-
-def _peak(call):
-    """The most memory that a call takes at once, in bytes; a first call warms up what is counted once."""
-    call()
-    tracemalloc.start()
-    try:
-        call()
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+from grading import check, peak
 
 
 def _exponents(x):
@@ -99,9 +86,9 @@ def _(answer, rng):
         assert abs(error - least) < 1e-7 * size, f"{call}: the error returned is {error:.4g}; it should be {least:.4g}."
     n = 900
     parts = [(1.0, rng.standard_normal((n, 3)), rng.standard_normal((3, n))) for _ in range(2)]
-    peak = _peak(lambda: answer(parts, 3))
-    assert peak < n * n * 8 // 2, (
-        f"For {n} × {n} the call takes {peak:,} bytes; one matrix of that shape has {8 * n * n:,}. It should not be formed."
+    taken = peak(answer, parts, 3)
+    assert taken < n * n * 8 // 2, (
+        f"For {n} × {n} the call takes {taken:,} bytes; one matrix of that shape has {8 * n * n:,}. It should not be formed."
     )
 
 
@@ -132,7 +119,7 @@ def _(answer, rng):
     x, W0 = rng.standard_normal((rows, 2, d)), rng.standard_normal((d, d))
     A, B, s = rng.standard_normal((n, r, d)), rng.standard_normal((n, d, r)), rng.uniform(0.3, 3, n)
     which = rng.integers(-1, n, rows)
-    peak = _peak(lambda: answer(x, W0, A, B, s, which))
-    assert peak < 8 * d * d - 1, (
-        f"With W0 {d} × {d} the call takes {peak:,} bytes, and W0 has {W0.nbytes:,}: a ΔW is formed. Go through the rank instead."
+    taken = peak(answer, x, W0, A, B, s, which)
+    assert taken < 8 * d * d - 1, (
+        f"With W0 {d} × {d} the call takes {taken:,} bytes, and W0 has {W0.nbytes:,}: a ΔW is formed. Go through the rank instead."
     )

@@ -111,7 +111,7 @@ def _(answer, rng):
         if trial == 3:
             q = np.append(q, 5.0)  # nothing is ever nearest to it
         before = q.copy()
-        new = np.asarray(answer(q, w), float)
+        new = np.asarray(answer(q, w.copy()), float)
         assert new.shape == q.shape, (
             f"exercise_4 should return as many values as q has ({len(q)}); it returned the shape {new.shape}."
         )

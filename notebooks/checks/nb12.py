@@ -2,11 +2,10 @@
 
 import copy
 import gc
-import tracemalloc
 import weakref
 
 import numpy as np
-from grading import check
+from grading import check, peak, there
 
 from tinylora import codebooks, quantize
 
@@ -43,15 +42,9 @@ def _(answer, rng):
                 "and which rows of Ŵ does an entry of y need, which an entry of x̄?"
             )
     q, x, g = _layer(rng, 2048, 1024, 4, double_quant=True)
-    answer(q, x, g, 16)  # what is imported or cached at a first call is not counted
-    tracemalloc.start()
-    try:
-        answer(q, x, g, 16)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < q.size, (
-        f"For a weight of 2048 × 1024 and 16 rows at a time the call takes {peak:,} bytes at its peak; a quarter of the dense Ŵ is "
+    taken = peak(answer, q, x, g, 16)
+    assert taken < q.size, (
+        f"For a weight of 2048 × 1024 and 16 rows at a time the call takes {taken:,} bytes at its peak; a quarter of the dense Ŵ is "
         f"{q.size:,}. Something is made for the whole weight."
     )
 
@@ -86,49 +79,62 @@ def apart(a, b):
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+def _dropout(w, masks, runs):
+    """f(x, rng) → (y, pullback), tanh(x w) under a mask that is drawn. What it computes is noted in masks, its calls in runs."""
+
+    def f(x, rng):
+        hidden = np.tanh(x @ w)
+        mask = (rng.random(hidden.shape) >= 0.3) / 0.7
+        masks.extend((weakref.ref(hidden), weakref.ref(mask)))
+        runs.append(1)
+        return hidden * mask, lambda up: (up * mask * (1 - hidden * hidden)) @ w.T
+
+    return f
+
+
+def _checkpointed(answer, w, x, g, seed):
+    """What exercise_3 makes of a function with a mask: y, both x̄, and what became of the rest. None if it returns no pair."""
+    masks, runs, rng = [], [], np.random.default_rng(seed)
+    found = answer(_dropout(w, masks, runs), x, rng)
+    if not (isinstance(found, tuple | list) and len(found) == 2 and callable(found[1])):
+        return None
+    y, backward = found
+    del found
+    seen = {"y": np.array(y), "state": copy.deepcopy(rng.bit_generator.state), "runs": len(runs)}
+    gc.collect()
+    seen["alive"] = any(ref() is not None for ref in masks)
+    rng.random(11)  # the next layers draw as well
+    seen["passes"] = [
+        (np.array(backward(g.copy())), copy.deepcopy(rng.bit_generator.state)) for time in ("first", "second")
+    ]
+    return seen | {"x": x}
+
+
 @check("12-3")
 def _(answer, rng):
     "Bits, the generator's state, and what is still alive between the two passes."
     for n in (7, int(rng.integers(50, 200))):
-        w, masks, runs = rng.standard_normal((n, n)), [], []
-
-        def f(x, rng, w=w, masks=masks, runs=runs):
-            hidden = np.tanh(x @ w)
-            mask = (rng.random(hidden.shape) >= 0.3) / 0.7
-            masks.extend((weakref.ref(hidden), weakref.ref(mask)))
-            runs.append(1)
-            return hidden * mask, lambda up: (up * mask * (1 - hidden * hidden)) @ w.T
-
-        x, g = rng.standard_normal((3, n)), rng.standard_normal((3, n))
-        mine, theirs = (np.random.default_rng(int(n)) for _ in range(2))
-        y, pullback = f(x, theirs)
+        w, x, g = rng.standard_normal((n, n)), rng.standard_normal((3, n)), rng.standard_normal((3, n))
+        seed = int(rng.integers(1 << 30))
+        theirs = np.random.default_rng(seed)
+        y, pullback = _dropout(w, [], [])(x, theirs)
         expected = pullback(g)
-        del pullback
-        masks.clear(), runs.clear()
-        kept = x.copy()
-        found = answer(f, x, mine)
-        assert isinstance(found, tuple | list) and len(found) == 2 and callable(found[1]), (
-            "exercise_3 should return (y, backward), and backward should be a function of g."
-        )
-        got, backward = found
-        del found
-        assert np.array_equal(got, y), "y is not what f(x, rng) gives; the mask is another one."
-        assert mine.bit_generator.state == theirs.bit_generator.state, (
+        seen = there(answer, _checkpointed, w, x, g, seed)
+        assert seen is not None, "exercise_3 should return (y, backward), and backward should be a function of g."
+        assert np.array_equal(seen["y"], y), "y is not what f(x, rng) gives; the mask is another one."
+        assert seen["state"] == theirs.bit_generator.state, (
             "After the forward pass rng is not in the state in which f(x, rng) leaves it, so the next layer would draw other numbers."
         )
-        assert len(runs) == 1, f"The forward pass runs f {len(runs)} times; once is enough."
-        gc.collect()
-        assert not any(ref() is not None for ref in masks), (
+        assert seen["runs"] == 1, f"The forward pass runs f {seen['runs']} times; once is enough."
+        assert not seen["alive"], (
             "Between the forward and the backward pass something is alive that f computed on the way, such as its mask."
         )
-        mine.random(11)  # the next layers draw as well
-        state = copy.deepcopy(mine.bit_generator.state)
-        for time in ("first", "second"):
-            x_bar = backward(g.copy())
+        theirs.random(11)
+        for time, (x_bar, state) in zip(("first", "second"), seen["passes"], strict=True):
             assert np.array_equal(x_bar, expected), (
                 f"The {time} call of backward gives another x̄ than f's own pullback; was it run with the same random numbers?"
             )
-            assert mine.bit_generator.state == state, (
+            assert state == theirs.bit_generator.state, (
                 "backward changes the state of rng; whoever draws from it next gets other numbers than without the checkpoint."
             )
-        assert np.array_equal(x, kept), "exercise_3 changes x; it should stay as it is."
+        assert np.array_equal(seen["x"], x), "exercise_3 changes x; it should stay as it is."
