@@ -2,7 +2,6 @@
 
 import csv
 import os
-from pathlib import Path
 
 import grading
 import marking
@@ -41,8 +40,9 @@ def pytest_addoption(parser):
         metavar="SECONDS",
         type=seconds,
         default=600,
-        help="when an answer that is still running is stopped and counts as not right: an endless loop must not hold up the "
-        "others. The slowest solution takes seconds, so 60 is enough on a machine that does nothing else (600)",
+        help="when an answer that is still running is killed and counts as not right: an endless loop must not hold up the "
+        "others. Each of its cells may take so long, and its check. The slowest solution takes seconds, so 60 is enough on a "
+        "machine that does nothing else (600)",
     )
     parser.addoption(
         "--memory",
@@ -70,7 +70,7 @@ def marks(request):
     """
     found, path = {}, request.config.getoption("table")
     for who, _, exercise in asked_for(request.session):
-        row = found.setdefault(row_of(who, request.config), {})
+        row = found.setdefault(grading.row_of(who, request.config.getoption("answers")), {})
         if exercise:
             row[exercise] = "not graded"
     yield found
@@ -119,12 +119,8 @@ def student_of(request, marks, texts):
 
 def asked_for(session):
     """[(who, file, exercise)] of the tests that run."""
-    return [tuple(item.callspec.params[name] for name in ("who", "file", "exercise")) for item in session.items]
-
-
-def row_of(who, config):
-    """How the table calls an answer set; one that has no name is called as its folder or file is."""
-    return who or Path(config.getoption("answers") or grading.HERE).resolve().name
+    ours = [item for item in session.items if item.path.name == "test_exercises.py"]
+    return [tuple(item.callspec.params[name] for name in ("who", "file", "exercise")) for item in ours]
 
 
 def solved(source):

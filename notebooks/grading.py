@@ -287,6 +287,11 @@ def answer(notebook, k, cells=None):
     return function
 
 
+def row_of(who, path):
+    """How the table of marks calls an answer set that `collect` found; one without a name is called as its folder or file is."""
+    return who or Path(path or HERE).resolve().name
+
+
 def collect(path, numbers):
     """{who: {"08": file}}, the answers in a notebook or a folder: .ipynb or .py files whose names begin with a number.
 

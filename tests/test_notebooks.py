@@ -518,7 +518,7 @@ def test_what_a_student_does_changes_nobody_elses_marks(source, tmp_path):
     (folder / "99_z_honest.py").write_text(hostile("return 2 * x"))
     (folder / "99_z_wrong.py").write_text(hostile("pass"))
     command = [sys.executable, "-m", "pytest", "notebooks", "-p", "no:cacheprovider", "-q", "--answers", "class"]
-    command += ["--limit", "3", "--memory", "1", "--table", "marks.csv"]
+    command += ["--limit", "2", "--memory", "1", "--table", "marks.csv"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stdout + done.stderr
     table = [line.split(",") for line in (tmp_path / "marks.csv").read_text().splitlines()]
@@ -531,7 +531,7 @@ def test_what_a_student_does_changes_nobody_elses_marks(source, tmp_path):
     lost = {what for what, row in found.items() if row[2] != "right"}
     assert lost <= {"writes a verdict", "patches NumPy"}, done.stdout
     for sentence in (
-        "it takes more than 3 seconds",
+        "it takes more than 2 seconds",
         "it ended Python (os._exit or a signal)",
         "it needs more than 1 GB of memory",
         "it calls exit(), which ends Python",
@@ -547,15 +547,15 @@ def test_what_a_student_does_changes_nobody_elses_marks(source, tmp_path):
 
 @pytest.fixture
 def graded(source):
-    """graded(text, exercise, limit) of one student."""
-    students = []
+    """graded(text, exercise, limit) of one student, or of several with different limits."""
+    students = {}
 
     def graded(text, exercise, limit=60):
-        students.append(marking.Student(limit, memory=1))
-        return students[-1].mark("99_tiny.py", text, exercise, 0)
+        student = students.setdefault(limit, marking.Student(limit, memory=1))
+        return student.mark("99_tiny.py", text, exercise, 0)
 
     yield graded
-    for student in students:
+    for student in students.values():
         student.close()
 
 
@@ -569,6 +569,15 @@ def test_an_endless_loop(graded):
     assert graded(called, "99-2", 0.3) == "right"  # another exercise's cell is passed over
     said = "not gradable: the cell 'import numpy as np' takes more than 0.3 seconds"
     assert graded(TINY.replace("TWO = 2", "while True: pass"), "99-2", 0.3) == said
+
+
+@linux
+def test_what_ends_python_between_two_exercises_is_in_nobodys_way(graded):
+    later = "import os, threading; threading.Timer(0.2, os.killpg, (0, 9)).start(); y = 2 * x"
+    text = TINY.replace("y = TWO * x", later)
+    assert graded(text, "99-1") == "right"
+    time.sleep(1)
+    assert graded(text, "99-2") == "right"
 
 
 @linux
