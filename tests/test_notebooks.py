@@ -567,6 +567,7 @@ def test_an_endless_loop(graded):
     said = "not gradable: the cell 'def exercise_1(x):' takes more than 0.3 seconds"
     assert called != loop and graded(called, "99-1", 0.3) == said
     assert graded(called, "99-2", 0.3) == "right"  # another exercise's cell is passed over
+    assert graded(called, "99-1", 0.3) == said  # and its own is not
     said = "not gradable: the cell 'import numpy as np' takes more than 0.3 seconds"
     assert graded(TINY.replace("TWO = 2", "while True: pass"), "99-2", 0.3) == said
 
