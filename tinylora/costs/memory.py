@@ -244,8 +244,15 @@ def _pairs(t, window=None):
     With a window of w a block does not compute the keys more than w − 1 before its first query.
     """
     step = QUERY_BLOCK
-    begin = [0 if window is None else max(start + 1 - window, 0) for start in range(0, t, step)]
-    return sum(min(step, t - i * step) * (min((i + 1) * step, t) - first) for i, first in enumerate(begin))
+    blocks, rest = divmod(t, step)
+    seen = step * step * blocks * (blocks + 1) // 2 + rest * t
+    if window is None:
+        return seen
+    first = min(
+        -(-max(window - 1, 0) // step), blocks
+    )  # the first block that does not see the first keys, or sees them just so
+    starts = step * (blocks * (blocks - 1) - first * (first - 1)) // 2  # the sum of these blocks' first queries
+    return seen - step * (starts + (blocks - first) * (1 - window)) - rest * max(blocks * step + 1 - window, 0)
 
 
 def _queries(config, b, t):
