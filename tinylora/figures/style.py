@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..costs.tables import printable
 from ..models import files
 
 COLOURS = ("#4c72b0", "#55a868", "#c44e52", "#dd8452", "#8172b3", "#937860")
@@ -41,6 +42,21 @@ def canvas(width, height, **layout):
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(labelsize=9)
     return figure, axes
+
+
+def label(name):
+    """A name out of a file as matplotlib's text: printable, short, and no formula where it holds a $."""
+    return printable(name, word=60, most=80).replace("$", r"\$")
+
+
+def check_format(path):
+    """ValueError if figures cannot be written in the format that the path's ending names; without an ending it is SVG."""
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if (ending := Path(path).suffix[1:].lower() or "svg") not in formats:
+        raise ValueError(f"{path}: no figure is written as .{ending}; expected one of {', '.join(sorted(formats))}")
 
 
 def save(figure, path):

@@ -16,11 +16,12 @@ What is said: `describe` prints two tables, errors and usage, with what theory e
 them. What is drawn: `draw_errors` shows the error of each code, a dot a tensor.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from .. import codebooks
+from ..costs.tables import printable
 from ..dtypes import as_float32
 from ..figures.style import COLOURS, canvas
 from ..numerics import optimality
@@ -129,6 +130,7 @@ def theory(codes, blocksize):
 
 def describe(lines, blocksize, normal=None):
     """The two tables: errors, with the smallest of each line marked, and usage."""
+    lines = [replace(line, name=printable(line.name)) for line in lines]  # it is a file's
     codes = list(lines[0].error)
     total = mean(lines)
     below = [total, *([normal] if normal else [])]

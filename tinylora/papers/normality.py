@@ -24,14 +24,15 @@ What is said: `describe` prints the table by length and kind, and what it comes 
 `rejected_against_length` shows the share of rejected rows against their length, the model's kinds among the known laws.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import takewhile
 
 import numpy as np
 
 from .. import codebooks
+from ..costs.tables import printable
 from ..dtypes import as_float32
-from ..figures.style import COLOURS, canvas
+from ..figures.style import COLOURS, canvas, label
 from ..numerics import optimality
 from ..quant import quantize
 
@@ -281,6 +282,7 @@ def describe(groups, power, stored=False, short=(), blocksize=64):
 
     groups, short as `measure` gives them; power: {length: `drawn`}, for 4,096 as well; stored: the weights come from 4 bits
     """
+    groups = [replace(g, name=printable(g.name)) for g in groups]  # the names are a file's
     normal = optimality.expected_error(codebooks.nf4(), blocksize) if blocksize >= 2 else float("nan")
     width = max(len(x) for x in [*(g.name for g in groups), *LAWS]) + 2
 
@@ -313,7 +315,7 @@ def describe(groups, power, stored=False, short=(), blocksize=64):
         text += [row(g) for g in groups if g.length == n]
         text += ["  drawn:", *(row(g, f"±{100 * g.monte_carlo_error:.1f}") for g in power[n].values())]
     if short:
-        text += ["", f"left out, rows below {SHORTEST} values: {', '.join(short)}"]
+        text += ["", f"left out, rows below {SHORTEST} values: {', '.join(map(printable, short))}"]
     return "\n".join([*text, "", *_verdict(groups, power, stored)])
 
 
@@ -380,13 +382,15 @@ def rejected_against_length(models, power):
         _labels(ax, PAPER["length"], -10, theirs)
     _labels(ax, last, 10, ends)
     ax.plot(PAPER["length"], paper, "D", color=COLOURS[2], ms=7)
-    for i, (label, groups) in enumerate(models.items()):
+    for i, (name, groups) in enumerate(models.items()):
         colour, side = COLOURS[i % 2], 1 - 2 * (i % 2)  # every other model is labelled to the left
         kinds = [g for g in groups if g.name != ALL]
         shares = np.maximum([100 * g.rejected for g in kinds], _TICKS[0])  # none rejected: on the lower edge
-        ax.plot([g.length for g in kinds], shares, "o", color=colour, ms=5, label=label)
+        ax.plot([g.length for g in kinds], shares, "o", color=colour, ms=5, label=label(name))
         for n in {g.length for g in kinds}:
-            here = [(100 * g.rejected, f"{g.name} {100 * g.rejected:.1f} %", colour) for g in kinds if g.length == n]
+            here = [
+                (100 * g.rejected, f"{label(g.name)} {100 * g.rejected:.1f} %", colour) for g in kinds if g.length == n
+            ]
             _labels(ax, n, -8 if n == last else 8 * side, here)
     ax.axhline(100 * ALPHA, color="black", lw=0.6, ls="--")
     ax.set_xscale("log", base=2)
