@@ -12,8 +12,17 @@ Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported
 
 import importlib
 import importlib.machinery
+import os
+import signal
 import sys
 import types
+
+# As a command: Ctrl-C during the imports below ends it without a traceback, as it does from `cli.main` on.
+if (
+    os.path.basename((getattr(sys, "argv", None) or [""])[0]) in ("-m", "tinylora", "tinylora.exe")
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant, tape, tensor
 from .adapters import (

@@ -1,9 +1,17 @@
 """memory, paging: the commands that predict and measure what training costs."""
 
-from pathlib import Path
-
 from ..costs.tables import in_units
-from .options import FORMAT, can_draw, command, positive, size
+from .options import (
+    block_size,
+    can_draw,
+    check_figure,
+    check_memory,
+    command,
+    draw,
+    rank,
+    size,
+    whole,
+)
 
 # ----------------------------------------------------------------------------------------------------------------------- memory
 _MEMORY = """Count the bytes of a training step from a model's sizes alone; nothing is loaded.
@@ -31,14 +39,16 @@ _MEMORY_EXAMPLES = """examples:
 def memory_parser(commands):
     from ..costs.memory import METHODS, MODELS
 
-    p = commands.add_parser(
+    p = command(
+        commands,
         "memory",
-        help="what full fine-tuning, LoRA and QLoRA hold in memory, for any Llama; and the QLoRA paper's numbers, recomputed",
-        description=_MEMORY,
-        epilog=_MEMORY_EXAMPLES,
-        formatter_class=FORMAT,
+        _memory,
+        "what full fine-tuning, LoRA and QLoRA hold in memory, for any Llama; and the QLoRA paper's numbers, recomputed",
+        _MEMORY,
+        _MEMORY_EXAMPLES,
+        device=False,
+        seed=False,
     )
-    p.set_defaults(run=_memory)
     p.add_argument(
         "--model",
         default=None,
@@ -60,11 +70,10 @@ def memory_parser(commands):
     g.add_argument(
         "--out", default=None, metavar="FILE", help="where to draw (memory.svg if matplotlib is installed), or none"
     )
-    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
 def _base_and_adapter_options(g):
-    g.add_argument("-r", type=positive, default=64, help="rank of the bypasses (64, the paper's)")
+    g.add_argument("-r", type=rank, default=64, help="rank of the bypasses (64, the paper's)")
     g.add_argument(
         "--target-modules",
         nargs="+",
@@ -72,7 +81,7 @@ def _base_and_adapter_options(g):
         metavar="NAME",
         help="'all-linear', or names such as q_proj v_proj",
     )
-    g.add_argument("--blocksize", type=positive, default=64, help="weights that share one constant (64)")
+    g.add_argument("--blocksize", type=block_size, default=64, help="weights that share one constant (64)")
     g.add_argument("--no-double-quant", action="store_true", help="constants in 32 bits instead of 8 around their mean")
 
 
@@ -80,9 +89,12 @@ def _step_options(g):
     from ..costs.memory import PRECISIONS
 
     g.add_argument(
-        "--seq-len", type=positive, default=None, help="tokens a sequence (512, or as many as the model has positions)"
+        "--seq-len",
+        type=whole(1, 10**15),
+        default=None,
+        help="tokens a sequence (512, or as many as the model has positions)",
     )
-    g.add_argument("--batch-size", type=positive, default=1, help="sequences at a time (1)")
+    g.add_argument("--batch-size", type=whole(1, 10**15), default=1, help="sequences at a time (1)")
     g.add_argument(
         "--checkpointing", action="store_true", help="keep the blocks' inputs, and rebuild one block at a time"
     )
@@ -104,6 +116,8 @@ def _memory(args):
     from ..costs import memory
     from ..papers import qlora_numbers
 
+    if args.out not in (None, "none"):
+        check_figure(args.out)
     if args.audit:
         print(qlora_numbers.describe())
         _draw(args, ())
@@ -120,6 +134,9 @@ def _memory(args):
     if args.method == "all":
         plans = [("full", False), ("lora", False), ("qlora", False), ("qlora", True)]
     accounts = [memory.predict(config, method, checkpointing=c, **options) for method, c in plans]
+    if args.measure:
+        need = max(account.total for account in accounts) + 24 * args.batch_size * args.seq_len
+        check_memory(need, f"memory: a step of {args.batch_size} x {args.seq_len} tokens")
     size = f"{memory.parameters(config):,} parameters"
     print(f"{model}, {size}; {args.batch_size} × {args.seq_len} tokens, precision: {precision}")
     if len(plans) == 1:
@@ -192,19 +209,20 @@ def _measured(args, options, method, checkpointing):
 
 def _draw(args, accounts, published=False):
     """Figure 6 for the published Llamas and the audit, else the accounts as bars."""
-    from ..figures import style
     from ..figures.memory import account_bars
     from ..papers.qlora_numbers import figure_6
 
     if args.out == "none":
         return
-    if args.out:
-        style.require_matplotlib()
+    print()
     if args.out or can_draw():
-        path = args.out or "memory.svg"
         alone = published and args.method == "qlora" and len(accounts) == 1
-        style.save(figure_6(args.seq_len or 512) if args.audit or alone else account_bars(accounts), path)
-        print(f"\nfigure: {path}")
+        figure_of_the_paper = args.audit or alone
+        draw(
+            lambda: figure_6(args.seq_len or 512) if figure_of_the_paper else account_bars(accounts),
+            args.out or "memory.svg",
+            asked=bool(args.out),
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------------- paging
@@ -224,7 +242,9 @@ def paging_parser(commands):
         "  tinylora finetune --trace                         the timeline of a real run: faults, evictions, resident bytes",
         seed=False,
     )
-    p.add_argument("--elements", type=positive, default=1 << 22, help="parameters; the state is 8 bytes each (4194304)")
+    p.add_argument(
+        "--elements", type=whole(1, 10**12), default=1 << 22, help="parameters; the state is 8 bytes each (4194304)"
+    )
     p.add_argument("--page-bytes", type=size, default=1 << 18, metavar="BYTES", help="bytes of a page (256k)")
     p.add_argument(
         "--pool",
@@ -232,21 +252,22 @@ def paging_parser(commands):
         default="file",
         help="where pages live that are not resident (file)",
     )
-    p.add_argument("--rounds", type=positive, default=5, help="rounds of two steps; times are medians over them (5)")
+    p.add_argument(
+        "--rounds", type=whole(1, 10**6), default=5, help="rounds of two steps; times are medians over them (5)"
+    )
     p.add_argument("--out", default=None, metavar="FILE", help="a figure, such as paging.svg")
 
 
 def _paging(args):
     from ..costs import paging
-    from ..figures import style
-    from ..figures.paging import paging_costs as draw
+    from ..figures.paging import paging_costs
 
-    if args.out and not can_draw():
-        args.out = None
+    if args.out:
+        check_figure(args.out)
+    check_memory(paging.most_bytes(args.elements, args.pool), f"paging: the state of {args.elements:,} parameters")
     costs, state, same = paging.measure(
         args.elements, args.page_bytes, args.pool, rounds=args.rounds, device=args.device
     )
     print(paging.describe(costs, state, same))
     if args.out:
-        style.save(draw(costs, state), Path(args.out))
-        print(f"figure: {args.out}")
+        draw(lambda: paging_costs(costs, state), args.out, asked=True)

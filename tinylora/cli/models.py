@@ -4,7 +4,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from .options import FORMAT, can_draw, command, finite, positive, rate, share
+from ..costs.tables import printable
+from . import terminal
+from .options import block_size, can_draw, command, draw, finite, new_tokens, positive, rate, share, whole
 
 
 # ------------------------------------------------------------------------------------------------------------- generate
@@ -48,7 +50,7 @@ def generate_parser(commands):
         help="answer the prompt as a user's question, by the model's chat template; without --prompt a conversation, "
         "a line a turn (/reset begins anew, /exit ends)",
     )
-    p.add_argument("--max-new-tokens", type=positive, default=400, help="(400)")
+    p.add_argument("--max-new-tokens", type=new_tokens, default=400, help="(400)")
     p.add_argument("--temperature", type=rate, default=0.7, help="(0.7)")
     p.add_argument("--top-k", type=positive, default=None, help="(off)")
     p.add_argument("--top-p", type=share, default=None, help="(off)")
@@ -56,7 +58,7 @@ def generate_parser(commands):
 
 
 def _generate(args):
-    from ..models import chat, files
+    from ..models import chat, files, tokenizers
 
     if args.chat and args.prompt is None and args.out:
         raise ValueError("--out takes one answer, and without --prompt --chat is a conversation; give --prompt")
@@ -70,17 +72,17 @@ def _generate(args):
         raise ValueError("--chat: the model knows no turns (it has no chat template); leave --chat out")
     if args.chat and args.prompt is None:
         return _converse(model, options)
-    shown = prompt = "\n" if args.prompt is None else args.prompt
+    shown = prompt = "\n" if args.prompt is None else tokenizers.checked(args.prompt)
     if args.chat:
         shown, prompt, options["stop"] = "", model.tokenizer.chat_prompt(prompt), chat.ends(model)
     pieces = model.tokenizer.pieces(model.stream(prompt, **options))
     if args.out:
         files.write_text(args.out, shown + "".join(pieces) + "\n")
         return
-    print(shown, end="", flush=True)
+    terminal.stream(shown)
     for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+        terminal.stream(piece)
+    terminal.stream("\n")
 
 
 def _converse(model, options):
@@ -90,7 +92,7 @@ def _converse(model, options):
     typed = sys.stdin.isatty()
     if typed:
         print("/reset begins anew, /exit or the end of input ends", file=sys.stderr)
-    chat.converse(model, lambda: input("> " if typed else ""), lambda text: print(text, end="", flush=True), **options)
+    chat.converse(model, lambda: input("> " if typed else ""), terminal.stream, **options)
     if typed:
         print()
 
@@ -121,14 +123,16 @@ _QUANTIZE_EXAMPLES = """examples:
 def quantize_parser(commands):
     from ..papers.codes_on_weights import CODES
 
-    p = commands.add_parser(
+    p = command(
+        commands,
         "quantize",
-        help="what 4 bits do to a model's weights, and a 4-bit copy that transformers opens",
-        description=_QUANTIZE,
-        epilog=_QUANTIZE_EXAMPLES,
-        formatter_class=FORMAT,
+        _quantize,
+        "what 4 bits do to a model's weights, and a 4-bit copy that transformers opens",
+        _QUANTIZE,
+        _QUANTIZE_EXAMPLES,
+        device=False,
+        seed=False,
     )
-    p.set_defaults(run=_quantize)
     p.add_argument(
         "path",
         help="'base' (embedded) or a folder with config.json and model.safetensors (one file or several); "
@@ -142,7 +146,7 @@ def quantize_parser(commands):
         metavar="CODE",
         help=f"codes to measure ({' '.join(CODES)})",
     )
-    p.add_argument("--blocksize", type=positive, default=64, help="weights a block (64)")
+    p.add_argument("--blocksize", type=block_size, default=64, help="weights a block (64)")
     p.add_argument(
         "--no-double-quant", action="store_true", help="constants in float32 instead of 8 bits around their mean"
     )
@@ -155,14 +159,13 @@ def quantize_parser(commands):
     )
     p.add_argument("--normality", action="store_true", help="test every row for normality, and nothing else")
     p.add_argument(
-        "--draws", type=positive, default=2000, help="rows drawn from each known law, for --normality (2000)"
+        "--draws", type=whole(1, 10**6), default=2000, help="rows drawn from each known law, for --normality (2000)"
     )
     p.add_argument("--out", default=None, help="write the folder in few bits, or what --normality found, here")
     p.add_argument("--force", action="store_true", help="also write architectures that were not tried in transformers")
     p.add_argument(
         "--code", choices=("nf4", "fp4", "int8"), default="nf4", help="what to write: a 4-bit code, or LLM.int8 (nf4)"
     )
-    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
 def _quantize(args):
@@ -206,7 +209,6 @@ def _say_what_has_no_effect(args):
 
 def _report_quantized(args, done, lines, normal):
     """Write report.json and, where matplotlib is there, errors.svg beside the quantized weights, and say what was written."""
-    from ..figures.style import save
     from ..models import files
     from ..papers import codes_on_weights
 
@@ -218,8 +220,7 @@ def _report_quantized(args, done, lines, normal):
         f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
     )
     if can_draw():
-        save(codes_on_weights.draw_errors(lines, normal), out / "errors.svg")
-        print(f"figure: {out / 'errors.svg'}")
+        draw(lambda: codes_on_weights.draw_errors(lines, normal), out / "errors.svg")
 
 
 def _folder(path):
@@ -417,7 +418,7 @@ def _base_options(p, codes, about, default):
     p.add_argument("--quantize", choices=codes, default=None, help=about)
     p.add_argument(
         "--blocksize",
-        type=positive,
+        type=block_size,
         default=None,
         help="weights that share one absmax (as the adapter was trained; else 64)",
     )
@@ -603,7 +604,7 @@ def _convert(args):
         weights, notes = written.weights, written.notes
     print(f"{weights:,} weights written to {args.out} in {form}")
     for note in notes:
-        print(f"note: {note}")
+        print(f"note: {printable(note)}")
 
 
 def _refuse_what_would_be_ignored(args, adapter, to_gguf):

@@ -5,26 +5,41 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .options import FORMAT, can_draw, command, finite, natural, positive, recipe, recipe_options
+from .options import (
+    any_seed,
+    block_size,
+    can_draw,
+    check_figure,
+    command,
+    draw,
+    finite,
+    new_tokens,
+    rank,
+    recipe,
+    recipe_options,
+    whole,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------------ nf4
 def nf4_parser(commands):
-    p = commands.add_parser(
+    p = command(
+        commands,
         "nf4",
-        help="build NF4 step by step, and say what it is optimal for",
-        description="Build the NF4 code from normal quantiles, step by step, with the bit patterns of all 16 values beside the published\n"
+        _nf4,
+        "build NF4 step by step, and say what it is optimal for",
+        "Build the NF4 code from normal quantiles, step by step, with the bit patterns of all 16 values beside the published\n"
         "ones; then what breaks the table; then what NF4 costs for normal weights in blocks of 16 to 4096, and how much that lies\n"
         "above the best code with the same -1, 0 and 1 (exact to the digits printed, by quadrature). The figure\n"
         "shows that by block size, beside what theory predicts.",
-        epilog="examples:\n  tinylora nf4\n  tinylora nf4 --blocksizes 12 64 69 453 --figure none\n",
-        formatter_class=FORMAT,
+        "examples:\n  tinylora nf4\n  tinylora nf4 --blocksizes 12 64 69 453 --figure none\n",
+        device=False,
+        seed=False,
     )
-    p.set_defaults(run=_nf4)
     p.add_argument(
         "--blocksizes",
         nargs="+",
-        type=positive,
+        type=block_size,
         default=None,
         metavar="I",
         help="blocks for the table (16 32 ... 4096)",
@@ -32,36 +47,35 @@ def nf4_parser(commands):
     p.add_argument(
         "--figure", default=None, metavar="FILE", help="where to draw (nf4.svg if matplotlib is installed), or none"
     )
-    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
 def _nf4(args):
-    from ..figures import style
     from ..papers import nf4_construction
 
+    if args.figure not in (None, "none"):
+        check_figure(args.figure)
     table = nf4_construction.optimality_table(*([args.blocksizes] if args.blocksizes else []))
     print(nf4_construction.construction(), nf4_construction.deviations(), table, sep="\n\n")
     if args.figure == "none":
         return
-    if args.figure:
-        style.require_matplotlib()
+    print()
     if args.figure or can_draw():
-        path = args.figure or "nf4.svg"
-        style.save(nf4_construction.nf4_optimal_for(args.blocksizes), path)
-        print(f"\nfigure: {path}")
+        figure = lambda: nf4_construction.nf4_optimal_for(args.blocksizes)  # noqa: E731
+        draw(figure, args.figure or "nf4.svg", asked=bool(args.figure))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- count
 def count_parser(commands):
-    p = commands.add_parser(
+    command(
+        commands,
         "count",
-        help="recompute every parameter count of the LoRA paper, and say which rows do not follow their formula",
-        description="The audit of the LoRA paper's own numbers: printed, recomputed from its formulas, verdict. Then what does not hold,\n"
+        _count,
+        "recompute every parameter count of the LoRA paper, and say which rows do not follow their formula",
+        "The audit of the LoRA paper's own numbers: printed, recomputed from its formulas, verdict. Then what does not hold,\n"
         "and the line that PEFT prints for LoRA on a T5 of 11 billion weights, from its shapes.",
-        formatter_class=FORMAT,
+        device=False,
+        seed=False,
     )
-    p.set_defaults(run=_count)
-    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
 def _count(args):
@@ -73,31 +87,33 @@ def _count(args):
 
 # ----------------------------------------------------------------------------------------------------------------- experiments
 def experiments_parser(commands):
-    p = commands.add_parser(
+    p = command(
+        commands,
         "experiments",
-        help="put the papers' qualitative claims to the test on toys",
-        description="Each claim of LoRA and its descendants that is not arithmetic, on a toy of a second or two: what the paper says,\n"
+        _experiments,
+        "put the papers' qualitative claims to the test on toys",
+        "Each claim of LoRA and its descendants that is not arithmetic, on a toy of a second or two: what the paper says,\n"
         "what came out over the seeds, and whether that holds. A toy can refute a claim's generality; it cannot confirm what a\n"
         "claim says of language models.",
-        epilog="examples:\n"
+        "examples:\n"
         "  tinylora experiments                         all of them, about a minute\n"
         "  tinylora experiments rank_sweep first_step   two of them\n"
         "  tinylora experiments --list                  their names and titles\n",
-        formatter_class=FORMAT,
+        device=False,
+        seed=False,
     )
-    p.set_defaults(run=_experiments)
     p.add_argument("names", nargs="*", metavar="NAME", help="which (all)")
     p.add_argument("--list", action="store_true", help="only list the names")
-    p.add_argument("--seeds", type=natural, nargs="+", default=(0, 1, 2), help="one run each (0 1 2)")
+    p.add_argument("--seeds", type=any_seed, nargs="+", default=(0, 1, 2), help="one run each (0 1 2)")
     p.add_argument(
         "--out", default=None, metavar="FOLDER", help="also write the table as README.md, with a figure for each claim"
     )
-    p.add_argument("--traceback", action="store_true", help="show where an error came from instead of one sentence")
 
 
 def _experiments(args):
     from tqdm import tqdm
 
+    from ..models.files import check_target
     from ..papers import claims
 
     if args.list:
@@ -105,6 +121,8 @@ def _experiments(args):
         for name, e in claims.EXPERIMENTS.items():
             print(f"{name:<{width}}  {e.title} ({e.source})")
         return
+    if args.out:
+        check_target(args.out)  # before a minute of work
     names = args.names or list(claims.EXPERIMENTS)
     with tqdm(total=len(names) * len(args.seeds), disable=None, unit="run", file=sys.stderr) as bar:
 
@@ -144,24 +162,24 @@ def ranks_parser(commands):
     p.add_argument(
         "--text", default=None, help="a UTF-8 .txt file, or a .jsonl file of prompt and answer (the Jargon File)"
     )
-    p.add_argument("-r", type=positive, nargs="+", default=RANKS, help=f"the ranks ({' '.join(map(str, RANKS))})")
+    p.add_argument("-r", type=rank, nargs="+", default=RANKS, help=f"the ranks ({' '.join(map(str, RANKS))})")
     p.add_argument("--alpha", type=finite, default=JOB.alpha, help=f"the same for every rank ({JOB.alpha})")
-    p.add_argument("--seeds", type=natural, nargs="+", default=(0, 1, 2), help="(0 1 2)")
+    p.add_argument("--seeds", type=any_seed, nargs="+", default=(0, 1, 2), help="(0 1 2)")
     p.add_argument("--out", default="ranks", help="folder for the runs and ranks.svg (ranks)")
     recipe_options(p, RECIPE)
+    p.set_defaults(kept="the runs that had ended are kept")
 
 
 def _ranks(args):
-    from ..figures import runs, style
+    from ..figures import runs
     from ..papers.ranks import JOB, RECIPE, describe, sweep
 
     job = replace(JOB, model=args.model, text=args.text, alpha=args.alpha, device=args.device)
     reports = sweep(job, recipe(args, RECIPE), args.r, seeds=args.seeds, out=args.out)
     print(describe(reports))
     if can_draw():
-        path = Path(args.out) / "ranks.svg"
-        style.save(runs.rank_table({key: [r.after for r in rs] for key, rs in reports.items()}), path)
-        print(f"figure: {path}")
+        after = {key: [r.after for r in rs] for key, rs in reports.items()}
+        draw(lambda: runs.rank_table(after), Path(args.out) / "ranks.svg")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- switch
@@ -194,15 +212,16 @@ def switch_parser(commands):
     p.add_argument(
         "--method", choices=("qlora", "lora"), default=JOB.method, help="the base in NF4, or in bfloat16 (qlora)"
     )
-    p.add_argument("-r", type=positive, default=JOB.r, help=f"rank of both adapters ({JOB.r})")
+    p.add_argument("-r", type=rank, default=JOB.r, help=f"rank of both adapters ({JOB.r})")
     p.add_argument("--alpha", type=finite, default=JOB.alpha, help=f"({JOB.alpha})")
     p.add_argument(
         "--prompts", nargs=2, default=None, metavar="TEXT", help="what the pieces of each adapter begin with"
     )
-    p.add_argument("--pieces", type=positive, default=4, help="pieces of text, each under the next adapter (4)")
-    p.add_argument("--max-new-tokens", type=positive, default=160, help="tokens a piece (160)")
+    p.add_argument("--pieces", type=whole(1, 10**6), default=4, help="pieces of text, each under the next adapter (4)")
+    p.add_argument("--max-new-tokens", type=new_tokens, default=160, help="tokens a piece (160)")
     p.add_argument("--out", default="tinylora-switch", help="folder for the adapters (tinylora-switch)")
     recipe_options(p, RECIPE)
+    p.set_defaults(kept="the last checkpoint, if there was one, is kept")
 
 
 def _switch(args):

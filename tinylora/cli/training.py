@@ -4,7 +4,24 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from .options import budget, can_draw, command, finite, natural, positive, rate, recipe, recipe_options, size
+from .options import (
+    any_seed,
+    block_size,
+    budget,
+    can_draw,
+    check_memory,
+    command,
+    draw,
+    finite,
+    natural,
+    positive,
+    rank,
+    rate,
+    recipe,
+    recipe_options,
+    size,
+    whole,
+)
 
 # ------------------------------------------------------------------------------------------------------------- finetune
 _FINETUNE = """Fine-tune a pretrained Llama with QLoRA.
@@ -57,6 +74,7 @@ def finetune_parser(commands):
         "--eval-every", type=natural, default=0, help="steps between held-out evaluations (0: only before and after)"
     )
     recipe_options(p, LORA_RECIPE)
+    p.set_defaults(kept="the last checkpoint, if there was one, is kept")
     p.set_defaults(lr=None)  # full fine-tuning has a rate of its own
 
 
@@ -94,7 +112,7 @@ def _comparing_options(p):
         action="store_true",
         help="run every method for each of --seeds (instead of --method and --seed), print one table, draw one figure",
     )
-    p.add_argument("--seeds", type=natural, nargs="+", default=None, help="seeds of --compare (0 1 2)")
+    p.add_argument("--seeds", type=any_seed, nargs="+", default=None, help="seeds of --compare (0 1 2)")
     p.add_argument(
         "--methods",
         nargs="+",
@@ -108,7 +126,7 @@ def _comparing_options(p):
 def _lora_options(g):
     from ..training.finetune import Job
 
-    g.add_argument("-r", type=positive, default=Job.r, help=f"rank of the bypass ({Job.r})")
+    g.add_argument("-r", type=rank, default=Job.r, help=f"rank of the bypass ({Job.r})")
     g.add_argument("--alpha", type=finite, default=Job.alpha, help=f"the bypass is scaled by alpha/r ({Job.alpha})")
     g.add_argument("--dropout", type=rate, default=Job.dropout, help="on the input of the bypass, while training (0)")
     g.add_argument(
@@ -141,7 +159,7 @@ def _quantization_options(g):
     from ..training.finetune import Job
 
     g.add_argument(
-        "--blocksize", type=positive, default=Job.blocksize, help=f"weights that share one absmax ({Job.blocksize})"
+        "--blocksize", type=block_size, default=Job.blocksize, help=f"weights that share one absmax ({Job.blocksize})"
     )
     g.add_argument(
         "--compute-dtype",
@@ -200,6 +218,7 @@ def _finetune(args):
         args.lr = (FULL_RECIPE if job.method == "full" and not args.compare else LORA_RECIPE).lr
     plan = recipe(args, LORA_RECIPE)
     _say_what_has_no_effect(args, job)
+    _check_finetune(args, job, plan)
     if args.trace and args.compare:
         raise ValueError("finetune: --trace follows one run, and --compare makes several; leave one of them out")
     if args.trace and job.page_budget is None:
@@ -259,6 +278,29 @@ def _job(args):
     return going_on(folder, **chosen)
 
 
+def _check_finetune(args, job, plan):
+    """`_check_step` for a base whose sizes can be read; what is wrong with another one is said when it is loaded."""
+    from ..costs.memory import config_of
+
+    try:
+        config = config_of(job.model)
+    except (ValueError, OSError, RuntimeError):
+        return
+    method = "full" if args.compare and "full" in args.methods else job.method.partition("-")[0]
+    _check_step(args, "finetune", config, method, plan, r=job.r, checkpointing=job.checkpointing)
+
+
+def _check_step(args, name, config, method, plan, **options):
+    """Compare the bytes of a training step, by `costs.memory.predict`, and of the batches it draws, with the machine's memory."""
+    from ..costs.memory import predict
+
+    if args.device == "cpu" and plan.seq_len <= config.positions:  # longer ones are refused later, for what they are
+        sizes = {"batch_size": plan.batch_size, "seq_len": plan.seq_len}
+        batches = 24 * plan.accumulate * plan.batch_size * plan.seq_len
+        need = predict(config, method, **sizes, **options).total + batches
+        check_memory(need, f"{name}: a step of {plan.accumulate} x {plan.batch_size} x {plan.seq_len} tokens")
+
+
 def _finetune_once(args, job, plan):
     from ..training.finetune import describe, finetune, finished
 
@@ -288,7 +330,6 @@ def _compare(args, job, plan):
 
 
 def _timeline(out, budget):
-    from ..figures import style
     from ..figures.paging import timeline
     from ..training.finetune import read_trace
 
@@ -299,8 +340,7 @@ def _timeline(out, budget):
             "no timeline: this process paged nothing (the run had ended before, or every state is too small to be paged)"
         )
     elif can_draw():
-        style.save(timeline(trace, budget), path)
-        print(f"figure: {path}")
+        draw(lambda: timeline(trace, budget), path)
 
 
 # ------------------------------------------------------------------------------------------------------------- pretrain
@@ -323,11 +363,18 @@ def pretrain_parser(commands):
     p.add_argument("texts", nargs="+", help="UTF-8 text files")
     p.add_argument("--out", required=True, help="the model folder to write; also holds the checkpoint while training")
     g = p.add_argument_group("architecture")
-    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+    for name, most in (
+        ("hidden_size", 1 << 20),
+        ("intermediate_size", 1 << 20),
+        ("num_hidden_layers", 10_000),
+        ("num_attention_heads", 1 << 16),
+        ("num_key_value_heads", 1 << 16),
+    ):
         default = getattr(LlamaConfig, name)
-        g.add_argument("--" + name.replace("_", "-"), type=positive, default=default, help=f"({default})")
+        g.add_argument("--" + name.replace("_", "-"), type=whole(1, most), default=default, help=f"({default})")
     p.add_argument("--checkpoint-every", type=natural, default=200, help="steps between checkpoints on disk (200)")
     recipe_options(p, RECIPE)
+    p.set_defaults(kept="the last checkpoint, if there was one, is kept")
 
 
 def _pretrain(args):
@@ -335,7 +382,9 @@ def _pretrain(args):
     from ..training.pretrain import RECIPE, pretrain
 
     config = LlamaConfig(**{f.name: getattr(args, f.name) for f in fields(LlamaConfig) if hasattr(args, f.name)})
-    scores = pretrain(args.texts, args.out, recipe(args, RECIPE), config, args.checkpoint_every, device=args.device)
+    plan = recipe(args, RECIPE)
+    _check_step(args, "pretrain", config, "full", plan)
+    scores = pretrain(args.texts, args.out, plan, config, args.checkpoint_every, device=args.device)
     for name, bits in scores.items():
         print(f"{name:<24}{bits:.4f} bits per byte, held out")
     print(f"{'mean':<24}{sum(scores.values()) / len(scores):.4f}\nthe model lies in {args.out}")

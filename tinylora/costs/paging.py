@@ -87,6 +87,13 @@ def measure(
     return costs, state, len(set(digests.values())) == 1
 
 
+def most_bytes(elements, pool="file", fractions=FRACTIONS):
+    """About what `measure` holds: two gradients, and of each setting the parameters, the state's resident share and a pool in memory."""
+    settings = 4 * len(fractions)
+    resident = 1 + 4 * sum(fractions) + (settings if pool != "file" else 0)
+    return elements * (2 * 4 + 4 * (1 + settings) + int(8 * resident))
+
+
 def _seconds(optimizer, grads):
     """The time of one step with each of the gradients."""
     began = time.perf_counter()

@@ -312,8 +312,9 @@ def check_target(path, *sources, folder=True):
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir() and (folder or nearest != path):
         raise OSError(f"could not write {path}: {nearest} is a file; expected a folder, or a name that is free")
-    if nearest.is_dir() and nearest == path and not folder:
-        raise ValueError(f"{path} is a folder; expected the name of a file")
+    if nearest == path and not folder and not nearest.is_file():
+        kind = "a folder" if nearest.is_dir() else "a pipe, a socket or a device"
+        raise ValueError(f"{path} is {kind}; expected the name of a file")
     beside = nearest if nearest.is_dir() else nearest.parent
     trial = beside / f".{path.name}.{os.getpid()}.part"
     try:

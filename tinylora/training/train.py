@@ -103,10 +103,11 @@ def workers(n):
 
 
 def progress_bar(iterable, enabled, **options):
-    """tqdm that redraws twice a second on a terminal and prints a line every half minute into a file."""
+    """tqdm that redraws twice a second on a terminal, prints a line every half minute into a file, and nothing where stderr is closed."""
     from tqdm import tqdm
 
-    return tqdm(iterable, disable=not enabled, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
+    shown = enabled and sys.stderr is not None
+    return tqdm(iterable, disable=not shown, mininterval=0.5 if shown and sys.stderr.isatty() else 30, **options)
 
 
 def check_length(model, seq_len):
