@@ -17,11 +17,11 @@ import signal
 import sys
 import types
 
-# As a command: Ctrl-C during the imports below ends it without a traceback, as it does from `cli.main` on.
-if (
-    os.path.basename((getattr(sys, "argv", None) or [""])[0]) in ("-m", "tinylora", "tinylora.exe")
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
+# As a command, and only then: Ctrl-C during the imports below ends it without a traceback, as it does from `cli.main` on.
+_command = os.path.basename(sys.orig_argv[1]) if len(sys.orig_argv) > 1 else ""
+if _command == "-m" and len(sys.orig_argv) > 2:
+    _command = sys.orig_argv[2].removesuffix(".cli")
+if _command in ("tinylora", "tinylora.exe") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant, tape, tensor
