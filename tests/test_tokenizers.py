@@ -2,6 +2,10 @@
 
 import codecs
 import json
+import math
+import os
+import random
+import time
 from dataclasses import replace
 
 import llm_files
@@ -10,7 +14,7 @@ import pytest
 import tiny
 
 from tinylora import Llama
-from tinylora.models import files, vocabularies
+from tinylora.models import files, tokenizer_file, vocabularies
 from tinylora.models.tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
 from tinylora.training.corpus import Pairs, documents, question_and_answer, read_corpus, running_text, scored_bytes
 
@@ -318,6 +322,252 @@ def test_vocabularies_with_other_marks_of_words_are_refused(kind, decoder, words
         load_tokenizer(tmp_path, 10)
 
 
+# --------------------------------------------------------------------------------------------------------- files that lie
+def described():
+    """What a tokenizer.json says."""
+    return json.loads(byte_level(front=["<s>"]).to_str())
+
+
+def grown(times):
+    """A normalizer that doubles a text so often."""
+    return {
+        "type": "Sequence",
+        "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * times,
+    }
+
+
+def split(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def template(*pieces, **special):
+    return {"type": "TemplateProcessing", "single": list(pieces), "pair": [], "special_tokens": special}
+
+
+TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+def mark(name, i=0):
+    return {"SpecialToken": {"id": name, "type_id": i}}
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("model", None, "model = None, expected an object"),
+        ("model.vocab", "abc", "model.vocab = 'abc', expected"),
+        ("model.vocab.a", -1, r"model.vocab\['a'\] = -1, expected a whole number"),
+        ("model.vocab.a", 2**31, r"model.vocab\['a'\] = 2147483648, expected"),
+        ("model.vocab.a", 10**400, r"model.vocab\['a'\] = a whole number of 1329 bits, expected"),
+        ("model.vocab.a", True, r"model.vocab\['a'\] = True, expected"),
+        ("model.vocab.a", 8, r"model.vocab gives the id 8 to '.*' and to '.*'"),
+        ("model.merges", [["a"]], r"model.merges\[0\] = \['a'\], expected two tokens"),
+        ("model.merges", ["a b c"], r"model.merges\[0\] = 'a b c', expected two tokens"),
+        ("model.merges", {"a": "b"}, "model.merges = .*, expected a list"),
+        ("model.merges", [["a", "nowhere"]], r"model: .*`nowhere` out of vocabulary"),
+        ("model.unk_token", 3, "model.unk_token = 3, expected a text"),
+        ("model.dropout", float("nan"), "model.dropout = nan, expected a finite number"),
+        ("model", {"type": "Unigram", "unk_id": 0, "vocab": [["a", float("nan")]]}, r"model.vocab\[0\] = \['a', nan\]"),
+        ("model", {"type": "Unigram", "unk_id": 9, "vocab": [["a", 0.0]]}, "model: "),
+        ("added_tokens", 3, "added_tokens = 3, expected a list"),
+        ("added_tokens.0.id", -1, r"added_tokens\[0\].id = -1, expected"),
+        ("added_tokens.0.id", 4_000_000_000, r"added_tokens\[0\].id = 4000000000, expected"),
+        ("added_tokens.0.id", 2_000_000_000, r"added_tokens\[0\].id = 2000000000 of '<unk>', and behind .* it gets 0"),
+        ("added_tokens.1.content", "<unk>", r"added_tokens\[1\].id = 1 of '<unk>', and behind .* it gets 0"),
+        ("added_tokens.0.content", "", r"added_tokens\[0\].id = 0 of '', and behind .* it gets None"),
+        ("added_tokens.0.content", "\ud800", r"added_tokens\[0\].content = '\\ud800', expected a text"),
+        ("normalizer", 3, "normalizer = 3, expected an object"),
+        ("normalizer", {}, "normalizer: type is missing"),
+        ("normalizer", {"type": "Magic"}, r"\(normalizer: "),
+        ("normalizer", grown(40), r"normalizer.normalizers\[6\] makes 128 characters of one"),
+        ("normalizer", grown(200), "normalizer has 201 parts"),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 10**6}, "normalizer: prepend = 'a"),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 30},
+            "makes 128 characters of one",
+        ),
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}, "is no table of SentencePiece's"),
+        (
+            "normalizer",
+            {"type": "Precompiled", "precompiled_charsmap": "BAAAAP////8="},
+            r"\(normalizer: .*out of bounds",
+        ),
+        ("pre_tokenizer", split("(a+)+b"), r"pre_tokenizer.pattern.Regex = '\(a\+\)\+b' takes more than 0.02 s on"),
+        ("pre_tokenizer", split("(?:a|a)*b"), "pre_tokenizer.pattern.Regex = .* takes more than"),
+        ("pre_tokenizer", split(r"(\w+\s?)+!"), "pre_tokenizer.pattern.Regex = .* takes more than"),
+        ("pre_tokenizer", split(r"\s+$"), "pre_tokenizer.pattern.Regex = .* takes more than"),
+        ("pre_tokenizer", split("a*a*b"), "pre_tokenizer.pattern.Regex = .* takes more than"),
+        ("pre_tokenizer", split("(?:(?:a{999}){999}){999}"), "pre_tokenizer.pattern.Regex = .* repeats too often"),
+        ("pre_tokenizer", split("("), r"pre_tokenizer.pattern.Regex = '\(' is no regular expression"),
+        ("pre_tokenizer", split(3), "pre_tokenizer.pattern: Regex = 3, expected a text"),
+        ("pre_tokenizer", split([]), r"pre_tokenizer.pattern: Regex = \[\], expected a text"),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, split("(a|aa)+$")]},
+            r"pre_tokenizer.pretokenizers\[1\].pattern.Regex = .* takes more than",
+        ),
+        (
+            "pre_tokenizer",
+            {"type": "Sequence", "pretokenizers": [split("a" * i) for i in range(1, 30)]},
+            "more than 20",
+        ),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "pre_tokenizer: length = 0, expected a whole number"),
+        ("post_processor", template(TEXT, TEXT), "post_processor.single holds the text .* other than once"),
+        ("post_processor", template(mark("<s>")), "post_processor.single holds the text .* other than once"),
+        ("post_processor", template(mark("<q>"), TEXT), "post_processor.special_tokens has no ids for '<q>'"),
+        (
+            "post_processor",
+            template(mark("<s>"), TEXT, **{"<s>": {"id": "<s>", "ids": [99_999], "tokens": ["<s>"]}}),
+            "post_processor puts the id 99999 before a text, and no token has it",
+        ),
+        ("post_processor", template(1, TEXT), "post_processor.single = .*, expected a list of pieces"),
+        ("decoder", {"type": "Sequence", "decoders": [3]}, r"decoder.decoders\[0\]: expected an object, found 3"),
+    ],
+)
+def test_what_a_tokenizer_json_must_not_say_is_a_sentence_with_file_and_field(name, value, words, tmp_path, capfd):
+    content = described()
+    *outer, last = [int(key) if key.isdigit() else key for key in name.split(".")]
+    inner = content
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    began = time.process_time()
+    with pytest.raises(ValueError, match=rf"tokenizer\.json.*{words}"):
+        load_tokenizer(tmp_path, 300)
+    assert time.process_time() - began < 5 and capfd.readouterr().err == "", "a panic of Rust's is not shown"
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("tokenizer_config", {"eos_token": 5}, "eos_token = 5, expected a text"),
+        ("tokenizer_config", {"bos_token": {"content": ["<s>"]}}, "bos_token = .*, expected a text"),
+        ("tokenizer_config", {"pad_token": "\ud800"}, r"pad_token = '\\ud800', expected a text"),
+        (
+            "tokenizer_config",
+            {"additional_special_tokens": "<x>"},
+            "additional_special_tokens = '<x>', expected a list",
+        ),
+        ("tokenizer_config", {"additional_special_tokens": [None]}, r"additional_special_tokens\[0\] = None, expected"),
+        ("tokenizer_config", {"extra_special_tokens": {"a": 1}}, "extra_special_tokens = .*, expected"),
+        ("tokenizer_config", {"legacy": "false"}, "legacy = 'false', expected true or false"),
+        ("tokenizer_config", {"model_max_length": float("nan")}, "holds what no JSON file should"),
+        ("tokenizer_config", {"note": "\udfff"}, "holds what no JSON file should"),
+        (
+            "tokenizer_config",
+            {"added_tokens_decoder": {"4000000000": {"content": "<x>"}}},
+            "the id 4000000000, .* gets 300",
+        ),
+        ("special_tokens_map", {"eos_token": ["</s>"]}, r"eos_token = \['</s>'\], expected a text"),
+        ("added_tokens", {"<x>": -1}, "gives the added token '<x>' the id -1"),
+    ],
+)
+def test_what_lies_beside_it_must_not_lie_either(name, content, words, tmp_path):
+    with pytest.raises(ValueError, match=rf"{name}\.json.*{words}"):
+        load_tokenizer(listing(tmp_path, **{name: content}), 400)
+
+
+BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes and devices")
+@pytest.mark.parametrize("name", [*BESIDE, "generation_config.json", "chat_template.jinja", "chat_template.json"])
+def test_a_path_at_which_no_file_lies_is_named(name, tmp_path):
+    makers = {
+        "is a pipe": os.mkfifo,
+        "is a pipe, a socket or a device": lambda path: path.symlink_to("/dev/zero"),
+        "is a folder": os.mkdir,
+        "expected at most": lambda path: path.touch() or os.truncate(path, 10 << 30),
+    }
+    for i, (words, make) in enumerate(makers.items()):
+        (tmp_path / str(i)).mkdir()
+        folder = listing(tmp_path / str(i), {"eos_token": None, "tokenizer_class": "LlamaTokenizer"})
+        if name != "tokenizer.json":
+            sentencepiece().backend.save(str(folder / "tokenizer.json"))
+        (folder / name).unlink(missing_ok=True)
+        make(folder / name)
+        with pytest.raises(ValueError, match=f"{name} .*{words}"):
+            load_tokenizer(folder, 1000)
+
+
+def test_a_text_on_which_the_package_gives_up_is_a_sentence(monkeypatch):
+    t = BPETokenizer(byte_level(), where="HERE")
+    t.backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+b"), "isolated")
+    with pytest.raises(ValueError, match=r"HERE: its tokenizer fails on a text of 41 characters \(.*retry-limit"):
+        t.encode("a" * 40 + "c")
+
+
+@pytest.mark.parametrize("name", sorted(vocabularies.CUTS))
+def test_the_ways_of_cutting_that_are_known_are_fast(name):
+    assert not any(tokenizer_file._slow(cut, name) for cut in vocabularies.CUTS[name])
+
+
+def test_a_tokenizer_of_bytes_that_changes_a_text_is_read_as_before(tmp_path):
+    content = described()
+    three = split(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+")
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [three, content["pre_tokenizer"]]}
+    content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "StripAccents"}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    expected = tokenizers.Tokenizer.from_str(json.dumps(content)).encode("ﬁne café 12345", add_special_tokens=False)
+    assert load_tokenizer(tmp_path, 300).encode("ﬁne café 12345") == expected.ids
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_mutated_files_end_in_a_tokenizer_or_a_sentence(seed, tmp_path):
+    """Any value anywhere becomes another, disappears or appears; no traceback, and every sentence names a file."""
+    draw = random.Random(seed)
+    odd = [
+        None,
+        True,
+        -1,
+        2**31,
+        10**30,
+        1.5,
+        math.nan,
+        math.inf,
+        "",
+        "\ud800",
+        "$A",
+        "Sequence",
+        [],
+        {},
+        ["a", "b"],
+        {"a": 0},
+    ]
+    settings = {"bos_token": "<s>", "eos_token": MARK | {"content": "</s>"}, "tokenizer_class": "LlamaTokenizer"}
+    settings |= {"additional_special_tokens": ["<x>"], "added_tokens_decoder": {"300": MARK}, "legacy": False}
+    sources = {"tokenizer.json": described(), "tokenizer_config.json": settings}
+    outcomes = set()
+    for i in range(150):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        contents = json.loads(json.dumps(sources))
+        inner, depth = contents[draw.choice(["tokenizer.json", "tokenizer_config.json"])], 0
+        while True:
+            key = draw.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+            if not isinstance(inner[key], (dict, list)) or not inner[key] or draw.random() < 0.2:
+                break
+            inner, depth = inner[key], depth + 1
+        if draw.random() < 0.2:
+            del inner[key]
+        else:
+            inner[key] = draw.choice(odd)
+        for name, content in contents.items():
+            (folder / name).write_text(json.dumps(content))
+        try:
+            t = load_tokenizer(folder, 400)
+            ids = t.encode("a cat <s> é", add_special_tokens=True)
+            assert t.continuation(ids) is not None and all(0 <= i < t.vocab_size for i in ids) and t.end_ids is not None
+            t.save(folder / "again")
+            outcomes.add("read")
+        except ValueError as error:
+            assert str(folder) in str(error)
+            outcomes.add("refused")
+    assert outcomes == {"read", "refused"}
+
+
 def test_special_tokens_map_counts_only_beside_an_old_config(tmp_path):
     byte_level().save(str(tmp_path / "tokenizer.json"))
     files.write_json(tmp_path / "special_tokens_map.json", {"eos_token": "<unk>"})
@@ -435,6 +685,30 @@ def test_a_file_that_names_no_way_of_cutting_is_refused_and_default_is_llama_cpp
     assert pieces("llama-bpe") == pieces("dbrx") == ["a", ",", " ", "123", "4", "+b", " IT", "'S"]
     assert pieces("qwen2") == ["a", ",", " ", "1", "2", "3", "4", "+b", " IT", "'S"]
     assert pieces("default") == ["a", ",", " ", "123", "4", "+", "b", " IT", "'", "S"]
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"pre": ["gpt-2"]}, r"pre = \['gpt-2'\], expected a text"),
+        ({"model": {}}, "model = {}, expected a text"),
+        ({"add_bos_token": "false"}, "add_bos_token = 'false', expected true or false"),
+        (
+            {"tokens": ["a", "b", "ab", "$A", "</s>", "<t>"], "add_bos_token": True},
+            r"bos_token_id is '\$A', which cannot",
+        ),
+        ({"merges": ["a"]}, "the merges do not fit"),
+        ({"merges": ["a z"]}, "the merges do not fit"),
+        ({"model": "llama", "scores": [0, 0, 0, math.nan, 0, 0]}, "expected a finite score for each"),
+        (
+            {"model": "llama", "scores": [0] * 6, "tokens": [*"abcde", "f" * 2000]},
+            "one of 2000 characters, expected at most",
+        ),
+    ],
+)
+def test_entries_of_a_gguf_that_lie_are_named(more, words):
+    with pytest.raises(ValueError, match=rf"^m\.gguf.*{words}"):
+        BPETokenizer.from_gguf(entries(**more), "m.gguf")
 
 
 def test_every_way_of_cutting_loses_nothing(rng):

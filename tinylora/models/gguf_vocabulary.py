@@ -78,8 +78,9 @@ def _pieces(tokenizer, described, size):
     if model.get("unk_token") in model["vocab"]:
         types[model["vocab"][model["unk_token"]]] = _UNKNOWN
     pieces["tokenizer.ggml.scores"] = _scores(tokens, merges)
-    first = backend.encode("a", add_special_tokens=False).tokens[0]
-    spaced = first.startswith("\u2581")  # a text gets a space in front
+    spaced = "".join(backend.encode("a", add_special_tokens=False).tokens).startswith(
+        "\u2581"
+    )  # a text gets a space in front
     return {"tokenizer.ggml.model": "llama", **pieces, "tokenizer.ggml.add_space_prefix": spaced}
 
 

@@ -12,13 +12,24 @@ import codecs
 import functools
 import itertools
 import json
+import os
 import re
 
 import numpy as np
 
-from . import files, templates, vocabularies
+from . import files, templates, tokenizer_file, vocabularies
+from .fields import check, either, flag, mapping, optional, several
 
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens, in transformers' order
+_TOKEN = either(tokenizer_file.TEXT, tokenizer_file.ADDED_TOKEN)
+#: What is read of tokenizer_config.json and special_tokens_map.json; chat_template is checked where it is used.
+_SETTINGS = {
+    **{f"{name}_token": optional(_TOKEN) for name in (*_NAMES, "eot")},
+    "additional_special_tokens": optional(several(_TOKEN)),
+    "extra_special_tokens": optional(either(several(_TOKEN), mapping(_TOKEN))),
+    "add_prefix_space": optional(flag()),
+    "legacy": optional(flag()),
+}
 _ASKED, _ANSWERED = "Question", "Answer"  # a conversation that shows what a template writes behind an answer
 
 
@@ -86,7 +97,13 @@ class BPETokenizer(Tokenizer):
     """
 
     def __init__(self, backend, settings=None, where="the tokenizer"):
-        self.backend, self.settings, self.where = backend, dict(settings or {}), where
+        self._given, self.settings, self.where = backend, dict(settings or {}), where
+
+    # What is asked of the backend is asked when it is needed.
+    @functools.cached_property
+    def backend(self):
+        """The tokenizers.Tokenizer, without settings for single calls."""
+        backend = self._given
         backend.no_truncation()
         backend.no_padding()
         if getattr(backend.model, "dropout", None) is not None:
@@ -95,36 +112,60 @@ class BPETokenizer(Tokenizer):
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         named = {token for token in _special_tokens(self.settings).values() if backend.token_to_id(token) is not None}
         backend.add_special_tokens(sorted(named - added))
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
-        added = backend.get_added_tokens_decoder()
-        self._added = {i: token.content for i, token in added.items()}
-        self._special = {i for i, token in added.items() if token.special}
-        known = backend.get_vocab(with_added_tokens=False)
-        self._words = {i for i, token in added.items() if token.content not in known}  # written as they are
-        self._bytes = _byte_of_letter() if "ByteLevel" in _kinds(backend) else None
-        text = next((t for t in ("a", *backend.get_vocab()) if self.encode(t)), "")
-        marked = backend.encode(text, add_special_tokens=True)
+        return backend
+
+    @functools.cached_property
+    def vocab_size(self):
+        return max(self.backend.get_vocab().values(), default=-1) + 1
+
+    @functools.cached_property
+    def _added(self):
+        """{id: text} of tokens that were added to the vocabulary's."""
+        return {i: token.content for i, token in self.backend.get_added_tokens_decoder().items()}
+
+    @functools.cached_property
+    def _special(self):
+        """The ids of tokens that are marks and no text."""
+        return {i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    @functools.cached_property
+    def _words(self):
+        """The ids of added tokens that are written as they are."""
+        known = self.backend.get_vocab(with_added_tokens=False)
+        return {i for i, content in self._added.items() if content not in known}
+
+    @functools.cached_property
+    def _bytes(self):
+        """{letter: byte} of a byte-level vocabulary, None of another."""
+        return _byte_of_letter() if "ByteLevel" in _kinds(self.backend) else None
+
+    @functools.cached_property
+    def front(self):
+        text = next((t for t in ("a", *self.backend.get_vocab()) if self.encode(t)), "")
+        marked = self.backend.encode(text, add_special_tokens=True)
         pairs = zip(marked.ids, marked.special_tokens_mask, strict=True)
-        self.front = tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], pairs))
-        self._prefixed = self.continuation(self.encode("a")) == " a"  # a text gets a space in front
+        return tuple(i for i, _ in itertools.takewhile(lambda pair: pair[1], pairs))
+
+    @functools.cached_property
+    def _prefixed(self):
+        """Whether a text gets a space in front."""
+        return self.continuation(self.encode("a")) == " a"
 
     @classmethod
     def from_file(cls, path):
         """From a tokenizer.json and what lies beside it: tokenizer_config.json, special_tokens_map.json, added_tokens.json, and chat
         templates."""
-        package = vocabularies.package()
-        try:
-            backend = package.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-            backend.encode("a")
-        except Exception as error:  # the package raises plain Exceptions
-            raise ValueError(f"{path} is not a tokenizer that the tokenizers package reads ({error})") from None
+        backend = tokenizer_file.read(path)
         _check_marks(backend, path)
         settings, where = _settings(path.parent)
         _cut_as_llama(backend, settings, path.parent)
         _add_listed(backend, settings, path.parent)
         if _text(settings.get("eos_token")) is None and (end := _end_of_text(path.parent)) is not None:
             settings["eos_token"] = backend.id_to_token(end)
-        return cls(backend, settings, where)
+        tokenizer = cls(backend, settings, where)
+        if beyond := [i for i in tokenizer.front if i >= tokenizer.vocab_size]:
+            raise ValueError(f"{path}: post_processor puts the id {beyond[0]} before a text, and no token has it")
+        return tokenizer
 
     @classmethod
     def from_gguf(cls, fields, where="the GGUF file"):
@@ -137,8 +178,19 @@ class BPETokenizer(Tokenizer):
         add_special_tokens    True: with `front` before them. What a tokenizer would put behind a text (EOS) is never added
         """
         text = checked(text) if isinstance(text, str) else bytes(text).decode("utf-8")
-        ids = self.backend.encode(text, add_special_tokens=False).ids
+        ids = self._encoded(text).ids
         return [*self.front, *ids] if add_special_tokens else ids
+
+    def _encoded(self, text):
+        """The package's Encoding of a text."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except BaseException as error:  # a regular expression of the file's that gives up, for one
+            if not tokenizer_file.failed(error):
+                raise
+            raise ValueError(
+                f"{self.where}: its tokenizer fails on a text of {len(text)} characters ({error})"
+            ) from None
 
     def following(self, text):
         """The ids of a text that stands behind another one: without the space that some vocabularies put before a text."""
@@ -205,8 +257,8 @@ class BPETokenizer(Tokenizer):
         behind = text.rpartition(_ANSWERED)[2]
         for i in self.encode(behind):
             if not self._added.get(i, " ").replace("\u2581", " ").isspace():
-                cut = behind.index(self._added[i]) + len(self._added[i])
-                return behind[:cut], behind[cut:]
+                before, mark, rest = behind.partition(self._added[i])
+                return before + mark, rest
         return "", behind
 
     def _named(self, name):
@@ -257,6 +309,15 @@ class BPETokenizer(Tokenizer):
             messages = [{"role": "system", "content": system}, *messages]
         return self.encode(self.render(messages, add_generation_prompt=True))
 
+    def _default_system(self):
+        """The system's words that stand as they are in a template of ChatML's, "" if none do. Their time grows as the text does."""
+        template = self.settings.get("chat_template")
+        for turn in template.split(templates.END)[:-1] if isinstance(template, str) else ():
+            words = re.split(r"['\"{}]", turn)[-1]  # behind what is of jinja2 and no text
+            if opening := re.search(rf"{re.escape(templates.START)}system(\n|\\n)", words):
+                return words[opening.end() :].replace("\\n", "\n")
+        return ""
+
     def segments(self, text, spans):
         """(read, learned, read, learned, ...), lists of ids: the tokens of a text outside and inside of spans of it.
 
@@ -265,7 +326,7 @@ class BPETokenizer(Tokenizer):
         inside = np.zeros(len(text) + 1, bool)
         for start, end in spans:
             inside[start:end] = True
-        found = self.backend.encode(text, add_special_tokens=False)
+        found = self._encoded(text)
         learned = [bool(inside[a : max(b, a + 1)].any()) for a, b in found.offsets]
         parts = []
         for said, group in itertools.groupby(zip(found.ids, learned, strict=True), lambda token: token[1]):
@@ -285,7 +346,7 @@ class BPETokenizer(Tokenizer):
 def load_tokenizer(folder, vocab_size):
     """The tokenizer of a model folder: its tokenizer.json, or bytes for a vocabulary of 256 without one."""
     path = folder / "tokenizer.json"
-    if path.exists():
+    if os.path.lexists(path):
         return fitting(BPETokenizer.from_file(path), vocab_size, path)
     if vocab_size == 256:
         return ByteTokenizer()
@@ -313,15 +374,30 @@ def checked(text):
     return text
 
 
+def _beside(path):
+    """The JSON object in a file that may be missing."""
+    return files.read_json(path) if os.path.lexists(path) else {}
+
+
+def _checked_settings(path):
+    """What a tokenizer_config.json or special_tokens_map.json says, which `save` can write again."""
+    settings = check(_beside(path), _SETTINGS, path)
+    try:
+        json.dumps(settings, allow_nan=False, ensure_ascii=False).encode("utf-8")
+    except ValueError as error:  # JSON as Python reads it has NaN, and halves of surrogate pairs
+        raise ValueError(f"{path} holds what no JSON file should: {error}") from None
+    return settings
+
+
 def _settings(folder):
     """(settings, the file of the chat template): what tokenizer_config.json and the files beside it say.
 
     special_tokens_map.json counts where tokenizer_config.json names no added tokens, as an old one does not.
     """
     path, old = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
-    settings = files.read_json(path) if path.is_file() else {}
-    if old.is_file() and "added_tokens_decoder" not in settings:
-        settings |= files.read_json(old)
+    settings = _checked_settings(path)
+    if "added_tokens_decoder" not in settings:
+        settings |= _checked_settings(old)
     found = [*templates.beside(folder), (settings.get("chat_template"), path), *templates.of_processor(folder)]
     template, where = next(((text, file) for text, file in found if text), (None, folder / "tokenizer.json"))
     return settings | ({"chat_template": template} if template else {}), where
@@ -345,8 +421,7 @@ def _cut_as_llama(backend, settings, folder):
         or "ByteLevel" in _kinds(backend)
     ):
         return
-    config = folder / "config.json"
-    if config.is_file() and files.read_json(config).get("model_type") == "mistral":
+    if _beside(folder / "config.json").get("model_type") == "mistral":
         return
     package, spaced = vocabularies.package(), settings.get("add_prefix_space") in (None, True)
     again = "always" if settings.get("legacy") and kind == "LlamaTokenizer" else "first"
@@ -368,15 +443,14 @@ def _add_listed(backend, settings, folder):
     ]
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     extra = [_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
+    extra = [token for token in extra if token is not None]
     where, old, listed = folder / "tokenizer_config.json", folder / "added_tokens.json", {}
     try:
         if "added_tokens_decoder" in settings:
             listed = {int(i): dict(token) for i, token in settings["added_tokens_decoder"].items()}
-        elif old.is_file():
+        else:
             where, marks = old, {*named, *extra}
-            listed = {
-                i: {"content": t, "special": t in marks} for t, i in files.read_json(old).items() if t not in added
-            }
+            listed = {i: {"content": t, "special": t in marks} for t, i in _beside(old).items() if t not in added}
         tokens = {i: _added_token(token, token["content"] in named) for i, token in sorted(listed.items())}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -403,8 +477,8 @@ def _added_token(token, special):
 def _end_of_text(folder):
     """The first eos_token_id that generation_config.json or config.json names; None if there is none."""
     for path in (folder / "generation_config.json", folder / "config.json"):
-        named = files.read_json(path).get("eos_token_id") if path.is_file() else None
-        if ids := [i for i in (named if isinstance(named, list) else [named]) if isinstance(i, int)]:
+        named = _beside(path).get("eos_token_id")
+        if ids := [i for i in (named if isinstance(named, list) else [named]) if tokenizer_file.ID.fits(i)]:
             return ids[0]
     return None
 

@@ -17,8 +17,18 @@ Differs from transformers' GGUF reader, which
   SentencePiece itself and llama.cpp put one wherever a text begins, unless the file says otherwise (add_space_prefix).
 """
 
+import math
+
+from .fields import check, flag, optional, shown, text
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # GGUF's token types
 _SPACE = "\u2581"
+#: Entries tokenizer.ggml.* whose kind is checked; ids of marks that are none count as absent.
+_ENTRIES = {
+    **dict.fromkeys(("model", "pre"), optional(text())),
+    **dict.fromkeys(("add_bos_token", "add_space_prefix", "remove_extra_whitespaces"), optional(flag())),
+}
+_LONGEST = 1000  # characters of a SentencePiece token: all ways to cut one in two are looked at
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # signs with the line breaks behind them, and white space
@@ -69,6 +79,7 @@ def from_gguf(fields, where="the GGUF file"):
     types = entries.get("token_type") or [_NORMAL] * len(tokens)
     if not isinstance(types, list) or len(types) != len(tokens):
         raise ValueError(f"{where}: tokenizer.ggml.tokens and token_type do not belong together")
+    check(entries, _ENTRIES, where)
     kind = entries.get("model")
     if kind not in ("gpt2", "llama"):
         raise ValueError(
@@ -84,11 +95,22 @@ def from_gguf(fields, where="the GGUF file"):
     settings = _settings(tokens, entries, fields)
     begins = entries.get("add_bos_token", kind == "llama" or entries.get("pre") in _WHOLE_WORDS)
     if begins and (bos := settings.get("bos_token")) is not None:
-        text = package().processors.TemplateProcessing
-        backend.post_processor = text(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, tokens.index(bos))]
-        )
+        backend.post_processor = _after(bos, tokens.index(bos), where)
     return backend, settings
+
+
+def _after(bos, i, where):
+    """What puts a token before a text."""
+    try:
+        if bos.startswith("$"):
+            raise ValueError("the package reads it as a place for a text")
+        return package().processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, i)]
+        )
+    except Exception as error:
+        raise ValueError(
+            f"{where}: tokenizer.ggml.bos_token_id is {shown(bos)}, which cannot begin a text ({error})"
+        ) from None
 
 
 def _byte_level(package, tokens, types, entries, where):
@@ -121,9 +143,15 @@ def _sentencepiece(package, tokens, types, entries, where):
     if (
         not isinstance(scores, list)
         or len(scores) != len(tokens)
-        or not all(isinstance(x, (int, float)) for x in scores)
+        or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in scores)
     ):
-        raise ValueError(f"{where}: tokenizer.ggml.tokens and scores do not belong together")
+        raise ValueError(
+            f"{where}: tokenizer.ggml.tokens and scores do not belong together: expected a finite score for each"
+        )
+    if long := next((token for token in tokens if len(token) > _LONGEST), None):
+        raise ValueError(
+            f"{where}: tokenizer.ggml.tokens has one of {len(long)} characters, expected at most {_LONGEST}: {shown(long)}"
+        )
     if entries.get("remove_extra_whitespaces") or entries.get("precompiled_charsmap"):
         raise ValueError(
             f"{where}: its SentencePiece vocabulary changes a text before cutting it; tinylora reads none that does"
