@@ -5,7 +5,12 @@ The templates are those of published models (chats.py); what transformers makes 
 
 import builtins
 import itertools
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import chats
@@ -13,7 +18,7 @@ import pytest
 import tiny
 
 from tinylora import Llama, backend
-from tinylora.models import chat, templates
+from tinylora.models import chat, sandbox, templates
 from tinylora.models.templates import Template
 from tinylora.training.corpus import question_and_answer
 
@@ -121,7 +126,7 @@ def test_what_is_not_text_of_the_messages_is_as_in_transformers():
 
 
 def test_without_jinja2_or_with_an_old_one_a_sentence_says_what_to_install(monkeypatch):
-    templates._environment.cache_clear()
+    templates._require_jinja2.cache_clear()
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(
         ValueError, match=r"needs the jinja2 package: pip install -e '\.\[llm\]' in a clone of tinylora"
@@ -132,7 +137,7 @@ def test_without_jinja2_or_with_an_old_one_a_sentence_says_what_to_install(monke
     with pytest.raises(ValueError, match=r"need jinja2 3\.1\.6 or newer, and this is 3\.1\.5"):
         Template("b").render([])
     monkeypatch.undo()
-    templates._environment.cache_clear()
+    templates._require_jinja2.cache_clear()
     assert Template("c").render([]) == ("c", [])
 
 
@@ -144,6 +149,198 @@ def test_marks_around_what_the_assistant_says():
     macro = "{% macro say(m) %}({% generation %}{{ m }}{% endgeneration %}){% endmacro %}"
     source = macro + "{% for m in messages %}{{ say(m.content) }}{% endfor %}"
     assert Template(source).render(chats.talk("a", "b")) == ("(a)(b)", []), "where they stand cannot be told"
+
+
+# ------------------------------------------------------------------------------------------------- a template has its own process
+LOOPS = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """given(0.5): templates have half a second."""
+
+    def given(seconds):
+        monkeypatch.setattr(sandbox, "SECONDS", seconds)
+        sandbox._end()
+
+    yield given
+    sandbox._end()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        LOOPS,
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+        "{{ (10 ** 9 ** 5) % 7 }}{{ 7 ** (9 ** 9) }}",  # one step of Python's, which nothing interrupts
+        "{% for i in range(99999) %}{{ (messages[0].content * 10 ** 7) | wordwrap(1) | length }}{% endfor %}",
+    ],
+)
+def test_a_template_that_does_not_end_is_ended(source, given):
+    given(0.5)
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=r"^FOLDER: the chat template takes longer than 0\.5 seconds$"):
+        Template(source, "FOLDER").render(chats.talk("hi"))
+    assert time.monotonic() - began < 10
+    assert Template("{{ messages[0].content }}").render(chats.talk("hi")) == ("hi", []), "the next one is run"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="not every system limits the memory of a process")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 10 ** 10 }}",
+        "{% set n = namespace(x='a' * 999) %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ 'a' | center(10 ** 11) }}",
+        "{{ 'a' | indent(10 ** 11, true) }}",
+        "{{ '%100000000000d' % 1 }}",
+        "{{ '{:>100000000000}'.format(1) }}",
+        "{{ ([1] * 10 ** 9) | join }}",
+        "{{ [1] | tojson(indent=10 ** 11) }}",
+        "{{ ('a' * 10 ** 5).replace('a', 'b' * 10 ** 5) }}",
+        "{% for i in range(9) %}{{ 'a' * 10 ** 7 }}{% endfor %}",  # more text than anyone reads
+    ],
+)
+def test_a_template_gets_no_more_memory_than_it_needs(source, given):
+    given(60)
+    with pytest.raises(
+        ValueError, match=r"^FOLDER: the chat template needs more than 1024 MiB of memory, or writes more"
+    ):
+        Template(source, "FOLDER").render(chats.talk("hi"))
+    assert Template("a").render([]) == ("a", [])
+
+
+@pytest.mark.parametrize(
+    "opening", ["{{", "{%", "{{ (", "{{ '", "{% if a %}", "{#", "{{ -", "{% raw %}", "{{ [", "{{ a."]
+)
+def test_a_template_of_openings_alone_takes_no_time(opening):
+    began = time.monotonic()
+    try:
+        Template(opening * (400_000 // len(opening)), "FOLDER").render(chats.talk("hi"))
+    except ValueError as error:
+        assert str(error).startswith("FOLDER: the chat template")
+    assert time.monotonic() - began < 12
+
+
+def test_what_a_template_says_of_itself_is_shortened():
+    with pytest.raises(ValueError, match="aaa") as caught:
+        Template("{{ raise_exception('a' * 10 ** 7) }}", "FOLDER").render([])
+    assert len(str(caught.value)) < 1200
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills")
+def test_the_process_of_a_template_ends_with_the_one_that_asked(tmp_path):
+    code = (
+        "from tinylora.models import sandbox, templates; sandbox.SECONDS = 1; t = templates.Template\n"
+        f"t('a').render([]); print(sandbox._child.process.pid, flush=True); t({LOOPS!r}).render([])"
+    )
+    for busy in (True, False):
+        script = code if busy else code.rpartition("; t(")[0] + "; import time; time.sleep(60)"
+        parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+        child = int(parent.stdout.readline())
+        parent.kill()
+        parent.communicate()
+        until = time.monotonic() + 20
+        while _runs(child) and time.monotonic() < until:
+            time.sleep(0.02)
+        assert not _runs(child), busy
+
+
+def _runs(pid):
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as f:  # a zombie is waited for by nobody where process 1 does not
+            return f.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_an_interrupted_answer_is_no_ones(monkeypatch):
+    receive = sandbox._receive
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sandbox, "_receive", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Template("one").render([])
+    monkeypatch.setattr(sandbox, "_receive", receive)
+    assert Template("two").render([]) == ("two", [])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_a_process_that_was_killed_is_replaced_and_ctrl_c_is_for_the_parent():
+    assert Template("one").render([]) == ("one", [])
+    child = sandbox._child.process
+    os.kill(child.pid, signal.SIGINT)
+    assert Template("two").render([]) == ("two", []) and sandbox._child.process is child
+    child.kill()
+    child.wait()
+    assert Template("two").render([]) == ("two", []) and sandbox._child.process is not child
+
+
+def test_several_conversations_at_once_are_each_what_one_alone_is():
+    template = Template("{{ messages[0].content }}{{ x }}{{ y }}{{ 1 / messages | length }}", "FOLDER")
+    every = [(chats.talk(*"abc"[: i % 3]), {"x": i}) for i in range(40)]
+    for (messages, own), outcome in zip(every, template.renderings(every, x="", y="!"), strict=True):
+        if messages:
+            assert templates.said(outcome) == template.render(messages, **own, y="!") and "!" in outcome[0]
+        else:
+            with pytest.raises(ValueError, match=r"^FOLDER: the chat template fails .* has no element 0"):
+                templates.said(outcome)
+
+
+def test_threads_get_their_own_texts():
+    wrong = []
+
+    def ask(name):
+        for i in range(50):
+            text, _ = Template("{{ messages[0].content }}" + name).render(chats.talk(str(i)))
+            wrong.extend([text] if text != f"{i}{name}" else [])
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_process_that_was_forked_asks_one_of_its_own():
+    Template("one").render([])
+    child = sandbox._child.process
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if Template("two").render([])[0] == "two" and sandbox._child.process is not child else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert Template("three").render([])[0] == "three" and sandbox._child.process is child
+
+
+def test_where_no_process_can_be_started_a_template_is_run_all_the_same(monkeypatch):
+    sandbox._end()
+    monkeypatch.setattr(sys, "platform", "emscripten")
+    text = Template("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")
+    assert text.render(chats.talk("é", "b")) == ("éb", [(0, 1), (1, 2)]) and sandbox._child is None
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *a, **b: (_ for _ in ()).throw(OSError(12, "Cannot allocate memory"))
+    )
+    with pytest.raises(OSError, match=r"^FOLDER: no process can be started to run the chat template in: .*allocate"):
+        Template("a", "FOLDER").render([])
+
+
+def test_a_template_is_given_what_json_can_say():
+    for wrong in ({1, 2}, b"a", object(), {(1, 2): 3}):
+        with pytest.raises(ValueError, match=r"^FOLDER: the chat template cannot be given this conversation: "):
+            Template("a", "FOLDER").render([], x=wrong)
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(ValueError, match=r"^FOLDER: the chat template cannot be given this conversation: .*recursion"):
+        Template("a", "FOLDER").render([], x=nested)
+    with pytest.raises(ValueError, match="strftime_now: expected the strftime of a datetime"):
+        Template("a").render([], strftime_now=lambda form: "today")
 
 
 # -------------------------------------------------------------------------------------------------------------- where they stand
@@ -273,6 +470,51 @@ def test_an_end_that_the_data_write_out_is_there_once(name):
         kept = [dict(message) for message in messages]
         assert chat.turns(t, messages) == plain and messages == kept
     assert question_and_answer([("What?", "A mill." + end)], t).pairs == chat.turns(t, chats.talk("What?", "A mill."))
+
+
+def test_an_end_that_is_written_ten_thousand_times_takes_no_time():
+    def without(content, *marks):
+        return chat._without_end({"role": "assistant", "content": content}, marks)["content"]
+
+    assert without("a </s> \n<e></s>\t", "</s>", "<e>") == "a " and without(" </s>", "</s>") == " "
+    assert without("a </s> b ", "</s>") == "a </s> b " and without("", "</s>") == ""
+    assert without("a</s>", "", "</s>") == "a", "a mark without letters ends nothing"
+    began = time.process_time()
+    assert (
+        without("a" + "</s> " * 100_000, "<e>", "</s>") == "a" and without("a" + " " * 400_000, "</s>").strip() == "a"
+    )
+    assert time.process_time() - began < 5
+
+
+def test_the_systems_words_of_a_template_are_found_in_time_that_grows_as_the_text():
+    pytest.importorskip("tokenizers")
+    t, start, end = chats.tokenizer("chatml"), templates.START, templates.END
+
+    def words(text):
+        t.settings["chat_template"] = text
+        return t._default_system()
+
+    assert words(f"{{{{ '{start}system\nYou are\\na miller.{end}' }}}}") == "You are\na miller."
+    assert words(f"{start}system\\nA{end}{start}system\nB{end}") == "A"
+    assert words(f"{start}system\nA'{start}system\nB{start}system\nC{end}D") == f"B{start}system\nC"
+    assert words(f"{start}system\n{{{{ x }}}}{end} {start}system\nB{end}") == "B"
+    for without in (
+        "",
+        f"{start}system\nA",
+        f"{start}system A{end}",
+        f"{end}{start}system\n",
+        None,
+        [{"name": "default"}],
+    ):
+        assert words(without) == ""
+    began = time.process_time()
+    for openings in (
+        f"{start}system\n" * 20_000,
+        f"{start}system\n'{end}" * 20_000,
+        f"{start}system\n" * 20_000 + f"'{end}",
+    ):
+        assert words(openings) == ""
+    assert time.process_time() - began < 2
 
 
 def test_white_space_that_is_a_token_of_its_own_ends_nothing():

@@ -8,10 +8,10 @@ identity      which base a model is, and how it is held: what an adapter carries
 safetensors   the file format of folders, with bfloat16
 rope          rotary positions, scaled or not
 gguf          the file format of llama.cpp, read; gguf_writer writes it
-tokenizers    bytes, and byte-pair vocabularies
+tokenizers    bytes, and byte-pair vocabularies; tokenizer_file checks a tokenizer.json
 vocabularies  the vocabulary inside a GGUF, built anew; gguf_vocabulary writes one
 identity      which base a model is, and how its weights are held
-templates     a conversation as text: the model's chat template
+templates     a conversation as text: the model's chat template, run in a process of its own (sandbox)
 chat          what is learned of a conversation, and a conversation on a terminal
 files         files that are written whole or not at all
 """

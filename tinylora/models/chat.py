@@ -11,6 +11,7 @@ from datetime import datetime
 
 import numpy as np
 
+from . import templates
 from .llama import KVCache
 from .tokenizers import checked
 
@@ -47,7 +48,10 @@ def turns(tokenizer, messages, first=0, unlearned=(), **more):
     )  # behind it there is nothing to learn
     ending = tokenizer.ending
     mark = ending[0]
-    text, spans = tokenizer.spoken(messages, **more)
+    before = [messages[:i] for i in wanted]
+    asked = [(messages, False), *((m, True) for m in before if m), *((messages[: i + 1], False) for i in wanted[:-1])]
+    whole, *others = tokenizer.renderings(asked, **more)
+    text, spans = templates.said(whole)
     if spans:
         if len(spans) != len(said) and len(wanted) != len(said):
             raise ValueError(f"the chat template marks {len(spans)} answers where {len(said)} are given")
@@ -55,7 +59,9 @@ def turns(tokenizer, messages, first=0, unlearned=(), **more):
         if len(spans) == len(said):
             ended = [span for i, span in zip(said, ended, strict=True) if i in wanted]
         return [tokenizer.segments(text, ended)]
-    parts = [_part(tokenizer, messages, i, ending, more) for i in wanted]
+    others = iter([templates.said(other)[0] for other in others])
+    asking, upto = [next(others) if m else "" for m in before], [*others, text]
+    parts = [_part(tokenizer, messages, *part, ending, more) for part in zip(wanted, asking, upto, strict=True)]
     if mark and all(text.startswith(upto) for _, upto in parts):
         return [tokenizer.segments(text, [(start, len(upto)) for start, upto in parts])]
     end = [] if mark or tokenizer.end_id is None else [tokenizer.end_id]
@@ -67,17 +73,26 @@ def _without_end(message, marks):
     """A message of the assistant's without the mark of its end that some data write out; the template writes one."""
     content = message.get("content")
     if message["role"] == "assistant" and isinstance(content, str):
-        while mark := next((mark for mark in marks if content.rstrip().endswith(mark)), None):
-            content = content.rstrip().removesuffix(mark)
-        message = {**message, "content": content}
+        end, mark = len(content), ""
+        while mark is not None:
+            end -= len(mark)
+            spoken = end  # up to here, without white space
+            while spoken and content[spoken - 1].isspace():
+                spoken -= 1
+            mark = next((mark for mark in marks if mark and content.endswith(mark, 0, spoken)), None)
+            end = end if mark is None else spoken
+        message = {**message, "content": content[:end]}
     return message
 
 
-def _part(tokenizer, messages, i, ending, more):
-    """(where answer i begins, the conversation up to its end), as text; ending: what the template writes behind an answer."""
-    (mark, rest), upto = ending, tokenizer.render(messages[: i + 1], **more)
+def _part(tokenizer, messages, i, asked, upto, ending, more):
+    """(where answer i begins, the conversation up to its end), as text.
+
+    asked, upto    what the template writes to ask for the answer, and up to it
+    ending         what it writes behind an answer
+    """
+    mark, rest = ending
     upto = upto[: upto.rindex(mark) + len(mark)] if mark and mark in upto else upto.removesuffix(rest)
-    asked = tokenizer.render(messages[:i], add_generation_prompt=True, **more) if i else ""
     if asked and upto.startswith(asked):
         return len(asked), upto
     # The words that ask for an answer are not those before one that was given: it begins where two answers differ.

@@ -1,20 +1,19 @@
-"""The text of a conversation as a model was taught to read it: its chat template, run by jinja2 in its sandbox.
+"""The text of a conversation as a model was taught to read it: its chat template, run by jinja2 in a process of its own.
 
     messages  [{"role": "user", "content": "hi"}, ...]
     text      <|im_start|>user⏎hi<|im_end|>⏎<|im_start|>assistant⏎        (here ChatML's; each model has marks of its own)
 
-A template is a program that came with a model. It runs as transformers runs it (utils/chat_template_utils.py there): the immutable
-sandbox, blocks trimmed, `break` and `continue`, `tojson` without HTML's escapes, `raise_exception`, `strftime_now`, and
-`{% generation %}` around what the assistant says. It sees the messages, the tools, the documents, add_generation_prompt, the
-special tokens by name, and whatever else is given by name. Needs jinja2 (extra `llm`).
+A template is a program that came with a model. It runs as transformers runs it, and with limits: see `sandbox`. It sees the messages,
+the tools, the documents, add_generation_prompt, the special tokens by name, and whatever else is given by name. Needs jinja2
+(extra `llm`).
 """
 
 import functools
-import json
+import os
 import re
 from datetime import datetime
 
-from . import files
+from . import files, sandbox
 
 OLDEST = [3, 1, 6]  # older sandboxes are known to leak
 START, END = "<|im_start|>", "<|im_end|>"
@@ -35,22 +34,46 @@ class Template:
         """(text, [(start, end), ...]): the conversation, and where in it `{% generation %}` says that the assistant speaks.
 
         No place is known where the marks stand in a macro or in a text that is set aside: then there are none.
+
+        variables    what JSON can say; and strftime_now, the `strftime` of a datetime (by default of now)
         """
-        messages, pieces, marked = [_plain(message) for message in messages], [], []
+        return said(self.renderings([(messages, {})], **variables)[0])
+
+    def renderings(self, conversations, **variables):
+        """[(text, spans) or the ValueError in which it ends] for each of several conversations, which is faster than one by one.
+
+        conversations    (messages, variables of its own) each
+        """
+        _require_jinja2()
+        now = _when(variables.pop("strftime_now", None)).isoformat()
+        asked = [
+            {"messages": [_plain(message) for message in messages], "variables": {**variables, **own}, "now": now}
+            for messages, own in conversations
+        ]
         try:
-            template = _compiled(self.source)
-            template.environment.generation.watch(pieces, marked)
-            for piece in template.generate(messages=messages, **variables):
-                pieces.append(piece)
-        except _Missing:
-            raise
-        except Exception as error:  # a template is a program and may fail in any way
-            line = f" line {error.lineno}" if getattr(error, "lineno", None) else ""
-            what = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"{self.where}: the chat template{line} fails on this conversation: {what}") from None
-        text = "".join(pieces)
-        found = all(text.startswith(said, start) for start, said in marked)
-        return text, [(start, start + len(said)) for start, said in marked] if found else []
+            answers = [
+                answer for i in range(0, len(asked), 16) for answer in sandbox.run(self.source, asked[i : i + 16])
+            ]
+        except sandbox.Stopped as error:
+            raise ValueError(f"{self.where}: the chat template {error}") from None
+        except OSError as error:
+            raise OSError(f"{self.where}: no process can be started to run the chat template in: {error}") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{self.where}: the chat template cannot be given this conversation: {error}") from None
+        return [self._outcome(answer) for answer in answers]
+
+    def _outcome(self, answer):
+        if "error" in answer:
+            line = f" line {answer['line']}" if answer["line"] else ""
+            return ValueError(f"{self.where}: the chat template{line} fails on this conversation: {answer['error']}")
+        return answer["text"], [tuple(span) for span in answer["spans"]]
+
+
+def said(outcome):
+    """(text, spans) of one of the `renderings`, or its ValueError is raised."""
+    if isinstance(outcome, ValueError):
+        raise outcome
+    return outcome
 
 
 def chatml(messages, add_generation_prompt=False):
@@ -74,100 +97,28 @@ def _plain(message):
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-class _Missing(ValueError):
-    """jinja2 is not there, or too old."""
+def _when(strftime):
+    """The datetime whose `strftime` this is; now for None."""
+    now = datetime.now() if strftime is None else getattr(strftime, "__self__", None)
+    if not hasattr(now, "isoformat"):
+        raise ValueError(f"strftime_now: expected the strftime of a datetime, found {strftime!r}")
+    return now
 
 
 @functools.cache
-def _environment():
-    """The sandbox in which templates run."""
+def _require_jinja2():
+    """A sentence if jinja2 is not there, or too old. It is looked for and not imported: the sandbox's process does that."""
     from importlib.metadata import version
+    from importlib.util import find_spec
 
-    try:
-        import jinja2
-        from jinja2 import ext, nodes, sandbox
-    except ModuleNotFoundError:
-        raise _Missing(
+    if find_spec("jinja2") is None:
+        raise ValueError(
             "this model's chat template needs the jinja2 package: pip install -e '.[llm]' in a clone of tinylora"
-        ) from None
+        )
     found = version("jinja2")
     if [int(n) for n in re.findall(r"\d+", found)] < OLDEST:
         wanted = ".".join(map(str, OLDEST))
-        raise _Missing(f"chat templates need jinja2 {wanted} or newer, and this is {found}; upgrade it")
-
-    class Generation(ext.Extension):
-        """{% generation %}…{% endgeneration %}: notes where in the output it begins, and what it is."""
-
-        tags = {"generation"}  # noqa: RUF012 (jinja2's way to name them)
-
-        def __init__(self, environment):
-            super().__init__(environment)
-            environment.extend(generation=self)
-            self.pieces = self.marked = None
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return nodes.CallBlock(self.call_method("note"), [], [], body).set_lineno(line)
-
-        def note(self, caller):
-            self.marked.append((sum(map(len, self.pieces)), text := caller()))
-            return text
-
-        def watch(self, pieces, marked):
-            self.pieces, self.marked = pieces, marked
-
-    class Namespace(jinja2.utils.Namespace):
-        """jinja2's, without names that begin with an underscore: they reach into the interpreter."""
-
-        def __init__(*args, **values):
-            self, *positional = args
-            for name in (values := dict(*positional, **values)):
-                Namespace.check(name)
-            jinja2.utils.Namespace.__init__(self, values)
-
-        def __setitem__(self, name, value):
-            Namespace.check(name)
-            super().__setitem__(name, value)
-
-        @staticmethod
-        def check(name):
-            if isinstance(name, str) and name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(
-                    f"a namespace holds no name with an underscore in front: {name!r}"
-                )
-
-    class Dict:
-        """dict without its attributes."""
-
-        def __call__(self, *args, **values):
-            return dict(*args, **values)
-
-        def fromkeys(self, *args):
-            return dict.fromkeys(*args)
-
-    def raise_exception(message):
-        raise jinja2.exceptions.TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "namespace": Namespace,
-        "dict": Dict(),
-    }
-    return environment
-
-
-@functools.lru_cache(maxsize=32)
-def _compiled(source):
-    return _environment().from_string(source)
+        raise ValueError(f"chat templates need jinja2 {wanted} or newer, and this is {found}; upgrade it")
 
 
 # ------------------------------------------------------------------------------------------------------------ where templates stand
@@ -178,8 +129,8 @@ def beside(folder):
     additional_chat_templates/*.jinja    others, named after their files
     """
     default, others = folder / "chat_template.jinja", sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    texts = {"default": default.read_text(encoding="utf-8")} if default.is_file() else {}
-    texts |= {path.name.removesuffix(".jinja"): path.read_text(encoding="utf-8") for path in others}
+    texts = {"default": _text(default)} if os.path.lexists(default) else {}
+    texts |= {path.name.removesuffix(".jinja"): _text(path) for path in others}
     if not others:
         return [(text, default) for text in texts.values()]
     return [([{"name": name, "template": text} for name, text in texts.items()], others[0].parent)]
@@ -188,7 +139,16 @@ def beside(folder):
 def of_processor(folder):
     """[(template, where)] in chat_template.json, which processors of images wrote; it counts where nothing else does."""
     path = folder / "chat_template.json"
-    return [(files.read_json(path).get("chat_template"), path)] if path.is_file() else []
+    return [(files.read_json(path).get("chat_template"), path)] if os.path.lexists(path) else []
+
+
+def _text(path):
+    """The text of a file; a sentence that names it if it has none, or more than 16 MiB."""
+    files.check_regular(path, 2**24)
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid UTF-8: {error}") from None
 
 
 def named(setting, where):

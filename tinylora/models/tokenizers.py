@@ -54,6 +54,16 @@ class Tokenizer:
         """The ids of a text that stands behind another one."""
         return self.encode(text)
 
+    def renderings(self, conversations, **more):
+        """[(text, spans) or the ValueError in which it ends] for several conversations, (messages, add_generation_prompt) each."""
+        outcomes = []
+        for messages, asking in conversations:
+            try:
+                outcomes.append(self.spoken(messages, add_generation_prompt=asking, **more))
+            except ValueError as error:
+                outcomes.append(error)
+        return outcomes
+
     def pieces(self, tokens):
         """Yield what each token adds to the text before it: "" within a character, and U+FFFD at the end for one that was cut."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -270,25 +280,35 @@ class BPETokenizer(Tokenizer):
         """The text of [{"role", "content"}, ...], as the model's chat template writes it; see `spoken`."""
         return self.spoken(messages, add_generation_prompt, **more)[0]
 
-    def spoken(self, messages, add_generation_prompt=False, tools=None, documents=None, chat_template=None, **more):
+    def spoken(self, messages, add_generation_prompt=False, **more):
         """(text, spans): the rendered conversation, and where the template's {% generation %} marks an answer, (start, end) each.
 
         add_generation_prompt    whether the text ends with what stands before an answer
+        more                     as in `renderings`
+        """
+        return templates.said(self.renderings([(messages, add_generation_prompt)], **more)[0])
+
+    def renderings(self, conversations, tools=None, documents=None, chat_template=None, **more):
+        """[(text, spans) or the ValueError in which it ends] for several conversations, which is faster than one by one.
+
+        conversations            (messages, add_generation_prompt) each
         chat_template            the name of one of several templates; by default "tool_use" if there are tools, else "default"
         tools, documents, more   further variables of the template
         """
-        if not messages:
-            raise ValueError("chat: the conversation is empty; give at least one message")
-        for message in messages:  # a place in the rendered text would say nothing to who wrote them
-            if isinstance(message.get("content"), str):
-                checked(message["content"])
+        for messages, _ in conversations:
+            if not messages:
+                raise ValueError("chat: the conversation is empty; give at least one message")
+            for message in messages:  # a place in the rendered text would say nothing to who wrote them
+                if isinstance(message.get("content"), str):
+                    checked(message["content"])
         found = templates.named(self.settings.get("chat_template"), self.where)
         if not found:
             self._knows_turns()
-            return templates.chatml(messages, add_generation_prompt), []
+            return [(templates.chatml(messages, asking), []) for messages, asking in conversations]
         template = templates.chosen(found, chat_template, tools, self.where)
-        named = {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        return template.render(messages, **{**named, **_special_tokens(self.settings), **more})
+        asked = [(messages, {"add_generation_prompt": asking}) for messages, asking in conversations]
+        named = {"tools": tools, "documents": documents, **_special_tokens(self.settings), **more}
+        return template.renderings(asked, **named)
 
     def _knows_turns(self):
         if not self.chats:
