@@ -115,9 +115,9 @@ def test_an_interrupted_run_with_eight_bit_states_ends_with_the_same_bits(folder
     class Stopped(Exception):
         pass
 
-    from tinylora.training import train
+    from tinylora.training import checkpoints
 
-    save, calls = train._save, []
+    save, calls = checkpoints.save, []
 
     def stop_after_two(*args):
         save(*args)
@@ -125,12 +125,12 @@ def test_an_interrupted_run_with_eight_bit_states_ends_with_the_same_bits(folder
         if len(calls) == 2:
             raise Stopped
 
-    train._save = stop_after_two
+    checkpoints.save = stop_after_two
     try:
         with pytest.raises(Stopped):
             finetune(job, recipe, tmp_path / "cut", checkpoint_every=1, progress=False)
     finally:
-        train._save = save
+        checkpoints.save = save
     resumed = finetune(job, recipe, tmp_path / "cut", checkpoint_every=1, progress=False)
     assert resumed.first_step == 2
     name = "adapter/adapter_model.safetensors"
@@ -198,7 +198,7 @@ def test_a_run_goes_on_with_another_pool_and_budget(folder, text, tmp_path):
     report = finetune(replace(job, pool="file", page_budget=None, heldout=1), plan, tmp_path / "run", progress=False)
     assert report.first_step == 2
     (tmp_path / "run" / "report.json").unlink()
-    with pytest.raises(ValueError, match=r"its job.optimizer is adamw, this run's is adamw8bit"):
+    with pytest.raises(ValueError, match=r"its job.optimizer is 'adamw', this run's is 'adamw8bit'"):
         finetune(replace(job, optimizer="adamw8bit"), plan, tmp_path / "run", progress=False)
 
 
