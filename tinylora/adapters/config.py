@@ -1,16 +1,18 @@
 """What an adapter is: its settings in PEFT's words, and its arrays off the model."""
 
-import math
-import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..backend import whole
 from ..lora import INITS
+from . import patterns
 
 BIASES = ("none", "all", "lora_only")
 BASE = "__base__"  # PEFT's word for "no adapter"
+MOST_NAMES, MOST_CHARACTERS = 10_000, 100_000  # of layers and patterns for them in one config, and of all its patterns
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -50,49 +52,54 @@ class LoRAConfig:
     saved_embeddings: tuple = ()
 
     def __post_init__(self):
+        for name in ("rank_pattern", "alpha_pattern", "trainable_token_indices"):
+            given = getattr(self, name)
+            if not isinstance(given, dict) or not all(isinstance(key, str) for key in given):
+                raise ValueError(f"lora: {name} = {quoted(given)}, expected names and numbers")
         for name, value in (("alpha", self.alpha), *(("alpha_pattern", v) for v in self.alpha_pattern.values())):
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, (int, float, np.integer, np.floating))
-                or not math.isfinite(value)
-            ):
-                raise ValueError(f"lora: {name} = {value!r}, expected a number")
+            if not _is_number(value):
+                raise ValueError(f"lora: {name} = {quoted(value)}, expected a number")
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"lora: dropout = {self.dropout}, expected 0 <= dropout < 1")
         whole("lora: r", self.r)
         for key, rank in self.rank_pattern.items():
-            whole(f"lora: rank_pattern[{key!r}]", rank)
+            whole(f"lora: rank_pattern[{quoted(key)}]", rank)
         for name in ("r", "alpha", "dropout"):
             object.__setattr__(self, name, python_number(getattr(self, name)))
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, {k: python_number(v) for k, v in getattr(self, name).items()})
         if self.init not in INITS:
-            raise ValueError(f"lora: init {self.init!r} is unknown: expected 'kaiming' or 'gaussian'")
-        for key in (*self.rank_pattern, *self.alpha_pattern):
-            try:
-                re.compile(key)
-            except re.error as error:
-                raise ValueError(f"lora: the pattern {key!r} is no regular expression: {error}") from None
+            raise ValueError(f"lora: init {quoted(self.init)} is unknown: expected 'kaiming' or 'gaussian'")
         if self.bias not in BIASES:
-            raise ValueError(f"lora: bias = {self.bias!r}, expected 'none', 'all' or 'lora_only'")
-        if isinstance(self.modules_to_save, str):
-            raise ValueError(f"lora: modules_to_save is a list of names, got {self.modules_to_save!r}")
-        object.__setattr__(self, "modules_to_save", tuple(self.modules_to_save))
+            raise ValueError(f"lora: bias = {quoted(self.bias)}, expected 'none', 'all' or 'lora_only'")
         self._check_selection()
+        self._check_patterns()
 
     def _check_selection(self):
-        """Bring what narrows the targets into one form (tuples, None for nothing), and refuse what PEFT refuses."""
-        for name in ("exclude_modules", "layers_pattern"):
-            given = getattr(self, name) or None
-            if given is not None and not isinstance(given, str):
-                if not all(isinstance(n, str) for n in given):
-                    raise ValueError(f"lora: {name} = {given!r}, expected a list of names or a regular expression")
+        """Bring what says which layers into one form (tuples, None for nothing), and refuse what PEFT refuses."""
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"lora: modules_to_save is a list of names, got {quoted(self.modules_to_save)}")
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            given = getattr(self, name)
+            if name in ("exclude_modules", "layers_pattern"):
+                given = given or None  # nothing is left out, and any number is meant
+                if given is None:
+                    object.__setattr__(self, name, None)
+                    continue
+            if not isinstance(given, str):
+                if not isinstance(given, Collection) or not all(isinstance(n, str) for n in given):
+                    raise ValueError(
+                        f"lora: {name} = {quoted(given)}, expected a list of names"
+                        + (" or a regular expression" if name != "modules_to_save" else "")
+                    )
                 given = tuple(sorted(set(given)) if name == "exclude_modules" else given)
             object.__setattr__(self, name, given)
         layers = self.layers_to_transform
         if layers is not None:
-            numbers = (layers,) if isinstance(layers, (int, np.integer)) else tuple(layers)
+            numbers = tuple(layers) if isinstance(layers, Collection) else (layers,)
             if any(isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 0 for n in numbers):
                 raise ValueError(
-                    f"lora: layers_to_transform = {layers!r}, expected the number of a layer or a list of them"
+                    f"lora: layers_to_transform = {quoted(layers)}, expected the number of a layer or a list of them"
                 )
             object.__setattr__(self, "layers_to_transform", tuple(map(int, numbers)) or None)
         if self.layers_pattern and self.layers_to_transform is None:
@@ -101,15 +108,33 @@ class LoRAConfig:
             raise ValueError(
                 "lora: layers_to_transform is for a list of names or 'all-linear'; a regular expression can name the layers itself"
             )
-        patterns = [(name, getattr(self, name)) for name in ("exclude_modules", "target_modules")]
-        patterns = [(name, value) for name, value in patterns if isinstance(value, str)]
-        patterns += [("layers_pattern", p) for p in as_tuple(self.layers_pattern)]
-        patterns += [("modules_to_save", m) for m in self.modules_to_save]
-        for name, value in patterns:
+
+    def _check_patterns(self):
+        """ValueError for what is no regular expression, or none that is matched here, and for more than would be matched soon."""
+        alone = [(n, getattr(self, n)) for n in ("exclude_modules", "target_modules")]
+        alone = [(name, value) for name, value in alone if isinstance(value, str)]
+        inside = [("the pattern", key) for key in (*self.rank_pattern, *self.alpha_pattern)]
+        inside += [("modules_to_save", m) for m in self.modules_to_save]
+        inside += [("layers_pattern", p) for p in as_tuple(self.layers_pattern)]
+        names = [*as_tuple(self.target_modules), *as_tuple(self.exclude_modules), *as_tuple(self.layers_to_transform)]
+        if (n := len(names) + len(inside)) > MOST_NAMES:
+            raise ValueError(f"lora: it has {n} names, numbers and patterns of layers, expected at most {MOST_NAMES}")
+        if (n := sum(len(value) for _, value in alone + inside)) > MOST_CHARACTERS:
+            raise ValueError(f"lora: its patterns have {n} characters, expected at most {MOST_CHARACTERS}")
+        for name, value in alone + inside:
             try:
-                re.compile(value)
-            except re.error as error:
-                raise ValueError(f"lora: {name} {value!r} is no regular expression: {error}") from None
+                flagged = patterns.compiled(value).flagged
+                parted = name == "layers_pattern" and patterns.compiled(rf"(?:^|.*?\.){value}\.").parted
+            except ValueError as error:
+                raise ValueError(f"lora: {name} {quoted(value)} is no regular expression: {error}") from None
+            if flagged and (name, value) in inside:
+                raise ValueError(
+                    f"lora: {name} {quoted(value)} sets flags for the whole expression, of which it is a part; write (?i:…)"
+                )
+            if parted:
+                raise ValueError(
+                    f"lora: {name} {quoted(value)} is a part of an expression that its | would divide; write (?:…|…)"
+                )
 
     @property
     def all_linear(self):
@@ -154,13 +179,35 @@ def python_number(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def pattern(patterns, path, default):
+def quoted(value):
+    """A value as a sentence quotes it, shortened."""
+    return f"{value!r:.100}"
+
+
+def _is_number(value):
+    """Whether it is a finite number, no larger than a float can be."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    return bool(abs(value) <= _LARGEST)
+
+
+def pattern(values, path, default):
     """The value of the first pattern that the end of the path matches, as PEFT looks it up."""
-    return next((value for key, value in patterns.items() if matches(key, path)), default)
+    work = patterns.Work()
+    return next((value for key, value in values.items() if matches(key, path, work)), default)
 
 
-def matches(key, path):
-    return re.match(rf"(.*\.)?({key})$", path) is not None
+def matches(key, path, work=None):
+    r"""Whether the end of a path, all of it or what follows a dot, matches: re.match(r"(.*\.)?(KEY)$", path)."""
+    expression = patterns.compiled(key)
+    if not path.endswith((expression.tail, expression.tail + "\n")):
+        return False
+    line = path.partition("\n")[0]
+    starts = (0, *(i + 1 for i, letter in enumerate(line) if letter == "."))
+    try:
+        return any(path[end:] in ("", "\n") for end in expression.ends(path, starts, work))
+    except ValueError as error:
+        raise ValueError(f"lora: the pattern {quoted(key)}: {error}") from None
 
 
 @dataclass(frozen=True)

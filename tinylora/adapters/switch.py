@@ -14,6 +14,7 @@ from ..lora import LoRALayer
 from ..tensor import Tensor
 from .config import BASE, Adapter, LoRAConfig, matches
 from .kinds import bypass_for, factor_shapes, lora_layer
+from .patterns import Work
 from .state import active_adapters, configs, state
 from .targets import HEAD, adaptable_layers, base_of, lora_layers, own_weights, saved_whole, select
 
@@ -41,11 +42,14 @@ def add_lora(
             "modules_to_save trains a whole embedding"
         )
     targets = select(model, config)
-    for key in [*config.rank_pattern, *config.alpha_pattern]:
-        if not any(matches(key, path) for path in targets):
-            raise ValueError(
-                f"lora: the pattern {key!r} matches none of the adapted layers ({', '.join(targets[:3])}, …)"
-            )
+    unused = [*config.rank_pattern, *config.alpha_pattern]
+    for path in targets if unused else ():
+        work = Work()
+        unused = [key for key in unused if not matches(key, path, work)]
+    if unused:
+        raise ValueError(
+            f"lora: the pattern {unused[0]!r} matches none of the adapted layers ({', '.join(targets[:3])}, …)"
+        )
     return put_on(model, name, config, targets)
 
 

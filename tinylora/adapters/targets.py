@@ -1,14 +1,17 @@
 """Which layers of a model can carry an adapter, which do, and what they are called."""
 
+import contextlib
 import re
 
 from ..lora import LoRALayer
 from ..nn import is_adapter_weight
-from .config import BASE, LoRAConfig, as_tuple
+from . import patterns
+from .config import BASE, LoRAConfig, as_tuple, quoted
 from .kinds import ADAPTABLE, LINEAR
 from .state import state
 
 HEAD = "lm_head.weight"  # of a model that has a head of its own
+_NUMBER = re.compile(r"\.(\d+)\.")
 
 
 # ------------------------------------------------------------------------------------------------------------ choosing layers
@@ -48,14 +51,14 @@ def select(model, config):
             raise ValueError(
                 f"lora: exclude_modules names {unknown[0]!r}, which does not exist; the layers are {_names(model)}"
             )
-        if not names and not any(re.fullmatch(exclude, m) for m in modules):
-            raise ValueError(f"lora: exclude_modules {exclude!r} matches nothing; the layers are {_names(model)}")
+        if not names and not any(_is("exclude_modules", exclude, m) for m in modules):
+            raise ValueError(f"lora: exclude_modules {quoted(exclude)} matches nothing; the layers are {_names(model)}")
     found = [path for path in named_ones if targeted(path, config, whole_paths=named_ones)]
     if not found:
         narrowed = {n: getattr(config, n) for n in ("exclude_modules", "layers_to_transform", "layers_pattern")}
-        said = ", ".join(f"{name} = {value!r}" for name, value in narrowed.items() if value is not None)
+        said = ", ".join(f"{name} = {quoted(value)}" for name, value in narrowed.items() if value is not None)
         raise ValueError(
-            f"lora: target_modules = {config.target_modules!r} with {said} leaves no layer; the first of those without it is "
+            f"lora: target_modules = {quoted(config.target_modules)} with {said} leaves no layer; the first of those without it is "
             f"{named_ones[0]}"
         )
     return found
@@ -74,10 +77,10 @@ def _without_narrowing(model, target_modules, all_linear):
             raise ValueError("lora: 'all-linear' leaves lm_head out, and the model has no other linear layer; name it")
         return found
     if isinstance(target_modules, str):
-        found = [p for p in layers if re.fullmatch(target_modules, p)]
+        found = [p for p in layers if _is("target_modules", target_modules, p)]
         if not found:
             raise ValueError(
-                f"lora: target_modules {target_modules!r} matches no layer; the layers are named {_names(model)} "
+                f"lora: target_modules {quoted(target_modules)} matches no layer; the layers are named {_names(model)} "
                 f"(paths such as {next(iter(layers))})"
             )
         return found
@@ -100,29 +103,54 @@ def targeted(path, config, whole_paths=(), modules_to_save=()):
     modules_to_save   names of modules that are trained whole: PEFT puts no bypass on these, nor on what is inside of them
     """
     exclude, targets = config.exclude_modules, config.target_modules
-    if isinstance(exclude, str) and re.fullmatch(exclude, path):
+    if isinstance(exclude, str) and _is("exclude_modules", exclude, path):
         return False
     if isinstance(exclude, tuple) and any(named(path, name) for name in exclude):
         return False
-    if any(re.match(rf"(^|.*\.){m}($|\..*)", path) for m in modules_to_save):
+    if _inside(path, modules_to_save):
         return False
     if config.all_linear:
         return path in whole_paths and in_layers(path, config.layers_to_transform, config.layers_pattern)
     if isinstance(targets, str):
-        return re.fullmatch(targets, path) is not None
+        return _is("target_modules", targets, path)
     if path in targets:
         return True
     ending = any(path.endswith(f".{name}") for name in targets)
     return ending and in_layers(path, config.layers_to_transform, config.layers_pattern)
 
 
-def in_layers(path, layers, patterns):
-    """Whether the first number in the path, after one of the patterns if there are any, is among `layers` (None: any)."""
+def in_layers(path, layers, allowed):
+    """Whether the first number in the path, after one of the allowed patterns if there are any, is among `layers` (None: any)."""
     if layers is None:
         return True
-    starts = [rf"(?:^|.*?\.){p}" for p in as_tuple(patterns)] or [r".*?\.[^.]*"]
-    found = next(filter(None, (re.match(rf"{start}\.(?P<number>\d+)\.", path) for start in starts)), None)
-    return found is not None and int(found["number"]) in layers
+    work = patterns.Work()
+    starts = [rf"(?:^|.*?\.){p}" for p in as_tuple(allowed)] or [r".*?\.[^.]*"]
+    with _naming("layers_pattern", allowed):
+        ends = (end for start in starts for end in patterns.compiled(start).ends(path, work=work))
+        found = next(filter(None, (_NUMBER.match(path, end) for end in ends)), None)
+    return found is not None and int(found[1]) in layers
+
+
+@contextlib.contextmanager
+def _naming(name, value):
+    """Say which field of a config it is whose expressions take too long."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"lora: {name} {quoted(value)}: {error}") from None
+
+
+def _is(name, expression, path):
+    """Whether the regular expression of a config's field means this path."""
+    with _naming(name, expression):
+        return patterns.compiled(expression).fullmatch(path)
+
+
+def _inside(path, modules):
+    """Whether the module at this path is one of these, or in one, as PEFT's expression for it says."""
+    work = patterns.Work()
+    with _naming("modules_to_save", modules):
+        return any(patterns.compiled(rf"(^|.*\.){m}($|\..*)").matches(path, work) for m in modules)
 
 
 def saved_whole(path, modules_to_save):
