@@ -81,11 +81,10 @@ class LoRAConfig:
             raise ValueError(f"lora: modules_to_save is a list of names, got {quoted(self.modules_to_save)}")
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
             given = getattr(self, name)
-            if name in ("exclude_modules", "layers_pattern"):
-                given = given or None  # nothing is left out, and any number is meant
-                if given is None:
-                    object.__setattr__(self, name, None)
-                    continue
+            nothing = given is None or (isinstance(given, Collection) and not given)
+            if nothing and name in ("exclude_modules", "layers_pattern"):
+                object.__setattr__(self, name, None)
+                continue
             if not isinstance(given, str):
                 if not isinstance(given, Collection) or not all(isinstance(n, str) for n in given):
                     raise ValueError(

@@ -141,7 +141,7 @@ def _with_rows(whole, name, indices, delta, where):
 def _refuse_missing_rows(adapter, own, tied, where):
     """ValueError if the embedding and the head would not have equally many rows, or fewer than the adapter's factors."""
     rows = {
-        path: len(adapter.saved.get(path, own[path]))
+        path: len(adapter.saved[path] if path in adapter.saved else own[path])
         for path in (EMBEDDING, HEAD)
         if path in own or path in adapter.saved
     }

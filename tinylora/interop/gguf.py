@@ -31,6 +31,7 @@ from ..adapters.kinds import LoRAEmbedding
 from ..adapters.targets import adaptable_layers, linears, own_weights
 from ..backend import move
 from ..models import folders, fourbit, gguf, gguf_writer, identity
+from ..models.fields import number, shown
 from ..models.llama import Llama, _unfilled
 from . import embeddings, peft
 
@@ -196,7 +197,7 @@ def _adapter(file, model):
     """The Adapter in an _Opened file."""
     for key, value in {"adapter.type": "lora", "general.architecture": gguf_writer.architecture(model.config)}.items():
         if file.fields.get(key) != value:
-            raise ValueError(f"{key} is {file.fields.get(key)!r}, expected {value!r}")
+            raise ValueError(f"{key} is {shown(file.fields.get(key))}, expected {value!r}")
     if "adapter.alora.invocation_tokens" in file.fields:
         raise ValueError("it waits for its invocation tokens (aLoRA), which is not read")
     here = {gguf_writer.theirs(f"{p}.weight"): p for p in adaptable_layers(model)}
@@ -204,28 +205,37 @@ def _adapter(file, model):
     for tensor in file:
         there, _, factor = tensor.rpartition(".lora_")
         if factor not in ("a", "b") or there not in here:
-            raise ValueError(f"it holds {tensor}, for which the model has no layer to adapt")
+            raise ValueError(f"it holds {peft._said(tensor)}, for which the model has no layer to adapt")
         if f"{here[there]}.weight" in model.tied_parameters:
             raise ValueError(
                 f"it holds {tensor}, and in the model embedding and head are one weight (tied); untie it first"
             )
         p, x = here[there], file[tensor]
         heads = gguf_writer.turned_heads(f"{p}.weight", model.config) if factor == "b" else None
+        if x.ndim != 2 or not x.size or (heads is not None and len(x) % (2 * heads)):
+            raise ValueError(f"tensor {tensor} has shape {x.shape}, which fits no layer of the model")
+        if not np.isfinite(x).all():
+            raise ValueError(f"tensor {tensor} holds NaN or Inf, expected finite numbers")
         x = x.T if there == "token_embd.weight" and factor == "a" else x
         weights.setdefault(p, {})[f"lora_{factor.upper()}"] = x if heads is None else gguf.halves(x, heads)
     for p, factors in weights.items():
         if len(factors) < 2:
             raise ValueError(f"{p} has {next(iter(factors))} but not its partner")
-    return adapters.Adapter(_lora_config(model, file.fields.get("adapter.lora.alpha", 0.0), weights), weights)
+    if not weights:
+        raise ValueError("it holds no factors")
+    alpha = file.fields.get("adapter.lora.alpha", 0.0)
+    if not number().fits(alpha):
+        raise ValueError(f"adapter.lora.alpha is {shown(alpha)}, expected {number().expected}")
+    return adapters.Adapter(_lora_config(model, alpha, weights), weights)
 
 
 def _lora_config(model, alpha, weights):
     """The LoRAConfig under which each layer has its rank and the scale alpha / r, or 1 where alpha is 0."""
     ranks = {p: len(factors["lora_A"]) for p, factors in weights.items()}
-    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+    r = Counter(ranks.values()).most_common(1)[0][0]
     others = {p: rank for p, rank in ranks.items() if rank != r}
     names = tuple(sorted({p.rpartition(".")[2] for p in weights}))
-    if not names or set(adapters.find_targets(model, names)) != set(weights):
+    if set(adapters.find_targets(model, names)) != set(weights):
         names = tuple(sorted(weights))
     return adapters.LoRAConfig(
         r=r,

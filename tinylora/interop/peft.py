@@ -26,7 +26,9 @@ Where PEFT misleads, and what is done here
     `save_adapters` does so too.
 """
 
+import contextlib
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass, replace
@@ -47,8 +49,8 @@ from ..adapters.targets import (
     targeted,
 )
 from ..backend import move
-from ..dtypes import BFloat16Array
-from ..models import files, identity, safetensors
+from ..models import fields, files, identity, safetensors
+from ..models.fields import either, flag, mapping, number, one_of, optional, several, shown, text, whole
 from ..models.llama import Llama
 from ..models.tokenizers import BPETokenizer
 from . import embeddings
@@ -81,6 +83,16 @@ _ONLY = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "bias": adapters.BIASES,
 }
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+#: What the other settings may be that are read here; LoRAConfig checks the rest.
+_FIELDS = {
+    "base_model_name_or_path": optional(text()),
+    "lora_dropout": number(0, 1),
+    "trainable_token_indices": optional(either(several(whole()), mapping(several(whole())))),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"), optional(flag())),
+}
+_MOST_AXES = 5  # of a tensor: those of a convolution over three axes
+_LARGEST_CONFIG, _LARGEST_DESCRIPTION = 16 << 20, 4 << 20  # bytes, characters
 _CONDENSED = 20  # so many target_modules PEFT condenses to shorter names; layers_to_transform then means other layers
 
 
@@ -250,68 +262,73 @@ def _read(folder):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
     where = folder / _CONFIG
-    settings = files.read_json(where)
+    settings = files.read_json(where, _LARGEST_CONFIG)
     _refuse_what_is_not_read(settings, where)
     try:
         config = _lora_config(settings)
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    tensors, metadata = safetensors.load_safetensors(folder / "adapter_model.safetensors")
-    weights, saved, bases, rows = _sort_tensors(tensors, config, folder / "adapter_model.safetensors")
+    opened = safetensors.Safetensors(folder / _WEIGHTS)
+    weights, saved, bases, rows = _sort_tensors(opened, config, opened.path)
     config = replace(config, trainable_token_indices=_token_indices(settings, rows, where))
-    about = _description(metadata, folder / "adapter_model.safetensors")
+    about = _description(opened.metadata, opened.path)
     return _File(adapters.Adapter(config, weights, saved), settings, bases, rows, about)
 
 
 def _refuse_what_is_not_read(settings, where):
     """ValueError for a config with anything that would change the model and that tinylora would ignore."""
     if settings.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {settings.get('peft_type')!r}, tinylora reads 'LORA'")
+        raise ValueError(f"{where}: peft_type is {shown(settings.get('peft_type'))}, tinylora reads 'LORA'")
     for name in _REFUSED:
         if settings.get(name):
-            raise ValueError(f"{where}: {name} = {settings[name]!r} is not supported here")
+            raise ValueError(f"{where}: {name} = {shown(settings[name])} is not supported here")
     for name, fine in _ONLY.items():
-        if settings.get(name, fine[0]) not in fine:
+        if not one_of(*fine).fits(settings.get(name, fine[0])):
             raise ValueError(
-                f"{where}: {name} = {settings[name]!r} is not supported here, only {', '.join(map(repr, fine))}"
+                f"{where}: {name} = {shown(settings[name])} is not supported here, only {', '.join(map(repr, fine))}"
             )
     if settings.get("target_modules", "all-linear") is None:
         raise ValueError(f"{where}: target_modules is null; tinylora needs the names of the adapted layers")
+    fields.check(settings, _FIELDS, where)
 
 
 def _warn_of_unknown_keys(settings, folder):
     """Name the keys of an adapter's config that PEFT does not know either: of a later version of it, or misspelt."""
     if unknown := sorted(settings.keys() - {*_KNOWN, *_REFUSED}):
         where = Path(folder) / "adapter_config.json"
-        warnings.warn(f"{where}: the keys {', '.join(unknown)} are unknown and are ignored", stacklevel=3)
+        names = ", ".join(map(_said, unknown[:8])) + (", …" if len(unknown) > 8 else "")
+        warnings.warn(f"{where}: the keys {names} are unknown and are ignored", stacklevel=3)
 
 
 def _lora_config(settings):
     """The LoRAConfig of what adapter_config.json holds, with PEFT's defaults for what it leaves out."""
-    targets, whole = settings.get("target_modules", "all-linear"), settings.get("modules_to_save") or ()
-    for name, value, kinds, what in (
-        *((n, settings.get(n) or {}, dict, "names and numbers") for n in ("rank_pattern", "alpha_pattern")),
-        ("target_modules", targets, (list, tuple, str), "names or a regular expression"),
-        ("modules_to_save", whole, (list, tuple, str), "names"),
-    ):
-        if not isinstance(value, kinds) or (kinds is not dict and not all(isinstance(n, str) for n in value)):
-            raise ValueError(f"{name} = {value!r}, expected {what}")
+    targets = settings.get("target_modules", "all-linear")
+    given = {name: settings.get(name) for name in ("modules_to_save", "exclude_modules", "layers_pattern", *_PATTERNS)}
+    given |= {"target_modules": targets}
+    for name, value in given.items():
+        kind, what = (
+            (dict, "names and numbers") if name in _PATTERNS else ((list, str), "names or a regular expression")
+        )
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{name} = {shown(value)}, expected {what}")
+        if isinstance(value, list) and not all(isinstance(n, str) for n in value):
+            raise ValueError(f"{name} = {shown(value)}, expected names")
+    whole = given["modules_to_save"] or ()
     return adapters.LoRAConfig(
         r=settings.get("r", 8),
         alpha=settings.get("lora_alpha", 8),
         dropout=settings.get("lora_dropout", 0.0),
-        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(set(targets))),
         init="gaussian" if settings.get("init_lora_weights") == "gaussian" else "kaiming",
-        rank_pattern=dict(settings.get("rank_pattern") or {}),
-        alpha_pattern=dict(settings.get("alpha_pattern") or {}),
+        **{name: given[name] or {} for name in _PATTERNS},
         use_rslora=bool(settings.get("use_rslora")),
         use_dora=bool(settings.get("use_dora")),
         lora_bias=bool(settings.get("lora_bias")),
         bias=settings.get("bias", "none"),
         modules_to_save=(whole,) if isinstance(whole, str) else tuple(whole),
-        exclude_modules=settings.get("exclude_modules"),
+        exclude_modules=given["exclude_modules"],
         layers_to_transform=settings.get("layers_to_transform"),
-        layers_pattern=settings.get("layers_pattern"),
+        layers_pattern=given["layers_pattern"],
         ensure_weight_tying=bool(settings.get("ensure_weight_tying")),
     )
 
@@ -320,17 +337,21 @@ def _sort_tensors(tensors, config, where):
     """The tensors of a file as (weights, saved, bases, rows).
 
     {path: {factor: array}}, {path of a parameter saved whole: array}, {path: (the base's own weight, whether it comes along)}, {path: rows}
+
+    All are float32 on the host. ValueError names the file and the tensor that holds no finite floats, or that nothing is known of.
     """
     weights, saved, bases, rows, again = {}, {}, {}, {}, {}
-    for key, value in tensors.items():
-        if not key.startswith(_PREFIX):
-            raise ValueError(f"{where}: did not expect the tensor {key}")
-        value = value.dequantize("float32") if isinstance(value, BFloat16Array) else value.astype(np.float32)
+    for key in tensors:
+        if not key.startswith(_PREFIX) or not key.isprintable():
+            raise ValueError(f"{where}: did not expect the tensor {_said(key)}")
         path, factor = _parse(key.removeprefix(_PREFIX))
         module, form = embeddings.form_of(key.removeprefix(_PREFIX))
         trained = saved_whole(path, config.modules_to_save)
+        value = _floats(tensors, key, 2 if factor in ("lora_A", "lora_B") else 1)
         if form == "whole" and not trained and f"{_PREFIX}{module}.modules_to_save.weight" in tensors:
             form = "again"
+        if path in saved or factor in weights.get(path, ()):
+            raise ValueError(f"{where}: it holds {_said(key)} twice, under another name too")
         if factor is not None:
             weights.setdefault(path, {})[factor] = value.reshape(-1) if factor == "lora_magnitude_vector" else value
         elif form == "rows":
@@ -340,7 +361,7 @@ def _sort_tensors(tensors, config, where):
         elif form in ("base", "brought") or (form == "whole" and not trained):
             bases[module] = value, form != "base"
         elif config.bias == "none" and not trained:
-            raise ValueError(f"{where}: did not expect the tensor {key}")
+            raise ValueError(f"{where}: did not expect the tensor {_said(key)}")
         else:
             saved[path] = value
     for path, factors in weights.items():
@@ -359,6 +380,27 @@ def _sort_tensors(tensors, config, where):
         if not np.array_equal(saved.get(path, tied), value):
             raise ValueError(f"{where}: it holds two copies of {path}, and they differ")
     return weights, saved, bases, rows
+
+
+def _floats(tensors, name, axes):
+    """A tensor of Safetensors as a float32 array of so many axes at least; ValueError if it is no array of finite floats."""
+    kind, shape = tensors.kind(name)
+    if not axes <= len(shape) <= _MOST_AXES or 0 in shape:
+        raise ValueError(
+            f"{tensors.path}: tensor {_said(name)} has shape {shown(shape)}, expected {axes} axes or more, none empty"
+        )
+    if not tensors.is_float(name):
+        raise ValueError(f"{tensors.path}: tensor {_said(name)} has dtype {kind}, expected floats")
+    with np.errstate(over="ignore"):
+        array = tensors.float32(name)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{tensors.path}: tensor {_said(name)} holds NaN or Inf (as float32), expected finite numbers")
+    return array
+
+
+def _said(name):
+    """A name as a sentence holds it: in quotation marks if it is long, or holds what a terminal would obey."""
+    return name if len(name) <= 200 and name.isprintable() else shown(name)
 
 
 def _parse(key):
@@ -383,9 +425,11 @@ def _token_indices(settings, rows, where):
     found = {path: next((v for name, v in given.items() if path.endswith(name)), None) for path in rows}
     for path, indices in found.items():
         if not isinstance(indices, list) or not all(type(i) is int and i >= 0 for i in indices):
-            raise ValueError(f"{where}: trainable_token_indices is {given!r}, and the file holds rows for {path}")
+            raise ValueError(f"{where}: trainable_token_indices is {shown(given)}, and the file holds rows for {path}")
     if given and not rows:
-        raise ValueError(f"{where}: trainable_token_indices is {given!r}, and the file holds no rows for these tokens")
+        raise ValueError(
+            f"{where}: trainable_token_indices is {shown(given)}, and the file holds no rows for these tokens"
+        )
     return {path: tuple(indices) for path, indices in found.items()}
 
 
@@ -404,7 +448,9 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
     adapter, bases, rows = file.adapter, file.bases, file.rows
     if tied := getattr(model, "tied_parameters", ()):
         adapter, bases, rows = embeddings.tie(adapter, bases, rows)
-    if tied and (HEAD.removesuffix(".weight") in adapter.weights or needs_own_head(model, adapter.config)):
+    with _naming(folder):
+        parted = tied and (HEAD.removesuffix(".weight") in adapter.weights or needs_own_head(model, adapter.config))
+    if parted:
         if not untie:
             raise ValueError(
                 f"{folder}: the adapter changes the head or the embedding alone, and they are one weight in this model (tied); "
@@ -416,7 +462,8 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
         untie = False
     try:
         adapter = embeddings.settle(model, adapter, bases, rows, folder)
-        adapters.refuse_unfit(model, adapter)
+        with _naming(folder):
+            adapters.refuse_unfit(model, adapter)
         _refuse_other_layers(model, adapter, folder)
         if check_base and file.about is not None:
             _check_base(model, file.about, folder)
@@ -427,11 +474,21 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
         raise
 
 
+@contextlib.contextmanager
+def _naming(folder):
+    """Begin a ValueError's sentence with the folder."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
 def _refuse_other_layers(model, adapter, folder):
     """ValueError for a layer that the config adapts and the file has no factors for, or the reverse."""
     config = adapter.config
     whole = linears(model) if config.all_linear else ()
-    named = [p for p in adaptable_layers(model) if targeted(p, config, whole, config.modules_to_save)]
+    with _naming(folder):
+        named = [p for p in adaptable_layers(model) if targeted(p, config, whole, config.modules_to_save)]
     if missing := [p for p in named if p not in adapter.weights]:
         raise ValueError(f"{folder}: the config adapts {missing[0]}, and the file has no factors for it")
     tied = {HEAD.removesuffix(".weight")} if config.ensure_weight_tying else set()
@@ -460,17 +517,19 @@ class Base:
 
     def find(self):
         """What Llama.from_pretrained opens as this base: the folder or file of that name, or "base" if it is the embedded model."""
-        path = Path(self.name or "").resolve()
-        if self.name == "base" or path == data.base_folder().resolve():
+        path = os.path.realpath(self.name or "")
+        if self.name == "base" or path == os.path.realpath(data.base_folder()):
             return "base"
-        if self.name and (path.is_file() or (path / "config.json").is_file()):
-            return str(path)
+        if self.name and (os.path.isfile(path) or os.path.isfile(os.path.join(path, "config.json"))):
+            return path
         if self.about:
             embedded = Llama.from_pretrained("base")
             if identity.difference(self.about, own_weights(embedded), linears(embedded)) != "base":
                 return "base"
         told = (
-            f"was trained on {self.name!r}, which is no folder or file here" if self.name else "does not name its base"
+            f"was trained on {shown(self.name)}, which is no folder or file here"
+            if self.name
+            else "does not name its base"
         )
         raise ValueError(f"{self.folder} {told}; give the base with --model")
 
@@ -487,9 +546,10 @@ def _description(metadata, where):
     if _METADATA not in metadata:
         return None
     try:
-        about = json.loads(metadata[_METADATA])
+        told = fields.check_value(metadata[_METADATA], text(_LARGEST_DESCRIPTION), "the metadata", _METADATA)
+        about = json.loads(told)
         identity.check(about)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: its description of the adapter's base is damaged ({error})") from None
     return about
 
@@ -512,7 +572,7 @@ def _refuse_other_base(about, weights, layers, folder):
     """How these weights differ from the base described (see identity.difference); ValueError if they are another one."""
     kind, name = identity.difference(about, weights, layers), about.get("base")
     if kind == "base":
-        on = "another base" if name is None else f"another base ({name})"
+        on = "another base" if name is None else f"another base ({_said(name)})"
         raise ValueError(
             f"{folder} was trained on {on}, or on a copy of this one in another precision: this model's weights are others. "
             "A fine-tuned or merged copy is another base too; "

@@ -24,14 +24,40 @@ import numpy as np
 from .. import codebooks
 from ..backend import array_module, move
 from ..dtypes import BFloat16Array, Stored
-from ..nn import Linear, quantized_linear
-from ..quant import QuantizedTensor
+from ..nn import STORES, Linear, quantized_linear
+from ..quant import RULES, QuantizedTensor
 from ..tensor import Tensor
+from . import fields
+from .eightbit import CODE, INTEGER_PRODUCTS
+from .fields import either, flag, number, one_of, optional, several, text, whole
 
 ROUNDING = (
     0.005  # mean |difference| of codes / mean |code|, up to which two bases differ by the rounding of their files alone
 )
 _SAMPLE = 4096
+#: What a description holds, and the options of nn.quantized_linear in its `held`.
+FIELDS = {
+    "base": optional(text()),
+    "dense": several(text(64), 16),
+    "linear": optional(several(text(64), 16)),
+    "codes": optional(text(1 << 22)),
+    "held": optional(fields.fields({})),
+}
+HELD = {
+    "code": either(one_of(*codebooks.NAMED, *STORES, "mixed"), several(number(), 16)),
+    "blocksize": whole(1),
+    "double_quant": flag(),
+    "signed": flag(),
+    "rule": one_of(*RULES),
+    "nested_code": one_of(*codebooks.NESTED),
+    "dtype": one_of("float32", "bfloat16"),
+    "compute_dtype": one_of("float32", "bfloat16"),
+    "threshold": number(0),
+    "integer_products": one_of(*INTEGER_PRODUCTS),
+    "skip": several(text()),
+}
+_IN_4_BITS = ("blocksize", "double_quant", "signed", "rule", "nested_code", "dtype")
+_IN_8_BITS = ("threshold", "integer_products")
 _DEFAULTS = {"rule": "bitsandbytes-cpu", "signed": False, "nested_code": "dynamic8"}
 
 
@@ -53,13 +79,21 @@ def identity(weights, linears):
 
 
 def check(about):
-    """KeyError, TypeError or ValueError if JSON is no description of a base."""
-    held = about["held"]
-    if not all(isinstance(about[name], list) for name in ("dense", "linear") if about[name] is not None):
-        raise ValueError("no list of hashes")
-    same_holding(held, None)
+    """ValueError if JSON is no description of a base, or one of a way to hold it that does not exist."""
+    fields.check(about, FIELDS, "the description", required=("dense", "linear", "codes", "held"))
+    held = about["held"] or {}
+    code = fields.check(held, HELD, "held", required=("code",) if about["held"] is not None else ()).get("code")
+    few = code not in (None, "bfloat16", "mixed")  # the values of a 4-bit code, or those of 8 bits as they are
+    values = codebooks.get(code)[1] if few and code != CODE else ()
+    fits = {"code", "compute_dtype", "skip", *(_IN_4_BITS if len(values) else _IN_8_BITS if few else ())}
+    if unknown := sorted(held.keys() - fits):
+        raise ValueError(f"held.{unknown[0]} is no option of the code {fields.shown(code)}")
+    if len(values) and "blocksize" not in held:
+        raise ValueError(f"held.blocksize is missing beside the code {fields.shown(code)}")
     if about["codes"] is not None:
-        _values(np.frombuffer(bytes.fromhex(about["codes"]), np.uint8), held)
+        codes = np.frombuffer(bytes.fromhex(about["codes"]), np.uint8)
+        if not few or (len(values) and codes.max(initial=0) >= len(values)):
+            raise ValueError(f"codes holds numbers that the code {fields.shown(code)} does not have")
 
 
 def difference(then, weights, linears):
