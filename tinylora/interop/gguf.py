@@ -50,7 +50,8 @@ def convert_adapter(folder, path, base=None, kind="f32", bar=iter, check_base=Tr
     file, base = peft._read(Path(folder)), base or peft.read_base(folder).find()
     opened = folders.open_model(base, held=fourbit.held(base))
     model = _unfilled(Llama, opened)
-    _refuse_what_has_no_place(model, file.adapter)
+    with peft._naming(folder):
+        _refuse_what_has_no_place(model, file.adapter)
     _refuse_what_comes_along(file, opened.weights, folder)
     try:
         adapters.refuse_unfit(model, file.adapter)

@@ -83,10 +83,11 @@ _ONLY = {
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
     "bias": adapters.BIASES,
 }
-_PATTERNS = ("rank_pattern", "alpha_pattern")
+_PATTERNS = {"rank_pattern": whole(1), "alpha_pattern": number()}
 #: What the other settings may be that are read here; LoRAConfig checks the rest.
 _FIELDS = {
-    "base_model_name_or_path": optional(text()),
+    "base_model_name_or_path": optional(identity.NAME),
+    "r": whole(1),
     "lora_dropout": number(0, 1),
     "trainable_token_indices": optional(either(several(whole()), mapping(several(whole())))),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"), optional(flag())),
@@ -313,7 +314,10 @@ def _lora_config(settings):
             raise ValueError(f"{name} = {shown(value)}, expected {what}")
         if isinstance(value, list) and not all(isinstance(n, str) for n in value):
             raise ValueError(f"{name} = {shown(value)}, expected names")
-    whole = given["modules_to_save"] or ()
+        for key, entry in value.items() if name in _PATTERNS and value else ():
+            if not _PATTERNS[name].fits(entry):
+                raise ValueError(f"{name}[{shown(key)}] = {shown(entry)}, expected {_PATTERNS[name].expected}")
+    saved = given["modules_to_save"] or ()
     return adapters.LoRAConfig(
         r=settings.get("r", 8),
         alpha=settings.get("lora_alpha", 8),
@@ -325,7 +329,7 @@ def _lora_config(settings):
         use_dora=bool(settings.get("use_dora")),
         lora_bias=bool(settings.get("lora_bias")),
         bias=settings.get("bias", "none"),
-        modules_to_save=(whole,) if isinstance(whole, str) else tuple(whole),
+        modules_to_save=(saved,) if isinstance(saved, str) else tuple(saved),
         exclude_modules=given["exclude_modules"],
         layers_to_transform=settings.get("layers_to_transform"),
         layers_pattern=given["layers_pattern"],

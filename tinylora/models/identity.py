@@ -18,6 +18,7 @@ Leaves out: a proof. A base that differs in a few numbers only can pass for the 
 
 import hashlib
 import math
+import os
 
 import numpy as np
 
@@ -35,9 +36,19 @@ ROUNDING = (
     0.005  # mean |difference| of codes / mean |code|, up to which two bases differ by the rounding of their files alone
 )
 _SAMPLE = 4096
+
+
+def _may_be_path(name):
+    try:
+        return type(name) is str and len(name) <= 10_000 and b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+
+
+NAME = fields.Kind("a name or a path", _may_be_path)  # what a base was called: a folder, a file, a name on a hub
 #: What a description holds, and the options of nn.quantized_linear in its `held`.
 FIELDS = {
-    "base": optional(text()),
+    "base": optional(NAME),
     "dense": several(text(64), 16),
     "linear": optional(several(text(64), 16)),
     "codes": optional(text(1 << 22)),
