@@ -453,6 +453,102 @@ def test_a_bad_value_in_a_config_is_a_sentence_with_its_file(change, tmp_path):
         peft.load_adapter(tiny.model(), tmp_path)
 
 
+def changed(folder, change):
+    """Rewrite a folder's adapter_model.safetensors after a change of its tensors and metadata."""
+    path = folder / "adapter_model.safetensors"
+    tensors, metadata = safetensors.load_safetensors(path)
+    tensors = {name: np.array(x) for name, x in tensors.items()}
+    change(tensors)
+    safetensors.save_safetensors(path, tensors, metadata)
+
+
+FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda x: (x * 100).astype(np.int8), "has dtype I8, expected floats"),
+        (lambda x: (x * 100).astype(np.int64), "has dtype I64, expected floats"),
+        (lambda x: x > 0, "has dtype BOOL, expected floats"),
+        (lambda x: np.where(x == x.max(), np.nan, x).astype(np.float32), "holds NaN or Inf"),
+        (lambda x: np.where(x == x.max(), -np.inf, x).astype(np.float16), "holds NaN or Inf"),
+        (lambda x: x.astype(np.float64) * 1e300, "holds NaN or Inf"),
+        (lambda x: np.float32(1).reshape(()), r"has shape \(\), expected 2 axes or more"),
+        (lambda x: x[:0], r"has shape \(0, 32\), expected 2 axes or more, none empty"),
+        (lambda x: x.reshape(1, 1, 1, 1, *x.shape), r"has shape \(1, 1, 1, 1, 2, 32\), expected"),
+    ],
+)
+def test_a_tensor_that_is_no_factor_is_refused_by_name(change, words, tmp_path, rng):
+    tiny.randomize_lora(m := tl.add_lora(tiny.model(), r=2, target_modules=["q_proj"]), rng)
+    peft.save_adapter(m, tmp_path)
+    changed(tmp_path, lambda tensors: tensors.update({FACTOR: np.array(change(tensors[FACTOR]))}))
+    for read in (peft.read_adapter, peft.read_base, lambda folder: peft.load_adapter(tiny.model(), folder)):
+        with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: tensor {FACTOR} {words}"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (FACTOR.replace("q_proj", "q\n\x1b[31m"), r"did not expect the tensor 'base_model.*q\\n\\x1b"),
+        ("x" * 10000, "did not expect the tensor 'x{59}…"),
+        (
+            FACTOR.replace("lora_A.weight", "lora_embedding_A"),
+            "it holds .*lora_embedding_A twice, under another name too",
+        ),
+        ("base_model.model.lm_head.base_layer.weight", "did not expect a base weight for lm_head"),
+        ("base_model.model.lm_head.modules_to_save.weight", "two copies of lm_head.weight, and they differ"),
+        ("base_model.model.lm_head.token_adapter.trainable_tokens_delta", "the file holds rows for lm_head"),
+    ],
+)
+def test_a_tensor_too_many_is_refused_by_name(name, words, tmp_path):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=2, target_modules=["q_proj"]), tmp_path)
+    changed(tmp_path, lambda tensors: tensors.update({name: tensors[FACTOR]}))
+    with pytest.raises(ValueError, match=words) as caught:
+        peft.load_adapter(tiny.model(), tmp_path)
+    assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+#: What a hostile program would write into each field of adapter_config.json.
+HOSTILE = ["", "8", "\x1b[31m\n", "(", "(a+)+!", "a|b", "\0", "\ud800", "x" * 200_000, -1, 1 << 31, 1 << 63, 10**400, 1.5, 1e39,
+           float("nan"), float("inf"), True, [], {}, [1], [None], ["x", 3], [[[[]]]], {"q_proj": "2"}, {"q_proj": {}},
+           ["x"] * 20_000, list(range(20_000)), {str(i): 1 for i in range(20_000)}]  # fmt: skip
+
+
+UNDECLARED = "lora_alpha target_modules exclude_modules layers_to_transform layers_pattern modules_to_save peft_type revision use_qalora"
+
+
+@pytest.mark.parametrize("field", [*peft._FIELDS, *peft._ONLY, *peft._PATTERNS, *UNDECLARED.split()])
+def test_whatever_a_field_holds_it_is_used_or_refused_in_a_sentence(field, tmp_path):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=2, target_modules=["q_proj"]), tmp_path, base_model="base")
+    path = tmp_path / "adapter_config.json"
+    plain, model = json.loads(path.read_text()), tiny.model()
+    for value in HOSTILE:
+        path.write_text(json.dumps(plain | {field: value}))
+        try:
+            peft.read_base(tmp_path).find()
+            adapters.detach(peft.load_adapter(model, tmp_path))
+        except ValueError as error:
+            said = str(error)
+            assert said.isprintable() and len(said) < 600, said
+            assert str(tmp_path) in said, said
+        assert not adapters.configs(model)
+
+
+def test_a_model_with_no_such_embedding_is_a_sentence(tmp_path):
+    """A file may save whole what the model lacks."""
+    peft.save_adapter(tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"], modules_to_save=["norm"]), tmp_path)
+    changed(tmp_path, lambda t: t.update({"base_model.model.model.embed_tokens.norm.weight": np.ones((2, 2))}))
+    with pytest.raises(ValueError, match=r"holds these parameters trained whole"):
+        peft.load_adapter(tiny.zoo(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": ["embed_tokens", "norm"]}))
+    changed(tmp_path, lambda t: t.update({"base_model.model.model.embed_tokens.weight": np.ones((2, 2))}))
+    with pytest.raises(ValueError, match=r"modules_to_save names .embed_tokens., which is no module"):
+        peft.load_adapter(tiny.zoo(), tmp_path)
+
+
 def test_missing_files_get_a_sentence(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_config\.json"):
         peft.load_adapter(tiny.model(), tmp_path)

@@ -275,6 +275,64 @@ def test_a_damaged_description_is_a_sentence(damage, rng, tmp_path):
         peft.load_adapter(tiny.model(), tmp_path)
 
 
+GOOD = {"dense": ["a"], "linear": None, "codes": None, "held": {"code": "nf4", "blocksize": 64}}
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        ("[" * 100_000, "maximum recursion depth"),
+        ("x" * (5 << 20), "the metadata: tinylora = 'x{59}…, expected a text of at most"),
+        (GOOD | {"held": {"code": "nf4"}}, "held.blocksize is missing beside the code 'nf4'"),
+        (GOOD | {"held": {"code": "nf4", "blocksize": 0}}, "held: blocksize = 0, expected a whole number"),
+        (GOOD | {"held": {"code": "nf4", "blocksize": 64, "zzz": 1}}, "held.zzz is no option of the code 'nf4'"),
+        (GOOD | {"held": {"code": "int8_vectorwise", "blocksize": 64}}, "held.blocksize is no option of the code"),
+        (GOOD | {"held": {"code": "mixed", "threshold": 6.0}}, "held.threshold is no option of the code 'mixed'"),
+        (GOOD | {"held": {"code": "int8_vectorwise", "threshold": float("nan")}}, "held: threshold = nan"),
+        (GOOD | {"held": {"code": [0.0, float("inf")], "blocksize": 64}}, r"held: code = \[0.0, inf\], expected one of"),
+        (GOOD | {"held": {"code": [1.0, 0.0], "blocksize": 64}}, "in ascending order"),
+        (GOOD | {"held": {"code": "nf4", "blocksize": 64, "skip": "lm_head"}}, "held: skip = 'lm_head', expected a list"),
+        (GOOD | {"held": ["nf4"]}, "the description: held = .*, expected an object"),
+        (GOOD | {"codes": "00" * (1 << 20)}, "the description: codes = '0{59}…, expected a text"),
+        (GOOD | {"codes": "00ff"}, "codes holds numbers that the code 'nf4' does not have"),
+        (GOOD | {"codes": "0003", "held": {"code": [0.0, 1.0], "blocksize": 2}}, "codes holds numbers that the code"),
+        (GOOD | {"codes": "00", "held": None}, "codes holds numbers that the code None does not have"),
+        (GOOD | {"dense": [["a"]]}, r"the description: dense\[0\] = "),
+        (GOOD | {"dense": None}, "the description: dense = None, expected a list"),
+        (GOOD | {"base": 7}, "the description: base = 7, expected a name or a path"),
+        (GOOD | {"base": "a\0b"}, "expected a name or a path"),
+    ],
+)  # fmt: skip
+def test_a_description_is_believed_in_nothing(damage, words, rng, tmp_path):
+    adapted(tiny.model(), rng, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors, _ = safetensors.load_safetensors(path)
+    damage = damage if isinstance(damage, str) else json.dumps(damage)
+    safetensors.save_safetensors(path, {name: w.copy() for name, w in tensors.items()}, {"tinylora": damage})
+    with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: its description .* is damaged \(.*{words}"):
+        peft.load_adapter(tiny.model(), tmp_path)
+
+
+@pytest.mark.parametrize("held", [{"code": "nf4", "blocksize": 1 << 40}, {"code": "bfloat16"}, {"code": "mixed"}, None])
+def test_a_strange_way_to_hold_a_base_is_compared_without_more_memory(held, rng, tmp_path):
+    adapted(tiny.model(), rng, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors, metadata = safetensors.load_safetensors(path)
+    about = json.loads(metadata["tinylora"]) | {"held": held}
+    about["linear"] = about["linear"] if held in (None, {"code": "bfloat16"}, {"code": "mixed"}) else None
+    safetensors.save_safetensors(path, {n: w.copy() for n, w in tensors.items()}, {"tinylora": json.dumps(about)})
+    said = load(tiny.model(), tmp_path)
+    assert ("was trained on this base in" in said) == (held not in (None, {"code": "bfloat16"}))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "\x1b[31mred\n", "/dev/zero", "../nowhere", "~", "."])
+def test_a_base_of_a_strange_name_is_not_found(name, rng, tmp_path):
+    peft.save_adapter(adapted(tiny.model(), rng, tmp_path), tmp_path, base_model=name)
+    with pytest.raises(ValueError, match="which is no folder or file here; give the base with --model") as caught:
+        peft.read_base(tmp_path).find()
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+
+
 def test_a_base_on_a_device_is_known(rng, tmp_path, xp):
     adapted(tl.quantize_linears(tiny.model()).to(xp), rng, tmp_path / "a")
     adapted(tiny.model().to(xp), rng, tmp_path / "b")

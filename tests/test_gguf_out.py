@@ -829,6 +829,23 @@ def test_a_file_without_a_vocabulary_says_so(tmp_path):
         ),
         (lambda f, t: t.update({"blk.0.attn_v.weight.lora_a": np.ones((4, 30))}), "a.gguf does not fit this model"),
         (lambda f, t: f.update({"adapter.alora.invocation_tokens": [1, 2]}), "waits for its invocation tokens"),
+        (lambda f, t: f.update({"adapter.type": "\x1b[31m\n"}), r"adapter.type is '\\x1b\[31m\\n', expected 'lora'"),
+        (lambda f, t: f.update({"adapter.lora.alpha": "16"}), "adapter.lora.alpha is '16', expected a finite number"),
+        (
+            lambda f, t: f.update({"adapter.lora.alpha": float("nan")}),
+            "adapter.lora.alpha is nan, expected a finite number",
+        ),
+        (lambda f, t: f.update({"adapter.lora.alpha": float("-inf")}), "adapter.lora.alpha is -inf, expected a finite"),
+        (lambda f, t: f.update({"tinylora": "["}), "its description of the adapter's base is damaged"),
+        (lambda f, t: f.update({"tinylora": 7}), "its description of the adapter's base is damaged"),
+        (
+            lambda f, t: t.update({"blk.0.attn_q.weight.lora_b": np.ones((31, 4))}),
+            r"lora_b has shape \(31, 4\), which fits no",
+        ),
+        (
+            lambda f, t: t.update({"blk.0.attn_q.weight.lora_a": np.ones(32)}),
+            r"lora_a has shape \(32,\), which fits no layer",
+        ),
     ],
 )
 def test_a_lora_file_that_is_not_understood_is_refused(change, words, folder, tmp_path, rng):
@@ -840,6 +857,21 @@ def test_a_lora_file_that_is_not_understood_is_refused(change, words, folder, tm
     with pytest.raises(ValueError, match=words) as caught:
         adapter_files.load_adapter(m, tmp_path / "a.gguf")
     assert "a.gguf" in str(caught.value) and not tl.adapters.configs(m)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("tensor", ["blk.0.attn_q.weight.lora_a", "blk.1.ffn_down.weight.lora_b"])
+def test_a_factor_that_is_no_number_is_refused_by_name(tensor, number, folder, tmp_path, rng):
+    adapter_files.save_adapter(adapted(folder, rng), tmp_path / "a.gguf")
+    mark = np.float32(1234.5).tobytes()
+    rewritten(tmp_path / "a.gguf", lambda f, t: t[tensor].__setitem__((0, 0), 1234.5))
+    raw = (tmp_path / "a.gguf").read_bytes()
+    assert raw.count(mark) == 1
+    (tmp_path / "a.gguf").write_bytes(raw.replace(mark, np.float32(number).tobytes()))
+    m = Llama.from_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"a\.gguf.*{tensor} holds .*(NaN|Inf)"):
+        adapter_files.load_adapter(m, tmp_path / "a.gguf")
+    assert not tl.adapters.configs(m)
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ FIELDS = {
     "base": optional(NAME),
     "dense": several(text(64), 16),
     "linear": optional(several(text(64), 16)),
-    "codes": optional(text(1 << 22)),
+    "codes": optional(text(1 << 20)),
     "held": optional(fields.fields({})),
 }
 HELD = {
