@@ -1,6 +1,7 @@
 """Adapters on a whole model: targets, counts, several at once, switching, combining, merging, and PEFT's files."""
 
 import json
+import re
 
 import fake_cupy
 import numpy as np
@@ -486,6 +487,20 @@ def test_a_tensor_that_is_no_factor_is_refused_by_name(change, words, tmp_path, 
     for read in (peft.read_adapter, peft.read_base, lambda folder: peft.load_adapter(tiny.model(), folder)):
         with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: tensor {FACTOR} {words}"):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("large, alpha", [(3e38, 16), (1e20, 0.5), (1.0, 3e38)])
+def test_factors_whose_product_leaves_float32_are_refused_by_name(large, alpha, tmp_path, rng):
+    m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=2, alpha=alpha, target_modules=["q_proj"]), rng)
+    peft.save_adapter(m, tmp_path)
+    changed(tmp_path, lambda tensors: tensors.update({FACTOR: np.full_like(tensors[FACTOR], large)}))
+    m = tiny.model()
+    with pytest.raises(
+        ValueError,
+        match=rf"{tmp_path}: model\.layers\.0\.self_attn\.q_proj has lora_A up to {re.escape(format(large, '.0e'))} and",
+    ):
+        peft.load_adapter(m, tmp_path)
+    assert not adapters.configs(m)
 
 
 @pytest.mark.parametrize(

@@ -330,7 +330,7 @@ def test_a_base_of_a_strange_name_is_not_found(name, rng, tmp_path):
     peft.save_adapter(adapted(tiny.model(), rng, tmp_path), tmp_path, base_model=name)
     with pytest.raises(ValueError, match="which is no folder or file here; give the base with --model") as caught:
         peft.read_base(tmp_path).find()
-    assert str(caught.value).isprintable() and len(str(caught.value)) < 300
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 900
 
 
 def test_a_base_on_a_device_is_known(rng, tmp_path, xp):

@@ -55,6 +55,7 @@ def convert_adapter(folder, path, base=None, kind="f32", bar=iter, check_base=Tr
     _refuse_what_comes_along(file, opened.weights, folder)
     try:
         adapters.refuse_unfit(model, file.adapter)
+        peft.refuse_too_large(file.adapter)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{folder} does not fit the model {base}: {error.args[0]}") from None
     peft._refuse_other_layers(model, file.adapter, folder)
@@ -265,6 +266,7 @@ def load_adapter(model, path, name="default", check_base=True, untie=False):
     try:
         adapter = _adapter(file, model)
         adapters.refuse_unfit(model, adapter)
+        peft.refuse_too_large(adapter)
     except ValueError as error:
         raise ValueError(f"{path} does not fit this model: {error}") from None
     about = peft._description(file.fields, path)

@@ -28,6 +28,7 @@ Where PEFT misleads, and what is done here
 
 import contextlib
 import json
+import math
 import os
 import re
 import warnings
@@ -92,6 +93,7 @@ _FIELDS = {
     "trainable_token_indices": optional(either(several(whole()), mapping(several(whole())))),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"), optional(flag())),
 }
+_LARGEST_CHANGE = 1e15  # of a number of a weight: float32 still sums squares of such ones
 _MOST_AXES = 5  # of a tensor: those of a convolution over three axes
 _LARGEST_CONFIG, _LARGEST_DESCRIPTION = 16 << 20, 4 << 20  # bytes, characters
 _CONDENSED = 20  # so many target_modules PEFT condenses to shorter names; layers_to_transform then means other layers
@@ -468,6 +470,7 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
         adapter = embeddings.settle(model, adapter, bases, rows, folder)
         with _naming(folder):
             adapters.refuse_unfit(model, adapter)
+            refuse_too_large(adapter)
         _refuse_other_layers(model, adapter, folder)
         if check_base and file.about is not None:
             _check_base(model, file.about, folder)
@@ -476,6 +479,19 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
         if untie:  # a model that was refused stays as it was
             model.lm_head, model.config = None, config
         raise
+
+
+def refuse_too_large(adapter):
+    """ValueError for factors whose product may leave float32: s r max|A| max|B|, which no entry of s B A exceeds, has a bound."""
+    for path, factors in adapter.weights.items():
+        given = adapter.config.options(path)
+        scale = abs(given["alpha"]) / (math.sqrt(given["r"]) if given["use_rslora"] else given["r"])
+        largest = [float(np.abs(factors[name]).max(initial=0)) for name in ("lora_A", "lora_B")]
+        if (change := scale * given["r"] * math.prod(largest)) > _LARGEST_CHANGE:
+            raise ValueError(
+                f"{path} has lora_A up to {largest[0]:.0e} and lora_B up to {largest[1]:.0e}, which may change its weight by "
+                f"{change:.0e}; expected at most {_LARGEST_CHANGE:.0e}"
+            )
 
 
 @contextlib.contextmanager
@@ -531,7 +547,7 @@ class Base:
             if identity.difference(self.about, own_weights(embedded), linears(embedded)) != "base":
                 return "base"
         told = (
-            f"was trained on {shown(self.name)}, which is no folder or file here"
+            f"was trained on {self.name!r:.500}, which is no folder or file here"
             if self.name
             else "does not name its base"
         )
