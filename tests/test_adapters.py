@@ -475,6 +475,10 @@ FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda x: np.where(x == x.max(), np.nan, x).astype(np.float32), "holds NaN or Inf"),
         (lambda x: np.where(x == x.max(), -np.inf, x).astype(np.float16), "holds NaN or Inf"),
         (lambda x: x.astype(np.float64) * 1e300, "holds NaN or Inf"),
+        (
+            lambda x: np.where(x == x.max(), -3e38, x).astype(np.float32),
+            r"holds numbers up to 3e\+38, expected at most 1e\+15",
+        ),
         (lambda x: np.float32(1).reshape(()), r"has shape \(\), expected 2 axes or more"),
         (lambda x: x[:0], r"has shape \(0, 32\), expected 2 axes or more, none empty"),
         (lambda x: x.reshape(1, 1, 1, 1, *x.shape), r"has shape \(1, 1, 1, 1, 2, 32\), expected"),
@@ -489,7 +493,7 @@ def test_a_tensor_that_is_no_factor_is_refused_by_name(change, words, tmp_path, 
             read(tmp_path)
 
 
-@pytest.mark.parametrize("large, alpha", [(3e38, 16), (1e20, 0.5), (1.0, 3e38)])
+@pytest.mark.parametrize("large, alpha", [(1e15, 1e6), (1.0, 3e38)])
 def test_factors_whose_product_leaves_float32_are_refused_by_name(large, alpha, tmp_path, rng):
     m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=2, alpha=alpha, target_modules=["q_proj"]), rng)
     peft.save_adapter(m, tmp_path)

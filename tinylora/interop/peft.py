@@ -93,7 +93,7 @@ _FIELDS = {
     "trainable_token_indices": optional(either(several(whole()), mapping(several(whole())))),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"), optional(flag())),
 }
-_LARGEST_CHANGE = 1e15  # of a number of a weight: float32 still sums squares of such ones
+_LARGEST = 1e15  # number of a tensor, and change of a weight's: float32 still sums squares of such ones
 _MOST_AXES = 5  # of a tensor: those of a convolution over three axes
 _LARGEST_CONFIG, _LARGEST_DESCRIPTION = 16 << 20, 4 << 20  # bytes, characters
 _CONDENSED = 20  # so many target_modules PEFT condenses to shorter names; layers_to_transform then means other layers
@@ -401,6 +401,10 @@ def _floats(tensors, name, axes):
         array = tensors.float32(name)
     if not np.isfinite(array).all():
         raise ValueError(f"{tensors.path}: tensor {_said(name)} holds NaN or Inf (as float32), expected finite numbers")
+    if (largest := float(np.abs(array).max())) > _LARGEST:
+        raise ValueError(
+            f"{tensors.path}: tensor {_said(name)} holds numbers up to {largest:.0e}, expected at most {_LARGEST:.0e}"
+        )
     return array
 
 
@@ -487,10 +491,10 @@ def refuse_too_large(adapter):
         given = adapter.config.options(path)
         scale = abs(given["alpha"]) / (math.sqrt(given["r"]) if given["use_rslora"] else given["r"])
         largest = [float(np.abs(factors[name]).max(initial=0)) for name in ("lora_A", "lora_B")]
-        if (change := scale * given["r"] * math.prod(largest)) > _LARGEST_CHANGE:
+        if (change := scale * given["r"] * math.prod(largest)) > _LARGEST:
             raise ValueError(
                 f"{path} has lora_A up to {largest[0]:.0e} and lora_B up to {largest[1]:.0e}, which may change its weight by "
-                f"{change:.0e}; expected at most {_LARGEST_CHANGE:.0e}"
+                f"{change:.0e}; expected at most {_LARGEST:.0e}"
             )
 
 
