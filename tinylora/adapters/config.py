@@ -125,7 +125,9 @@ class LoRAConfig:
                 flagged = patterns.compiled(value).flagged
                 parted = name == "layers_pattern" and patterns.compiled(rf"(?:^|.*?\.){value}\.").parted
             except ValueError as error:
-                raise ValueError(f"lora: {name} {quoted(value)} is no regular expression: {error}") from None
+                raise ValueError(
+                    f"lora: {name} {quoted(value)} is no regular expression that can be used here: {error}"
+                ) from None
             if flagged and (name, value) in inside:
                 raise ValueError(
                     f"lora: {name} {quoted(value)} sets flags for the whole expression, of which it is a part; write (?i:…)"
