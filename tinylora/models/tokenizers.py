@@ -30,6 +30,7 @@ _SETTINGS = {
     "add_prefix_space": optional(flag()),
     "legacy": optional(flag()),
 }
+_PIECE, _WORDS = 1 << 20, re.compile(rb"[A-Za-z] [A-Za-z]")
 _ASKED, _ANSWERED = "Question", "Answer"  # a conversation that shows what a template writes behind an answer
 
 
@@ -49,6 +50,10 @@ class Tokenizer:
     def begun(self, ids):
         """The ids of a text with `front` before them; some texts write it out themselves, and then it is there once."""
         return [*(() if tuple(ids[: len(self.front)]) == self.front else self.front), *ids]
+
+    def encoded(self, data):
+        """Yield the ids of UTF-8 bytes: a list, or one for each piece of a long text where it can be cut exactly."""
+        yield self.encode(bytes(data))
 
     def following(self, text):
         """The ids of a text that stands behind another one."""
@@ -201,6 +206,19 @@ class BPETokenizer(Tokenizer):
             raise ValueError(
                 f"{self.where}: its tokenizer fails on a text of {len(text)} characters ({error})"
             ) from None
+
+    def encoded(self, data):
+        """As `encode`, in pieces: the tokenizers package takes over a hundred bytes a token while it encodes.
+
+        A piece begins with the space before a word. It is encoded behind the letter that stands before it, whose ids are left out.
+        """
+        begin, ends = 0, [len(data)]
+        if len(data) > _PIECE and vocabularies.splits_before_words(self.backend):
+            ends = _before_words(data)
+        for end in ends:
+            letter = bytes(data[max(begin - 1, 0) : begin])
+            yield self.encode(letter + bytes(data[begin:end]))[len(self.encode(letter)) :]
+            begin = end
 
     def following(self, text):
         """The ids of a text that stands behind another one: without the space that some vocabularies put before a text."""
@@ -380,6 +398,15 @@ def fitting(tokenizer, vocab_size, where):
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(f"{where}: {tokenizer.vocab_size} tokens, but the model's vocab_size is {vocab_size}")
     return tokenizer
+
+
+def _before_words(data):
+    """Yield the ends of pieces of about _PIECE bytes, each between a letter and the space before the next word; last, that of all."""
+    begin = 0
+    while cut := _WORDS.search(data, begin + _PIECE):
+        begin = cut.start() + 1
+        yield begin
+    yield len(data)
 
 
 def checked(text):

@@ -17,7 +17,9 @@ Differs from transformers' GGUF reader, which
   SentencePiece itself and llama.cpp put one wherever a text begins, unless the file says otherwise (add_space_prefix).
 """
 
+import json
 import math
+import re
 
 from .fields import check, flag, optional, shown, text
 
@@ -29,6 +31,7 @@ _ENTRIES = {
     **dict.fromkeys(("add_bos_token", "add_space_prefix", "remove_extra_whitespaces"), optional(flag())),
 }
 _LONGEST = 1000  # characters of a SentencePiece token: all ways to cut one in two are looked at
+_INTO_A_WORD = re.compile("[A-Za-z][ \u2581]")
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ENDS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # signs with the line breaks behind them, and white space
@@ -209,3 +212,40 @@ def package():
             "this model's vocabulary needs the tokenizers package: pip install -e '.[llm]' in a clone of tinylora"
         ) from None
     return tokenizers
+
+
+# ------------------------------------------------------------------------------------------------------------------ long texts
+def splits_before_words(backend):
+    """Whether no token reaches over the place between a letter and the space before the next word, or depends on what is beyond it.
+
+    So it is for byte-level vocabularies that cut as GPT-2 or in a way of CUTS, and for SentencePiece's without a token like "a\u2581".
+    """
+    model, words = backend.model, backend.get_vocab(with_added_tokens=False)
+    added = (token.content for token in backend.get_added_tokens_decoder().values())
+    if type(model).__name__ != "BPE" or any(re.search("^[A-Za-z]|[A-Za-z] [A-Za-z]|[A-Za-z]$", t) for t in added):
+        return False
+    cuts, changes = _parts(backend.pre_tokenizer, "pretokenizers"), _parts(backend.normalizer, "normalizers")
+    kinds = {cut["type"] for cut in cuts}
+    if kinds <= {"Metaspace"}:
+        known = {"Prepend": {"prepend": _SPACE}, "Replace": {"pattern": {"String": " "}, "content": _SPACE}}
+        plain = all({"type": part["type"], **known.get(part["type"], {})} == part for part in changes)
+        return plain and not model.ignore_merges and _SPACE in words and not any(map(_INTO_A_WORD.search, words))
+    splits = [cut for cut in cuts if cut["type"] == "Split"]
+    ways = tuple(split["pattern"].get("Regex") for split in splits)
+    return (
+        kinds <= {"ByteLevel", "Digits", "Split"}
+        and all(part["type"] == "NFC" for part in changes)
+        and all((split["behavior"], split["invert"]) == ("Isolated", False) for split in splits)
+        and (ways in _NAMES or (not ways and any(cut.get("use_regex") for cut in cuts)))
+    )
+
+
+def _parts(component, name):
+    """What a normalizer or a pre-tokenizer is made of, as the tokenizers package writes it; nothing of None."""
+    if component is None:
+        return []
+
+    def parts(part):
+        return [p for inner in part[name] for p in parts(inner)] if part["type"] == "Sequence" else [part]
+
+    return parts(json.loads(component.__getstate__()))

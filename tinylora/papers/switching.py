@@ -96,7 +96,7 @@ def demonstrate(
     ids, written = [], []
     for i in range(pieces):
         name = names[i % len(names)]
-        begin = list(model.tokenizer.encode(prompts[name]) if name in prompts else heldout[name].windows(24)[0][0])
+        begin = list(model.tokenizer.encode(prompts[name]) if name in prompts else _first(heldout[name], 24))
         adapters.set_adapter(model, name)  # the context is read again: its keys and values were another adapter's
         new = begin + list(model.stream(ids + begin, tokens, temperature, seed=[seed, i]))
         written.append((name, model.tokenizer.continuation(new)))
@@ -111,6 +111,11 @@ def demonstrate(
     if fingerprint(model) != before:
         raise RuntimeError("switching: the base's bits have changed")
     return result
+
+
+def _first(data, length):
+    """The inputs of the first window of a corpus."""
+    return data.rows(data.scored(length)[:1], length)[0][0]
 
 
 def fingerprint(model):
@@ -168,7 +173,7 @@ def _ways(model, names, folders):
 
 def _batch(model, names, heldout):
     """Rows of a batch through their own adapters: the largest difference from one at a time, and the seconds of each way."""
-    rows = np.stack([heldout[n].windows(min(128, model.config.positions))[0][0] for n in names for _ in range(4)])
+    rows = np.stack([_first(heldout[n], min(128, model.config.positions)) for n in names for _ in range(4)])
     owners = [n for n in names for _ in range(4)]
 
     def together():

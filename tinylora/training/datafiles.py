@@ -14,10 +14,17 @@ a file holds, and the braces of JSON are never trained on unsaid. Tables (.csv, 
 """
 
 import codecs
+import contextlib
+import itertools
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+
+from ..models import files
+from ..models.fields import shown
+from .jsonstream import LONGEST, Array, NoJSON, Stream, TooLong, border, pieces
 
 _FORMS = (
     ("messages",),
@@ -36,6 +43,8 @@ _MARKS = {  # the longer ones first: UTF-32's begins as UTF-16's
     codecs.BOM_UTF16_LE: "UTF-16 (little-endian)",
     codecs.BOM_UTF16_BE: "UTF-16 (big-endian)",
 }
+_BEGIN = re.compile(rb"(\s*%b)+" % codecs.BOM_UTF8)
+_FILLED = re.compile(rb"\S[^\n]*")  # what a line holds behind its ASCII white space
 _SPEAKERS = {  # in any letter case
     "system": "system",
     **dict.fromkeys(("human", "user"), "user"),
@@ -69,132 +78,208 @@ class Record:
 def read_text(path):
     """The bytes of a UTF-8 text file without a byte-order mark; a sentence if it is missing, empty or in another encoding."""
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist or is not a file")
+    files.check_regular(path)
     data = path.read_bytes()
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             raise ValueError(f"{path} is {encoding} text, expected UTF-8; convert it first")
-    data = re.sub(rb"\A(\s*%b)+" % codecs.BOM_UTF8, b"", data)
-    if not data.strip():
+    if begin := _BEGIN.match(data):
+        data = data[begin.end() :]
+    if not data or data.isspace():
         raise ValueError(f"{path} is empty; expected some text")
     if data[:4096].count(0) > len(data[:4096]) // 4:
         raise ValueError(f"{path} is full of zero bytes, as UTF-16 and UTF-32 are, expected UTF-8; convert it first")
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{data[error.start]:02x}, in line {line}); convert it first"
-        ) from None
+    for start, end in pieces(data):
+        try:
+            data[start:end].decode("utf-8")
+        except UnicodeDecodeError as error:
+            place = start + error.start
+            line = data.count(b"\n", 0, place) + 1
+            raise ValueError(
+                f"{path} is not UTF-8 text (byte {place} is 0x{data[place]:02x}, in line {line}); convert it first"
+            ) from None
     return data
 
 
 # -------------------------------------------------------------------------------------------------------------------- records
+class Records:
+    """The records of a file, all of one form. They are read anew each time that they are gone through: only their number is kept."""
+
+    def __init__(self, entries):
+        """entries: a function that yields (where, entry) from the first on; ValueError if one of them is no record."""
+        self._entries, self.form, self._number = entries, None, 0
+        begun = None
+        for where, entry in entries():
+            found = _form(where, entry)
+            self.form, begun = self.form or found, begun or where
+            if found != self.form:
+                raise ValueError(
+                    f"{where} is of the form {_words(found)}, and {begun} of {_words(self.form)}; expected one form"
+                )
+            _record(where, entry, found)
+            self._number += 1
+
+    def __len__(self):
+        return self._number
+
+    def __iter__(self):
+        return (_record(where, entry, self.form) for where, entry in self._entries())
+
+
 def read_records(path, data):
-    """[Record] of a file's bytes; None if it is running text."""
-    text, suffix = data.decode("utf-8"), Path(path).suffix.lower()
+    """The Records of a file's bytes; None if it is running text."""
+    suffix = Path(path).suffix.lower()
     if suffix in _TABLES:
         raise ValueError(
             f'{path} is a table; write its rows as JSON lines, such as {{"prompt": ..., "answer": ...}}, in a .jsonl file, or name '
             "it .txt if it is running text"
         )
-    if suffix not in (*_LINES, *_ARRAY) and not _evident(text):
+    if suffix not in (*_LINES, *_ARRAY) and not _evident(data):
         return None
-    one_a_line = suffix in _LINES and not text.lstrip().startswith("[")
-    entries = _lines(path, text) if one_a_line else _array(path, text)
-    form, begun = None, None
-    records = []
-    for where, entry in entries:
-        found = _form(where, entry)
-        form, begun = form or found, begun or where
-        if found != form:
-            raise ValueError(
-                f"{where} is of the form {_words(found)}, and {begun} of {_words(form)}; expected one form"
-            )
-        records.append(_record(where, entry, found))
-    return records
+    begin = _behind_space(data)
+    one_a_line = suffix in _LINES and data[begin : begin + 1] != b"["
+    return Records(partial(_lines, path, data) if one_a_line else _array(path, data))
 
 
-def _evident(text):
+def _evident(data):
     """Whether a text is JSON, be it one object or array or several in turn, or begins as files of records do."""
-    text = text.lstrip()
-    value, rest = _value(text)
+    begin = _behind_space(data)
+    value, end = _value(data, begin)
     if value is None:
-        return _RECORDS.match(text) is not None
-    if not rest or _known(value):
+        return _RECORDS.match(data[begin : border(data, begin + (1 << 20))].decode("utf-8")) is not None
+    rest = _behind_space(data, end)
+    if rest == len(data) or _known(value):
         return True
-    later = _value(rest.removeprefix(",").lstrip())[0]
-    numbers = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)  # [1] [2] is how texts cite
-    return type(later) is type(value) and not numbers
+    if data[rest : rest + 1] == b",":
+        rest = _behind_space(data, rest + 1)
+    numbers = isinstance(value, Array) and value.numbers  # [1] [2] is how texts cite
+    return type(_value(data, rest)[0]) is type(value) and not numbers
 
 
-def _value(text):
-    """(the object or array that a text begins with, what follows it); (None, the text) if it begins with none."""
+def _behind_space(data, start=0):
+    """The place behind the white space that UTF-8 bytes have from a place on."""
+    for begin, end in pieces(data, start):
+        if rest := data[begin:end].decode("utf-8").lstrip():
+            return end - len(rest.encode("utf-8"))
+    return len(data)
+
+
+def _value(data, place):
+    """(the outline of the object or array that stands at a place, the place behind it); (None, the place) if none does."""
     try:
-        value, end = json.JSONDecoder().raw_decode(text) if text.startswith(("{", "[")) else (None, 0)
+        if data[place : place + 1] in (b"{", b"["):
+            stream = Stream(data, place)
+            return stream.outline(), stream.place
     except (ValueError, RecursionError):
-        return None, text
-    return value, text[end:].lstrip()
+        pass
+    return None, place
 
 
 def _known(value):
     """Whether a value is a record, or has some in an array."""
-    values = [value, *value.values()] if isinstance(value, dict) else [value]
-    return any(isinstance(v, dict) and _keys(v) for v in [value, *(v[0] for v in values if isinstance(v, list) and v)])
+    parts = value.values() if isinstance(value, dict) else [value]
+    return any(isinstance(v, dict) and _keys(v) for v in [value, *(v.first for v in parts if isinstance(v, Array))])
 
 
 def _parsed(text, where):
-    """The value of a text of JSON; `where(line)` names the place of a mistake."""
+    """The value of a short text of JSON, which stands at `where`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        found = f"it is no JSON ({_cause(text, error)}, column {error.colno})"
-        raise ValueError(f"{where(error.lineno)}: expected a JSON object, and {found}") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # a number of thousands of digits, or brackets in thousands of brackets
-        raise ValueError(f"{where(1)}: expected a JSON object, and it cannot be read ({error})") from None
+        around = text[error.pos - 1 : error.pos], text[error.pos : error.pos + 1]
+        raise ValueError(_no_json(where, error.msg, error.colno, *around)) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_unreadable(where, error)) from None
 
 
-def _cause(text, error):
-    """What is wrong with a text of JSON."""
-    if error.msg == "Extra data" and text.startswith(",", error.pos):
-        return "a comma follows the object; write one object a line without commas, or all in one array"
-    if error.msg == "Extra data" and text[: error.pos].endswith("\r"):
-        return r"its lines end with a carriage return alone; convert the line ends to \n"
-    return error.msg
+def _no_json(where, what, column, before, behind):
+    """The sentence on a mistake in JSON; before, behind: the characters around it."""
+    if what == "Extra data" and behind == ",":
+        what = "a comma follows the object; write one object a line without commas, or all in one array"
+    elif what == "Extra data" and before == "\r":
+        what = r"its lines end with a carriage return alone; convert the line ends to \n"
+    return f"{where}: expected a JSON object, and it is no JSON ({what}, column {column})"
 
 
-def _lines(path, text):
+def _unreadable(where, error):
+    """The sentence on JSON with a number of thousands of digits, or brackets in thousands of brackets."""
+    return f"{where}: expected a JSON object, and it cannot be read ({error})"
+
+
+def _too_long(where):
+    return f"{where}: a record of more than {LONGEST:,} bytes; write long texts into a file of running text"
+
+
+@contextlib.contextmanager
+def _read_with_care(path, data, stream):
+    """Turn what a stream over a file's bytes raises into a sentence with the line."""
+
+    def line(place):
+        number = data.count(b"\n", 0, place) + 1
+        return f"{path} line {number}"
+
+    try:
+        yield
+    except TooLong as error:
+        raise ValueError(_too_long(line(error.place))) from None
+    except NoJSON as error:
+        at = error.place
+        column = 1 + sum(len(data[a:b].decode("utf-8")) for a, b in pieces(data, data.rfind(b"\n", 0, at) + 1, at))
+        around = (byte.decode("latin-1") for byte in (data[max(at - 1, 0) : at], data[at : at + 1]))
+        raise ValueError(_no_json(line(at), str(error), column, *around)) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(_unreadable(line(stream.place), error)) from None
+
+
+def _lines(path, data):
     """(where, entry) of JSON lines. Only "\n" ends one: other separators of lines may stand inside a text."""
-    for number, line in enumerate(text.split("\n"), 1):
+    number, end = 1, 0
+    for match in _FILLED.finditer(data):
+        begin = max(data.rfind(b"\n", end, match.start()) + 1, end)
+        number += data.count(b"\n", end, begin)
+        end = match.end()
+        where = f"{path} line {number}"
+        if end - begin > LONGEST:
+            raise ValueError(_too_long(where))
+        line = data[begin:end].decode("utf-8")
         if line.strip():
-            where = f"{path} line {number}"
-            yield where, _parsed(line, lambda _, where=where: where)
+            yield where, _parsed(line, where)
 
 
-def _array(path, text):
-    """(where, entry) of an array, alone or under one key of an object; also of JSON lines in a file that is named otherwise."""
-    if _several(text):
-        return _lines(path, text)
-    value = _parsed(text, lambda line: f"{path} line {line}")
+def _array(path, data):
+    """A function that yields (where, entry) of an array, alone or under one key of an object; also of JSON lines in a file that is
+    named otherwise."""
+    stream = Stream(data)
+    with _read_with_care(path, data, stream):
+        value = stream.outline()
+        if isinstance(value, dict) and _behind_space(data, stream.place) < len(data):
+            return partial(_lines, path, data)
+        if stream.peek():
+            raise NoJSON("Extra data", stream.place)
     if isinstance(value, dict) and _keys(value) is None:
-        lists = [v for v in value.values() if isinstance(v, list)]
+        lists = [v for v in value.values() if isinstance(v, Array)]
         if len(lists) != 1:
             raise ValueError(
                 f"{path}: expected records, an array of them, or an object with one under one key; it has {len(lists)} arrays, and "
-                f"the keys {', '.join(map(repr, value))}"
+                f"the keys {_quoted(value)}"
             )
         value = lists[0]
-    return [(f"{path} entry {i}", entry) for i, entry in enumerate(value if isinstance(value, list) else [value], 1)]
+    return partial(_entries, path, data, value.place if isinstance(value, Array) else None)
 
 
-def _several(text):
-    """Whether an object is the first of several, one behind the other."""
-    value, rest = _value(text.lstrip())
-    return isinstance(value, dict) and bool(rest)
+def _entries(path, data, place):
+    """(where, entry) of the array that begins at a place, or of the one value that the file is."""
+    stream = Stream(data, place or 0)
+    with _read_with_care(path, data, stream):
+        entries = [stream.value()] if place is None else stream.elements()
+        for i, entry in enumerate(entries, 1):
+            yield f"{path} entry {i}", entry
+
+
+def _quoted(keys):
+    """The first few of many keys, shortened."""
+    few = list(itertools.islice(keys, 20))
+    return ", ".join(map(shown, few)) + (f" and {len(keys) - len(few)} more" if len(keys) > len(few) else "")
 
 
 def _keys(entry):
@@ -209,13 +294,15 @@ def _words(form):
 def _form(where, entry):
     form = _keys(entry) if isinstance(entry, dict) else None
     if form is None:
-        found = f"keys {', '.join(map(repr, entry))}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
+        found = f"keys {_quoted(entry)}" if isinstance(entry, dict) else f"a {type(entry).__name__}"
         raise ValueError(f"{where}: expected a JSON object with {', or '.join(map(_words, _FORMS))}; found {found}")
     try:
         json.dumps(entry, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         half = ascii(error.object[error.start])
         raise ValueError(f"{where}: it holds {half}, half of a surrogate pair, which is no character") from None
+    except RecursionError as error:
+        raise ValueError(_unreadable(where, error)) from None
     return form
 
 
@@ -287,7 +374,9 @@ def _shared(where, entry):
             raise ValueError(f'{where}: turn {i} is no object with the texts "from" and "value"')
         role = _SPEAKERS.get(str(turn.get("from")).lower())
         if role is None:
-            raise ValueError(f"{where}: turn {i} is from {turn.get('from')!r}, expected one of {', '.join(_SPEAKERS)}")
+            raise ValueError(
+                f"{where}: turn {i} is from {shown(turn.get('from'))}, expected one of {', '.join(_SPEAKERS)}"
+            )
         flags = {name: turn[name] for name in (*_FLAGS, "train_detail") if name in turn}
         messages.append({"role": role, "content": turn["value"], **flags})
     return _messages(where, messages)
@@ -297,7 +386,7 @@ def _tools(where, entry):
     """The list of tools that a record gives its conversation, also where it stands as a text of JSON; None without."""
     tools = entry.get("tools")
     if isinstance(tools, str) and tools:
-        tools = _parsed(tools, lambda _: f'{where}, "tools"')
+        tools = _parsed(tools, f'{where}, "tools"')
     if tools and not isinstance(tools, list):
         raise ValueError(f'{where}: "tools" is a {type(tools).__name__}, expected a list')
     return tools or None
@@ -305,7 +394,7 @@ def _tools(where, entry):
 
 def _conversation(where, messages, first=0, tools=None):
     if not any(message["role"] == "assistant" for message in messages[first:]):
-        roles = ", ".join(repr(role) for role in dict.fromkeys(message["role"] for message in messages[first:]))
+        roles = _quoted(dict.fromkeys(message["role"] for message in messages[first:]))
         raise ValueError(f"{where}: the assistant says nothing; there is nothing to learn (the roles are {roles})")
     unlearned = tuple(i for i, message in enumerate(messages) if not _is_learned(where, i, message))
     messages = [{name: value for name, value in message.items() if name not in _FLAGS} for message in messages]
@@ -321,9 +410,12 @@ def _is_learned(where, i, message):
     flags = {name: message[name] for name in _FLAGS if message.get(name) is not None}
     for name, value in flags.items():
         if value not in (0, 1):
-            raise ValueError(f'{where}: "{name}" of message {i + 1} is {value!r}, expected 0 or 1, or false or true')
-        if value is True and message["role"] != "assistant":
             raise ValueError(
-                f'{where}: "{name}" of message {i + 1} is true, and the {message["role"]} says it; only what the assistant says is learned'
+                f'{where}: "{name}" of message {i + 1} is {shown(value)}, expected 0 or 1, or false or true'
+            )
+        if value is True and message["role"] != "assistant":
+            speaker = shown(message["role"])[1:-1]
+            raise ValueError(
+                f'{where}: "{name}" of message {i + 1} is true, and the {speaker} says it; only what the assistant says is learned'
             )
     return all(flags.values())

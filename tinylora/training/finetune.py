@@ -299,9 +299,10 @@ def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_b
 def _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace):
     """What `finetune` does, in a folder that is held for it."""
     model = prepare(job, recipe.seed)
+    digests = inputs(job)  # which reads the text, and forgets it before the corpus does
     train, heldout = corpus(job, model.tokenizer)
     recipe = recipe.planned(train)
-    report = Report(asdict(job), asdict(recipe), inputs(job))
+    report = Report(asdict(job), asdict(recipe), digests)
     report.trainable, report.parameters = adapters.count_parameters(model)
     report.bits_per_param = _bits_per_param(model)
     about, defaults = _identity(job, report.inputs), {"job": asdict(Job())}

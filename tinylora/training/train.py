@@ -10,6 +10,7 @@ gradients are summed in a fixed order: the number of shards is part of the recip
 """
 
 import contextlib
+import itertools
 import math
 import sys
 import time
@@ -27,6 +28,8 @@ from ..tensor import no_grad, state
 from . import checkpoints
 from .corpus import Pairs, scored_bytes
 from .schedule import schedule
+
+_WAITING = 1024  # batches that are handed to the threads at a time
 
 
 @dataclass(frozen=True)
@@ -132,31 +135,37 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     limit: the first so many windows only. The token that ends an answer costs bits and stands for no byte.
     """
     check_length(model, seq_len)
-    inputs, targets, mask = (a[:limit] for a in data.windows(seq_len))
+    places = data.scored(seq_len)
+    n = len(range(len(places))[:limit])
     # Logits of more than 4 MB are not piled up.
     batch_size = max(min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1)
-    nbytes = scored_bytes(data, targets, mask)
-    if not nbytes:
-        raise ValueError(
-            f"held-out text: no answer begins within {seq_len} tokens of what is scored; choose a larger --seq-len"
-        )
+    starts = range(0, n, batch_size)
     training = model.training
 
-    def nats(rows):
-        ids, wanted, counted = trimmed(inputs[rows], targets[rows], mask[rows])
+    def score(start):
+        """(nats, bytes) of a batch."""
+        inputs, targets, mask = data.rows(places[start : min(start + batch_size, n)], seq_len)
+        ids, wanted, counted = trimmed(inputs, targets, mask)
         with no_grad():
             z = model(ids)
             xp = backend.array_module(z.data)
-            return ops.softmax_cross_entropy(z, move(wanted, xp), move(counted, xp), reduction="sum").item()
+            nats = ops.softmax_cross_entropy(z, move(wanted, xp), move(counted, xp), reduction="sum").item()
+        return nats, scored_bytes(data, targets, mask)
 
     model.eval()
     try:
         with workers(shards) as pool:
-            parts = [slice(i, i + batch_size) for i in range(0, len(inputs), batch_size)]
-            done = pool.map(nats, parts)
-            total = math.fsum(progress_bar(done, progress, total=len(parts), desc="held-out", leave=False))
+            groups = (starts[i : i + _WAITING] for i in range(0, len(starts), _WAITING))
+            done = itertools.chain.from_iterable(pool.map(score, group) for group in groups)
+            scores = list(progress_bar(done, progress, total=len(starts), desc="held-out", leave=False))
     finally:
         model.train(training)
+    nbytes = sum(counted for _, counted in scores)
+    if not nbytes:
+        raise ValueError(
+            f"held-out text: no answer begins within {seq_len} tokens of what is scored; choose a larger --seq-len"
+        )
+    total = math.fsum(nats for nats, _ in scores)
     if not math.isfinite(total):
         raise FloatingPointError(
             f"held-out text: the loss is {total}; the model's weights are too large, or not finite"
