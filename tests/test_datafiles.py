@@ -1,14 +1,19 @@
 """Files of training data: how they are told apart, what their records mean, and what is said of bad ones."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
 from tinylora.models.tokenizers import ByteTokenizer
-from tinylora.training import corpus, datafiles
+from tinylora.training import corpus, datafiles, jsonstream
 from tinylora.training.corpus import Pairs, Text, documents, question_and_answer, read_corpus
 from tinylora.training.pretrain import pretrain
 from tinylora.training.train import Recipe, bits_per_byte, fit
@@ -404,3 +409,134 @@ def test_an_answer_may_be_read_and_not_learned(flag, tmp_path):
     neither = {"messages": [{**m, **flag} for m in talk]}
     train, _ = read_corpus(write(tmp_path / "d.jsonl", lines([rows[0], *[neither] * 8, rows[0]])), tiny.Turns())
     assert len(train.pairs) == 1
+
+
+# ------------------------------------------------------------------------------------------------------ long and hostile files
+@pytest.mark.parametrize(
+    "name, data, words",
+    [
+        ("a.jsonl", b'{"text": "' + b"a" * (17 << 20) + b'"}\n', r"a\.jsonl line 1: a record of more than 16,777,216 bytes"),
+        ("a.json", b'[{"text": "b"},\n{"text": "' + b"a" * (17 << 20) + b'"}]', r"a\.json line 2: a record of more than"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"\n" * 5_000_000 + b"[", "line 5000002: .*no JSON"),
+        ("a.jsonl", b'{"text": "a"}\n' + b" \n" * 2_000_000 + b"[", "line 2000002: .*no JSON"),
+        ("a.jsonl", b"\n" * 5_000_000, "is empty"),
+        ("a.json", b'[{"text": "a"},\n{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}]", "line 2: .*cannot be read"),
+        ("a.json", b'{"a":' * 100_000, "line 1: .*cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a", "n": ' + b"9" * 10_000 + b"}", "line 2: .*cannot be read"),
+        ("a.json", b'[{"text": "a"},\n{"text": "a", "n": ' + b"9" * 10_000 + b"}]", "line 2: .*cannot be read"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a\0"}', r"line 2: .*no JSON \(Invalid control character"),
+        ("a.txt", b"abc\n" * 300_000 + b"\xff" + b"abc\n" * 9, r"byte 1200000 is 0xff, in line 300001"),
+        ("a.txt", b"abc\n" * 300_000 + "é".encode()[:1], r"byte 1200000 is 0xc3, in line 300001"),
+        ("a.jsonl", json.dumps({"\n" * 10_000: 1, **{f"k{i}": 1 for i in range(1000)}}), "line 1: .*and 981 more$"),
+    ],
+)  # fmt: skip
+def test_what_is_too_long_too_deep_or_torn_is_one_short_sentence(name, data, words, tmp_path):
+    with pytest.raises(ValueError, match=words) as caught:
+        read_corpus(write(tmp_path / name, data), BYTES)
+    assert len(str(caught.value)) < 3000 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", range(300, 1000, 50))
+def test_a_record_of_any_depth_is_read_or_refused(depth, tmp_path):
+    deep = '{"text": "ab", "more": ' + "[" * depth + "]" * depth + "}\n"
+    path = write(tmp_path / "a.jsonl", '{"text": "ab"}\n' + deep)
+    try:
+        train, _ = read_corpus(path, BYTES)
+        assert bytes(train.sources[0]) == b"ab"
+    except ValueError as error:
+        assert f"{path} line 2: " in str(error) and "cannot be read" in str(error)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes in folders")
+def test_what_is_no_file_is_said_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, "/dev/zero"):
+        with pytest.raises(ValueError, match=f"{path} is .*; expected a file"):
+            read_corpus(path, BYTES)
+
+
+def test_records_are_the_same_however_the_file_is_decoded(tmp_path, rng, monkeypatch):
+    """Windows of a few bytes: numbers, words, escapes and characters are torn everywhere."""
+    signs = ["a", "é", "日", "😀", '"', "\\", "\n", "{", "[", ",", " "]
+
+    def word():
+        return "".join(rng.choice(signs, rng.integers(9)))
+
+    def entry():
+        more = [1, 2.5, -3e-5, True, None, [], {}, word(), [word()], {word(): 1.25}]
+        return {"x": more[rng.integers(len(more))], "prompt": word(), "answer": word()}
+
+    for i in range(60):
+        rows = [entry() for _ in range(rng.integers(1, 6))]
+        plain = {"v": 2.5, "data": rows, "w": word()} if i % 3 == 0 else rows
+        path = tmp_path / "a.json"
+        path.write_text(json.dumps(plain, ensure_ascii=i % 2 == 0, indent=i % 4 or None), encoding="utf-8")
+        monkeypatch.setattr(jsonstream, "_PIECE", int(rng.integers(4, 40)))
+        found = datafiles.read_records(path, datafiles.read_text(path))
+        for _ in range(2):  # they can be gone through again
+            assert [(r.prompt, r.answer) for r in found] == [(row["prompt"], row["answer"]) for row in rows]
+        assert len(found) == len(rows)
+
+
+def test_mistakes_are_where_json_says_they_are(tmp_path, rng, monkeypatch):
+    text = json.dumps({"a": [{"text": "é日"}, {"text": 'a"b'}], "b": 2.5}, ensure_ascii=False, indent=1)
+    for i in range(1, len(text) - 1):
+        broken = text[:i] + text[i + 1 :]
+        try:
+            json.loads(broken)
+            continue
+        except json.JSONDecodeError as error:
+            place = f"a.json line {error.lineno}: .*{re.escape(error.msg)}, column {error.colno}"
+        monkeypatch.setattr(jsonstream, "_PIECE", int(rng.integers(4, 40)))
+        path = write(tmp_path / "a.json", broken)
+        with pytest.raises(ValueError, match=place):
+            datafiles.read_records(path, datafiles.read_text(path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- memory
+PEAK = """
+import sys
+import tiny
+from tinylora.models.tokenizers import ByteTokenizer
+from tinylora.training import corpus, finetune, train
+
+def peak():
+    (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+path, turns = sys.argv[1], sys.argv[2] == "turns"
+small = corpus.Text([list(range(100))])
+model, recipe = tiny.model(), train.Recipe(steps=1, batch_size=2, seq_len=16)
+train.fit(model, small, recipe, heldout=small, eval_every=1, progress=False)
+base = peak()
+job = finetune.Job(text=path)
+finetune.inputs(job)
+data, heldout = corpus.read_corpus(path, tiny.Turns() if turns else ByteTokenizer())
+train.fit(model, data, recipe, heldout=heldout, eval_every=1, heldout_limit=8, progress=False)
+train.bits_per_byte(model, heldout, 16, limit=8)
+print(peak() - base)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of a process, as Linux tells it")
+@pytest.mark.parametrize("kind", ["text", "texts", "pairs", "array", "turns"])
+def test_a_corpus_takes_at_most_three_times_its_file(kind, tmp_path):
+    words = "Once upon a time there was a naïve miller 😀 who had three sons, a mill, a donkey and a cat. "
+    row = {
+        "text": words,
+        "texts": {"text": words * 3},
+        "pairs": {"prompt": "Who was there?", "answer": words},
+        "array": {"prompt": "Who was there?", "answer": words},
+        "turns": {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": words}]},
+    }[kind]
+    line = (words if kind == "text" else json.dumps(row, ensure_ascii=False)).encode()
+    n = 30_000_000 if kind == "text" else 6_000_000
+    path = tmp_path / f"a.{'txt' if kind == 'text' else 'json' if kind == 'array' else 'jsonl'}"
+    comma = b",\n" if kind == "array" else b"\n"
+    lines = comma.join([line] * (n // len(line)))
+    path.write_bytes(b"[" + lines + b"]" if kind == "array" else lines)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", PEAK, path, kind], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    size = path.stat().st_size
+    assert int(done.stdout) < 3 * size + (8 << 20), "the second for what does not grow with the file"

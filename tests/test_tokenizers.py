@@ -768,3 +768,87 @@ def test_a_sentencepiece_vocabulary_of_a_gguf_merges_the_best_first():
 def test_pairs_of_an_embedded_model_are_what_they_were():
     assert question_and_answer([("ab", "xy")], ByteTokenizer()).pairs == [([97, 98], [120, 121])]
     assert isinstance(question_and_answer([("", "xy")], ByteTokenizer()), Pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------------ long texts
+def cut_as(*cuts, add_prefix_space=False, **options):
+    """A byte-level backend that cuts by these regular expressions."""
+    backend, p = byte_level(), tokenizers.pre_tokenizers
+    splits = [p.Split(tokenizers.Regex(cut), "isolated") for cut in cuts]
+    last = p.ByteLevel(add_prefix_space=add_prefix_space, use_regex=options.get("use_regex", not cuts))
+    backend.pre_tokenizer = p.Sequence([*splits, last])
+    return BPETokenizer(backend)
+
+
+def metaspace(scheme, split):
+    """SentencePiece's kind with the space put in front by the pre-tokenizer."""
+    t = sentencepiece()
+    t.backend.normalizer = None
+    t.backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("\u2581", scheme, split)
+    return t
+
+
+LONG = {
+    **{name: lambda name=name: cut_as(*vocabularies.CUTS[name]) for name in ("gpt-2", "llama-bpe", "qwen2", "tekken", "gpt-4o")},
+    **{name: lambda name=name: cut_as(*vocabularies.CUTS[name]) for name in ("smollm", "falcon", "default", "deepseek-coder")},
+    "digits": lambda: llm_files.trained(),
+    "prefix": lambda: cut_as(add_prefix_space=True),
+    "sentencepiece": sentencepiece,
+    "sentencepiece without prefix": lambda: sentencepiece(prefix=False),
+    **{f"metaspace {s} {x}": lambda s=s, x=x: metaspace(s, x) for s in ("always", "first", "never") for x in (True, False)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(kind, rng, monkeypatch):
+    t = LONG[kind]()
+    assert vocabularies.splits_before_words(t.backend)
+    monkeypatch.setattr("tinylora.models.tokenizers._PIECE", 20)
+    words = [
+        "a",
+        "b",
+        "ab",
+        "cab",
+        "Once",
+        "upon",
+        "it's",
+        "naïve",
+        "你好",
+        "12345",
+        "  ",
+        "\n",
+        "\t",
+        ".",
+        "e\u0301",
+        "'s",
+        "<s>",
+        "\u2581a",
+    ]
+    for _ in range(40):
+        text = "".join(
+            str(w) + str(rng.choice([" ", " ", " ", "", "\n", "  "])) for w in rng.choice(words, rng.integers(1, 80))
+        )
+        parts = list(t.encoded(text.encode()))
+        assert [i for part in parts for i in part] == t.encode(text)
+        assert len(text) < 200 or len(parts) > 2
+        ids = running_text(text.encode() + b"ab", t).sources[0]
+        assert ids.tolist() == t.begun(t.encode(text + "ab")) and ids.dtype in (np.uint8, np.uint16)
+
+
+def test_what_may_not_be_cut_is_encoded_whole(monkeypatch):
+    monkeypatch.setattr("tinylora.models.tokenizers._PIECE", 8)
+    over, n = sentencepiece(), tokenizers.normalizers
+    added = BPETokenizer(byte_level())
+    added.backend.add_tokens([tokenizers.AddedToken("an apple")])
+    eats = BPETokenizer(byte_level())
+    eats.backend.add_tokens([tokenizers.AddedToken("word", rstrip=True)])
+    lowered = BPETokenizer(byte_level())
+    lowered.backend.normalizer = n.Lowercase()
+    over.backend.normalizer = n.Sequence([n.Strip(), n.Replace(" ", "\u2581")])
+    crossing = tokenizers.models.BPE(vocab={"\u2581": 0, "a": 1, "a\u2581": 2}, merges=[("a", "\u2581")])
+    crossing = tokenizers.Tokenizer(crossing)
+    crossing.normalizer = n.Replace(" ", "\u2581")
+    for t in (over, added, eats, lowered, BPETokenizer(crossing), cut_as("unknown"), cut_as(use_regex=False)):
+        text = "a a an apple a word a a a"
+        assert not vocabularies.splits_before_words(t.backend)
+        assert list(t.encoded(text.encode())) == [t.encode(text)]

@@ -1,6 +1,9 @@
 """The loop: accumulation, shards, resuming to the byte, evaluation, and what the corpora hand out."""
 
+import hashlib
+import json
 import math
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -362,3 +365,77 @@ def test_padding_behind_the_last_target_is_not_computed(rng):
         np.testing.assert_allclose(g, grads[1][1][name], rtol=1e-4, atol=1e-6, err_msg=name)
     nothing = trimmed(whole[0], whole[1], np.zeros_like(whole[2]))
     assert nothing[0].shape == (3, 1), "a shard without a target is still run"
+
+
+# ------------------------------------------------------------------------------- the same numbers as the plain way, kept narrowly
+def plain_windows(sources, length, stride):
+    """Every window of every source, made at once from lists: (inputs, targets, mask)."""
+    rows = []
+    for source in sources:
+        width, done = min(length, len(source) - 1), 0
+        for start in [*range(0, len(source) - 1 - width, stride), len(source) - 1 - width]:
+            ids = source[start : start + length + 1]
+            counted = [float(done - start <= i < len(ids) - 1) for i in range(length)]
+            rows.append(([*ids, *[0] * (length + 1 - len(ids))], counted))
+            done = start + width
+    ids = np.array([ids for ids, _ in rows])
+    return ids[:, :-1], ids[:, 1:], np.array([counted for _, counted in rows], np.float32)
+
+
+@pytest.mark.parametrize("top", [256, 40_000, 3_000_000_000])
+def test_texts_of_any_type_give_the_windows_and_batches_of_plain_lists(top, rng):
+    for _ in range(12):
+        sources = [rng.integers(0, top, rng.integers(2, 90)).tolist() for _ in range(rng.integers(1, 4))]
+        length = int(rng.integers(1, 40))
+        stride = int(rng.integers(1, length + 1))
+        narrow = Text([np.array(s, np.min_scalar_type(top - 1)) for s in sources])
+        wide = Text([np.array(s, np.int64) for s in sources])
+        for got, expected in zip(narrow.windows(length, stride), plain_windows(sources, length, stride), strict=True):
+            np.testing.assert_array_equal(got, expected)
+        places = narrow.examples(length)
+        assert [places[i] for i in range(len(places))] == places[:] and places[-1] == places[len(places) - 1]
+        short = min(map(len, sources)) - 1
+        if short >= 1:
+            one, other = (t.batch(np.random.default_rng(3), 5, short) for t in (narrow, wide))
+            assert all((a == b).all() and a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+        if top < 1 << 31:
+            hashed = hashlib.sha256(b"".join(np.array(s, np.int32).tobytes() + b"\0" for s in sources)).hexdigest()
+            assert narrow.fingerprint() == hashed[:16]
+
+
+@pytest.mark.parametrize("top", [256, 40_000, 100_000, 1 << 40])
+def test_pairs_in_one_array_are_the_pairs_in_lists(top, rng):
+    for _ in range(12):
+        n = rng.integers(1, 9)
+        pairs = [
+            tuple(rng.integers(0, top, rng.integers(0, 12)).tolist() for _ in range(2 * rng.integers(1, 3)))
+            for _ in range(n)
+        ]
+        pairs.append(([1], [top - 1]))
+        data = Pairs(iter(pairs))
+        assert data.pairs == pairs and list(data.pairs) == pairs and data.pairs[1:] == pairs[1:]
+        assert data.pairs != pairs[1:] and data.pairs[-1] == pairs[-1]
+        hashed = hashlib.sha256(b"".join(json.dumps(pair).encode() + b"\0" for pair in pairs)).hexdigest()
+        assert data.fingerprint() == hashed[:16]
+        length = int(rng.integers(2, 30))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inputs, targets, mask = data.windows(length)
+        for row, shifted, counted, pair in zip(inputs, targets, mask, pairs, strict=True):
+            ids = [i for part in pair for i in part]
+            learned = [k % 2 for k, part in enumerate(pair) for _ in part]
+            full = [*ids, *[0] * (length + 1)][: length + 1]
+            wanted = [*learned, *[0] * (length + 1)][1 : length + 1]
+            assert (row.tolist(), shifted.tolist(), counted.tolist()) == (full[:-1], full[1:], wanted)
+
+
+def test_a_score_is_the_same_to_the_bit_in_batches_and_from_all_windows_at_once(rng):
+    m, text = tiny.model(), Text([rng.integers(0, 256, n).astype(np.uint8) for n in (500, 40, 7)])
+    for limit in (None, 1, 17, 10_000):
+        inputs, targets, mask = (a[:limit] for a in text.windows(16))
+        nats = []
+        for i in range(0, len(inputs), 16):
+            part = train.trimmed(*(a[i : i + 16] for a in (inputs, targets, mask)))
+            nats.append(ops.softmax_cross_entropy(m(part[0]), part[1], part[2], reduction="sum").item())
+        expected = math.fsum(nats) / math.log(2) / int(mask.sum())
+        assert bits_per_byte(m, text, 16, limit=limit) == expected

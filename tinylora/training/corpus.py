@@ -138,7 +138,6 @@ class Packed(Sequence):
 
 def _extended(ids, more):
     """An array with more ids behind its own; one of the next wider type if one of them does not fit."""
-    more = list(more)
     while True:
         try:
             ids.extend(array(ids.typecode, more))

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 #: The most bytes of one value, and of one line of a file that holds one a line.
 LONGEST = 16 << 20
-_PIECE = 1 << 20
-_LONGEST_WORD = len("-Infinity")
-_SPACE = re.compile(r"[ \t\n\r]*")
+_PIECE = 1 << 18
+_TORN = len("-Infinity")  # so near to the end of what is decoded, a word or a number may be torn
+_SPACE, _COMMA = re.compile(r"[ \t\n\r]*"), re.compile(r"[ \t\n\r]*,[ \t\n\r]*")
 _DECODER = json.JSONDecoder()
 
 
@@ -75,18 +75,19 @@ class Stream:
 
     def value(self):
         """The value that begins at the next character."""
-        self.peek()
+        if self._text[self._next : self._next + 1] in " \t\n\r":  # or nothing is left of what is decoded
+            self.peek()
         while True:
             end, mistake = len(self._text), None
             try:
                 value, end = _DECODER.raw_decode(self._text, self._next)
             except json.JSONDecodeError as error:
                 mistake = NoJSON(error.msg, self._byte(error.pos))
-                if error.pos < len(self._text) - _LONGEST_WORD and not error.msg.startswith("Unterminated string"):
+                if error.pos < len(self._text) - _TORN and not error.msg.startswith("Unterminated string"):
                     raise mistake from None
             if self._last and mistake is not None:
                 raise mistake
-            if self._last or end < len(self._text):
+            if self._last or end < len(self._text) - _TORN:  # far enough for "2." not to be the begin of "2.5"
                 self._next = end
                 return value
             # It may go on behind what is decoded: that is decoded from its first character on, and then twice as much.
@@ -101,9 +102,13 @@ class Stream:
             return
         while True:
             yield self.value()
-            if self._goes_on("]"):
+            comma = _COMMA.match(self._text, self._next)
+            if comma and comma.end() < len(self._text):  # the short way, for arrays of millions
+                self._next = comma.end()
+            elif self._goes_on("]"):
                 return
-            self._expect(",", "Expecting ',' delimiter")
+            else:
+                self._expect(",", "Expecting ',' delimiter")
 
     def outline(self):
         """The value at the next character: an Array for an array, {key: value or Array} for an object."""
@@ -128,8 +133,10 @@ class Stream:
     def _array(self):
         found = Array(self.place)
         for i, element in enumerate(self.elements()):
-            found.first = element if i == 0 else found.first
-            found.numbers = found.numbers and isinstance(element, (int, float))
+            if i == 0:
+                found.first = element
+            if found.numbers and not isinstance(element, (int, float)):
+                found.numbers = False
         return found
 
     def _goes_on(self, sign):
@@ -150,10 +157,10 @@ def border(data, end):
     return next((i for i in range(end, max(end - 4, 0), -1) if data[i] & 0xC0 != 0x80), end)
 
 
-def pieces(data, start=0, stop=None, size=_PIECE):
+def pieces(data, start=0, stop=None):
     """Yield (start, end) of pieces of UTF-8 bytes, one behind the other, no character in two of them."""
     stop = len(data) if stop is None else stop
     while start < stop:
-        end = min(border(data, start + size), stop)
+        end = min(border(data, start + _PIECE), stop)
         yield start, end
         start = end
