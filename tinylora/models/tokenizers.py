@@ -30,7 +30,7 @@ _SETTINGS = {
     "add_prefix_space": optional(flag()),
     "legacy": optional(flag()),
 }
-_PIECE, _WORDS = 1 << 20, re.compile(rb"[A-Za-z] [A-Za-z]")
+_PIECE, _WORDS = 1 << 16, re.compile(rb"[A-Za-z] [A-Za-z]")
 _ASKED, _ANSWERED = "Question", "Answer"  # a conversation that shows what a template writes behind an answer
 
 

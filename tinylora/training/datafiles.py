@@ -134,17 +134,20 @@ def read_records(path, data):
             f'{path} is a table; write its rows as JSON lines, such as {{"prompt": ..., "answer": ...}}, in a .jsonl file, or name '
             "it .txt if it is running text"
         )
-    if suffix not in (*_LINES, *_ARRAY) and not _evident(data):
-        return None
     begin = _behind_space(data)
-    one_a_line = suffix in _LINES and data[begin : begin + 1] != b"["
-    return Records(partial(_lines, path, data) if one_a_line else _array(path, data))
-
-
-def _evident(data):
-    """Whether a text is JSON, be it one object or array or several in turn, or begins as files of records do."""
-    begin = _behind_space(data)
+    if suffix in _LINES and data[begin : begin + 1] != b"[":
+        return Records(partial(_lines, path, data))
     value, end = _value(data, begin)
+    if suffix not in (*_LINES, *_ARRAY) and not _evident(data, begin, value, end):
+        return None
+    return Records(_array(path, data, value, end))
+
+
+def _evident(data, begin, value, end):
+    """Whether a text is JSON, be it one object or array or several in turn, or begins as files of records do.
+
+    value, end: the `_value` at its begin
+    """
     if value is None:
         return _RECORDS.match(data[begin : border(data, begin + (1 << 20))].decode("utf-8")) is not None
     rest = _behind_space(data, end)
@@ -246,12 +249,16 @@ def _lines(path, data):
             yield where, _parsed(line, where)
 
 
-def _array(path, data):
+def _array(path, data, value, end):
     """A function that yields (where, entry) of an array, alone or under one key of an object; also of JSON lines in a file that is
-    named otherwise."""
-    stream = Stream(data)
+    named otherwise. value, end: the `_value` at its begin."""
+    stream = Stream(data, end)
+    if (
+        value is None or Stream(data).peek() not in "[{"
+    ):  # no array or object, or no JSON: that is read again for the sentence
+        stream, value = Stream(data), None
     with _read_with_care(path, data, stream):
-        value = stream.outline()
+        value = stream.outline() if value is None else value
         if isinstance(value, dict) and _behind_space(data, stream.place) < len(data):
             return partial(_lines, path, data)
         if stream.peek():
