@@ -829,7 +829,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(kind, rng, monkeypatch):
         text = "".join(
             str(w) + str(rng.choice([" ", " ", " ", "", "\n", "  "])) for w in rng.choice(words, rng.integers(1, 80))
         )
-        parts = list(t.encoded(text.encode()))
+        parts = list(t.in_pieces(text.encode()))
         assert [i for part in parts for i in part] == t.encode(text)
         pieces += len(parts)
         ids = running_text(text.encode() + b"ab", t).sources[0]
@@ -853,4 +853,4 @@ def test_what_may_not_be_cut_is_encoded_whole(monkeypatch):
     for t in (over, added, eats, lowered, BPETokenizer(crossing), cut_as("unknown"), cut_as(use_regex=False)):
         text = "a a an apple a word a a a"
         assert not vocabularies.splits_before_words(t.backend)
-        assert list(t.encoded(text.encode())) == [t.encode(text)]
+        assert list(t.in_pieces(text.encode())) == [t.encode(text)]

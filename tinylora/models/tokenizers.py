@@ -51,7 +51,7 @@ class Tokenizer:
         """The ids of a text with `front` before them; some texts write it out themselves, and then it is there once."""
         return [*(() if tuple(ids[: len(self.front)]) == self.front else self.front), *ids]
 
-    def encoded(self, data):
+    def in_pieces(self, data):
         """Yield the ids of UTF-8 bytes: a list, or one for each piece of a long text where it can be cut exactly."""
         yield self.encode(bytes(data))
 
@@ -207,7 +207,7 @@ class BPETokenizer(Tokenizer):
                 f"{self.where}: its tokenizer fails on a text of {len(text)} characters ({error})"
             ) from None
 
-    def encoded(self, data):
+    def in_pieces(self, data):
         """As `encode`, in pieces: the tokenizers package takes over a hundred bytes a token while it encodes.
 
         A piece begins with the space before a word. It is encoded behind the letter that stands before it, whose ids are left out.

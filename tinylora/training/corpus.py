@@ -305,7 +305,7 @@ def running_text(data, tokenizer):
     lengths = _lengths(tokenizer)
     if lengths is None and isinstance(tokenizer, ByteTokenizer) and not tokenizer.front:
         return Text([np.frombuffer(data, np.uint8)])
-    parts = tokenizer.encoded(data)
+    parts = tokenizer.in_pieces(data)
     return Text([_joined(itertools.chain([tokenizer.begun(next(parts))], parts))], lengths)
 
 
