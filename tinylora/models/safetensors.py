@@ -8,15 +8,18 @@ takes them one at a time. A file that is half written is the one that `files.ato
 would leave behind where it is killed, is never there.
 """
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ..dtypes import BFloat16Array, from_bfloat16_bits
-from .files import atomic, read_json, settle
+from ..dtypes import BFloat16Array, as_float32, from_bfloat16_bits
+from .fields import check, check_value, mapping, several, shown, text, whole
+from .files import _is_plain, atomic, check_regular, read_json, settle
 
 #: Wide dtypes first, which aligns all of them; in this order the safetensors package writes them too.
 _NUMPY = {
@@ -39,6 +42,12 @@ _BYTES = {name: np.dtype(kind).itemsize for name, kind in _NUMPY.items()}
 _PLACES = {name: place for place, name in enumerate(_NUMPY)}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 20  # elements widened at a time
+
+_LONGEST_HEADER = 32 << 20  # bytes: some 200,000 tensors
+_MOST_SHARDS = 4096
+_ENTRY = {"dtype": text(16), "shape": several(whole(), most=16), "data_offsets": several(whole(), most=2)}
+_METADATA = mapping(text(_LONGEST_HEADER))
+_WEIGHT_MAP = mapping(text(255))
 
 
 def save_safetensors(path, tensors, metadata=None):
@@ -95,16 +104,20 @@ class Safetensors(Mapping):
         8 bytes: n, little-endian · n bytes of JSON: {name: {dtype, shape, data_offsets: [begin, end)}} · the data
 
     Opening reads the header only, and checks it whole: the tensors must fill the rest of the file exactly, without gaps
-    or overlaps. ValueError says what is wrong; nothing has been loaded then.
+    or overlaps. ValueError says what is wrong; nothing has been loaded then. Every later read opens the file again, and it
+    must still be the one whose header was read.
     """
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} does not exist")
+        check_regular(self.path)
         try:
-            self._entries, self.metadata, self._start = _read_header(self.path)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            with open(self.path, "rb") as f:
+                self._file = identity(f)
+                self._entries, self.metadata = _read_header(f)
+        except RecursionError:
+            raise ValueError(f"{self.path} is not a whole safetensors file (its header is nested too deeply)") from None
+        except ValueError as error:
             raise ValueError(
                 f"{self.path} is not a whole safetensors file ({error}); it may be truncated or corrupted"
             ) from None
@@ -132,8 +145,7 @@ class Safetensors(Mapping):
     def __getitem__(self, name):
         kind, shape, begin = self._entries[name]
         array = np.empty(math.prod(shape), _NUMPY[kind])
-        with open(self.path, "rb") as f:
-            f.seek(begin)
+        with reopened(self.path, self._file, begin) as f:
             self._fill(f, array, name)
         array = array.reshape(shape)
         return BFloat16Array(array) if kind == "BF16" else array
@@ -143,7 +155,8 @@ class Safetensors(Mapping):
         return self._entries[name][0] in _FLOATS
 
     def float32(self, name):
-        """A tensor as a float32 array of its own; a 16-bit one is widened piece by piece, so that it lies in memory once."""
+        """A tensor as a float32 array of its own; a 16-bit one is widened piece by piece, so that it lies in memory once. ValueError
+        for NaN and Inf."""
         shape, start = self._entries[name][1], 0
         out = np.empty(math.prod(shape), np.float32)
         for piece in self.pieces(name):
@@ -152,17 +165,18 @@ class Safetensors(Mapping):
         return out.reshape(shape)
 
     def pieces(self, name):
-        """The numbers of a tensor in order, as float32 arrays (n,) of at most _PIECE elements."""
+        """The numbers of a tensor in order, as float32 arrays (n,) of at most _PIECE elements; ValueError where one is not finite."""
         kind, shape, begin = self._entries[name]
         if kind not in _FLOATS:
             raise ValueError(f"{self.path}: tensor {name} has dtype {kind}, expected floats")
         size = math.prod(shape)
-        with open(self.path, "rb") as f:
-            f.seek(begin)
+        with reopened(self.path, self._file, begin) as f:
             for start in range(0, size, _PIECE):
                 piece = np.empty(min(_PIECE, size - start), _NUMPY[kind])
                 self._fill(f, piece, name)
-                yield from_bfloat16_bits(piece) if kind == "BF16" else piece.astype(np.float32, copy=False)
+                with np.errstate(over="ignore"):  # what only a float64 holds is told apart next
+                    wide = from_bfloat16_bits(piece) if kind == "BF16" else piece.astype(np.float32, copy=False)
+                yield check_finite(wide, self.path, name)
 
     def _fill(self, f, array, name):
         if f.readinto(array.view(np.uint8)) != array.nbytes:
@@ -203,25 +217,37 @@ class Sharded(Mapping):
         return self._shards[name].pieces(name)
 
 
-def _read_header(path):
-    """({name: (dtype, shape, place in the file)}, metadata, where the data starts) of a safetensors file."""
-    size = path.stat().st_size
+def identity(f):
+    """What tells an open file from another one, and from itself after it was written to."""
+    found = os.fstat(f.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def reopened(path, known, place):
+    """A file, opened again at a place; ValueError if another one has taken its name since `identity` was `known`, or it was written to."""
     with open(path, "rb") as f:
-        start = 8 + int.from_bytes(f.read(8), "little")
-        if not 10 <= start <= size:
-            raise ValueError(f"{size} bytes, of which the header should be {start}")
-        header = json.loads(f.read(start - 8), object_pairs_hook=_once)
+        if identity(f) != known:
+            raise ValueError(f"{path}: the file changed after it was opened; open it again")
+        f.seek(place)
+        yield f
+
+
+def _read_header(f):
+    """({name: (dtype, shape, place in the file)}, metadata) of an open safetensors file."""
+    size = os.fstat(f.fileno()).st_size
+    start = 8 + int.from_bytes(f.read(8), "little")
+    if not 10 <= start <= size:
+        raise ValueError(f"{size} bytes, of which the header should be {start}")
+    if start > _LONGEST_HEADER:
+        raise ValueError(f"its header should be {start} bytes; expected at most {_LONGEST_HEADER}")
+    header = json.loads(f.read(start - 8), object_pairs_hook=_once)
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = check_value(header.pop("__metadata__", None) or {}, _METADATA, "the header", "__metadata__")
     entries, spans = {}, []
     for name in sorted(header):
-        kind, shape = header[name]["dtype"], tuple(header[name]["shape"])
-        begin, end = header[name]["data_offsets"]
-        if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
-            raise ValueError(f"{name}: shape {shape}, data_offsets {begin}, {end}")
-        if kind in _BYTES and end - begin != math.prod(shape) * _BYTES[kind]:
-            raise ValueError(f"{name}: {end - begin} bytes are not {kind} of shape {shape}")
+        kind, shape, (begin, end) = _entry(name, header[name])
         entries[name] = (kind, shape, start + begin)
         spans.append((begin, end))
     here = 0
@@ -231,15 +257,53 @@ def _read_header(path):
         here = end
     if start + here != size:
         raise ValueError(f"it has {size} bytes, its header speaks of {start + here}")
-    return entries, metadata, start
+    return entries, metadata
+
+
+def _entry(name, entry):
+    """(dtype, shape, (begin, end)) of a tensor as the header describes it."""
+    if not name.isprintable():
+        raise ValueError(f"a tensor is named {shown(name)}; expected a name that can be printed")
+    check(entry, _ENTRY, f"tensor {name}", required=tuple(_ENTRY))
+    kind, shape, span = entry["dtype"], tuple(entry["shape"]), tuple(entry["data_offsets"])
+    if len(span) != 2 or span[1] < span[0]:
+        raise ValueError(f"tensor {name}: data_offsets = {shown(span)}, expected where it begins and where it ends")
+    if kind in _BYTES and span[1] - span[0] != math.prod(shape) * _BYTES[kind]:
+        raise ValueError(f"tensor {name}: {span[1] - span[0]} bytes are not {kind} of shape {shown(shape)}")
+    return kind, shape, span
 
 
 def _once(pairs):
     """A JSON object whose keys are all different."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name occurs twice")
+    found = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {shown(name)} occurs twice")
+        found[name] = value
     return found
+
+
+def is_finite(x):
+    """Whether all numbers of a float array or BFloat16Array are finite."""
+    for start in range(0, len(flat := _flat(x)), _PIECE):
+        a = flat[start : start + _PIECE]
+        a = from_bfloat16_bits(a) if isinstance(x, BFloat16Array) else a
+        with np.errstate(all="ignore"):
+            if not np.isfinite(a.dot(a)) and not np.isfinite(a).all():  # a large sum of squares alone says nothing
+                return False
+    return True
+
+
+def _flat(x):
+    return (x.bits if isinstance(x, BFloat16Array) else x).reshape(-1)
+
+
+def check_finite(x, where, name):
+    """`x`, a float array or BFloat16Array, if all its numbers are finite; ValueError names the file and the tensor if one is not."""
+    if not is_finite(x):
+        what = "NaN" if np.isnan(as_float32(x)[0]).any() else "Inf"
+        raise ValueError(f"{where}: {name} holds {what}; expected finite numbers")
+    return x
 
 
 def open_folder(folder):
@@ -247,19 +311,36 @@ def open_folder(folder):
     folder = Path(folder)
     settle(folder)
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
+    if os.path.lexists(folder / "model.safetensors") or not index.is_file():
         return Safetensors(folder / "model.safetensors")
-    where = read_json(index).get("weight_map")
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
-        raise ValueError(f"{index}: expected a weight_map from names to files")
-    opened = [Safetensors(folder / name) for name in sorted(set(where.values()))]
-    shards = {name: shard for shard in opened for name in shard}
-    shards |= {name: shard for shard in opened for name in shard if where.get(name) == shard.path.name}
-    if missing := sorted(set(where) - set(shards)):
-        raise ValueError(
-            f"{folder}: {len(missing)} tensors of the index are in none of its files, the first is {missing[0]}"
-        )
+    listed = _weight_map(index)
+    opened = {name: Safetensors(folder / name) for name in sorted(set(listed.values()))}
+    shards = {}
+    for shard in opened.values():
+        for name in shard:
+            if name in shards and name not in listed:
+                raise ValueError(
+                    f"{shard.path}: {name} lies in {shards[name].path} too, and {index.name} lists neither"
+                )
+            shards[name] = shard
+    for name, file in listed.items():
+        if name not in opened[file]:
+            raise ValueError(f"{index}: weight_map says that {shown(name)} is in {file}, which does not hold it")
+        shards[name] = opened[file]
     return Sharded(shards)
+
+
+def _weight_map(index):
+    """{tensor: file} of an index, in which each file is one of the index's own folder."""
+    listed = check(read_json(index), {"weight_map": _WEIGHT_MAP}, index, required=("weight_map",))["weight_map"]
+    for name, file in listed.items():
+        if not (_is_plain(file) and file.isprintable() and file.endswith(".safetensors")):
+            raise ValueError(
+                f"{index}: weight_map.{shown(name)} = {shown(file)}, expected the name of a .safetensors file beside the index"
+            )
+    if not 0 < len(set(listed.values())) <= _MOST_SHARDS:
+        raise ValueError(f"{index}: weight_map names {len(set(listed.values()))} files, expected 1 to {_MOST_SHARDS}")
+    return listed
 
 
 def load_safetensors(path):
