@@ -20,6 +20,7 @@ scaling, a file that is cut short. llama.cpp does not look at a llama's `attenti
 """
 
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -28,9 +29,15 @@ from pathlib import Path
 import numpy as np
 
 from . import rope
+from .fields import check_value, number, one_of, shown, whole
+from .files import check_regular
+from .safetensors import check_finite, identity, reopened
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
+#: What a header may hold: entries and tensors, bytes of a text, and values in all arrays together (a large vocabulary has 850,000).
+_MOST_ENTRIES, _LONGEST_TEXT, _MOST_VALUES = 1 << 16, 1 << 24, 1 << 21
+_COUNT, _POSITIVE = whole(1, (1 << 31) - 1), number(above=0, high=3e38)
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _PIECE = 1 << 22  # bytes dequantized at a time
 
@@ -66,19 +73,22 @@ class GGUF(Mapping):
 
     def __init__(self, path):
         self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"{self.path} does not exist")
+        check_regular(self.path)
         self._package = _package()
         try:
-            self.fields, tensors = _read_header(self.path)
+            with open(self.path, "rb") as f:
+                self._file = identity(f)
+                self.fields, tensors = _read_header(f)
         except (ValueError, struct.error, OverflowError, MemoryError) as error:
             raise ValueError(f"{self.path} is not a whole GGUF file ({error})") from None
         self._family = self.fields.get("general.architecture")
         if self._family not in ARCHITECTURES:
             known = ", ".join(map(repr, ARCHITECTURES))
-            raise ValueError(f"{self.path}: the architecture is {self._family!r}, tinylora reads {known}")
+            raise ValueError(
+                f"{self.path}: the architecture is {shown(self._family)} (general.architecture), tinylora reads {known}"
+            )
         if (found := self.fields.get("general.type", "model")) != self.holds:
-            raise ValueError(f"{self.path}: general.type is {found!r}, expected {self.holds!r}")
+            raise ValueError(f"{self.path}: general.type is {shown(found)}, expected {self.holds!r}")
         self._tensors = {self._rename(name): tensor for name, tensor in tensors.items()}
         self._check_types()
         divisors = self._read(_FREQUENCIES) if _FREQUENCIES in self._tensors else None
@@ -111,23 +121,33 @@ class GGUF(Mapping):
         out = self._read(name)
         for which, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
             if self._family == "llama" and f".{which}." in name:
-                out = halves(out, self.config[heads])
+                try:
+                    out = halves(out, self.config[heads])
+                except ValueError as error:
+                    raise ValueError(f"{self.path}: {name}: {error}") from None
         return out
 
     def _read(self, name):
-        """A tensor as it lies in the file, dequantized."""
+        """A tensor as it lies in the file, dequantized; ValueError for NaN and Inf."""
         shape, kind, place = self._tensors[name]
         kind = self._package.GGMLQuantizationType(kind)
         out = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
         row = self._row_bytes(shape, kind)
         step = max(_PIECE // max(row, 1), 1)
-        with open(self.path, "rb") as f:
-            f.seek(place)
+        with reopened(self.path, self._file, place) as f:
             for start in range(0, len(out), step):
                 raw = np.empty((min(step, len(out) - start), row), np.uint8)
                 if f.readinto(raw) != raw.nbytes:
                     raise ValueError(f"{self.path}: tensor {name} ends too early; the file changed after it was opened")
-                out[start : start + len(raw)] = self._package.dequantize(raw, kind)
+                part = out[start : start + len(raw)]
+                try:
+                    with np.errstate(all="ignore"):  # of numbers that are refused in the next line
+                        part[:] = self._package.dequantize(raw, kind)
+                except Exception as error:  # of another package, in whatever it meets
+                    raise ValueError(
+                        f"{self.path}: tensor {name} of type {kind.name} was not dequantized: {error!r}"
+                    ) from None
+                check_finite(part, self.path, name)
         return out.reshape(shape)
 
     def float32(self, name):
@@ -136,7 +156,7 @@ class GGUF(Mapping):
     def _rename(self, name):
         if name == _FREQUENCIES:
             return name
-        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        match = re.fullmatch(r"(?:blk\.(0|[1-9][0-9]{0,5})\.)?(\w+)\.(weight|bias)", name)
         ours = _NAMES.get(match[2]) if match else None
         in_block = ours is not None and not ours.startswith(("model.", "lm_head"))
         if ours is None or in_block != (match[1] is not None):
@@ -159,9 +179,9 @@ class GGUF(Mapping):
                     f"{self.path}: tensor {name} is of type {self._type_name(code)}, which the gguf package cannot dequantize"
                 )
             block = self._package.GGML_QUANT_SIZES[kind][0]
-            if not shape or shape[-1] % block:
+            if not shape or 0 in shape or shape[-1] % block:
                 raise ValueError(
-                    f"{self.path}: tensor {name} of shape {shape} is not made of {kind.name} blocks of {block}"
+                    f"{self.path}: tensor {name} of shape {shown(shape)} is not made of {kind.name} blocks of {block}"
                 )
             spans.append((place, place + math.prod(shape[:-1]) * self._row_bytes(shape, kind), name))
         for (_, end, name), (begin, _, after) in zip(sorted(spans), [*sorted(spans)[1:], (size, 0, "")], strict=True):
@@ -186,23 +206,21 @@ class GGUF(Mapping):
             return None
         return kind
 
-    def _field(self, name, default=None, kind=int):
-        """A positive number of the header."""
-        value = self.fields.get(f"{self._family}.{name}", default)
-        if type(value) not in (int, kind) or not value > 0:
-            raise ValueError(f"{self.path}: {self._family}.{name} is {value!r}, expected a positive number")
-        return value
+    def _field(self, name, default=None, kind=_COUNT):
+        """A number of the header: by default a whole one, 1 or more."""
+        name = f"{self._family}.{name}"
+        return check_value(self.fields.get(name, default), kind, self.path, name)
 
     def _or_one(self, name):
         """A positive number of the header; 1 where it is not there, or 0, which says nothing."""
-        return self._field(name, kind=float) if self.fields.get(f"{self._family}.{name}") else 1.0
+        return self._field(name, kind=_POSITIVE) if self.fields.get(f"{self._family}.{name}") else 1.0
 
     def _expect(self, expected):
         """{entry: (the value that it must have if it is there, what that means)}"""
         for name, (value, what) in expected.items():
             found = self.fields.get(f"{self._family}.{name}", value)
             if found != value:
-                raise ValueError(f"{self.path}: {self._family}.{name} is {found!r}; expected {what}")
+                raise ValueError(f"{self.path}: {self._family}.{name} is {shown(found)}; expected {what}")
 
     def _config(self, divisors):
         field = self._field
@@ -219,8 +237,8 @@ class GGUF(Mapping):
                 "embedding_scale": (1.0, "embeddings that are not scaled"),
             }
         )
-        scale = self._field("attention.scale", kind=float) if self.fields.get(f"{self._family}.attention.scale") else 0
-        if scale and abs(scale * math.sqrt(head_dim) - 1) > 1e-3:
+        scale = self.fields.get(f"{self._family}.attention.scale")  # 0 says nothing
+        if scale and abs(self._field("attention.scale", kind=_POSITIVE) * math.sqrt(head_dim) - 1) > 1e-3:
             raise ValueError(f"{self.path}: {self._family}.attention.scale is {scale}, expected 1/√{head_dim}")
         if "model.embed_tokens.weight" not in self._tensors:
             raise ValueError(f"{self.path} holds no token_embd.weight")
@@ -236,7 +254,7 @@ class GGUF(Mapping):
             "eos_token_id": ends if len(ends) > 1 else (ends or [None])[0],
             "pad_token_id": pad,
         }
-        theta = _shortest(field("rope.freq_base", 10000.0, kind=float))
+        theta = _shortest(field("rope.freq_base", 10000.0, kind=_POSITIVE))
         return {
             "model_type": self._family,
             "vocab_size": self._tensors["model.embed_tokens.weight"][0][0],
@@ -246,7 +264,7 @@ class GGUF(Mapping):
             "num_attention_heads": heads,
             "num_key_value_heads": field("attention.head_count_kv", heads),
             "max_position_embeddings": field("context_length"),
-            "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon", kind=float)),
+            "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon", kind=_POSITIVE)),
             "rope_theta": theta,
             "rope_scaling": self._scaling(divisors, theta, head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
@@ -266,7 +284,7 @@ class GGUF(Mapping):
         n = len(tokens) if isinstance(tokens, list) else self._tensors["model.embed_tokens.weight"][0][0]
         if type(i) is not int or not 0 <= i < n:
             raise ValueError(
-                f"{self.path}: tokenizer.ggml.{name}_token_id is {i!r}, and there are {n} tokens, counted from 0"
+                f"{self.path}: tokenizer.ggml.{name}_token_id is {shown(i)}, and there are {n} tokens, counted from 0"
             )
         return i
 
@@ -285,7 +303,9 @@ class GGUF(Mapping):
         """rope_scaling as a config.json has it: llama.cpp takes a factor whose type is not said for "linear"."""
         kind = self.fields.get(f"{self._family}.rope.scaling.type", "linear")
         if kind not in ("none", "linear"):
-            raise ValueError(f"{self.path}: {self._family}.rope.scaling.type is {kind!r}; expected 'linear' or 'none'")
+            raise ValueError(
+                f"{self.path}: {self._family}.rope.scaling.type is {shown(kind)}; expected 'linear' or 'none'"
+            )
         self._expect({"rope.scaling.attn_factor": (1.0, "attention that is not scaled")})
         factor = _shortest(self._or_one("rope.scaling.factor"))
         factor = _shortest(self._or_one("rope.scale_linear")) if factor == 1 else factor  # its name in older files
@@ -333,37 +353,33 @@ def _package(what="reading"):
 
 
 # ---------------------------------------------------------------------------------------------------------------- header
-def _read_header(path):
-    """({name: value}, {name: (shape, type, place in the file)}) of a GGUF file, versions 2 and 3, little-endian."""
-    with open(path, "rb") as f:
-        source = _Bytes(f, path.stat().st_size)
-        if source.take(4) != b"GGUF":
-            raise ValueError("it does not begin with GGUF")
-        version, tensors, entries = source.number("<I"), *source.numbers("<Q", 2)
-        if version in (2 << 24, 3 << 24):
-            raise ValueError("it is big-endian: its numbers begin with their highest byte, expected the lowest")
-        if version not in (2, 3):
-            raise ValueError(f"version {version}, expected 2 or 3, little-endian")
-        fields = {}
-        for _ in range(entries):
-            name = source.string()
-            if name in fields:
-                raise ValueError(f"the entry {name} occurs twice")
-            fields[name] = source.value(source.number("<I"))
-        found = {}
-        for _ in range(tensors):
-            name = source.string()
-            if name in found:
-                raise ValueError(f"the tensor {name} occurs twice")
-            count = source.number("<I")
-            if count > 8:
-                raise ValueError(f"tensor {name} has {count} dimensions")
-            shape = tuple(reversed(source.numbers("<Q", count)))  # GGUF counts from the fastest dimension
-            found[name] = (shape, source.number("<I"), source.number("<Q"))
-        alignment = fields.get("general.alignment", 32)
-        if type(alignment) is not int or alignment < 1:
-            raise ValueError(f"general.alignment is {alignment!r}")
-        start = -(-f.tell() // alignment) * alignment
+def _read_header(f):
+    """({name: value}, {name: (shape, type, place in the file)}) of an open GGUF file, versions 2 and 3, little-endian."""
+    source = _Bytes(f, os.fstat(f.fileno()).st_size)
+    if source.take(4) != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    version, tensors, entries = source.number("<I"), *source.numbers("<Q", 2)
+    if version in (2 << 24, 3 << 24):
+        raise ValueError("it is big-endian: its numbers begin with their highest byte, expected the lowest")
+    if version not in (2, 3):
+        raise ValueError(f"version {version}, expected 2 or 3, little-endian")
+    if max(tensors, entries) > _MOST_ENTRIES:
+        raise ValueError(f"{entries} entries and {tensors} tensors, expected at most {_MOST_ENTRIES} of each")
+    fields = {}
+    for _ in range(entries):
+        name = source.name(fields, "entry")
+        fields[name] = source.value(name, source.number("<I"))
+    found = {}
+    for _ in range(tensors):
+        name = source.name(found, "tensor")
+        count = source.number("<I")
+        if count > 8:
+            raise ValueError(f"tensor {name} has {count} dimensions")
+        shape = tuple(reversed(source.numbers("<Q", count)))  # GGUF counts from the fastest dimension
+        found[name] = (shape, source.number("<I"), source.number("<Q"))
+    alignment = fields.get("general.alignment", 32)
+    check_value(alignment, one_of(*(1 << i for i in range(21))), "its header", "general.alignment")
+    start = -(-f.tell() // alignment) * alignment
     for name, (_, _, offset) in found.items():
         if offset % alignment:
             raise ValueError(f"tensor {name} lies at byte {offset}, not a multiple of {alignment}")
@@ -374,7 +390,7 @@ class _Bytes:
     """A file read from the front that says where it ended, and never asks for more than is left."""
 
     def __init__(self, file, size):
-        self.file, self.left = file, size
+        self.file, self.left, self.values = file, size, _MOST_VALUES
 
     def take(self, n):
         if n > self.left:
@@ -390,18 +406,36 @@ class _Bytes:
         return self.numbers(kind, 1)[0]
 
     def string(self):
-        return self.take(self.number("<Q")).decode("utf-8")
+        n = self.number("<Q")
+        if self.left >= n > _LONGEST_TEXT:
+            raise ValueError(f"a text of {n} bytes, expected at most {_LONGEST_TEXT}")
+        return self.take(n).decode("utf-8")
 
-    def value(self, kind):
-        if kind == _STRING:
-            return self.string()
-        if kind in _SCALARS:
-            return self.number(_SCALARS[kind])
+    def name(self, taken, what):
+        """The name of an entry or a tensor, which is none of those that are taken."""
+        name = self.string()
+        if not name.isprintable():
+            raise ValueError(f"the {what} {shown(name)} has a name that cannot be printed")
+        if name in taken:
+            raise ValueError(f"the {what} {shown(name)} occurs twice")
+        return name
+
+    def value(self, name, kind):
+        """The value of an entry; ValueError for NaN, which no entry means."""
         if kind != _ARRAY:
-            raise ValueError(f"a value is of type {kind}, which GGUF does not have")
-        inner, n = self.number("<I"), self.number("<Q")
-        if inner in _SCALARS:
-            return self.numbers(_SCALARS[inner], n)
-        if inner != _STRING:
-            raise ValueError(f"an array holds values of type {inner}")
-        return [self.string() for _ in range(n)]
+            return self._values(name, kind, 1)[0]
+        kind, n = self.number("<I"), self.number("<Q")
+        if n <= self.left and n > self.values:
+            raise ValueError(f"{name} brings the values of its arrays to more than {_MOST_VALUES}")
+        self.values -= n
+        return self._values(name, kind, n)
+
+    def _values(self, name, kind, n):
+        if kind == _STRING:
+            return [self.string() for _ in range(n)]
+        if kind not in _SCALARS:
+            raise ValueError(f"{name} is of type {kind}, which is none that is read")
+        found = self.numbers(_SCALARS[kind], n)
+        if any(x != x for x in found):
+            raise ValueError(f"{name} holds NaN; expected a number")
+        return found

@@ -35,7 +35,7 @@ from .llama import Llama, _open
 
 #: What --type may be: the type of the matrices, the number by which llama.cpp knows such a file, and the largest weight it holds.
 TYPES = {
-    "f32": ("F32", 0, math.inf),
+    "f32": ("F32", 0, float(np.finfo(np.float32).max)),
     "f16": ("F16", 1, 65504.0),
     "q8_0": ("Q8_0", 7, 127 * 65504.0),
     "bf16": ("BF16", 32, 255 * 2.0**120),
@@ -270,7 +270,10 @@ def _packed(package, name, w, shape, kind):
     largest = max(w.max(), -w.min())
     limit = next(limit for known, _, limit in TYPES.values() if known == kind)
     if not largest <= limit:
-        what = "NaN" if np.isnan(largest) else f"{largest:g}, and {kind} ends at {limit:g}: take another type"
+        what = f"{largest:g}, and {kind} ends at {limit:g}: take another type"
+        what = (
+            ("NaN" if np.isnan(largest) else "Inf") + "; expected finite numbers" if not np.isfinite(largest) else what
+        )
         raise ValueError(f"{name} holds {what}")
     with np.errstate(all="ignore"):  # the package divides blocks of zeros by 0, and then sets them to 0
         return package.quantize(w, package.GGMLQuantizationType[kind])
