@@ -154,7 +154,8 @@ def options(config, tensors, where):
             f"{where} says load_in_8bit and holds no 8-bit weight (matrices of int8, each with its {_SCALES}); expected what "
             "transformers writes without llm_int8_has_fp16_weight"
         )
-    return {"threshold": given.get("llm_int8_threshold", 6.0)}
+    threshold = given.get("llm_int8_threshold")
+    return {"threshold": 6.0 if threshold is None else threshold}
 
 
 def to_tensors(name, w):
@@ -185,8 +186,10 @@ def from_tensors(name, tensors, where="the file"):
         fault = f"expected {path}{_SCALES} as {len(codes)} float32, one for each row"
     elif not np.isfinite(scales).all() or (scales < 0).any():
         fault = f"{path}{_SCALES} holds a scale that is negative, Inf or NaN"
-    elif order is not None and np.asarray(order).any():
-        fault = f"{path}{_FORMAT} is {int(np.asarray(order).max())}; only 0, row by row, is read"
+    elif order is not None and (order.shape not in ((), (1,)) or order.dtype != np.uint8):
+        fault = f"expected {path}{_FORMAT} as one uint8"
+    elif order is not None and order.any():
+        fault = f"{path}{_FORMAT} is {int(order.max())}; only 0, row by row, is read"
     if fault:
         raise ValueError(f"{where}: the 8-bit weight {name} is incomplete or damaged ({fault})")
     return VectorwiseInt8(codes, scales, "float16")

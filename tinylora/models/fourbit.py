@@ -13,19 +13,28 @@ dequantizing with another map would be wrong.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 from .. import codebooks
-from ..backend import move
+from ..backend import array_module, move
 from ..dtypes import BFloat16Array
 from ..quant import DoubleQuantized, QuantizedTensor
 from . import files
+from .fields import check, fields, flag, number, one_of, optional, several, shown, text, whole
 
 _BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_SAID = {
+    "quant_type": one_of("nf4", "fp4"),
+    "blocksize": one_of(*_BLOCKSIZES),
+    "dtype": one_of("float32", "float16", "bfloat16"),
+    "shape": several(whole(0, 1 << 48), most=8),
+}
+_SAID_OF_NESTED = {"nested_blocksize": whole(1, 4096), "nested_offset": number(-3e38, 3e38)}
 
 
 # ---------------------------------------------------------------------------------------------------------------- one weight
@@ -61,11 +70,12 @@ def from_tensors(name, tensors, where="the file"):
     if len(keys) != 1:
         raise ValueError(f"{where}: expected one {name}{_STATE}nf4 or …fp4, found {len(keys)}")
     try:
-        state = json.loads(tensors.pop(keys[0]).tobytes())
+        state = json.loads(_bytes(tensors.pop(keys[0])).tobytes())
         parts = {part: tensors.pop(f"{name}.{part}") for part in _PARTS if f"{name}.{part}" in tensors}
         q = _read(state, parts, _bytes(tensors.pop(name)))
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise ValueError(f"{where}: the 4-bit weight {name} is incomplete or damaged ({error})") from None
+    except (KeyError, ValueError, RecursionError) as error:
+        what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{where}: the 4-bit weight {name} is incomplete or damaged ({what})") from None
     if keys[0] != f"{name}{_STATE}{q.code_name}":
         raise ValueError(f"{where}: {keys[0]} says {q.code_name} inside")
     return q
@@ -73,36 +83,56 @@ def from_tensors(name, tensors, where="the file"):
 
 def _read(state, parts, packed):
     """A QuantizedTensor from the JSON and the arrays of one weight; everything is checked before it is believed."""
-    kind, blocksize, shape = (
-        state["quant_type"],
-        _whole(state["blocksize"], 1),
-        tuple(_whole(n, 0) for n in state["shape"]),
-    )
-    size = int(np.prod(shape, dtype=np.int64))
+    check(state, _SAID, "quant_state", required=tuple(_SAID))
+    kind, blocksize, shape, dtype = state["quant_type"], state["blocksize"], tuple(state["shape"]), state["dtype"]
+    size = math.prod(shape)
     blocks = -(-size // blocksize)
-    if kind not in ("nf4", "fp4") or state["dtype"] not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"it says quant_type {kind!r}, blocksize {blocksize}, dtype {state['dtype']!r}")
     nested = "nested_absmax" in parts
     _expect(packed, "the weight", (size + 1) // 2, np.uint8)
     _expect(parts["quant_map"], "quant_map", 16, np.float32)
     _expect(parts["absmax"], "absmax", blocks, np.uint8 if nested else np.float32)
     absmax, code = parts["absmax"], _same_or(codebooks.get(kind)[1], parts["quant_map"])
-    if not nested:
-        return QuantizedTensor(packed, absmax, code, kind, blocksize, shape, state["dtype"])
-    second, offset = _whole(state["nested_blocksize"], 1), np.float32(float(state["nested_offset"]))
-    if not np.isfinite(offset):
-        raise ValueError(f"nested_offset is {offset}")
+    constants = _nested(state, parts, blocks) if nested else _positive(absmax, "absmax")
+    q = QuantizedTensor(packed, constants, code, kind, blocksize, shape, dtype)
+    check_finite(q, "the weight")
+    return q
+
+
+def _nested(state, parts, blocks):
+    """The constants of a weight with double quantization."""
+    check(state, _SAID_OF_NESTED, "quant_state", required=tuple(_SAID_OF_NESTED))
+    second, offset = state["nested_blocksize"], np.float32(state["nested_offset"])
     _expect(parts["nested_quant_map"], "nested_quant_map", 256, np.float32)
     _expect(parts["nested_absmax"], "nested_absmax", -(-blocks // second), np.float32)
-    nested_code = _same_or(codebooks.get_nested("dynamic8"), parts["nested_quant_map"])
-    constants = DoubleQuantized(absmax, parts["nested_absmax"], offset, nested_code, second)
-    return QuantizedTensor(packed, constants, code, kind, blocksize, shape, state["dtype"])
+    code = _same_or(codebooks.get_nested("dynamic8"), parts["nested_quant_map"])
+    return DoubleQuantized(parts["absmax"], _positive(parts["nested_absmax"], "nested_absmax"), offset, code, second)
 
 
-def _whole(n, least):
-    if type(n) is not int or not least <= n < 1 << 48:
-        raise ValueError(f"expected a whole number, {least} or more, found {n!r}")
-    return n
+def _positive(array, what):
+    if not (array >= 0).all():
+        raise ValueError(f"{what}: holds NaN or a negative number; expected what is 0 or more")
+    return array
+
+
+def check_finite(w, name):
+    """ValueError if a weight in 4 bits stands for NaN or Inf anywhere: in its constants, or where they are multiplied by the code."""
+    if isinstance(w, QuantizedTensor) and not (_finite(w, _bound(w)) or _finite(w, w.absmax)):
+        raise ValueError(f"{name}: its absmax and its code stand for numbers that float32 does not hold")
+
+
+def _bound(q):
+    """What no absmax of a weight exceeds, without restoring each of them: max |d| · max |n| + |μ|. (1,)"""
+    if not q.double_quant:
+        return q.constants
+    c, xp = q.constants, array_module(q.packed)
+    with np.errstate(all="ignore"):
+        return (xp.abs(c.code).max() * xp.abs(c.absmax).max(initial=np.float32(0)) + abs(c.offset)).reshape(1)
+
+
+def _finite(q, absmax):
+    xp = array_module(q.packed)
+    with np.errstate(all="ignore"):
+        return bool(xp.isfinite(xp.abs(absmax).max(initial=np.float32(0)) * xp.abs(q.code).max()))
 
 
 def _expect(array, what, length, dtype):
@@ -128,6 +158,22 @@ def _same_or(ours, theirs):
 #: What the sentences about other folders end with.
 OPENS = "tinylora opens dense folders, folders in bitsandbytes' 4 or 8 bits and GGUF files"
 
+#: What `quantization_config` may say that is looked at.
+QUANTIZATION = {
+    "quant_method": optional(text(100)),
+    "load_in_4bit": optional(flag()),
+    "load_in_8bit": optional(flag()),
+    "_load_in_4bit": optional(flag()),
+    "_load_in_8bit": optional(flag()),
+    "bnb_4bit_quant_type": optional(text(100)),
+    "bnb_4bit_use_double_quant": optional(flag()),
+    "bnb_4bit_compute_dtype": optional(text(100)),
+    "bnb_4bit_quant_storage": optional(text(100)),
+    "llm_int8_skip_modules": optional(several(text())),
+    "llm_int8_threshold": optional(number(0)),
+    "llm_int8_has_fp16_weight": optional(flag()),
+}
+
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
@@ -143,18 +189,26 @@ def held(path):
     files.settle(folder)
     if not (folder / "config.json").is_file():
         return "dense"
-    config = files.read_json(folder / "config.json")
-    said = [config[key] for key in ("quantization_config", "compression_config") if config.get(key)]
-    methods = [entry.get("quant_method") if isinstance(entry, dict) else entry for entry in said]
-    methods += ["mlx"] * bool(config.get("quantization"))
-    methods += [method for name, method in _BESIDE.items() if (folder / name).is_file()]
+    where = folder / "config.json"
+    config = files.read_json(where)
+    said = {}
+    for key in ("quantization_config", "compression_config"):
+        if type(config.get(key)) is not str:  # an old spelling gives the method alone
+            check(config, {key: optional(fields(QUANTIZATION))}, where)
+        if config.get(key) not in (None, {}):
+            said[key] = config[key]
+    methods = [(f"{where}: {key} says that", e if type(e) is str else e.get("quant_method")) for key, e in said.items()]
+    methods += [(f"{where}: quantization says that", "mlx")] * bool(config.get("quantization"))
+    methods += [(f"{folder / name}:", method) for name, method in _BESIDE.items() if (folder / name).is_file()]
     if not methods:
         return "dense"
-    if said and isinstance(said[0], dict) and methods[0] in (None, "bitsandbytes"):
+    first = next(iter(said.values()), None)
+    if type(first) is dict and methods[0][1] in (None, "bitsandbytes"):
         for bits in ("4bit", "8bit"):
-            if said[0].get(f"load_in_{bits}") or said[0].get(f"_load_in_{bits}"):
+            if first.get(f"load_in_{bits}") or first.get(f"_load_in_{bits}"):
                 return bits
-    raise ValueError(f"{folder}: its weights are quantized by {methods[0] or 'a method without a name'!r}; {OPENS}")
+    says, method = methods[0]
+    raise ValueError(f"{says} its weights are quantized by {shown(method or 'a method without a name')}; {OPENS}")
 
 
 def is_quantized(path):
