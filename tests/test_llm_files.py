@@ -74,7 +74,7 @@ def test_each_tensor_is_read_when_it_is_asked_for(tmp_path, rng):
         opened.float32("i")
     data = (tmp_path / "x").read_bytes()
     (tmp_path / "x").write_bytes(data[:-100] + b"")
-    with pytest.raises(ValueError, match="ends too early; the file changed"):
+    with pytest.raises(ValueError, match="the file changed after it was opened"):
         [opened[name] for name in opened]
 
 
@@ -159,11 +159,11 @@ def test_an_index_that_is_wrong(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     right = json.loads(index.read_text())
     files.write_json(index, {"weight_map": right["weight_map"] | {"more.weight": "model-00001-of-00002.safetensors"}})
-    with pytest.raises(ValueError, match=r"1 tensors of the index are in none of its files, the first is more\.weight"):
+    with pytest.raises(ValueError, match=r"weight_map says that 'more\.weight' is in model-00001-of-.*, which does not hold it"):
         Llama.from_pretrained(tmp_path)
     for wrong in ({}, {"weight_map": {}}, {"weight_map": {"a": 3}}):
         files.write_json(index, wrong)
-        with pytest.raises(ValueError, match="expected a weight_map"):
+        with pytest.raises(ValueError, match=r"index\.json: weight_map"):
             Llama.from_pretrained(tmp_path)
 
 
@@ -229,8 +229,13 @@ def test_weights_rounded_to_bfloat16_say_so_when_quantized(tmp_path):
 def test_a_weight_that_cannot_be_quantized_is_named(tmp_path):
     m = tiny.model()
     m.model.layers[1].mlp.up_proj.weight.data[0, 0] = np.inf
-    m.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds 1 NaN or Inf"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN, Inf or numbers that"):
+        m.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    tiny.model().save_pretrained(tmp_path)
+    tensors = {name: w.data for name, w in m.named_parameters()}
+    safetensors.save_safetensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"model\.safetensors: model\.layers\.1\.mlp\.up_proj\.weight holds Inf"):
         Llama.from_pretrained(tmp_path, quantize="nf4")
 
 
@@ -459,7 +464,7 @@ def test_a_permutation_that_is_not_undone_would_be_seen(tmp_path, rng, monkeypat
     "options, words",
     [
         ({"more": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type is 'yarn'; expected 'linear' or 'none'"),
-        ({"more": {"llama.rope.scaling.factor": -2.0}}, "rope.scaling.factor is -2.0, expected a positive number"),
+        ({"more": {"llama.rope.scaling.factor": -2.0}}, "rope.scaling.factor = -2.0, expected a finite number, more than 0"),
         (
             {"more": {"llama.rope.scaling.attn_factor": 2.0}},
             "attn_factor is 2.0; expected attention that is not scaled",
@@ -499,7 +504,7 @@ def test_a_permutation_that_is_not_undone_would_be_seen(tmp_path, rng, monkeypat
         ({"extra_tensors": {"output.weight": np.ones((2, 2), np.int32)}}, "lm_head.weight is of type I32"),
         ({"extra_tensors": {"output.weight": np.ones((2, 2), np.float32)}}, r"lm_head.weight has shape \(2, 2\)"),
         ({"block_count": 3}, "its block_count is 3, it holds tensors of 2 blocks"),
-        ({"block_count": None}, "llama.block_count is None, expected a positive number"),
+        ({"block_count": None}, "llama.block_count = None, expected a whole number from 1"),
         ({"feed_forward_length": 96}, r"does not fit its header: .*has shape \(64, 32\), the model's is \(96, 32\)"),
     ],
 )
@@ -518,7 +523,7 @@ def test_another_architecture_and_another_file(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match="the architecture is 'gpt2', tinylora reads 'llama'"):
+    with pytest.raises(ValueError, match=r"the architecture is 'gpt2' \(general\.architecture\), tinylora reads 'llama'"):
         Llama.from_pretrained(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGML" + bytes(100))
     with pytest.raises(ValueError, match=r"not a whole GGUF file \(it does not begin with GGUF\)"):

@@ -34,6 +34,7 @@ from ..models import files
 from ..models.eightbit import VectorwiseInt8
 from ..models.gguf import GGUF, is_gguf
 from ..models.llama import LlamaConfig
+from ..models.rope import table_length
 from ..nn import is_adapter_weight
 from ..optim import AdamW
 from ..quant import NESTED_BLOCKSIZE, QuantizedTensor
@@ -138,6 +139,7 @@ def config_of(model):
     folder = data.base_folder() if str(model) == "base" else Path(model)
     if is_gguf(folder):
         return LlamaConfig.from_dict(GGUF(folder).config, folder)
+    files.settle(folder)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{model}: expected 'base', one of {', '.join(MODELS)}, a folder with config.json, or FILE.gguf, whose sizes to take"
@@ -277,7 +279,7 @@ def tape(config, batch_size, seq_len, trained=MATRICES, r=None, dropout=0.0, che
     full = r is None
     # Whether a rotation is on a block's tape: not in a first block whose queries and keys need no gradient.
     turned = [full or i > 0 or bool({"q_proj", "k_proj"} & set(trained)) for i in range(layers)]
-    rope = 4 * config.head_dim * max(seq_len, config.max_position_embeddings)
+    rope = 4 * config.head_dim * max(seq_len, table_length(config.max_position_embeddings, seq_len))
     if checkpointing:
         largest = max(block + rope * turns for block, turns in zip(held, turned, strict=True))
         blocks = {"inputs of blocks": layers * n * d * number, "a block, rebuilt": largest}

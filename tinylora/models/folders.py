@@ -13,10 +13,14 @@ from pathlib import Path
 from ..data import base_folder
 from ..dtypes import BFloat16Array
 from . import files, fourbit, safetensors
+from .fields import check, either, optional, several, whole
 from .gguf import GGUF, is_gguf
 from .tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
 
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_ID = whole()
+_TOKENS = dict.fromkeys(
+    ("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, several(_ID, most=1000)))
+)
 #: What a model folder consists of, here and in transformers. A model that is saved takes the place of all of them.
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
@@ -120,7 +124,8 @@ def open_model(path, held="dense"):
         )
     config = files.read_json(folder / "config.json")
     if (folder / "generation_config.json").is_file():  # an instruction-tuned model may end its answers at other tokens
-        ids = files.read_json(folder / "generation_config.json")
+        generation = folder / "generation_config.json"
+        ids = check(files.read_json(generation), _TOKENS, generation)
         config |= {name: ids[name] for name in _TOKENS if ids.get(name) is not None}
     if (found := fourbit.held(folder)) != held:
         names = {"dense": "dense", "4bit": "in bitsandbytes' 4 bits", "8bit": "in bitsandbytes' LLM.int8()"}
@@ -130,8 +135,11 @@ def open_model(path, held="dense"):
     return ModelFiles(folder, config, folder / "config.json", safetensors.open_folder(folder))
 
 
-def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16", bar=iter):
-    """Write a model folder: shapes {name: shape}, read(name) -> float32 array. dtype "bfloat16" (ties to even) or "float32"."""
+def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16", bar=iter, where=None):
+    """Write a model folder: shapes {name: shape}, read(name) -> float32 array. dtype "bfloat16" (ties to even) or "float32".
+
+    where   where(name) -> the file that a weight was read from, for the sentence on NaN or Inf: such a model is not written
+    """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown: expected 'bfloat16' or 'float32'")
     folder = Path(folder)
@@ -143,7 +151,7 @@ def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16", bar=
         safetensors.write_safetensors(
             new / "model.safetensors",
             {name: (DTYPES[dtype], tuple(shape)) for name, shape in shapes.items()},
-            (lambda name: BFloat16Array.of(read(name))) if dtype == "bfloat16" else read,
+            lambda name: _stored(read(name), dtype, f"{where(name) if where else folder}: {name}"),
             bar=bar,
         )
         tokenizer.save(new)
@@ -152,7 +160,19 @@ def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16", bar=
         files.write_json(new / "config.json", {**config, "dtype": dtype})
 
 
-def rounded(w, dtype):
+def _stored(w, dtype, name):
+    """A weight as a folder of this dtype stores it; ValueError with its `name` if that is not finite."""
+    w = BFloat16Array.of(w) if dtype == "bfloat16" else w
+    _check_stored(w, dtype, name)
+    return w
+
+
+def _check_stored(w, dtype, name):
+    if not safetensors.is_finite(w):
+        raise ValueError(f"{name} holds NaN, Inf or numbers that {dtype} does not hold; expected finite numbers")
+
+
+def rounded(w, dtype, name="weight"):
     """A float32 array's values rounded to "bfloat16", in place and row by row; "float32" leaves them."""
     if dtype == "bfloat16":
         rows = w.reshape(len(w), -1)
@@ -160,6 +180,7 @@ def rounded(w, dtype):
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             part[:] = BFloat16Array.of(part).dequantize("float32")
+            _check_stored(part, dtype, name)
     elif dtype != "float32":
         raise ValueError(f"dtype {dtype!r} is unknown: expected 'float32' or 'bfloat16'")
     return w

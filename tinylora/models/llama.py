@@ -20,8 +20,10 @@ directions, other architectures. `attention_dropout` is not applied in training.
 """
 
 import math
+import re
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 
 import numpy as np
 
@@ -43,6 +45,8 @@ from ..nn import (
 from ..tape import checkpoint
 from ..tensor import Tensor, no_grad
 from . import eightbit, files, folders, fourbit, rope
+from .fields import check, either, flag, number, optional, several, shown, text, whole
+from .safetensors import check_finite
 from .tokenizers import ByteTokenizer
 
 _QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
@@ -58,6 +62,39 @@ FAMILY = {
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NULL_MEANS_SOMETHING = ("num_key_value_heads", "head_dim", "sliding_window")  # as many, hidden over heads, none
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+_SIZE, _TOKEN = whole(1, 1 << 20), whole()
+
+#: What each field of a config may be. Where there are weights, the sizes must be theirs as well (`_unfilled`).
+FIELDS = {
+    "vocab_size": whole(1, 1 << 24),
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_hidden_layers": whole(1, 4096),
+    "num_attention_heads": _SIZE,
+    "num_key_value_heads": _SIZE,
+    "max_position_embeddings": whole(1, 1 << 31),
+    "rms_norm_eps": number(0, 1),
+    "rope_theta": number(above=0, high=1e30),
+    "tie_word_embeddings": flag(),
+    "head_dim": optional(_SIZE),
+    "bos_token_id": optional(_TOKEN),
+    "eos_token_id": optional(either(_TOKEN, several(_TOKEN, most=1000))),
+    "pad_token_id": optional(_TOKEN),
+    "model_type": text(100),
+    "rope_scaling": optional(rope.SCALING),
+    "attention_bias": flag(),
+    "mlp_bias": flag(),
+    "sliding_window": optional(whole(1)),
+    "layer_types": optional(several(text(100), most=4096)),
+}
+#: The same for a config.json, in which null is as good as nothing, and more stands.
+JSON_FIELDS = {
+    **{name: kind if kind.fits(None) else optional(kind) for name, kind in FIELDS.items()},
+    "model_type": text(100),
+    "rope_parameters": optional(rope.SCALING),
+    "use_sliding_window": optional(flag()),
+    "max_window_layers": optional(whole()),
+}
 
 #: What else would change the numbers: {entry of a config: the values that it may have}
 _COMPUTED = {
@@ -103,6 +140,10 @@ class LlamaConfig:
     layer_types: tuple | None = None
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
+        check(dict(vars(self)), FIELDS, "config")
         if isinstance(self.eos_token_id, list):  # as JSON has it
             object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         if self.head_dim is None:
@@ -124,14 +165,12 @@ class LlamaConfig:
     def _check_windows(self):
         """Refuse windows that are not computed; write those that are in one way: layer_types only where layers differ."""
         window, kinds = self.sliding_window, self.layer_types
-        if window is not None and (type(window) is not int or window < 1):
-            raise ValueError(f"config: sliding_window = {window!r}, expected a whole number, 1 or more, or none")
         if window is not None and self.model_type == "llama":
             raise ValueError(f"config: sliding_window = {window} is not supported for model_type 'llama'")
-        listed = isinstance(kinds, (list, tuple)) and all(kind in (_SLIDING, _FULL) for kind in kinds)
+        listed = kinds is not None and all(kind in (_SLIDING, _FULL) for kind in kinds)
         if kinds is not None and not (listed and len(kinds) == self.num_hidden_layers):
             raise ValueError(
-                f"config: layer_types = {kinds!r} is not supported: expected {self.num_hidden_layers} times {_FULL!r} or "
+                f"config: layer_types = {shown(kinds)} is not supported: expected {self.num_hidden_layers} times {_FULL!r} or "
                 f"{_SLIDING!r}"
             )
         found = set(kinds or (_FULL if window is None else _SLIDING,))
@@ -161,7 +200,8 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, config, where="config.json"):
-        """Read a Hugging Face config; refuse what this Llama does not compute."""
+        """Read a Hugging Face config; refuse what this Llama does not compute. ValueError names `where` and the field."""
+        check(config, JSON_FIELDS, where, required=("model_type", *_SIZES))
         try:
             return cls(**cls._understood(config))
         except ValueError as error:
@@ -170,21 +210,18 @@ class LlamaConfig:
     @classmethod
     def _understood(cls, config):
         """The fields of a Hugging Face config, with transformers' defaults for its model_type."""
-        kind = config.get("model_type")
+        kind = config["model_type"]
         _check_family(kind)
         for name, values in _COMPUTED.items():
             if config.get(name) not in (None, *values):
-                raise ValueError(f"{name} = {config[name]!r} is not supported by tinylora's Llama")
+                raise ValueError(f"{name} = {shown(config[name])} is not supported by tinylora's Llama")
         given = {name: value for name, value in config.items() if value is not None or name in _NULL_MEANS_SOMETHING}
         config = {**FAMILY[kind][1], **given}
-        known = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
+        known = {f.name: config[f.name] for f in dataclass_fields(cls) if config.get(f.name) is not None}
         for name in _SIZES:
             if name not in known:
                 raise ValueError(f"{name} is missing")
         known.setdefault("num_key_value_heads", known["num_attention_heads"])
-        for name in (*_SIZES, "num_key_value_heads", "max_position_embeddings", "head_dim"):
-            if name in known and (type(known[name]) is not int or known[name] < 1):
-                raise ValueError(f"{name} = {known[name]!r}, expected a whole number, 1 or more")
         known.setdefault("tie_word_embeddings", False)
         known.setdefault("rms_norm_eps", 1e-6)
         known["rope_theta"], known["rope_scaling"] = rope.read(config)
@@ -216,7 +253,7 @@ class LlamaConfig:
 
 def _check_family(model_type):
     if model_type not in FAMILY:
-        raise ValueError(f"config: model_type is {model_type!r}, tinylora reads {', '.join(map(repr, FAMILY))}")
+        raise ValueError(f"config: model_type is {shown(model_type)}, tinylora reads {', '.join(map(repr, FAMILY))}")
 
 
 def _qwen_windows(config):
@@ -224,14 +261,18 @@ def _qwen_windows(config):
     window, kinds, full = config["sliding_window"], config.get("layer_types"), config["max_window_layers"]
     if not config["use_sliding_window"] or window is None:
         return None, kinds
-    if type(full) is not int:
-        raise ValueError(f"max_window_layers = {full!r}, expected a whole number")
     return window, kinds or [_FULL if i < full else _SLIDING for i in range(config["num_hidden_layers"])]
 
 
 def _undrawn(*shape):
     """A Tensor that is one zero seen as a whole array: nothing is drawn and no memory used."""
     return Tensor(np.broadcast_to(np.float32(0), shape), requires_grad=True)
+
+
+def _undrawn_norm(d, eps):
+    norm = RMSNorm(1, eps)
+    norm.weight = _undrawn(d)
+    return norm
 
 
 def _undrawn_linear(in_features, out_features, bias=False):
@@ -241,7 +282,7 @@ def _undrawn_linear(in_features, out_features, bias=False):
 class Attention(Module):
     """y = W_o [softmax(q kᵀ/√d) v], q and k rotated; key heads shared by groups of query heads."""
 
-    def __init__(self, c, layer=0, linear=Linear):
+    def __init__(self, c, layer=0, linear=Linear, norm=RMSNorm):
         self.config, self.layer = c, layer
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = linear(c.hidden_size, queries, bias="q_proj" in c.biased)
@@ -249,7 +290,7 @@ class Attention(Module):
         self.v_proj = linear(c.hidden_size, keys, bias="v_proj" in c.biased)
         self.o_proj = linear(queries, c.hidden_size, bias="o_proj" in c.biased)
         if c.model_type == "qwen3":
-            self.q_norm, self.k_norm = (RMSNorm(c.head_dim, c.rms_norm_eps) for _ in range(2))
+            self.q_norm, self.k_norm = (norm(c.head_dim, c.rms_norm_eps) for _ in range(2))
 
     def forward(self, x, table, cache=None):  # x (b, t, hidden), table: cos and sin -> (b, t, hidden)
         b, t, _ = x.shape
@@ -278,10 +319,10 @@ class MLP(Module):
 class Block(Module):
     """One layer: attention, then the MLP, each on a normalized copy and added back."""
 
-    def __init__(self, c, layer=0, linear=Linear):
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = Attention(c, layer, linear)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+    def __init__(self, c, layer=0, linear=Linear, norm=RMSNorm):
+        self.input_layernorm = norm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c, layer, linear, norm)
+        self.post_attention_layernorm = norm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c, linear)
 
     def forward(self, x, table, cache=None):
@@ -292,11 +333,11 @@ class Block(Module):
 class Stack(Module):
     """Embedding, blocks, last norm: what Hugging Face calls `model`."""
 
-    def __init__(self, c, linear=Linear):
+    def __init__(self, c, linear=Linear, norm=RMSNorm):
         size = c.vocab_size, c.hidden_size
         self.embed_tokens = Embedding(*size) if linear is Linear else Embedding.of(_undrawn(*size))
-        self.layers = [Block(c, i, linear) for i in range(c.num_hidden_layers)]
-        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.layers = [Block(c, i, linear, norm) for i in range(c.num_hidden_layers)]
+        self.norm = norm(c.hidden_size, c.rms_norm_eps)
 
 
 class KVCache:
@@ -336,8 +377,8 @@ class Llama(Module):
 
     def __init__(self, config, tokenizer=None, draw=True):
         self.config, self.tokenizer = config, tokenizer or ByteTokenizer()
-        linear = Linear if draw else _undrawn_linear
-        self.model = Stack(config, linear)
+        linear, norm = (Linear, RMSNorm) if draw else (_undrawn_linear, _undrawn_norm)
+        self.model = Stack(config, linear, norm)
         self.lm_head = None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size)
         self._rope = rope.Tables()
         for layer in self.model.layers if draw else ():
@@ -466,7 +507,14 @@ class Llama(Module):
                     logits = self.forward(np.array([new]), cache).data[0, -1]
             finally:
                 self.train(training)
-            token = _draw(move(logits, "cpu"), temperature, top_k, top_p, rng)
+            logits = move(logits, "cpu")
+            if not np.isfinite(logits).all():
+                what = "NaN" if np.isnan(logits).any() else "Inf"
+                raise ValueError(
+                    f"generate: the model's logits hold {what} at token {len(ids)}: its weights, or those of an adapter, are not "
+                    "finite or too large"
+                )
+            token = _draw(logits, temperature, top_k, top_p, rng)
             ids.append(token)
             yield token
             if token in stops:
@@ -505,12 +553,12 @@ class Llama(Module):
             )
         for name in [name for name, _ in model.named_parameters()]:
             path, _, part = name.rpartition(".")
-            layer = model.get(path)
-            getattr(layer, part).data = folders.rounded(opened.weights.float32(name), dtype)
+            layer, where = model.get(path), opened.weights.where(name)
+            getattr(layer, part).data = folders.rounded(opened.weights.float32(name), dtype, f"{where}: {name}")
             if options is not None and isinstance(layer, Linear) and part == "weight":
-                model.replace(
-                    path, quantized_linear(path, layer, dtype=dtype, **{**options, "compute_dtype": compute_dtype})
-                )
+                new = quantized_linear(path, layer, dtype=dtype, **{**options, "compute_dtype": compute_dtype})
+                fourbit.check_finite(new.weight, f"{where}: {name}")
+                model.replace(path, new)
         return model if options is None else model.requires_grad_(False)
 
     def save_pretrained(self, folder, dtype="bfloat16", extra_config=None):
@@ -544,16 +592,18 @@ def _in_few_bits(cls, path, held, compute_dtype):
         options = eightbit.options(opened.config, tensors, opened.config_path)
         stored, few = eightbit, eightbit.Linear8bit
     for name in stored.names(tensors):
-        q, where = stored.from_tensors(name, tensors, path), name.removesuffix(".weight")
+        file = opened.weights.where(name) if name in opened.weights else path
+        q, where = stored.from_tensors(name, tensors, file), name.removesuffix(".weight")
         if not isinstance(layers.get(where), Linear) or layers[where].weight.shape != q.shape:
             raise ValueError(f"{path}: {name} of shape {q.shape} fits no linear layer of its config.json")
         model.replace(where, few(q, layers[where].bias, compute_dtype, **options))
         state[name] = q
     if not state:
         raise ValueError(f"{opened.config_path} says load_in_4bit, and none of the folder's weights is in 4 bits")
-    for name in tensors:
+    for name, w in tensors.items():
         opened.check_floats(name)
-    state |= {n: w.dequantize("float32") if isinstance(w, BFloat16Array) else w for n, w in tensors.items()}
+        w = w.dequantize("float32") if isinstance(w, BFloat16Array) else w
+        state[name] = check_finite(w, opened.weights.where(name), name)
     try:
         model.load_state_dict(state)
     except (KeyError, ValueError) as error:
@@ -564,6 +614,7 @@ def _in_few_bits(cls, path, held, compute_dtype):
 def _unfilled(cls, opened):
     """A model of zeros for ModelFiles. A head beside an embedding to which the config ties it is the model's own if the two differ."""
     config = LlamaConfig.from_dict(opened.config, opened.config_path)
+    _check_layers(config.num_hidden_layers, opened)
     tokenizer = opened.tokenizer()
     opened.check({"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}, whole=False)
     if config.tie_word_embeddings and opened.own_head():
@@ -574,6 +625,15 @@ def _unfilled(cls, opened):
                 f"{opened.weights.where(name)}: {name} holds other frequencies than {opened.config_path.name} asks for"
             )
     return cls(config, tokenizer, draw=False)
+
+
+def _check_layers(n, opened):
+    """ValueError if a config asks for more layers than there are weights for: that many would be built."""
+    found = {m[1] for m in (re.match(r"model\.layers\.([0-9]+)\.", name) for name in opened.weights) if m}
+    if n > len(found):
+        raise ValueError(
+            f"{opened.config_path}: num_hidden_layers = {n}, and {opened.path} holds the weights of {len(found)} layers"
+        )
 
 
 def _open(cls, path):
@@ -593,7 +653,8 @@ def convert(path, folder, dtype="bfloat16", bar=iter):
     files.check_target(folder, folders.place(path))
     model, opened = _open(Llama, path)
     shapes = {name: w.shape for name, w in model.named_parameters()}
-    folders.write_folder(folder, model.config.to_dict(), shapes, opened.weights.float32, model.tokenizer, dtype, bar)
+    read, where = opened.weights.float32, opened.weights.where
+    folders.write_folder(folder, model.config.to_dict(), shapes, read, model.tokenizer, dtype, bar, where)
     return sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -607,7 +668,10 @@ def _draw(logits, temperature, top_k, top_p, rng):
     """One token id from the logits (vocab,)."""
     if temperature == 0:
         return int(logits.argmax())
-    z = logits.astype(np.float64) / temperature
+    with np.errstate(over="ignore"):
+        z = logits.astype(np.float64) / temperature
+        if not np.isfinite(z).all():  # a temperature next to 0, which takes the likeliest token
+            z = (logits.astype(np.float64) - logits.max()) / temperature
     p = np.exp(z - z.max())
     order = np.argsort(-p, kind="stable")
     p = p[order] / p.sum()

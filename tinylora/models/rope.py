@@ -21,6 +21,7 @@ import numpy as np
 
 from .. import ops
 from ..backend import move
+from .fields import fields, number, optional, several, shown, text
 
 #: {type: the numbers that it needs}
 TYPES = {
@@ -31,12 +32,25 @@ TYPES = {
     "longrope": (),  # see _one_list
 }
 
+_NUMBER = optional(number(above=0, high=1e30))
+#: What `rope_scaling` or `rope_parameters` may say that is looked at.
+SCALING = fields(
+    {
+        "rope_type": optional(text(100)),
+        "type": optional(text(100)),
+        **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _NUMBER),
+        **dict.fromkeys(("original_max_position_embeddings", "attention_factor", "partial_rotary_factor"), _NUMBER),
+        **dict.fromkeys(("short_factor", "long_factor"), optional(several(number(above=0, high=1e30), most=1 << 20))),
+    }
+)
+_MADE_WHOLE = 1 << 15  # positions: a table of more is made as far as it is asked for
+
 
 def read(config):
     """(rope_theta, scaling) of a config.json, whichever spelling it has; scaling is None or {"rope_type": …, its numbers}."""
     found = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"rope_parameters = {found!r}: expected one rotary table for all layers")
+        raise ValueError(f"rope_parameters = {shown(found)}: expected one rotary table for all layers")
     found = {name: value for name, value in found.items() if value is not None}
     theta = found.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     if not _positive(theta):
@@ -55,7 +69,9 @@ def checked(scaling, head_dim):
     kind = (scaling or {}).get("rope_type", "default")
     if kind not in TYPES:
         known = ", ".join(repr(name) for name in TYPES)
-        raise ValueError(f"rope_scaling of type {kind!r} is not supported by tinylora's Llama, which computes {known}")
+        raise ValueError(
+            f"rope_scaling of type {shown(kind)} is not supported by tinylora's Llama, which computes {known}"
+        )
     if kind == "default":
         return None
     if kind == "longrope":
@@ -136,6 +152,11 @@ def agrees(stored, config):
     return any(stored.shape == t.shape and np.allclose(stored, t, rtol=2**-8, atol=2**-24) for t in tables)
 
 
+def table_length(positions, end):
+    """For how many of a model's positions there is a table once the first `end` of them were asked for: all, if they are not many."""
+    return min(positions, max(_MADE_WHOLE, 1 << (end - 1).bit_length()))
+
+
 class Tables:
     """cos and sin of a model's positions, made once for each device and sliced. A copied or pickled one is empty and fills again."""
 
@@ -157,8 +178,8 @@ class Tables:
         head = config.head_dim, config.rope_theta, config.rope_scaling
         if end > n:  # only "dynamic" is defined there: its frequencies depend on the number of tokens
             return tuple(move(a, xp) for a in self._table(start, end, frequencies(*head, end / n)))
-        if xp not in tables:
-            tables[xp] = tuple(move(a, xp) for a in self._table(0, n, frequencies(*head)))
+        if xp not in tables or len(tables[xp][0]) < end:
+            tables[xp] = tuple(move(a, xp) for a in self._table(0, table_length(n, end), frequencies(*head)))
         return tuple(a[start:end] for a in tables[xp])
 
     @staticmethod
