@@ -241,9 +241,10 @@ def _linear_weights(folder, args):
 
     if fourbit.is_quantized(folder):
         raise ValueError(f"{args.path} is quantized already; measure the dense model")
-    weights = {
-        n: w for n, w in safetensors.load_folder(folder).items() if bitsandbytes.is_linear_weight(n, w, args.skip)
-    }
+    opened = safetensors.open_folder(folder)
+    weights = {n: w for n, w in opened.items() if bitsandbytes.is_linear_weight(n, w, args.skip)}
+    for name, w in weights.items():
+        safetensors.check_finite(w, opened.where(name), name)
     if not weights:
         raise ValueError(
             f"{args.path} holds no linear weights (matrices named *.weight that are neither embeddings nor lm_head)"

@@ -15,18 +15,17 @@ bitsandbytes knows the codes NF4 and FP4, in blocks of 32 to 4096; other codes a
 becomes its codes, its scales and a mark: see `models.eightbit`. Left out: a folder in both.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
 
-import numpy as np
-
 from ..backend import move
-from ..dtypes import BFloat16Array, as_float32
+from ..dtypes import BFloat16Array
 from ..models import eightbit, files, safetensors
 from ..models.eightbit import Linear8bit, VectorwiseInt8
 from ..models.folders import MODEL_FILES
-from ..models.fourbit import from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors is handed on)
+from ..models.fourbit import check_finite, from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors is handed on)
 from ..models.llama import Llama
 from ..nn import Linear, is_adapter_weight
 from ..quant import QuantizedTensor, quantize
@@ -58,10 +57,13 @@ def save(model, folder, compute_dtype="float32"):
                 "save: the model carries an adapter; merge it, or save it alone with interop.peft.save_adapter"
             )
         if isinstance(w, (QuantizedTensor, VectorwiseInt8)):
+            check_finite(w, f"save: {name}")
             tensors |= to_tensors(name, w) if isinstance(w, QuantizedTensor) else eightbit.to_tensors(name, w)
             kinds[type(w)] = w
         else:
             dense[name] = w if isinstance(w, BFloat16Array) else move(w.data if isinstance(w, Tensor) else w, "cpu")
+    for name, w in dense.items():
+        safetensors.check_finite(w, "save", name)
     if not kinds:
         raise ValueError(
             "save: the model has no 4-bit layers and no 8-bit ones; quantize_linears makes them, save_pretrained writes dense ones"
@@ -151,26 +153,29 @@ def quantize_folder(
     code="int8_vectorwise" writes LLM.int8 instead, {name: VectorwiseInt8}; blocks, double quantization and rule are nothing to it.
 
     Linear weights are the matrices named *.weight apart from embeddings and heads, and apart from names that contain a word of `skip`.
-    Architectures outside OPENED are refused unless `force` is true. So is a target that holds another, dense model. ValueError says
-    what does not fit; nothing is written then.
+    NaN and Inf are refused in all tensors but these. Architectures outside OPENED are refused unless `force` is true. So is a target
+    that holds another, dense model. ValueError says what does not fit; nothing is written then.
     """
     from tqdm import tqdm
 
     source, target = Path(source), Path(target)
     config = _check_folders(source, target, force)
-    tensors, done = safetensors.load_folder(source), {}
+    opened = safetensors.open_folder(source)
+    tensors, done = dict(opened.items()), {}
     linear = [name for name, w in tensors.items() if is_linear_weight(name, w, skip)]
     if not linear:
         raise ValueError(f"{source} holds no linear weights that are to be quantized")
-    for name in linear:
-        if not np.isfinite(as_float32(tensors[name])[0]).all():
-            raise ValueError(f"{name} holds NaN or Inf; leave it out (skip, or --skip {name})")
+    where = {name: f"{opened.where(name)}: {name}" for name in tensors}
+    for name in tensors:
+        if opened.is_float(name) and not any(s in name for s in skip) and not safetensors.is_finite(tensors[name]):
+            raise ValueError(f"{where[name]} holds NaN or Inf; leave it as it is (skip, or --skip {name})")
     for name in tqdm(linear, desc=f"quantizing to {code}", disable=None if progress else True):
         if code == eightbit.CODE:
-            done[name] = VectorwiseInt8.of(tensors.pop(name), name)
+            done[name] = VectorwiseInt8.of(tensors.pop(name), where[name])
             tensors |= eightbit.to_tensors(name, done[name])
         else:
-            done[name] = quantize(tensors.pop(name), code, blocksize, double_quant, rule, name=name)
+            done[name] = quantize(tensors.pop(name), code, blocksize, double_quant, rule, name=where[name])
+            check_finite(done[name], where[name])
             tensors |= to_tensors(name, done[name])
     dense = {n.removesuffix(".weight") for n, w in tensors.items() if n.endswith(".weight") and len(w.shape) == 2}
     kept = sorted({*_HEADS, *dense} - {n.removesuffix(".weight") for n in done})
@@ -200,6 +205,12 @@ def _check_folders(source, target, force):
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected a model folder as transformers saves it")
     config = files.read_json(source / "config.json")
+    try:
+        json.dumps(config, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError(
+            f"{source / 'config.json'} holds NaN or Infinity, or is nested too deeply; it is not written again"
+        ) from None
     if is_quantized(source):
         raise ValueError(f"{source / 'config.json'} says that the model is quantized already")
     files.check_target(target, source)

@@ -72,6 +72,11 @@ def measure(name, w, codes=tuple(CODES), blocksize=64, double_quant=True):
         make, signed = CODES[code]
         q = quantize(w, make(blocksize), blocksize, double_quant, name=name, signed=signed)
         line.error[code] = float(np.square(q.dequantize("float32") - w, dtype=np.float64).sum() / power)
+        if not np.isfinite(line.error[code]):
+            raise ValueError(
+                f"{name} holds numbers up to {np.abs(w).max():g}, and the mean of its constants is more than float32 holds; leave it "
+                f"out (--skip {name}), or measure without double quantization"
+            )
         counts = np.bincount(q.indices().reshape(-1), minlength=len(q.code)).astype(np.float64)
         values, first = np.unique(q.code, return_inverse=True)  # fp4 has two zeros
         line.usage[code] = (np.bincount(first, counts, len(values)) / w.size).tolist()
