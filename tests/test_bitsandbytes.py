@@ -10,7 +10,7 @@ import tinylora as tl
 from tinylora import codebooks, quantize
 from tinylora.dtypes import BFloat16Array, bfloat16_bits
 from tinylora.interop import bitsandbytes as bnb
-from tinylora.models import files, fourbit, safetensors
+from tinylora.models import eightbit, files, fourbit, safetensors
 
 
 @pytest.mark.parametrize("code", ["nf4", "fp4"])
@@ -151,6 +151,28 @@ def test_damaged_weights_are_refused_by_name(rng):
     ):
         with pytest.raises(ValueError, match=words):
             fourbit.from_tensors("a.weight", {**tensors, **spoil})
+    nested = fourbit.to_tensors(
+        "a.weight", quantize(rng.standard_normal((8, 64)).astype(np.float32), double_quant=True)
+    )
+    for spoil, words in (
+        (changed(nested, nested_blocksize=2**40), "quant_state: nested_blocksize = 1099511627776"),
+        (changed(nested, nested_offset=float("nan")), "quant_state: nested_offset = nan"),
+        (changed(nested, nested_offset=1e300), r"quant_state: nested_offset = 1e\+300"),
+        (changed(nested, shape=[2**32, 2**32]), "expected 9223372036854775808 uint8"),
+        (changed(nested, blocksize=2**40), "quant_state: blocksize = 1099511627776"),
+        (changed(nested, shape="x"), "quant_state: shape = 'x'"),
+        ({"a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"[" * 10**5, np.uint8)}, "damaged"),
+        ({"a.weight.nested_absmax": np.full(1, np.nan, np.float32)}, "nested_absmax: holds NaN"),
+        ({"a.weight.nested_absmax": np.full(1, -1, np.float32)}, "nested_absmax: holds NaN or a negative"),
+        ({"a.weight.nested_quant_map": np.full(256, np.inf, np.float32)}, "float32 does not hold"),
+        ({"a.weight.quant_map": np.full(16, np.nan, np.float32)}, "float32 does not hold"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fourbit.from_tensors("a.weight", {**nested, **spoil})
+    for value in (np.nan, np.inf, -1.0):
+        with pytest.raises(ValueError, match=r"model.safetensors: the 4-bit weight a\.weight .*absmax"):
+            spoil = {"a.weight.absmax": np.full(8, value, np.float32)}
+            fourbit.from_tensors("a.weight", {**tensors, **spoil}, "model.safetensors")
     with pytest.raises(ValueError, match="found 0"):
         fourbit.from_tensors("b.weight", dict(tensors))
     del tensors["a.weight.absmax"]
@@ -218,3 +240,28 @@ def test_any_folder_can_be_quantized(tmp_path, rng):
     for source, target, words in (("in", "in", "overwrite"), ("out", "twice", "quantized already")):
         with pytest.raises(ValueError, match=words):
             bnb.quantize_folder(tmp_path / source, tmp_path / target, progress=False, force=True)
+
+
+@pytest.mark.parametrize("code", ["nf4", eightbit.CODE])
+@pytest.mark.parametrize(
+    "name, value", [("layer.0.dense.weight", np.nan), ("layer.0.dense.weight", 3e38), ("layer.0.norm.weight", np.inf)]
+)
+def test_numbers_that_do_not_fit_are_found_before_anything_is_written(name, value, code, tmp_path, rng):
+    folder(tmp_path / "in", rng)
+    for path in (tmp_path / "in").glob("*.safetensors"):
+        tensors, _ = safetensors.load_safetensors(path)
+        if name in tensors:
+            w = tensors[name].dequantize("float32").copy()
+            w.reshape(-1)[::2] = value
+            safetensors.save_safetensors(path, tensors | {name: w})
+    with pytest.raises(ValueError, match=rf"in.model-\d+-of-00002\.safetensors: {name}"):
+        bnb.quantize_folder(tmp_path / "in", tmp_path / "out", code, progress=False, force=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_nan_is_not_saved_in_4_bits(tmp_path):
+    model = tl.quantize_linears(tiny.model())
+    model.model.norm.weight.data[0] = np.nan
+    with pytest.raises(ValueError, match=r"save: model\.norm\.weight holds NaN"):
+        bnb.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

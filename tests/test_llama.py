@@ -728,3 +728,144 @@ def test_older_configs_are_read():
 def test_bytes_are_tokens():
     t = ByteTokenizer()
     assert t.encode("é") == [0xC3, 0xA9] and t.decode([0xC3, 0xA9, 0xC3]) == "é\ufffd"
+
+
+# ------------------------------------------------------------------------------------------------- a config that a stranger wrote
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("num_hidden_layers", 2**31),
+        ("num_hidden_layers", 4000),
+        ("num_hidden_layers", -2),
+        ("num_key_value_heads", -2),
+        ("head_dim", "48"),
+        ("vocab_size", 2**63),
+        ("hidden_size", True),
+        ("max_position_embeddings", "512"),
+        ("rms_norm_eps", float("nan")),
+        ("rms_norm_eps", "1e-5"),
+        ("rope_theta", float("inf")),
+        ("rope_theta", 10**30),
+        ("tie_word_embeddings", "yes"),
+        ("attention_bias", 1),
+        ("model_type", ["llama"]),
+        ("eos_token_id", [2, "x"]),
+        ("bos_token_id", 1.5),
+        ("rope_parameters", "x"),
+        ("rope_scaling", {"rope_type": "linear", "factor": float("nan")}),
+        ("rope_scaling", {"rope_type": ["linear"], "factor": 2.0}),
+        ("sliding_window", -1),
+        ("layer_types", [["full_attention"], 3]),
+        ("max_window_layers", -5),
+        ("use_sliding_window", {}),
+        ("quantization_config", "x"),
+        ("quantization_config", [1]),
+        ("quantization_config", {"load_in_4bit": "yes"}),
+        ("quantization_config", {"load_in_8bit": True, "llm_int8_threshold": float("nan")}),
+        ("quantization_config", {"load_in_4bit": True, "llm_int8_skip_modules": "lm_head"}),
+    ],
+)
+def test_a_field_of_a_config_is_checked_before_anything_is_built(name, value, tmp_path, monkeypatch):
+    tiny.model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(llama, "Stack", None)  # nothing is built
+    with pytest.raises(ValueError, match=rf"config\.json: (rope_parameters|{name})"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_config_without_weights_has_ranges():
+    for changes in ({"num_hidden_layers": 10**6}, {"hidden_size": -32}, {"rms_norm_eps": float("nan")}):
+        with pytest.raises(ValueError, match=rf"^config: {next(iter(changes))} = "):
+            replace(tiny.CONFIG, **changes)
+    assert type(replace(tiny.CONFIG, hidden_size=np.int64(32)).hidden_size) is int
+
+
+def test_generation_config_is_checked_by_its_own_name(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    for wrong in ("2", [2, None], -1, float("nan")):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id"):
+            Llama.from_pretrained(tmp_path)
+
+
+def test_a_config_is_no_larger_than_a_config(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": [' + "[]," * (3 << 20) + "1]}")
+    with pytest.raises(ValueError, match=r"config\.json has \d+ bytes; expected at most 8388608"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_a_table_of_many_positions_is_made_as_far_as_it_is_asked_for(rng, monkeypatch):
+    short, long = tiny.model(), tiny.model(max_position_embeddings=2**31)
+    ids = tiny.ids(rng, 1, 60)
+    assert (tiny.logits(short, ids) == tiny.logits(long, ids)).all()
+    assert len(long._rope._made[1][np][0]) == rope.table_length(2**31, 60) == 1 << 15
+    monkeypatch.setattr(rope, "_MADE_WHOLE", 8)
+    again = tiny.model(max_position_embeddings=2**31)
+    for end in (5, 9, 60):  # the table grows
+        assert (tiny.logits(again, ids[:, :end]) == tiny.logits(short, ids[:, :end])).all()
+        assert len(again._rope._made[1][np][0]) == {5: 8, 9: 16, 60: 64}[end]
+
+
+# --------------------------------------------------------------------------------------------------------------- NaN and Inf
+@pytest.mark.parametrize("held", ["bfloat16", "float32", "4bit"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_with_nan_are_refused_on_loading_by_file_and_tensor(held, value, tmp_path):
+    if held == "4bit":
+        bitsandbytes.save(tl.quantize_linears(tiny.model()), tmp_path)
+    else:
+        tiny.model().save_pretrained(tmp_path, held)
+    tensors = safetensors.load_folder(tmp_path)
+    name = "model.layers.1.input_layernorm.weight"
+    w = tensors[name]
+    wide = (w.dequantize("float32") if isinstance(w, BFloat16Array) else w).copy()
+    wide[5] = value
+    tensors[name] = BFloat16Array.of(wide) if held == "bfloat16" else wide
+    safetensors.save_safetensors(tmp_path / "model.safetensors", tensors)
+    what = "NaN" if np.isnan(value) else "Inf"
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {name} holds {what}; expected finite numbers"):
+        Llama.from_pretrained(tmp_path)
+
+
+def test_large_numbers_are_finite(tmp_path):
+    m = tiny.model()
+    m.model.norm.weight.data[:] = 3e38  # whose squares are not
+    m.save_pretrained(tmp_path, "float32")
+    assert (Llama.from_pretrained(tmp_path).model.norm.weight.data == np.float32(3e38)).all()
+    with (
+        pytest.raises(ValueError, match=r"generate: the model's logits hold (NaN|Inf) at token 3"),
+        np.errstate(all="ignore"),
+    ):
+        next(m.stream([1, 2, 3], 1, temperature=0))
+
+
+def test_no_token_is_drawn_from_nan(tmp_path):
+    m = tiny.model()
+    m.model.layers[0].mlp.up_proj.weight.data[0, 0] = np.nan
+    for heat in (0, 0.7):
+        with pytest.raises(ValueError, match="generate: the model's logits hold NaN at token 1"):
+            m.generate("a", 3, temperature=heat)
+    assert list(tiny.model().stream("a", 3, temperature=1e-320)) == list(tiny.model().stream("a", 3, temperature=0))
+
+
+@pytest.mark.parametrize("value, dtype", [(3.4e38, "bfloat16"), (np.nan, "float32"), (np.inf, "bfloat16")])
+def test_what_the_dtype_does_not_hold_is_not_written(value, dtype, tmp_path):
+    m = tiny.model()
+    m.save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    m.model.norm.weight.data[3] = value
+    with pytest.raises(
+        ValueError, match=rf"out: model\.norm\.weight holds NaN, Inf or numbers that {dtype} does not hold"
+    ):
+        m.save_pretrained(tmp_path / "out", dtype)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    if value == 3.4e38:  # float32 holds it, and the file that it comes from is named
+        m.save_pretrained(tmp_path / "in", "float32")
+        for opens in (
+            lambda: llama.convert(tmp_path / "in", tmp_path / "new"),
+            lambda: Llama.from_pretrained(tmp_path / "in", "bfloat16"),
+        ):
+            with pytest.raises(ValueError, match=r"in.model\.safetensors: model\.norm\.weight holds .* that bfloat16"):
+                opens()
+        assert not (tmp_path / "new").exists()

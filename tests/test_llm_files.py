@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -159,12 +160,122 @@ def test_an_index_that_is_wrong(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     right = json.loads(index.read_text())
     files.write_json(index, {"weight_map": right["weight_map"] | {"more.weight": "model-00001-of-00002.safetensors"}})
-    with pytest.raises(ValueError, match=r"weight_map says that 'more\.weight' is in model-00001-of-.*, which does not hold it"):
+    with pytest.raises(
+        ValueError, match=r"weight_map says that 'more\.weight' is in model-00001-of-.*, which does not hold it"
+    ):
         Llama.from_pretrained(tmp_path)
     for wrong in ({}, {"weight_map": {}}, {"weight_map": {"a": 3}}):
         files.write_json(index, wrong)
         with pytest.raises(ValueError, match=r"index\.json: weight_map"):
             Llama.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["..", "../in/model-00001-of-00002.safetensors", "/etc/passwd", "/dev/zero", "", "a\0b", "config.json", 3, None],
+)
+def test_an_index_names_files_of_its_own_folder(file, tmp_path):
+    tiny.model().save_pretrained(tmp_path / "in")
+    shard(tmp_path / "in", 2)
+    index = tmp_path / "in" / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    files.write_json(index, {"weight_map": listed | {"model.norm.weight": file}})
+    with pytest.raises(ValueError, match=r"index\.json: weight_map.'model\.norm\.weight' = "):
+        Llama.from_pretrained(tmp_path / "in")
+
+
+def test_a_tensor_lies_where_the_index_says(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    shard(tmp_path, 2)
+    first, second = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    index = tmp_path / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())["weight_map"]
+    files.write_json(
+        index,
+        {"weight_map": listed | {"model.norm.weight": first if listed["model.norm.weight"] == second else second}},
+    )
+    with pytest.raises(
+        ValueError, match=r"weight_map says that 'model\.norm\.weight' is in .*, which does not hold it"
+    ):
+        Llama.from_pretrained(tmp_path)
+    files.write_json(index, {"weight_map": {n: f for n, f in listed.items() if n != "model.norm.weight"}})
+    Llama.from_pretrained(tmp_path)  # a tensor that is not listed is there all the same
+    for file in (first, second):
+        tensors, _ = safetensors.load_safetensors(tmp_path / file)
+        safetensors.save_safetensors(tmp_path / file, tensors | {"model.norm.weight": np.ones(32, np.float32)})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight lies in .*00001-of-00002\.safetensors too"):
+        Llama.from_pretrained(tmp_path)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "header, words",
+    [
+        ({"a": 3}, "tensor a: expected an object"),
+        ({"a": ENTRY | {"dtype": ["F32"]}}, "tensor a: dtype = "),
+        ({"a": ENTRY | {"dtype": "\x1b[31m"}}, r"tensor a has dtype '.x1b\[31m'"),
+        ({"a": ENTRY | {"shape": "2"}}, "tensor a: shape = '2'"),
+        ({"a": ENTRY | {"shape": [2.0]}}, r"tensor a: shape\[0\] = 2.0"),
+        ({"a": ENTRY | {"shape": [2**63, 2**63]}}, r"tensor a: shape\[0\] = 9223372036854775808"),
+        ({"a": ENTRY | {"shape": [2**32, 2**32]}}, "tensor a: 8 bytes are not F32 of shape"),
+        ({"a": ENTRY | {"shape": [2] * 10**6}}, "tensor a: shape = a list of 1000000 entries"),
+        ({"a": ENTRY | {"data_offsets": [8, 0]}}, "tensor a: data_offsets = "),
+        ({"a": ENTRY | {"data_offsets": [0]}}, "tensor a: data_offsets = "),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "tensor a: data_offsets is missing"),
+        ({"a\nb": ENTRY}, r"a tensor is named 'a.nb'"),
+        ({"__metadata__": {"format": 3}, "a": ENTRY}, "__metadata__.'format' = 3"),
+        ({"__metadata__": [1], "a": ENTRY}, r"__metadata__ = \[1\]"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_a_header_is_checked_entry_by_entry(header, words, tmp_path):
+    head = json.dumps(header).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(8))
+    with pytest.raises(ValueError, match=words) as caught:
+        safetensors.Safetensors(tmp_path / "x.safetensors")
+    assert "x.safetensors" in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_a_header_takes_no_more_memory_than_a_header(tmp_path):
+    import tracemalloc
+
+    for head in (
+        b" " * (17 << 20),
+        b'{"a":[' + b"[]," * (4 << 20) + b"1]}",
+        b'{"a":' + b"[1," * 100 + b"9," * (4 << 20),
+    ):
+        (tmp_path / "x").write_bytes(len(head).to_bytes(8, "little") + head)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match=r"its header (should be|holds)"):
+            safetensors.Safetensors(tmp_path / "x")
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(head)
+        tracemalloc.stop()
+    (tmp_path / "x").write_bytes((1 << 63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="of which the header should be 9223372036854775816"):
+        safetensors.Safetensors(tmp_path / "x")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system without pipes")
+def test_a_pipe_is_no_file(tmp_path):
+    for name in ("model.safetensors", "m.gguf", "config.json"):
+        tiny.model().save_pretrained(tmp_path / name)
+        path = tmp_path / name / name
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        with pytest.raises((ValueError, FileNotFoundError), match=r"is a pipe|expected 'base' or a folder"):
+            Llama.from_pretrained(path if name == "m.gguf" else path.parent)
+
+
+def test_another_file_under_the_name_is_not_read_on(tmp_path, rng):
+    w = {"a": rng.standard_normal((8, 8)).astype(np.float32)}
+    safetensors.save_safetensors(tmp_path / "x", w)
+    opened = safetensors.Safetensors(tmp_path / "x")
+    safetensors.save_safetensors(tmp_path / "x", {"a": -w["a"]})  # of the same size
+    for read in (opened.float32, opened.__getitem__, lambda name: list(opened.pieces(name))):
+        with pytest.raises(ValueError, match="x: the file changed after it was opened"):
+            read("a")
 
 
 # ------------------------------------------------------------------------------------------------------------------- folders
@@ -464,7 +575,10 @@ def test_a_permutation_that_is_not_undone_would_be_seen(tmp_path, rng, monkeypat
     "options, words",
     [
         ({"more": {"llama.rope.scaling.type": "yarn"}}, "rope.scaling.type is 'yarn'; expected 'linear' or 'none'"),
-        ({"more": {"llama.rope.scaling.factor": -2.0}}, "rope.scaling.factor = -2.0, expected a finite number, more than 0"),
+        (
+            {"more": {"llama.rope.scaling.factor": -2.0}},
+            "rope.scaling.factor = -2.0, expected a finite number, more than 0",
+        ),
         (
             {"more": {"llama.rope.scaling.attn_factor": 2.0}},
             "attn_factor is 2.0; expected attention that is not scaled",
@@ -523,7 +637,9 @@ def test_another_architecture_and_another_file(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"the architecture is 'gpt2' \(general\.architecture\), tinylora reads 'llama'"):
+    with pytest.raises(
+        ValueError, match=r"the architecture is 'gpt2' \(general\.architecture\), tinylora reads 'llama'"
+    ):
         Llama.from_pretrained(tmp_path / "m.gguf")
     (tmp_path / "m.gguf").write_bytes(b"GGML" + bytes(100))
     with pytest.raises(ValueError, match=r"not a whole GGUF file \(it does not begin with GGUF\)"):
@@ -556,6 +672,102 @@ def test_a_gguf_that_is_cut_or_changed_gives_a_sentence(tmp_path, rng):
         path.write_bytes(changed)
         with contextlib.suppress(ValueError):
             Llama.from_pretrained(path)
+
+
+def gguf_header(entries, tensors=(), counts=None, version=3):
+    """The bytes of a GGUF without data: entries {name: (type, bytes)}, tensors [(name, shape, type, offset)]."""
+
+    def text(x):
+        return struct.pack("<Q", len(x)) + x
+
+    n, m = counts or (len(tensors), len(entries))
+    out = b"GGUF" + struct.pack("<IQQ", version, n, m)
+    for name, (kind, raw) in entries.items():
+        out += text(name.encode()) + struct.pack("<I", kind) + raw
+    for name, shape, kind, offset in tensors:
+        out += text(name.encode()) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+    return out
+
+
+Q, ARCH = struct.Struct("<Q").pack, (8, struct.pack("<Q", 5) + b"llama")
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (gguf_header({}, counts=(2**60, 0)), "expected at most 65536 of each"),
+        (gguf_header({}, counts=(0, 2**60)), "expected at most 65536 of each"),
+        (gguf_header({"a": (8, Q(2**62))}), "cut short"),
+        (gguf_header({"a": (9, struct.pack("<IQ", 4, 2**61))}), "cut short"),
+        (gguf_header({"a": (9, struct.pack("<IQ", 8, 2**61))}), "cut short"),
+        (gguf_header({"a": (9, struct.pack("<IQ", 9, 2))}), "a is of type 9, which is none that is read"),
+        (gguf_header({"a": (99, b"")}), "a is of type 99"),
+        (gguf_header({"a\nb": (4, bytes(4))}), "the entry 'a.nb' has a name that cannot be printed"),
+        (gguf_header({"a": (6, struct.pack("<f", np.nan))}), "a holds NaN"),
+        (gguf_header({"a": (9, struct.pack("<IQ2d", 12, 2, 1.0, np.nan))}), "a holds NaN"),
+        (gguf_header({"a": (9, struct.pack("<IQ", 0, 1 << 22) + bytes(1 << 22))}), "a brings the values of its arrays"),
+        (gguf_header({"general.alignment": (4, struct.pack("<I", 0))}), "general.alignment = 0"),
+        (gguf_header({"general.alignment": (4, struct.pack("<I", 48))}), "general.alignment = 48"),
+        (gguf_header({"general.architecture": (9, struct.pack("<IQ", 4, 0))}), r"general\.architecture"),
+        (
+            gguf_header({"general.architecture": ARCH}, [("blk.0.attn_q.weight", (0, 4), 0, 0)]),
+            r"of shape \(4, 0\) is not made of",
+        ),
+        (gguf_header({"general.architecture": ARCH}, [("blk.0.attn_q.weight", (2**62, 2**62), 0, 0)]), "truncated"),
+        (gguf_header({"general.architecture": ARCH}, [("blk.0.attn_q.weight", (2,), 0, 2**63)]), "truncated"),
+        (gguf_header({"general.architecture": ARCH}, [("blk.0.attn_q.weight", (2,), 77, 0)]), "is of type 77"),
+        (
+            gguf_header({"general.architecture": ARCH}, [(f"blk.{'9' * 5000}.attn_q.weight", (2,), 0, 0)]),
+            "which tinylora's",
+        ),
+        (
+            gguf_header({"general.architecture": ARCH}, [("a", (2,), 0, 0), ("a", (2,), 0, 0)]),
+            "the tensor 'a' occurs twice",
+        ),
+        (gguf_header({"general.architecture": ARCH}), "llama.attention.head_count = None"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_gguf_header_that_a_stranger_wrote(data, words, tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "m.gguf").write_bytes(data)
+    with pytest.raises(ValueError, match=words) as caught:
+        Llama.from_pretrained(tmp_path / "m.gguf")
+    assert "m.gguf" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0, 0.0])
+@pytest.mark.parametrize(
+    "key", ["rope.freq_base", "attention.layer_norm_rms_epsilon", "attention.scale", "rope.scaling.factor"]
+)
+def test_a_number_of_a_gguf_that_is_none_is_refused_and_nothing_written(key, value, tmp_path):
+    pytest.importorskip("gguf")
+    own = key in ("rope.freq_base", "attention.layer_norm_rms_epsilon")
+    llm_files.write_gguf(tmp_path / "m.gguf", tiny.model(), more=None if own else {f"llama.{key}": 1.25})
+    data = bytearray((tmp_path / "m.gguf").read_bytes())
+    at = data.index(key.encode()) + len(key) + 4
+    data[at : at + 4] = struct.pack("<f", value)
+    (tmp_path / "m.gguf").write_bytes(data)
+    if value == 0 and not own:
+        return  # 0 says nothing there
+    with pytest.raises(ValueError, match=rf"m\.gguf.*llama\.{key}"):
+        llama.convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind, bad", [("F32", b"\x00\x00\xc0\x7f"), ("F16", b"\x00\x7c"), ("Q8_0", b"\x00\x7e")])
+def test_weights_of_a_gguf_with_nan_are_refused_by_name(kind, bad, tmp_path):
+    pytest.importorskip("gguf")
+    from tinylora.models.gguf import GGUF
+
+    path = tmp_path / "m.gguf"
+    llm_files.write_gguf(path, tiny.model(**SIZES), (kind,))
+    name = "model.layers.1.mlp.down_proj.weight"
+    data, place = bytearray(path.read_bytes()), GGUF(path)._tensors[name][2]
+    data[place : place + len(bad)] = bad
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"m\.gguf: {name} holds (NaN|Inf)"):
+        Llama.from_pretrained(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- the vocabulary

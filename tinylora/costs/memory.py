@@ -32,6 +32,7 @@ from ..dtypes import BITS
 from ..kernels.attention import QUERY_BLOCK
 from ..models import files
 from ..models.eightbit import VectorwiseInt8
+from ..models.fourbit import read_config
 from ..models.gguf import GGUF, is_gguf
 from ..models.llama import LlamaConfig
 from ..models.rope import table_length
@@ -144,7 +145,7 @@ def config_of(model):
         raise FileNotFoundError(
             f"{model}: expected 'base', one of {', '.join(MODELS)}, a folder with config.json, or FILE.gguf, whose sizes to take"
         )
-    return LlamaConfig.from_dict(files.read_json(folder / "config.json"), folder / "config.json")
+    return LlamaConfig.from_dict(read_config(folder), folder / "config.json")
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers of weights

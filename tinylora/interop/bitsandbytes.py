@@ -25,7 +25,13 @@ from ..dtypes import BFloat16Array
 from ..models import eightbit, files, safetensors
 from ..models.eightbit import Linear8bit, VectorwiseInt8
 from ..models.folders import MODEL_FILES
-from ..models.fourbit import check_finite, from_tensors, is_quantized, to_tensors  # noqa: F401 (from_tensors is handed on)
+from ..models.fourbit import (  # noqa: F401 (from_tensors is handed on)
+    check_finite,
+    from_tensors,
+    is_quantized,
+    read_config,
+    to_tensors,
+)
 from ..models.llama import Llama
 from ..nn import Linear, is_adapter_weight
 from ..quant import QuantizedTensor, quantize
@@ -204,7 +210,7 @@ def _check_folders(source, target, force):
         files.settle(folder)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected a model folder as transformers saves it")
-    config = files.read_json(source / "config.json")
+    config = read_config(source)
     try:
         json.dumps(config, allow_nan=False)
     except (ValueError, RecursionError):
@@ -214,7 +220,7 @@ def _check_folders(source, target, force):
     if is_quantized(source):
         raise ValueError(f"{source / 'config.json'} says that the model is quantized already")
     files.check_target(target, source)
-    if (target / "config.json").is_file() and not files.read_json(target / "config.json").get("quantization_config"):
+    if (target / "config.json").is_file() and not read_config(target).get("quantization_config"):
         raise ValueError(f"{target} holds another, dense model; choose a new folder")
     if config.get("model_type") not in OPENED and not force:
         raise ValueError(

@@ -122,10 +122,10 @@ def open_model(path, held="dense"):
         raise FileNotFoundError(
             f"{path}: expected 'base' or a folder with config.json and model.safetensors, or FILE.gguf"
         )
-    config = files.read_json(folder / "config.json")
+    config = fourbit.read_config(folder)
     if (folder / "generation_config.json").is_file():  # an instruction-tuned model may end its answers at other tokens
         generation = folder / "generation_config.json"
-        ids = check(files.read_json(generation), _TOKENS, generation)
+        ids = check(files.read_json(generation, fourbit.LONGEST_CONFIG), _TOKENS, generation)
         config |= {name: ids[name] for name in _TOKENS if ids.get(name) is not None}
     if (found := fourbit.held(folder)) != held:
         names = {"dense": "dense", "4bit": "in bitsandbytes' 4 bits", "8bit": "in bitsandbytes' LLM.int8()"}

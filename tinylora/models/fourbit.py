@@ -174,7 +174,14 @@ QUANTIZATION = {
     "llm_int8_has_fp16_weight": optional(flag()),
 }
 
+LONGEST_CONFIG = 8 << 20  # bytes
+
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+
+
+def read_config(folder):
+    """The config.json of a model folder, with no field looked at yet."""
+    return files.read_json(Path(folder) / "config.json", LONGEST_CONFIG)
 
 
 def held(path):
@@ -189,9 +196,7 @@ def held(path):
     files.settle(folder)
     if not (folder / "config.json").is_file():
         return "dense"
-    where = folder / "config.json"
-    config = files.read_json(where)
-    said = {}
+    where, config, said = folder / "config.json", read_config(folder), {}
     for key in ("quantization_config", "compression_config"):
         if type(config.get(key)) is not str:  # an old spelling gives the method alone
             check(config, {key: optional(fields(QUANTIZATION))}, where)

@@ -19,6 +19,7 @@ and is not understood is refused: other architectures, tensors that the model do
 scaling, a file that is cut short. llama.cpp does not look at a llama's `attention.sliding_window`.
 """
 
+import itertools
 import math
 import os
 import re
@@ -184,7 +185,8 @@ class GGUF(Mapping):
                     f"{self.path}: tensor {name} of shape {shown(shape)} is not made of {kind.name} blocks of {block}"
                 )
             spans.append((place, place + math.prod(shape[:-1]) * self._row_bytes(shape, kind), name))
-        for (_, end, name), (begin, _, after) in zip(sorted(spans), [*sorted(spans)[1:], (size, 0, "")], strict=True):
+        spans = [*sorted(spans), (size, 0, "")]
+        for (_, end, name), (begin, _, after) in itertools.pairwise(spans):
             if end > begin:
                 what = (
                     f"and {after} overlap"

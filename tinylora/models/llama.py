@@ -592,10 +592,11 @@ def _in_few_bits(cls, path, held, compute_dtype):
         options = eightbit.options(opened.config, tensors, opened.config_path)
         stored, few = eightbit, eightbit.Linear8bit
     for name in stored.names(tensors):
-        file = opened.weights.where(name) if name in opened.weights else path
-        q, where = stored.from_tensors(name, tensors, file), name.removesuffix(".weight")
+        where = name.removesuffix(".weight")
+        file = next((opened.weights.where(n) for n in opened.weights if n.startswith(f"{where}.")), opened.config_path)
+        q = stored.from_tensors(name, tensors, file)
         if not isinstance(layers.get(where), Linear) or layers[where].weight.shape != q.shape:
-            raise ValueError(f"{path}: {name} of shape {q.shape} fits no linear layer of its config.json")
+            raise ValueError(f"{file}: {name} of shape {shown(q.shape)} fits no linear layer of its config.json")
         model.replace(where, few(q, layers[where].bias, compute_dtype, **options))
         state[name] = q
     if not state:

@@ -43,7 +43,9 @@ _PLACES = {name: place for place, name in enumerate(_NUMPY)}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 1 << 20  # elements widened at a time
 
-_LONGEST_HEADER = 32 << 20  # bytes: some 200,000 tensors
+_LONGEST_HEADER, _MOST_TENSORS = 16 << 20, 1 << 16  # bytes, entries
+#: How often what makes a JSON value may stand in a header: a list of three bytes takes sixty in memory.
+_MOST_OF = {b"[": 4 * _MOST_TENSORS, b"{": 4 * _MOST_TENSORS, b",": 20 * _MOST_TENSORS}
 _MOST_SHARDS = 4096
 _ENTRY = {"dtype": text(16), "shape": several(whole(), most=16), "data_offsets": several(whole(), most=2)}
 _METADATA = mapping(text(_LONGEST_HEADER))
@@ -123,7 +125,7 @@ class Safetensors(Mapping):
             ) from None
         for name, (kind, _, _) in self._entries.items():
             if kind not in _NUMPY:
-                raise ValueError(f"{self.path}: tensor {name} has dtype {kind}, which NumPy cannot hold")
+                raise ValueError(f"{self.path}: tensor {name} has dtype {shown(kind)}, which NumPy cannot hold")
 
     def __iter__(self):
         return iter(self._entries)
@@ -241,9 +243,13 @@ def _read_header(f):
         raise ValueError(f"{size} bytes, of which the header should be {start}")
     if start > _LONGEST_HEADER:
         raise ValueError(f"its header should be {start} bytes; expected at most {_LONGEST_HEADER}")
-    header = json.loads(f.read(start - 8), object_pairs_hook=_once)
-    if not isinstance(header, dict):
-        raise ValueError("the header is not a JSON object")
+    head = f.read(start - 8)
+    for mark, most in _MOST_OF.items():
+        if head.count(mark) > most:
+            raise ValueError(f"its header holds {mark.decode()} {head.count(mark)} times; expected at most {most}")
+    header = json.loads(head, object_pairs_hook=_once)
+    if not isinstance(header, dict) or len(header) > _MOST_TENSORS:
+        raise ValueError(f"the header is not a JSON object of at most {_MOST_TENSORS} tensors")
     metadata = check_value(header.pop("__metadata__", None) or {}, _METADATA, "the header", "__metadata__")
     entries, spans = {}, []
     for name in sorted(header):
