@@ -130,7 +130,8 @@ def open_model(path, held="dense"):
     if (found := fourbit.held(folder)) != held:
         names = {"dense": "dense", "4bit": "in bitsandbytes' 4 bits", "8bit": "in bitsandbytes' LLM.int8()"}
         raise ValueError(
-            f"{path}: its weights are {names[found]}; expected a model that is {names[held]} (a GGUF file is written of either)"
+            f"{folder / 'config.json'}: its weights are {names[found]}; expected a model that is {names[held]} (a GGUF file is "
+            "written of either)"
         )
     return ModelFiles(folder, config, folder / "config.json", safetensors.open_folder(folder))
 
