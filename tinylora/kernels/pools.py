@@ -10,8 +10,8 @@
 analogy that the paper draws, RAM and disk, and the one that is real on a laptop: what is not resident takes no memory.
 
 A pool has one way to move things, `exchange`: put these frames back, then bring that page in, in this order and, if `ahead`, beside the
-computation. A frame that is put back is used again for the page that comes in, where the sizes agree: no allocation, and never more
-than the budget.
+computation. A frame leaves the list as soon as it has been put back: what is left after a failure was not. A frame that is put back is
+used again for the page that comes in, where the sizes agree: no allocation, and never more than the budget.
 """
 
 import contextlib
@@ -58,7 +58,9 @@ class HostPool:
         if self._stream:
             return self._stream.exchange(back, source)
         if ahead and self._queue is None:
-            self._queue = ThreadPoolExecutor(1, thread_name_prefix="pager")
+            queue = ThreadPoolExecutor(1, thread_name_prefix="pager")
+            queue.submit(int)  # RuntimeError where no thread can be started: there is no queue then
+            self._queue = queue
         if self._queue is None:
             return self._exchange(back, source)
         ticket = self._queue.submit(self._exchange, back, source)  # one thread: first come, first served
@@ -82,8 +84,9 @@ class HostPool:
     def _exchange(self, back, source):
         frame = None
         while back:
-            old, page = back.pop()
+            old, page = back[-1]
             page[...] = old
+            back.pop()
             self.release(page)
             if source is not None and old.shape == source.shape and old.dtype == source.dtype:
                 frame = old
@@ -119,7 +122,13 @@ class FilePool(HostPool):
         step = mmap.ALLOCATIONGRANULARITY  # each page can be unmapped alone
         sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape in shapes]
         room = np.cumsum([0, *(-(-n // step) * step for n in sizes)]).tolist()
-        mapped, first = self._stretch(room[-1])
+        try:
+            mapped, first = self._stretch(room[-1])
+        except OSError as error:
+            folder = tempfile.gettempdir()
+            raise OSError(
+                f"pager: no room for {room[-1]:,} bytes of pages in {folder} ({error}); TMPDIR chooses another"
+            ) from None
         starts = [first + n for n in room]
         pages = [np.frombuffer(mapped, dtype, n // np.dtype(dtype).itemsize, start).reshape(shape)
                  for shape, n, start in zip(shapes, sizes, starts, strict=False)]  # fmt: skip
@@ -133,19 +142,14 @@ class FilePool(HostPool):
             self._mapped, self._used = mmap.mmap(self._file.fileno(), length, offset=self._end), 0
             self._end += length
         if n and hasattr(os, "posix_fallocate"):
-            try:
-                os.posix_fallocate(self._file.fileno(), self._end - len(self._mapped) + self._used, n)
-            except OSError as error:
-                folder = tempfile.gettempdir()
-                raise OSError(
-                    f"pager: no room for {n:,} bytes of pages in {folder} ({error}); TMPDIR chooses another"
-                ) from None
+            os.posix_fallocate(self._file.fileno(), self._end - len(self._mapped) + self._used, n)
         self._used += n
         return self._mapped, self._used - n
 
     def release(self, page):
         if hasattr(mmap, "MADV_DONTNEED"):  # of a shared mapping: the file keeps what was written
-            page.mapped.madvise(mmap.MADV_DONTNEED, page.start, page.length)
+            with contextlib.suppress(OSError):  # advice that is not taken costs memory (a process may lock its pages)
+                page.mapped.madvise(mmap.MADV_DONTNEED, page.start, page.length)
 
 
 class _Mapped(np.ndarray):
@@ -210,8 +214,9 @@ class _CopyStream:
         self.stream.wait_event(computed)
         frame, kept = None, []
         while back:
-            old, page = back.pop()
+            old, page = back[-1]
             copies.copy_to_host(old, page, self.stream)
+            back.pop()
             if source is not None and old.shape == source.shape and old.dtype == source.dtype:
                 frame = old
             else:
