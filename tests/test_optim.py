@@ -1,6 +1,8 @@
 """AdamW against its equation, paging against no paging, the pager's books, clipping and schedules."""
 
+import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -101,6 +103,30 @@ def test_a_parameter_given_twice_is_refused():
     p, q = (Tensor(np.zeros(3, np.float32), requires_grad=True) for _ in range(2))
     with pytest.raises(ValueError, match=r"AdamW: parameter two of shape \(3,\) is given twice"):
         AdamW([{"params": [("one", p)]}, {"params": [q, ("two", p)], "lr": 0.1}])
+    with pytest.raises(ValueError, match=r"AdamW: parameter one of shape \(3,\) is given twice"):
+        AdamW([("one", p), ("one", q)])  # the state of one would be saved over that of the other
+
+
+@pytest.mark.parametrize("key", ["step", "x.t"])
+@pytest.mark.parametrize("value", [None, np.array(-1), np.array(1.5), np.array(np.nan), np.array([1, 1])])
+def test_a_state_without_its_steps_changes_nothing(key, value):
+    optimizer = AdamW([("x", Tensor(np.zeros(3, np.float32), requires_grad=True))])
+    optimizer.groups[0]["params"][0][1].grad = np.ones(3, np.float32)
+    optimizer.step()
+    before = {name: a.copy() for name, a in optimizer.state_dict().items()}
+    state = {name: a + a for name, a in before.items() if name != "x.t"} | {key: value}
+    with pytest.raises(ValueError, match=rf"AdamW: the saved state has {key} = .*, expected a number of steps"):
+        optimizer.load_state_dict({name: a for name, a in state.items() if a is not None or name == "x.t"})
+    assert all((before[name] == a).all() for name, a in optimizer.state_dict().items())
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, pickle.dumps, lambda optimizer: copy.copy(optimizer.pager)])
+def test_a_copy_of_an_optimizer_is_refused_in_a_sentence(way):
+    optimizer = AdamW([Tensor(np.zeros(3, np.float32), requires_grad=True)])
+    with pytest.raises(
+        TypeError, match=r"a pager cannot be copied; make another, whose optimizer takes load_state_dict"
+    ):
+        way(optimizer)
 
 
 SIZES = ((7, 33), (1000,), (1,), (64, 64))

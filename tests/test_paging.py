@@ -92,6 +92,60 @@ def test_a_guess_that_fails_in_the_thread_leaves_the_books_as_they_were(monkeypa
     assert pager.evict_all() == 1024
 
 
+@pytest.mark.parametrize("error", [OSError, MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_page_that_cannot_be_put_back_stays(error, ahead, monkeypatch):
+    pager = Pager(2048, 1024, prefetch=ahead, trace=True)
+    pages = pager.allocate(2, 512)
+    for i in pages[:2]:
+        pager.page(i)[...] = i + 1
+
+    class Full(np.ndarray):
+        def __setitem__(self, key, value):
+            raise error("full")
+
+    put, pager._pages[0] = pager._pages[0], pager._pages[0].view(Full)
+    with pytest.raises(error):  # page 0 is the least recently used
+        pager.page(pages[2], then=pages[3])
+    with pytest.raises(error):
+        pager.evict_all()
+    pager._pages[0] = put
+    assert (pager.read(pages[:2])[0] == np.repeat([1, 2], 128)).all()
+    assert pager.resident_bytes == sum(frame.nbytes for frame in pager._resident.values()) <= 2048
+    assert pager.counters.evictions == sum(event == "evict" for _, _, event, _ in pager.trace)
+    assert pager.page(pages[2]).any() == 0 and pager.evict_all() <= 2048
+
+
+def test_where_no_thread_can_be_started_nothing_comes_early(monkeypatch, rng):
+    def none(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", none)
+    _, pages = walk(np, [0, 3, 1, 4, 2, 0], rng, budget=128, prefetch=True)
+    monkeypatch.undo()
+    assert pages.shape == (2, 37)
+
+
+def test_a_page_has_one_number_and_takes_only_what_fits():
+    pager = Pager(64, 64)
+    pages = pager.allocate(2, 24)
+    pager.page(pages[2])[...] = 7
+    assert (pager.page(-1) == 7).all() and (pager.read([-1]) == 7).all()
+    for values in (np.ones((2, 1), np.float32), np.ones((2, 25), np.float32), np.ones((2, 24), np.complex64)):
+        with pytest.raises(ValueError, match=r"pager: got .* to write, expected float32 \(2, 24\)"):
+            pager.write(pages, values)
+
+
+def test_an_unlimited_budget_from_now_on_leaves_old_pages_usable():
+    pager = Pager(64, 64, pool="file")
+    pages = pager.allocate(2, 24)
+    pager.budget = None
+    for _ in range(2):
+        for i in pages:
+            pager.page(i)[...] += 1
+    assert (pager.read(pages) == 2).all()
+
+
 def test_many_tensors_share_few_mappings():
     pager = Pager(1 << 12, 1 << 12, pool="file")
     for _ in range(400):
@@ -325,6 +379,9 @@ def test_a_file_that_pages_lie_in_leaves_nothing_behind(tmp_path, monkeypatch):
     [
         (lambda: Pager(pool="tape"), "pool 'tape' is unknown: expected one of 'host', 'file', 'managed'"),
         (lambda: Pager(pool="managed"), "pool 'managed' is CUDA managed memory, and the device is the CPU"),
+        (lambda: Pager(float("nan")), "the budget of nan bytes is smaller than one page"),
+        (lambda: Pager().allocate(2, 0), "pager: n = 0, expected a whole number, 1 or more"),
+        (lambda: Pager().allocate(0, 2), "pager: rows = 0, expected a whole number, 1 or more"),
     ],
 )
 def test_errors_are_sentences(make, words):

@@ -94,9 +94,9 @@ class AdamW:
                     raise ValueError(f"{kind}: parameter {name} does not require a gradient; leave it out")
                 if not p.size:
                     raise ValueError(f"{kind}: parameter {name} of shape {p.shape} has no element; leave it out")
-                if id(p) in seen:
+                if seen & {id(p), name}:
                     raise ValueError(f"{kind}: parameter {name} of shape {p.shape} is given twice; leave one out")
-                seen.add(id(p))
+                seen |= {id(p), name}
                 self._slots.append(Slot(name, p, group, self._allocate(p)))
         if not self._slots:
             raise ValueError(f"{kind}: there is nothing to optimize; no parameter requires a gradient")
@@ -107,7 +107,10 @@ class AdamW:
         return self.pager.total_bytes
 
     def step(self, lr_scale=1.0):
-        """Apply the gradients (p.grad); a parameter without one is left alone, and its t stands still. lr_scale multiplies every lr."""
+        """Apply the gradients (p.grad); a parameter without one is left alone, and its t stands still. lr_scale multiplies every lr.
+
+        Where a page cannot be brought, the error is raised, and the pages before it have had the step: load a state of before.
+        """
         self.step_count += 1
         self.pager.step = self.step_count
         slots = [slot for slot in self._slots if slot.p.grad is not None]
@@ -163,11 +166,16 @@ class AdamW:
                 if saved is None or (saved.shape, saved.dtype) != (now.shape, now.dtype):
                     what = f"{slot.name}.{part} of shape {now.shape}, {now.dtype}"
                     raise ValueError(f"{type(self).__name__}: the saved state has no {what}")
+        each = [f"{slot.name}.t" for slot in self._slots]
+        state = {**dict.fromkeys(each, state.get("step")), **state}  # older files have the optimizer's steps alone
+        for name in ("step", *each):
+            n = state.get(name)
+            if n is None or n.shape != () or n.dtype.kind not in "iu" or n < 0:
+                raise ValueError(f"{type(self).__name__}: the saved state has {name} = {n}, expected a number of steps")
         for slot in self._slots:  # only now that everything was found fit
             self._write(slot, {part: state[f"{slot.name}.{part}"] for part in self._read(slot)})
+            slot.t = int(state[f"{slot.name}.t"])
         self.step_count = int(state["step"])
-        for slot in self._slots:
-            slot.t = int(state.get(f"{slot.name}.t", self.step_count))  # older files have the optimizer's steps alone
 
     def _read(self, slot):
         """{part: array}: a slot's state, on the host."""

@@ -8,6 +8,8 @@ resident array:
     fault    it is not: it is copied from the pool to a frame, which is the resident array
     evict    if the budget is full, the page that was used longest ago is first copied back to the pool
 
+A copy that fails loses nothing: a page that could not be put back stays resident, and the pager goes on.
+
 A page is a block of `page_bytes` and not a whole tensor, so a tensor may be larger than the budget. `counters` has the
 number of hits, faults and evictions and the bytes moved; `trace` lists every event, if that is asked for. Where the pages
 live while they are not resident, and who copies them, is in `kernels.pools`.
@@ -82,10 +84,9 @@ class Pager:
             raise ValueError(
                 f"pager: page_bytes = {page_bytes}; a page holds pairs of float32 (m, v), so expected a multiple of 8"
             )
-        if budget is not None and budget < page_bytes and not whole_tensors:
+        if budget is not None and not budget >= (0 if whole_tensors else page_bytes):  # NaN, too
             raise ValueError(
-                f"pager: the budget of {budget} bytes is smaller than one page of {page_bytes} bytes; "
-                "raise the budget or make the pages smaller"
+                f"pager: the budget of {budget} bytes is smaller than one page of {page_bytes} bytes; raise one, lower the other"
             )
         self.budget, self.page_bytes, self.whole_tensors = budget, page_bytes, whole_tensors
         self.prefetch = self.xp is not np if prefetch is None else prefetch
@@ -94,7 +95,10 @@ class Pager:
         self._pages = []  # page number -> page in the pool; or the resident array itself, where nothing moves
         self._moves = set()  # the numbers of the pages that can move
         self._resident = OrderedDict()  # page number -> frame, least recently used first
-        self._coming = None  # (page number, ticket) of the page that is under way
+        self._coming = None  # of the page that is under way: (its number, the ticket, what goes for it)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a pager cannot be copied; make another, whose optimizer takes load_state_dict(state_dict())")
 
     def __len__(self):
         return len(self._pages)
@@ -114,6 +118,7 @@ class Pager:
 
         k is a multiple of `multiple`, except in the last page: what is quantized in blocks must not be cut within a block.
         """
+        rows, n = backend.whole("pager: rows", rows), backend.whole("pager: n", n)
         itemsize, first = np.dtype(dtype).itemsize, len(self._pages)
         k = max(self.page_bytes // (itemsize * rows) // multiple, 1) * multiple
         moves = self.budget is not None or isinstance(self.pool, pools.ManagedPool)
@@ -137,6 +142,7 @@ class Pager:
 
     def page(self, number, then=None):
         """The resident array of a page; valid until the next call. Writes to it are kept. then: the page that is wanted next."""
+        number = range(len(self._pages))[number]  # one page has one number
         if number not in self._moves:
             return self._pages[number]
         self._arrive()
@@ -145,10 +151,10 @@ class Pager:
             self._resident.move_to_end(number)
             self.counters.hits += 1
             self._note("hit", number)
-            if self.budget is None:
+            if self.budget is None and frame is self._pages[number]:
                 self.pool.exchange([], frame)  # managed memory: the driver may have moved it out; ask for it back
         else:
-            frame = self.pool.wait(self._bring(number))
+            frame = self.pool.wait(self._bring(number)[0])
             self.counters.faults += 1
             self._came_in("fault", number, frame)
         if then is not None and self.prefetch:
@@ -159,37 +165,57 @@ class Pager:
         """Start to bring a page in, if it fits the budget beside the one in use."""
         together = self._pages[beside].nbytes + self._pages[number].nbytes
         if number in self._moves and number not in self._resident and (self.budget is None or together <= self.budget):
-            with contextlib.suppress(MemoryError):  # it may evict for the budget, but not because memory ran out
-                self._coming = (number, self._bring(number, ahead=True))
+            # It may evict for the budget, but not because memory ran out. A failure that lasts is seen where the page is needed.
+            with contextlib.suppress(Exception):
+                self._coming = (number, *self._bring(number, ahead=True))
 
     def _arrive(self):
-        """The page under way, if there is one, is resident from now on; if there was no memory for it, it was a guess and is dropped."""
+        """The page under way, if there is one, is resident from now on; if it could not be brought, it was a guess and is dropped."""
         if self._coming is None:
             return
-        (number, ticket), self._coming = self._coming, None
+        number, ticket, going = self._coming
         try:
             frame = self.pool.wait(ticket)
-        except MemoryError:
-            self.resident_bytes -= self._pages[number].nbytes
+        except Exception:
+            self._coming = None
+            self._keep(going, instead_of=self._pages[number].nbytes)
         else:
+            self._coming = None
             self.counters.prefetches += 1
             self._came_in("prefetch", number, frame)
 
     def _bring(self, number, ahead=False):
-        """Make room and start to copy a page in; where memory runs out, more pages go. -> the pool's ticket"""
+        """Make room and start to copy a page in; where memory runs out, more pages go. -> the pool's ticket, and the pages that go"""
         source, going = self._pages[number], []
-        while self._resident and self.budget is not None and self.resident_bytes + source.nbytes > self.budget:
-            going.append(self._evict())
         self.resident_bytes += source.nbytes
-        self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
-        while True:
-            try:
-                return self.pool.exchange(going, source, ahead)
-            except MemoryError:
-                if ahead or not self._resident:
-                    self.resident_bytes -= source.nbytes
-                    raise
-            going.append(self._evict())
+        try:
+            while self._resident and self.budget is not None and self.resident_bytes > self.budget:
+                going.append(self._evict())
+            self.peak_resident_bytes = max(self.peak_resident_bytes, self.resident_bytes)
+            while True:
+                try:
+                    return self.pool.exchange(going, source, ahead), going
+                except MemoryError:
+                    if ahead or not self._resident:
+                        raise
+                going.append(self._evict())
+        except BaseException:
+            self._keep(going, instead_of=source.nbytes)
+            raise
+
+    def _keep(self, going, instead_of=0):
+        """Finish what is under way. What is left in this list could not be put back: it stays, and so many bytes do not come."""
+        self.pool.finish()
+        self.resident_bytes -= instead_of
+        while going:
+            frame, page = going.pop()
+            kept = next(i for i in self._moves if self._pages[i] is page)
+            self._resident[kept] = frame
+            self.resident_bytes += frame.nbytes
+            self.counters.evictions -= 1
+            self.counters.bytes_out -= frame.nbytes
+            if self.trace is not None:
+                del self.trace[max(i for i, line in enumerate(self.trace) if line[1:3] == (kept, "evict"))]
 
     def _came_in(self, event, number, frame):
         """Enter a page that has arrived into the table and the books."""
@@ -209,10 +235,13 @@ class Pager:
     def evict_all(self):
         """Put every resident page back into the pool; returns the bytes that this freed."""
         self._arrive()
-        before = self.resident_bytes
-        while self._resident:
-            self.pool.exchange([self._evict()], None)
-        self.pool.finish()
+        before, going = self.resident_bytes, []
+        try:
+            while self._resident:
+                going.append(self._evict())
+            self.pool.exchange(going, None)
+        finally:
+            self._keep(going)
         return before
 
     def yielding(self, f, *args):
@@ -240,6 +269,9 @@ class Pager:
         """Overwrite the contents of pages with (rows, n) values, wherever they are now."""
         start = 0
         with self._settled(pages) as current:
+            shape, dtype = (len(current[0]), sum(page.shape[1] for page in current)), current[0].dtype
+            if values.shape != shape or not np.can_cast(values.dtype, dtype, "same_kind"):
+                raise ValueError(f"pager: got {values.dtype} {values.shape} to write, expected {dtype} {shape}")
             for page in current:
                 end = start + page.shape[1]
                 page[...] = backend.move(np.ascontiguousarray(values[:, start:end]), backend.array_module(page))
@@ -249,6 +281,7 @@ class Pager:
     def _settled(self, pages):
         """The arrays that hold these pages now; nothing is under way meanwhile."""
         self._arrive()
+        pages = [range(len(self._pages))[i] for i in pages]
         if self._moves:
             self.pool.finish()
         yield [self._resident.get(i, self._pages[i]) for i in pages]
