@@ -65,19 +65,22 @@ def add_weighted_adapter(model, names, weights, new_name, combination_type="svd"
     for path in targets:
         layer = model.get(path)
         parts = [(w, layer.bypasses[n]) for n, w in zip(names, weights, strict=True) if n in layer.bypasses]
-        made[path] = _combine(kind, r, parts)
+        made[path] = _combine(kind, r, parts, path)
     put_on(model, new_name, config, targets)
     for path, (b, a) in made.items():
         bypass = model.get(path).bypasses[new_name]
         for factor, matrix in ((bypass.lora_B, b), (bypass.lora_A, a)):
-            factor.weight.data = matrix.reshape(factor.weight.shape).astype(np.float32)
+            factor.weight.data = matrix.reshape(factor.weight.shape)
     return model
 
 
-def _combine(kind, r, parts):
+def _combine(kind, r, parts, path):
     """(B, A) as matrices (outputs × r) and (r × inputs) of Σ w s B A over parts = [(w, bypass)]; see add_weighted_adapter."""
     xp = array_module(parts[0][1].lora_A.weight.data)
     scaled = [(w * bypass.scaling, *bypass.factors()) for w, bypass in parts]
+    with np.errstate(over="ignore", invalid="ignore"):
+        if not all(bool(xp.isfinite(b).all() & xp.isfinite(c * a).all()) for c, b, a in scaled):
+            raise ValueError(f"add_weighted_adapter: the factors of {path} hold NaN or Inf, or do with these weights")
     if kind == "linear":
         roots = [math.sqrt(abs(c)) for c, _, _ in scaled]
         b = sum(root * b for root, (_, b, _) in zip(roots, scaled, strict=True))
