@@ -40,6 +40,7 @@ from .switch import (
     refuse_unfit,
     set_adapter,
     untie,
+    untied,
 )
 from .targets import base_of, find_targets, lora_layers, needs_own_head
 
@@ -50,5 +51,5 @@ __all__ = ["ADAPTABLE", "BASE", "BIASES", "COMBINATIONS", "LINEAR", "Adapter", "
            "adapter_of", "adapter_rows", "adapters", "add_lora", "add_weighted_adapter", "attach", "base_of", "configs",
            "count_parameters", "delete_adapter", "dequantize_linears", "detach", "disable_adapter", "find_targets", "lora_layers",
            "merge", "merge_errors", "needs_own_head", "prepare_for_kbit_training", "prepare_model_for_int8_training",
-           "print_trainable_parameters", "refuse_unfit", "set_adapter", "trainable_parameters", "unmerge", "untie"]
+           "print_trainable_parameters", "refuse_unfit", "set_adapter", "trainable_parameters", "unmerge", "untie", "untied"]
 # fmt: on

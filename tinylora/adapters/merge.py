@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from ..nn import FrozenLinear, Linear
 from ..tensor import Tensor
 from .state import active_adapters, configs, state
-from .switch import activate, check_name
+from .switch import activate, check_names
 from .targets import lora_layers
 
 
@@ -23,11 +23,7 @@ def merge(model, names=None, keep=False):
         raise ValueError("merge: the model carries no adapter")
     if keep and state(model).kept is not None:
         raise ValueError("merge: the base's weights of an earlier merge are kept; unmerge first, or merge without keep")
-    names = (
-        active_adapters(model) if names is None else (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    )
-    for name in names:
-        check_name(model, name)
+    names = check_names(model, active_adapters(model) if names is None else names)
     tied = [
         p
         for p, layer in lora_layers(model)
@@ -44,7 +40,7 @@ def merge(model, names=None, keep=False):
     activate(model, names)  # so that the biases that these adapters trained are the ones that are merged
     try:
         merged = [(path, layer.merge(names)) for path, layer in lora_layers(model)]
-    except Exception:
+    except BaseException:
         activate(model, before)
         raise
     kept = Kept(before, names, lora_layers(model), dict(configs(model)), dict(state(model).copies), flags)

@@ -11,6 +11,7 @@ import numpy as np
 from .. import ops
 from ..backend import array_module, move
 from ..lora import LoRALayer
+from ..nn import stored_array
 from ..tensor import Tensor
 from .config import BASE, Adapter, LoRAConfig, matches
 from .kinds import bypass_for, factor_shapes, lora_layer
@@ -68,21 +69,27 @@ def put_on(model, name, config, targets):
         raise ValueError(
             f"lora: {both[0]} is a target and among modules_to_save; it can have a bypass or be trained whole"
         )
-    with _active(model, ()):  # the base's own parameters are in place: DoRA starts from its norms
+    copies = {(name, path): Tensor(w.data.copy()) for path, w in whole.items()}
+    with _active(
+        model, ()
+    ):  # the base's own parameters are in place: DoRA starts from its norms, and a wrapper freezes its base
         made = {
             path: bypass_for(base_of(layers[path]))(base_of(layers[path]), **config.options(path)) for path in targets
         }
+        wrappers = {
+            path: layers[path]
+            if isinstance(layers[path], LoRALayer)
+            else lora_layer(layers[path], name=name, bypass=bypass)
+            for path, bypass in made.items()
+        }
     if first:
         model.requires_grad_(False)
-    for path, bypass in made.items():
-        wrapper = layers[path]
-        if not isinstance(wrapper, LoRALayer):
-            wrapper = lora_layer(layers[path], name=name, bypass=bypass)
+    for path, wrapper in wrappers.items():
+        if wrapper is not layers[path]:
             wrapper.training, wrapper.active = layers[path].training, ()
             model.replace(path, wrapper)
-        wrapper.bypasses[name] = bypass.requires_grad_(False).train(wrapper.training)
-    if whole:
-        state(model).copies.update({(name, path): Tensor(w.data.copy()) for path, w in whole.items()})
+        wrapper.bypasses[name] = made[path].requires_grad_(False).train(wrapper.training)
+    state(model).copies.update(copies)
     configs(model)[name] = config
     return set_adapter(model, name) if first else model
 
@@ -137,6 +144,22 @@ def untie(model):
     return model
 
 
+@contextlib.contextmanager
+def untied(model):
+    """Untie the model for good if the block ends well; after an error its head is its embedding as before. See `untie`."""
+    known, config = state(model), model.config
+    before = dict(known.configs), dict(known.copies)
+    try:
+        untie(model)
+        yield model
+    except BaseException:
+        model.lm_head, model.config = None, config
+        for now, then in zip((known.configs, known.copies), before, strict=True):
+            now.clear()
+            now.update(then)
+        raise
+
+
 def set_adapter(model, names, inference_mode=False):
     """Let these adapters (a name, or a list whose bypasses add up) compute; they alone are trained unless inference_mode.
 
@@ -156,9 +179,7 @@ def set_adapter(model, names, inference_mode=False):
 
 def activate(model, names):
     """Let these adapters compute, and leave alone what is trained; returns the names. Everything is checked first."""
-    names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
-    for name in names:
-        check_name(model, name)
+    names = check_names(model, names)
     copies = state(model).copies
     wanted = [key for key in copies if key[0] in names]
     if len({path for _, path in wanted}) < len(wanted):
@@ -185,8 +206,19 @@ def _place(model, path, tensor):
     return before
 
 
+def check_names(model, names):
+    """The names of adapters of the model (one, or several) as a tuple, each once."""
+    try:
+        names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
+    except TypeError:
+        raise ValueError(f"lora: {names!r}, expected the name of an adapter or a list of names") from None
+    for name in names:
+        check_name(model, name)
+    return names
+
+
 def check_name(model, name):
-    if name not in configs(model):
+    if not isinstance(name, str) or name not in configs(model):
         there = ", ".join(configs(model)) or "none"
         raise ValueError(f"lora: the model carries no adapter called {name!r}; it carries {there}")
 
@@ -249,8 +281,7 @@ def adapter_rows(model, names):
     train parameters whole are refused.
     """
     names = list(names)
-    for name in sorted(set(names) - {BASE}):
-        check_name(model, name)
+    for name in check_names(model, [n for n in names if n != BASE]):
         if any(owner == name for owner, _ in state(model).copies):
             raise ValueError(f"lora: {name!r} trains parameters whole, so it cannot be one of several in a batch")
     with _active(model, (), names):
@@ -319,13 +350,15 @@ def adapter_of(model, name=None):
 def attach(model, adapter, name="default"):
     """Put an Adapter on the model and let it compute. Every path and shape is checked before anything changes."""
     refuse_unfit(model, adapter)
-    put_on(model, name, adapter.config, list(adapter.weights))
+    layers, own = adaptable_layers(model), own_weights(model)
+    bases = {path: stored_array(base_of(layers[path]).weight) for path in adapter.weights}
+    weights = {path: {factor: _like(bases[path], a) for factor, a in w.items()} for path, w in adapter.weights.items()}
+    copies = {(name, path): Tensor(_like(own[path].data, array)) for path, array in adapter.saved.items()}
+    put_on(model, name, adapter.config, list(weights))  # only now that all the memory is there
     for path, layer in lora_layers(model, name):
         for factor, tensor in _tensors(layer.bypasses[name]).items():
-            tensor.data = _like(tensor.data, adapter.weights[path][factor])
-    own = own_weights(model)
-    for path, array in adapter.saved.items():
-        state(model).copies[name, path] = Tensor(_like(own[path].data, array))
+            tensor.data = weights[path][factor]
+    state(model).copies.update(copies)
     return set_adapter(model, name)
 
 
