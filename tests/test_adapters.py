@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import fake_cupy
 import numpy as np
@@ -1276,6 +1277,70 @@ def test_moving_a_model_that_keeps_an_earlier_base_gives_every_layer_its_own_wei
         for device in (fake_cupy, "cpu"):
             m.to(device)
         assert all(a.tobytes() == layer.dense().tobytes() for a, layer in zip(before, m.layers, strict=True))
+
+
+def test_another_adapter_on_a_layer_that_one_trains_whole_leaves_it_in_training(rng):
+    m = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"], modules_to_save=["embed"], name="a")
+    m.embed.weight.grad = np.ones(m.embed.weight.shape, np.float32)
+    tl.add_lora(m, r=2, target_modules=["embed"], name="b")
+    assert m.embed.weight.requires_grad and m.embed.weight.grad.all()
+
+
+@pytest.mark.parametrize("names", [None, 3, [["default"]], [None]])
+def test_what_is_no_name_is_refused_in_a_sentence(names):
+    m = tl.add_lora(tiny.zoo(), r=2, target_modules=["fc1"])
+    with pytest.raises(ValueError, match=r"lora: .*(expected the name of an adapter|carries no adapter called)"):
+        tl.set_adapter(m, names)
+    with pytest.raises(ValueError, match="carries no adapter called"), tl.adapter_rows(m, ["default", 3]):
+        pass
+    assert adapters.active_adapters(m) == ("default",)
+
+
+def test_a_load_that_fails_ties_the_head_again_under_an_adapter_that_brought_rows(tmp_path, rng):
+    m, x, embedding = tiny.model(), tiny.ids(rng, 1, 5), "model.embed_tokens.weight"
+    off = adapters.detach(tl.add_lora(m, r=2, target_modules=["v_proj"]))
+    more = np.concatenate([m.get(embedding).data, np.ones((2, 32), np.float32)])
+    adapters.attach(
+        m, adapters.Adapter(replace(off.config, saved_embeddings=(embedding,)), off.weights, {embedding: more})
+    )
+    before, configs = host(m, x), dict(adapters.configs(m))
+    peft.save_adapter(tl.add_lora(adapters.untie(tiny.model()), r=2, target_modules=["lm_head"]), tmp_path)
+    with pytest.raises(ValueError, match="lm_head"):
+        peft.load_adapter(m, tmp_path, "b", untie=True)
+    assert adapters.configs(m) == configs and m.lm_head is None
+    tl.set_adapter(m, "default")
+    assert host(m, x).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize("fails_at", range(4))
+def test_an_adapter_that_finds_no_memory_is_not_on_the_model(fails_at, rng, monkeypatch):
+    m, x = two(rng, a={"modules_to_save": ["norm"]})
+    off, left = adapters.detach(m, "a"), [fails_at]
+    before, like = host(m, x), adapters.switch._like
+
+    def full(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError
+        return like(*arguments)
+
+    monkeypatch.setattr(adapters.switch, "_like", full)
+    if fails_at < 3:  # two factors and one parameter
+        with pytest.raises(MemoryError):
+            adapters.attach(m, off, "a")
+        assert list(adapters.configs(m)) == ["b"] and host(m, x).tobytes() == before.tobytes()
+    else:
+        assert adapters.active_adapters(adapters.attach(m, off, "a")) == ("a",)
+
+
+@pytest.mark.parametrize("kind", adapters.COMBINATIONS)
+@pytest.mark.parametrize("weight, value", [(1e300, 1.0), (1.0, np.nan), (1.0, np.inf)])
+def test_a_combination_that_is_not_finite_is_refused(kind, weight, value, rng):
+    m, _ = two(rng)
+    m.fc1.bypasses["b"].lora_A.weight.data[0, 0] = value
+    with pytest.raises(ValueError, match="the factors of fc1 hold NaN or Inf"):
+        tl.add_weighted_adapter(m, ["a", "b"], [1.0, weight], "c", kind)
+    assert list(adapters.configs(m)) == ["a", "b"]
 
 
 def test_no_rows_for_a_batch_of_two_is_a_sentence(rng):

@@ -460,17 +460,12 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
         adapter, bases, rows = embeddings.tie(adapter, bases, rows)
     with _naming(folder):
         parted = tied and (HEAD.removesuffix(".weight") in adapter.weights or needs_own_head(model, adapter.config))
-    if parted:
-        if not untie:
-            raise ValueError(
-                f"{folder}: the adapter changes the head or the embedding alone, and they are one weight in this model (tied); "
-                "call model.untie() first, or load it with untie=True"
-            )
-        config = model.config
-        adapters.untie(model)
-    else:
-        untie = False
-    try:
+    if parted and not untie:
+        raise ValueError(
+            f"{folder}: the adapter changes the head or the embedding alone, and they are one weight in this model (tied); "
+            "call model.untie() first, or load it with untie=True"
+        )
+    with adapters.untied(model) if parted else contextlib.nullcontext():  # a model that was refused stays as it was
         adapter = embeddings.settle(model, adapter, bases, rows, folder)
         with _naming(folder):
             adapters.refuse_unfit(model, adapter)
@@ -479,10 +474,6 @@ def load_adapter(model, folder, name="default", check_base=True, untie=False):
         if check_base and file.about is not None:
             _check_base(model, file.about, folder)
         return adapters.attach(model, adapter, name)
-    except Exception:
-        if untie:  # a model that was refused stays as it was
-            model.lm_head, model.config = None, config
-        raise
 
 
 def refuse_too_large(adapter):
