@@ -473,9 +473,9 @@ FACTOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         (lambda x: (x * 100).astype(np.int8), "has dtype I8, expected floats"),
         (lambda x: (x * 100).astype(np.int64), "has dtype I64, expected floats"),
         (lambda x: x > 0, "has dtype BOOL, expected floats"),
-        (lambda x: np.where(x == x.max(), np.nan, x).astype(np.float32), "holds NaN or Inf"),
-        (lambda x: np.where(x == x.max(), -np.inf, x).astype(np.float16), "holds NaN or Inf"),
-        (lambda x: x.astype(np.float64) * 1e300, "holds NaN or Inf"),
+        (lambda x: np.where(x == x.max(), np.nan, x).astype(np.float32), "holds NaN"),
+        (lambda x: np.where(x == x.max(), -np.inf, x).astype(np.float16), "holds Inf"),
+        (lambda x: x.astype(np.float64) * 1e300, "holds Inf"),
         (
             lambda x: np.where(x == x.max(), -3e38, x).astype(np.float32),
             r"holds numbers up to 3e\+38, expected at most 1e\+15",
@@ -490,7 +490,7 @@ def test_a_tensor_that_is_no_factor_is_refused_by_name(change, words, tmp_path, 
     peft.save_adapter(m, tmp_path)
     changed(tmp_path, lambda tensors: tensors.update({FACTOR: np.array(change(tensors[FACTOR]))}))
     for read in (peft.read_adapter, peft.read_base, lambda folder: peft.load_adapter(tiny.model(), folder)):
-        with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: tensor {FACTOR} {words}"):
+        with pytest.raises(ValueError, match=rf"adapter_model\.safetensors: (tensor )?{FACTOR} {words}"):
             read(tmp_path)
 
 
@@ -511,7 +511,7 @@ def test_factors_whose_product_leaves_float32_are_refused_by_name(large, alpha, 
 @pytest.mark.parametrize(
     "name, words",
     [
-        (FACTOR.replace("q_proj", "q\n\x1b[31m"), r"did not expect the tensor 'base_model.*q\\n\\x1b"),
+        (FACTOR.replace("q_proj", "q\n\x1b[31m"), r"a tensor is named 'base_model.*q\\n\\x1b"),
         ("x" * 10000, "did not expect the tensor 'x{59}…"),
         (
             FACTOR.replace("lora_A.weight", "lora_embedding_A"),
