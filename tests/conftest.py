@@ -9,6 +9,18 @@ import pytest
 from tinylora import backend
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("faults", "tests/faults: kills, full disks and damaged files")
+    group.addoption(
+        "--faults",
+        type=int,
+        default=100,
+        metavar="N",
+        help="about so many faults of each sort (100; CI takes 1500, a night 20000)",
+    )
+    group.addoption("--faults-seed", type=int, default=0, metavar="N", help="which of them (0)")
+
+
 def _modules():
     yield pytest.param("numpy", id="numpy")
     yield pytest.param("fake_cupy", id="stand-in")

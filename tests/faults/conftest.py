@@ -1,31 +1,67 @@
-"""How long the state machines of this folder run."""
+"""How many faults, by which seed, and the table of what came out of them."""
 
 import os
+from collections import Counter
 
+import numpy as np
 import pytest
+
+#: How a run may end, and what the table calls that. The first two columns and the sentences are as it should be, all others are faults.
+ENDS = {
+    "same": "same bytes",
+    "another": "other valid",
+    "sentences": "sentences",
+    "tracebacks": "tracebacks",
+    "hangs": "hangs > 20 s",
+    "memory": "memory",
+    "crashes": "crashes",
+    "mixed": "mixed",
+    "left behind": "left behind",
+}
+TABLE = pytest.StashKey[dict]()
+
+
+def pytest_ignore_collect(collection_path):
+    """Nothing here where processes cannot be forked."""
+    return True if not hasattr(os, "fork") and collection_path.name.startswith("test_") else None
 
 
 @pytest.fixture
-def run_machine(request):
-    """run_machine(machine, examples, steps): that many random walks of up to that many steps, or as many as --faults asks for.
+def many(request):
+    """About how many faults of each sort (--faults)."""
+    return request.config.getoption("faults")
 
-    What fails is printed as the shortest walk that fails, and is tried first the next time.
-    """
 
-    def run(machine, examples, steps):
-        from hypothesis import HealthCheck, settings
-        from hypothesis.stateful import run_state_machine_as_test
+@pytest.fixture
+def draw(request):
+    """A generator that depends on --faults-seed and on the test."""
+    seed = request.config.getoption("faults_seed")
+    print(f"--faults-seed {seed}")
+    return np.random.default_rng([seed, *request.node.name.encode()])
 
-        asked = request.config.getoption("--faults", default=None) or os.environ.get("TINYLORA_FAULTS")
-        run_state_machine_as_test(
-            machine,
-            settings=settings(
-                max_examples=max(examples, int(asked or 0)),
-                stateful_step_count=steps,
-                deadline=None,
-                print_blob=True,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
 
-    return run
+@pytest.fixture
+def count(request):
+    """count(family, end): another run of a family, and which of ENDS it had."""
+    table = request.config.stash.setdefault(TABLE, {})
+
+    def count(family, end):
+        assert end in ENDS
+        table.setdefault(family, Counter()).update(["runs", end])
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    table = config.stash.get(TABLE, {})
+    if not table:
+        return
+    width = max(map(len, [*table, "all"]))
+    seed = config.getoption("faults_seed")
+    terminalreporter.section(f"faults (--faults {config.getoption('faults')} --faults-seed {seed})")
+    columns = {"runs": "runs", **ENDS}
+    terminalreporter.line(" " * width + "".join(f"{heading:>{len(heading) + 2}}" for heading in columns.values()))
+    total = sum(table.values(), Counter())
+    for family, counts in [*table.items(), ("all", total)]:
+        cells = (f"{counts[end]:>{len(heading) + 2},}" for end, heading in columns.items())
+        terminalreporter.line(f"{family:<{width}}" + "".join(cells))
