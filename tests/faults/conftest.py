@@ -14,6 +14,8 @@ ENDS = {
     "tracebacks": "tracebacks",
     "hangs": "hangs > 20 s",
     "memory": "memory",
+    "unnamed": "no name",
+    "NaN": "NaN unsaid",
     "crashes": "crashes",
     "mixed": "mixed",
     "left behind": "left behind",
