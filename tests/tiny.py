@@ -120,6 +120,8 @@ class Turns(ByteTokenizer):
         turns = {"user": "\x01{}\x02", "assistant": "{}\x03", "system": "\x04{}\x02"}
         if messages[0]["role"] == "assistant":
             raise ValueError("chat: the user begins")
+        if unknown := {m["role"] for m in messages} - turns.keys():
+            raise ValueError(f"chat: nobody is called {min(unknown)!r}")
         return "".join(turns[m["role"]].format(m["content"]) for m in messages), []
 
     def render(self, messages, **more):

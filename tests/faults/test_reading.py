@@ -1,4 +1,4 @@
-"""Whatever is read is damaged first: the reader finds the same, finds something else that is whole, or says in a sentence what is wrong where.
+"""Whatever is read is damaged first: the reader finds the same, or something else that is whole, or says in a sentence what is wrong.
 
 Nothing else may happen: no error of Python's own, no work without end (20 s), no memory beyond what the file takes twice, no crash, and no
 number that is not finite in what a model answers. Each reader runs in a forked process under a limit of memory, many damaged files in
@@ -186,11 +186,12 @@ CHAT = [
     {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"a{i}", "weight": 1}]}
     for i in range(20)
 ]
+SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 RECORDS = {
     "data.jsonl": "\n".join(json.dumps({"prompt": f"what is {i}?", "completion": f"it is {i}"}) for i in range(20)),
     "chats.jsonl": "\n".join(map(json.dumps, CHAT)),
     "alpaca.json": json.dumps([{"instruction": f"say {i}", "input": "", "output": f"{i}"} for i in range(20)]),
-    "shares.json": json.dumps({"data": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": f"{i}"}]} for i in range(20)]}),
+    "shares.json": json.dumps({"data": [{"conversations": SHARED}] * 20}),
     "data.txt": "the quick brown fox jumps over the lazy dog. \n\n" * 20,
 }  # fmt: skip
 
