@@ -124,8 +124,8 @@ def finetune(method, *more):
     return command(*words, *QUICK, "--page-budget", "2k", "--page-bytes", "1k", *more, "--out", "{root}/out")
 
 
-def save_adapter(root):
-    m = adapters.add_lora(model(3), r=2, target_modules=["q_proj", "v_proj"])
+def save_adapter(root, r=2):
+    m = adapters.add_lora(model(3), r=r, target_modules=["q_proj", "v_proj"])
     peft.save_adapter(m, root / "out", base_model="a model")
 
 

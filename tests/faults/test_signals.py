@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 from injector import Process, forked
 from operations import OPERATIONS, QUICK, sources
-from workplace import TEMPORARY, Workplace, given_again
+from workplace import BUG, TEMPORARY, Workplace, given_again
 
 from tinylora.models import safetensors
 
 RUNS = ("finetune", "finetune, all weights", "pretrain", "quantize --out")
-SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+SAID = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+}  # the exit status where a signal is heard; SIGTERM may also just end the process
+SIGNALS = (signal.SIGKILL, *SAID)
 
 
 def stopped(work, number, moment):
@@ -46,14 +50,15 @@ def wrong_end(work, found, number):
         return "crashes", f"ended by signal {found.value}"
     if mixed := work.mixed():
         return "mixed", mixed
-    if number == signal.SIGINT:
-        status = found.value[0] if found.ended == "returned" else None
-        if status not in (0, 130) or "Traceback" in found.printed:
-            return "tracebacks", f"{found.ended} {found.value}: {found.printed[-300:]}"
-        if status == 130 and left(work):
-            return "left behind", f"{left(work)}"
+    status = found.value[0] if found.ended == "returned" else None
+    if (found.ended != "killed" and status not in (0, SAID.get(number))) or BUG.search(found.printed):
+        return "tracebacks", f"{found.ended} {found.value}: {found.printed[-300:]}"
+    if number == signal.SIGINT and found.ended == "killed":
+        return "crashes", "it was killed by SIGINT, which it should hear"
+    if status == SAID.get(number) and left(work):
+        return "left behind", f"{left(work)}"
     end, problem = given_again(work)
-    return (end, problem) if problem else ("sentences" if number == signal.SIGINT else "same", "")
+    return (end, problem) if problem else ("same" if status in (0, None) else "sentences", "")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -101,11 +106,11 @@ def test_a_process_of_its_own_is_stopped_between_its_steps(number, count, tmp_pa
         time.sleep(0.01)
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    assert process.returncode == (130 if number == signal.SIGINT else -number), said
-    assert "Traceback" not in said
+    assert process.returncode in ({130} if number == signal.SIGINT else {-number, SAID.get(number)}), said
+    assert not BUG.search(said)
     assert all(np.isfinite(a).all() for a in safetensors.load_safetensors(checkpoint)[0].values())
-    if number != signal.SIGKILL:
-        assert not [p for p in tmp_path.rglob(".*") if TEMPORARY.search("/" + p.name)] or number == signal.SIGTERM
+    if process.returncode >= 0:
+        assert not [p for p in tmp_path.rglob(".*") if TEMPORARY.search("/" + p.name)]
     count("stopped: a process of its own", "sentences" if number == signal.SIGINT else "same")
 
 
@@ -152,8 +157,8 @@ def wrong_without_memory(work, found):
     if found.value[0] == 0:
         unlike = work.unlike(work.operation.resumed)
         return ("mixed", f"status 0, and {unlike} differ") if unlike else ("same", "")
-    said = re.findall(r"^tinylora: (.*)", found.printed, re.M)
-    if found.value[0] != 2 or "Traceback" in found.printed or not said or not said[-1].strip():
+    said = re.findall(r"tinylora: (.*)", found.printed)
+    if found.value[0] != 2 or BUG.search(found.printed) or not said or not said[-1].strip():
         return "tracebacks", f"status {found.value[0]}: {found.printed[-300:]!r}"
     if left(work):
         return "left behind", f"{left(work)}"
@@ -164,7 +169,6 @@ def wrong_without_memory(work, found):
 @pytest.mark.parametrize("name", [*RUNS, "merge", "convert to a folder"])
 def test_an_allocation_that_fails_is_said_or_made_room_for(name, many, draw, count, tmp_path):
     work, problems = Workplace(OPERATIONS[name], tmp_path), []
-    calls = []
 
     def run():
         calls = counted()
@@ -197,7 +201,7 @@ def test_a_limit_of_memory_is_said_or_kept(name, many, draw, count, tmp_path):
             now = int(f.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))
 
-    for megabytes in draw.uniform(0, 200, max(many // 100, 2)):
+    for megabytes in draw.uniform(0, 40, max(many // 100, 2)):
         work.restore()
         found = forked(work.run, work.root, before=lambda m=megabytes: limit(int(m * (1 << 20))))
         end, problem = wrong_without_memory(work, found)

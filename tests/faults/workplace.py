@@ -1,7 +1,7 @@
 """The folder in which something is written over and over, disturbed each time; and what is wrong with what lies there then.
 
-What is looked at: what a program that knows nothing of tinylora sees, what tinylora's readers find, what the sentence on an error claims, and
-that the same command, given again, ends with the bytes of a run that nothing disturbed and leaves nothing behind.
+What is looked at: what a program that knows nothing of tinylora sees, what tinylora's readers find, what the sentence on an error claims,
+and that the same command, given again, ends with the bytes of a run that nothing disturbed and leaves nothing behind.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from injector import KILLS, forked
 from operations import contents, normal, read
 
+BUG = re.compile("Traceback|a fault of tinylora's own")
 TEMPORARY = re.compile(r"\.part\b|\.tmp|/\.saving|/\.saved")
 
 
@@ -111,15 +112,15 @@ def _sentence(found, work, fault):
     said, whole = str(found.value), str(work.root)
     if work.operation.cli:
         status, said = found.value[0] if found.ended == "returned" else None, found.printed
-        if found.ended == "raised" or "Traceback" in said:
+        if found.ended == "raised" or BUG.search(said):
             return f"a traceback: {found.error} {said[-300:]}"
         if status == 0:  # what failed was no part of the result
-            return "" if not work.unlike(work.operation.resumed) else f"status 0, and {work.unlike()} differ"
+            return _unlike(work, found)
         if status != 2:
             return f"status {status}: {said[-300:]}"
         said = next((line for line in reversed(said.splitlines()) if line.startswith("tinylora: ")), "")
     elif found.ended == "returned":
-        return "" if not work.unlike(work.operation.resumed) else f"no error, and {work.unlike()} differ"
+        return _unlike(work, found)
     elif "OSError" not in found.error:
         return f"{found.error[0]}: {said}"
     if whole not in said:
@@ -132,6 +133,14 @@ def _sentence(found, work, fault):
     if claim and (untouched := _changed(work, claim[1])):
         return f"{untouched} changed, and said is {said!r}"
     return ""
+
+
+def _unlike(work, found):
+    """What differs after a run that ended well; what it could not remove, the next one does."""
+    unlike = work.unlike(work.operation.resumed)
+    if found.fired[0] in ("unlink", "rmdir"):
+        unlike = [name for name in unlike if not TEMPORARY.search("/" + name)]
+    return f"no error, and {unlike} differ" if unlike else ""
 
 
 def _changed(work, path):
