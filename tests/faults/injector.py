@@ -70,8 +70,8 @@ class Found:
 class Shim:
     """Counts the calls of this process that change something under `root`, and does the fault at one of them."""
 
-    def __init__(self, root, fault, tell):
-        self.root, self.fault, self.tell, self.calls = os.path.realpath(root), fault, tell, []
+    def __init__(self, root, fault, tell, reads=False):
+        self.root, self.fault, self.tell, self.reads, self.calls = os.path.realpath(root), fault, tell, reads, []
         self.handles = set()  # of files under the root
 
     def install(self):
@@ -116,7 +116,7 @@ class Shim:
         if kind in ("before", "inside"):
             os.kill(os.getpid(), signal.SIGKILL)
         if kind in ERRORS:
-            named = [] if isinstance(path, int) or name == "write" else [os.fsdecode(path)]
+            named = [] if isinstance(path, int) or name in ("write", "read") else [os.fsdecode(path)]
             raise OSError(ERRORS[kind], os.strerror(ERRORS[kind]), *named)
         result = real()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -155,13 +155,14 @@ class Shim:
         """io.open, whose files under the root are Files when they are written."""
 
         def opened(file, mode="r", buffering=-1, encoding=None, errors=None, newline=None, closefd=True, opener=None):
-            if not set(mode) & set("wxa+") or not self.under(file):
+            writes = set(mode) & set("wxa+")
+            if not (writes or self.reads) or not self.under(file):
                 return real(file, mode, buffering, encoding, errors, newline, closefd, opener)
             plain = mode.replace("b", "").replace("t", "")
             raw = self.call("open", file, lambda: File(self, file, plain, closefd, opener))
             if buffering == 0:
                 return raw
-            buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter)(raw)
+            buffered = (io.BufferedRandom if "+" in mode else io.BufferedWriter if writes else io.BufferedReader)(raw)
             if "b" in mode:
                 return buffered
             text = io.TextIOWrapper(buffered, encoding, errors, newline, buffering == 1)
@@ -172,7 +173,7 @@ class Shim:
 
 
 class File(io.FileIO):
-    """A file whose writes are counted."""
+    """A file whose writes are counted, and its reads where the shim counts those."""
 
     def __init__(self, shim, path, mode, closefd, opener):
         super().__init__(path, mode, closefd=closefd, opener=opener)
@@ -183,6 +184,18 @@ class File(io.FileIO):
         view = memoryview(data).cast("B")
         whole, half = (lambda: io.FileIO.write(self, view)), (lambda: io.FileIO.write(self, view[: len(view) // 2]))
         return self.shim.call("write", self.path, whole, half)
+
+    def readinto(self, buffer):
+        return self._counted(lambda: io.FileIO.readinto(self, buffer))
+
+    def readall(self):
+        return self._counted(lambda: io.FileIO.readall(self))
+
+    def read(self, size=-1):
+        return self._counted(lambda: io.FileIO.read(self, size))
+
+    def _counted(self, real):
+        return self.shim.call("read", self.path, real) if self.shim.reads else real()
 
     def truncate(self, size=None):
         return self.shim.call("truncate", self.path, lambda: io.FileIO.truncate(self, size))
@@ -206,16 +219,17 @@ class Process:
     """A fork of this process in which `run()` is called, after `before()`; `wait` says how it ended.
 
     root, fault   see the module; without a root nothing is counted
+    reads         count what is read, too
     """
 
-    def __init__(self, run, root=None, fault=None, before=None):
+    def __init__(self, run, root=None, fault=None, before=None, reads=False):
         self.reader, writer = os.pipe()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         self.id = os.fork()
         if self.id == 0:
             os.close(self.reader)
-            _child(run, root, fault, before, writer, os.write)
+            _child(run, root, fault, before, reads, writer, os.write)
         os.close(writer)
 
     def lines(self, deadline=20):
@@ -253,12 +267,12 @@ class Process:
         return found
 
 
-def forked(run, root=None, fault=None, before=None, deadline=60):
+def forked(run, root=None, fault=None, before=None, reads=False, deadline=60):
     """How `run()` ends in a process of its own; see Process."""
-    return Process(run, root, fault, before).wait(deadline)
+    return Process(run, root, fault, before, reads).wait(deadline)
 
 
-def _child(run, root, fault, before, writer, write):
+def _child(run, root, fault, before, reads, writer, write):
     """Run, tell how it ended, and leave without anything that Python does at the end of a process."""
     printed = sys.stdout = sys.stderr = io.StringIO()
     shim = None
@@ -274,7 +288,7 @@ def _child(run, root, fault, before, writer, write):
         if root is not None:
             if "gguf" in sys.modules:
                 _python_writes_ggufs()
-            shim = Shim(root, fault, tell)
+            shim = Shim(root, fault, tell, reads)
             shim.install()
         try:
             value = run(tell) if getattr(run, "tells", False) else run()

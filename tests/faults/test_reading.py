@@ -23,7 +23,7 @@ import mutations
 import numpy as np
 import pytest
 import tiny
-from injector import Process
+from injector import Fault, Process, forked
 from operations import model
 
 from tinylora import Llama, adapters, quantize_linears
@@ -314,12 +314,12 @@ class Reader:
         self.root.mkdir()
         subject.make(self.root)
         shutil.copytree(self.root, self.before)
-        self.whole = self._read()
-        assert self.whole == self._read(), "reading it twice gives two results"
+        self.whole = self.read()
+        assert self.whole == self.read(), "reading it twice gives two results"
         self.others = [p.read_bytes() for p in sorted(self.root.rglob("*")) if p.is_file()]
         self.keys = [key for p in self.root.rglob("*.gguf") for key in _keys(p)]
 
-    def _read(self):
+    def read(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return self.subject.read(self.root)
@@ -399,7 +399,7 @@ class Reader:
     def _end(self, name):
         """(how reading it ended, what it said)"""
         try:
-            found = self._read()
+            found = self.read()
         except (ValueError, OSError) as error:
             named = NAMES.search(str(error)) or "NaN" in str(
                 error
@@ -462,3 +462,22 @@ def test_a_damaged_file_is_read_whole_or_refused_by_name(name, many, request, co
         if end not in ("same", "another", "sentences"):
             problems.append(f"{i}: {file}, {what}: {end}, {text:.300}")
     assert not problems, f"{len(problems)} of {some} files:\n" + "\n".join(problems)
+
+
+@pytest.mark.parametrize("name", SUBJECTS)
+def test_a_read_that_fails_is_said_by_name(name, many, draw, count, tmp_path):
+    """EIO from the system, at each open and each read of what is read."""
+    subject = SUBJECTS[name]
+    if missing := [package for package in subject.needs if importlib.util.find_spec(package) is None]:
+        pytest.skip(f"needs {', '.join(missing)}")
+    reader, problems = Reader(subject, tmp_path, [0]), []
+    calls = forked(lambda: reader.read() and None, reader.root, reads=True).calls
+    reading = [at for at, (call, _) in enumerate(calls) if call in ("open", "read")]
+    assert reading
+    for at in draw.choice(reading, min(max(many // 50, 3), len(reading)), replace=False):
+        found = forked(lambda: reader.read() and None, reader.root, Fault(int(at), "EIO"), reads=True)
+        said = found.ended == "raised" and "OSError" in found.error and NAMES.search(found.value)
+        count("read errors: " + name, "sentences" if said else "tracebacks" if found.ended == "raised" else "crashes")
+        if not said:
+            problems.append(f"at {found.fired}: {found.ended}, {found.error[:1]} {found.value}")
+    assert not problems, "\n".join(problems)
