@@ -14,9 +14,9 @@ def pytest_addoption(parser):
     group.addoption(
         "--faults",
         type=int,
-        default=100,
+        default=50,
         metavar="N",
-        help="about so many faults of each sort (100; CI takes 1500, a night 20000)",
+        help="about so many faults of each sort (50; CI takes 1500, a night 20000)",
     )
     group.addoption("--faults-seed", type=int, default=0, metavar="N", help="which of them (0)")
 

@@ -30,8 +30,15 @@ def pytest_ignore_collect(collection_path):
 
 @pytest.fixture
 def many(request):
-    """About how many faults of each sort (--faults)."""
-    return request.config.getoption("faults")
+    """many(share, least): how many faults a test does, its share of --faults; it is skipped where that is not worth its beginning."""
+    n = request.config.getoption("faults")
+
+    def many(share, least=1):
+        if least < 1 and share * n < 1.5:
+            pytest.skip(f"takes long; with --faults {round(1.5 / share)} or more")
+        return max(int(share * n), least)
+
+    return many
 
 
 @pytest.fixture

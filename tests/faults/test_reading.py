@@ -455,7 +455,7 @@ def test_a_damaged_file_is_read_whole_or_refused_by_name(name, many, request, co
     if missing := [package for package in subject.needs if importlib.util.find_spec(package) is None]:
         pytest.skip(f"needs {', '.join(missing)}")
     reader = Reader(subject, tmp_path, [request.config.getoption("faults_seed"), *name.encode()])
-    some = max(int(many * subject.share / 12), len(subject.places) * len(subject.files) + 3)
+    some = many(subject.share / 12, least=len(subject.places) * len(subject.files) + 3)
     problems = []
     for i, file, what, end, text in reader.all(range(some)):
         count("reading: " + name, end)
@@ -474,7 +474,7 @@ def test_a_read_that_fails_is_said_by_name(name, many, draw, count, tmp_path):
     calls = forked(lambda: reader.read() and None, reader.root, reads=True).calls
     reading = [at for at, (call, _) in enumerate(calls) if call in ("open", "read")]
     assert reading
-    for at in draw.choice(reading, min(max(many // 50, 3), len(reading)), replace=False):
+    for at in draw.choice(reading, min(many(1 / 50, least=2), len(reading)), replace=False):
         found = forked(lambda: reader.read() and None, reader.root, Fault(int(at), "EIO"), reads=True)
         said = found.ended == "raised" and "OSError" in found.error and NAMES.search(found.value)
         count("read errors: " + name, "sentences" if said else "tracebacks" if found.ended == "raised" else "crashes")

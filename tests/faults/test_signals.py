@@ -16,6 +16,7 @@ from workplace import BUG, TEMPORARY, Workplace, given_again
 from tinylora.models import safetensors
 
 RUNS = ("finetune", "finetune, all weights", "pretrain", "quantize --out")
+QUICKEST = ("finetune", "convert to a folder")  # those that are always run
 SAID = {
     signal.SIGINT: 130,
     signal.SIGTERM: 143,
@@ -55,7 +56,7 @@ def wrong_end(work, found, number):
         return "tracebacks", f"{found.ended} {found.value}: {found.printed[-300:]}"
     if number == signal.SIGINT and found.ended == "killed":
         return "crashes", "it was killed by SIGINT, which it should hear"
-    if status == SAID.get(number) and left(work):
+    if status is not None and status == SAID.get(number) and left(work):
         return "left behind", f"{left(work)}"
     end, problem = given_again(work)
     return (end, problem) if problem else ("same" if status in (0, None) else "sentences", "")
@@ -63,13 +64,14 @@ def wrong_end(work, found, number):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_stopped_at_any_moment_ends_with_the_same_bytes(name, many, draw, count, tmp_path):
+    some = many(1 / 100, least=int(name in QUICKEST))
     work, problems = Workplace(OPERATIONS[name], tmp_path), []
     work.restore()
     began = time.monotonic()
     forked(work.run, work.root)
     takes = time.monotonic() - began
     for number in SIGNALS:
-        for moment in draw.uniform(0, takes, max(many // 100, 1)):
+        for moment in draw.uniform(0, takes, some):
             work.restore()
             end, problem = wrong_end(work, stopped(work, number, moment), number)
             count("stopped: " + name, end)
@@ -168,6 +170,7 @@ def wrong_without_memory(work, found):
 
 @pytest.mark.parametrize("name", [*RUNS, "merge", "convert to a folder"])
 def test_an_allocation_that_fails_is_said_or_made_room_for(name, many, draw, count, tmp_path):
+    some = many(1 / 40, least=2 * (name in QUICKEST))
     work, problems = Workplace(OPERATIONS[name], tmp_path), []
 
     def run():
@@ -178,7 +181,7 @@ def test_an_allocation_that_fails_is_said_or_made_room_for(name, many, draw, cou
     work.restore()
     calls = forked(run, work.root).value
     assert calls > 20
-    for at in draw.choice(calls, min(max(many // 40, 2), calls), replace=False):
+    for at in draw.choice(calls, min(some, calls), replace=False):
         work.restore()
         message = "Unable to allocate 1.00 GiB" if at % 2 else ""
         found = forked(work.run, work.root, before=lambda at=at, message=message: counted(at, message))
@@ -194,6 +197,7 @@ def test_an_allocation_that_fails_is_said_or_made_room_for(name, many, draw, cou
 def test_a_limit_of_memory_is_said_or_kept(name, many, draw, count, tmp_path):
     import resource
 
+    some = many(1 / 100, least=2 * (name in QUICKEST))
     work, problems = Workplace(OPERATIONS[name], tmp_path), []
 
     def limit(more):
@@ -201,7 +205,7 @@ def test_a_limit_of_memory_is_said_or_kept(name, many, draw, count, tmp_path):
             now = int(f.read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))
 
-    for megabytes in draw.uniform(0, 40, max(many // 100, 2)):
+    for megabytes in draw.uniform(0, 40, some):
         work.restore()
         found = forked(work.run, work.root, before=lambda m=megabytes: limit(int(m * (1 << 20))))
         end, problem = wrong_without_memory(work, found)

@@ -35,7 +35,7 @@ def test_two_different_runs_with_one_out(method, many, draw, count, tmp_path):
         work.restore()
         forked(lambda run=run: run(work.root))
         whole.append(contents(work.root))
-    for _ in range(max(many // 100, 2)):
+    for _ in range(many(1 / 100, least=2)):
         work.restore()
         first = bool(draw.integers(2))
         found = pair(*(runs if first else runs[::-1]), work.root)
@@ -48,7 +48,7 @@ def test_two_different_runs_with_one_out(method, many, draw, count, tmp_path):
 
 def test_the_same_run_twice_at_once(many, count, tmp_path):
     work = Workplace(Operation(sources, finetune("qlora"), {}), tmp_path)
-    for _ in range(max(many // 100, 2)):
+    for _ in range(many(1 / 100, least=2)):
         work.restore()
         found = pair(work.operation.run, work.operation.run, work.root)
         assert statuses(found) in ([0, 0], [0, 2])
@@ -74,7 +74,7 @@ def test_a_reader_beside_a_writer_never_sees_a_mixture(many, count, tmp_path):
                 m.save_pretrained(folder, dtype="float32")
 
     writer, seen = Process(write), {}
-    until = time.monotonic() + min(1 + many / 200, 30)
+    until = time.monotonic() + min(many(1 / 200, least=1), 30)
     try:
         while time.monotonic() < until:
             try:
@@ -107,7 +107,7 @@ def test_two_saves_at_once_leave_one_of_the_two(sets, run, before, many, count, 
         save(work.root)
         whole.append(contents(work.root))
     assert whole[0] != whole[1]
-    for _ in range(max(many // 30, 3)):
+    for _ in range(many(1 / 30, least=3)):
         work.restore()
         found = pair(run, other, work.root)
         assert all(f.ended == "returned" for f in found), found
@@ -120,7 +120,7 @@ def test_a_save_that_was_killed_is_finished_by_two_readers_at_once(many, count, 
     work = Workplace(
         Operation(old_model, lambda root: model(1).save_pretrained(root / "out"), {"out": MODEL}), tmp_path
     )
-    for _ in range(max(many // 50, 2)):
+    for _ in range(many(1 / 50, least=2)):
         work.restore()
         real = files._move_in
         files._move_in = lambda folder: (_ for _ in ()).throw(KeyboardInterrupt)

@@ -13,10 +13,11 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new(name, many, draw, count, 
     operation = OPERATIONS[name]
     if operation.missing():
         pytest.skip(f"needs {', '.join(operation.missing())}")
+    some = many(operation.share / 10, least=0 if operation.share < 0.3 else 3)
     work = Workplace(operation, tmp_path)
     faults = Fault.all(work.calls)
     assert len(faults) > 20, "the calls of this command are not counted"
-    some = min(max(int(many * operation.share / 10), 4), len(faults))
+    some = min(some, len(faults))
     problems = []
     for i in sorted(draw.choice(len(faults), some, replace=False)):
         fault = faults[i]
