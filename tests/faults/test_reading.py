@@ -302,6 +302,7 @@ SUBJECTS = {
 }
 
 
+LAYERS = re.compile(r"model\.(layers|embed)|lora_[AB]|--model")
 NAMES = re.compile(r"[\w-]+\.(json|safetensors|gguf|csv|jinja|txt|jsonl)\b")
 
 
