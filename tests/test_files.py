@@ -311,3 +311,12 @@ def test_only_files_are_read(tmp_path):
         f.truncate(1 << 40)
     with pytest.raises(ValueError, match="expected at most"):
         files.read_json(tmp_path / "large")
+
+
+def test_a_read_that_fails_is_said_with_the_file(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(OSError, match=r"Input/output error: .*x\.json") as caught, files.opened(tmp_path / "x.json"):
+        raise OSError(5, "Input/output error")
+    assert caught.value.errno == 5
+    with pytest.raises(OSError, match=r"^a sentence$"), files.opened(tmp_path / "x.json"):
+        raise OSError("a sentence")

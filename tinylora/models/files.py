@@ -354,11 +354,25 @@ def check_regular(path, limit=None):
     return found.st_size
 
 
+@contextlib.contextmanager
+def opened(path):
+    """A file to read bytes from. What the system says of a read that fails has no name in it, and gets the file's."""
+    with open(path, "rb") as f:
+        try:
+            yield f
+        except OSError as error:
+            if error.errno is None or error.filename is not None:  # a sentence of ours, or another file's
+                raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def read_json(path, limit=_JSON_LIMIT):
     """The JSON object in a file; a sentence that names the file if there is none."""
     check_regular(path, limit)
+    with opened(path) as f:
+        data = f.read()
     try:
-        value = json.loads(Path(path).read_bytes().decode("utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply; expected a JSON object") from None
     except ValueError as error:  # no JSON, no UTF-8, or a number of thousands of digits
