@@ -148,6 +148,16 @@ def test_a_report_is_of_the_adapter_that_lies_beside_it(setup, tmp_path, capsys)
     assert "another run" in said(finetune(setup, out, steps=2), capsys)
 
 
+def test_a_report_that_names_no_adapter_is_of_no_run(setup, tmp_path):
+    out = tmp_path / "run"
+    assert main(finetune(setup, out)) == 0
+    whole = json.loads((out / "report.json").read_text())
+    for report in (whole | {"adapter": None}, {name: v for name, v in whole.items() if name != "adapter"}):
+        (out / "report.json").write_text(json.dumps(report))
+        assert main(finetune(setup, out)) == 0
+        assert json.loads((out / "report.json").read_text())["adapter"] == whole["adapter"]
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

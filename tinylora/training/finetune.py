@@ -151,6 +151,7 @@ _TRACE = {
     "event": fields.one_of("fault", "prefetch", "hit", "evict"),
     "bytes": fields.whole(),
 }
+_LONGEST_TRACE = 1 << 30  # bytes of a paging.csv that is read
 #: What report.json holds, when it is read again.
 _COUNTS = fields.mapping(fields.optional(fields.number()))
 _REPORT = {
@@ -260,7 +261,7 @@ def _digest(paths):
     """A short hash of one file, or of several in this order."""
     digest = hashlib.sha256()
     for path in paths:
-        with open(path, "rb") as f:
+        with files.opened(path) as f:
             while piece := f.read(1 << 20):
                 digest.update(piece)
     return digest.hexdigest()[:16]
@@ -436,10 +437,10 @@ def read_trace(out):
     path = Path(out) / "paging.csv"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; run finetune with --trace")
-    files.check_regular(path)
+    files.check_regular(path, limit=_LONGEST_TRACE)
     trace = []
-    with open(path, newline="", encoding="utf-8", errors="replace") as f:
-        rows = csv.reader(f)
+    with files.opened(path) as f:
+        rows = csv.reader(io.TextIOWrapper(f, encoding="utf-8", errors="replace", newline=""))
         if (head := next(rows, None)) != list(_TRACE):
             raise ValueError(f"{path}: its first line is {fields.shown(head)}, expected {','.join(_TRACE)}")
         for row in rows:
@@ -493,7 +494,7 @@ def finished(job, recipe, out):
     if recipe.epochs is not None:  # how many steps they take is known when the data are read
         wanted["recipe"]["steps"] = saved["recipe"]["steps"]
     same = all(saved.get(name) == value for name, value in wanted.items())
-    if not same or not Path(saved.get("adapter") or "").is_dir():
+    if not same or not saved.get("adapter") or not Path(saved["adapter"]).is_dir():
         return None
     if saved.get("output") not in (None, _trained(saved["adapter"])):
         return None  # what was trained further since then
