@@ -42,6 +42,31 @@ def many(request):
 
 
 @pytest.fixture
+def run_machine(many):
+    """run_machine(machine, examples, steps): so many random walks of up to that many steps, or its share of --faults if that is more.
+
+    What fails is printed as the shortest walk that fails, and is tried first the next time.
+    """
+
+    def run(machine, examples, steps):
+        from hypothesis import HealthCheck, settings
+        from hypothesis.stateful import run_state_machine_as_test
+
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=many(1 / 10, least=examples),
+                stateful_step_count=steps,
+                deadline=None,
+                print_blob=True,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+    return run
+
+
+@pytest.fixture
 def draw(request):
     """A generator that depends on --faults-seed and on the test."""
     seed = request.config.getoption("faults_seed")

@@ -60,7 +60,7 @@ IDS = np.arange(12)[None] * 7
 
 def answers(m):
     """A digest of a model's logits, and what follows greedily."""
-    said = m.eval().generate([7, 1], max_new_tokens=2, temperature=0)
+    said = m.eval().generate((IDS[0] % m.config.vocab_size).tolist(), max_new_tokens=2, temperature=0)
     with no_grad():
         z = m(IDS % m.config.vocab_size).data
     if not np.isfinite(z).all():
@@ -402,9 +402,12 @@ class Reader:
         try:
             found = self.read()
         except (ValueError, OSError) as error:
-            named = NAMES.search(str(error)) or "NaN" in str(
-                error
-            )  # what overflows in a model is no longer of one file
+            said = str(error)
+            parts = str(self.root) in said and LAYERS.search(
+                said
+            )  # of two files of the folder that do not fit each other
+            beyond = "NaN" in said or "Inf" in said  # what overflows in a model is no longer of one file
+            named = parts or beyond or NAMES.search(said)
             return "sentences" if named else "unnamed", f"{type(error).__name__}: {error}"
         except MemoryError as error:
             return "memory", str(error)
