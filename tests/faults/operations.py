@@ -29,6 +29,7 @@ class Operation:
 
     share    how many of the faults it gets: runs that take long get fewer
     resumed  files that are other ones if the run goes on from a checkpoint
+    asides   files without which the result is whole: nobody asked for them, and where they fail the command still ends well
     cli      whether it is a command, whose errors are sentences and the status 2
     """
 
@@ -37,6 +38,7 @@ class Operation:
     sets: dict
     share: float = 1.0
     resumed: tuple = ()
+    asides: tuple = ()
     cli: bool = False
     needs: tuple = ()
 
@@ -216,6 +218,7 @@ OPERATIONS = {
         command("quantize", "{root}/model", "--codes", "nf4", "--out", "{root}/out"),
         {"out": MODEL},
         0.2,
+        asides=("out/errors.svg",),
         cli=True,
     ),
     "memory --out": Operation(

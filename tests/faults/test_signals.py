@@ -157,7 +157,7 @@ def wrong_without_memory(work, found):
     if mixed := work.mixed():
         return "mixed", mixed
     if found.value[0] == 0:
-        unlike = work.unlike(work.operation.resumed)
+        unlike = work.unlike((*work.operation.resumed, *work.operation.asides))
         return ("mixed", f"status 0, and {unlike} differ") if unlike else ("same", "")
     said = re.findall(r"tinylora: (.*)", found.printed)
     if found.value[0] != 2 or BUG.search(found.printed) or not said or not said[-1].strip():

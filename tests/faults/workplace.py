@@ -137,7 +137,7 @@ def _sentence(found, work, fault):
 
 def _unlike(work, found):
     """What differs after a run that ended well; what it could not remove, the next one does."""
-    unlike = work.unlike(work.operation.resumed)
+    unlike = work.unlike((*work.operation.resumed, *work.operation.asides))
     if found.fired[0] in ("unlink", "rmdir"):
         unlike = [name for name in unlike if not TEMPORARY.search("/" + name)]
     return f"no error, and {unlike} differ" if unlike else ""
