@@ -366,6 +366,24 @@ def opened(path):
             raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def stamp(path):
+    """What tells a file from every other that takes its place; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(head, before):
+    """OSError if the file by which a folder is known is not the one any more whose `stamp` was `before`.
+
+    A save takes it away first and puts it back last (see `whole_folder`): what was read in between may be of two saves.
+    """
+    if stamp(head) != before:
+        raise OSError(f"{Path(head).parent} was written while it was read ({Path(head).name} changed); open it again")
+
+
 def read_json(path, limit=_JSON_LIMIT):
     """The JSON object in a file; a sentence that names the file if there is none."""
     check_regular(path, limit)
