@@ -3,15 +3,19 @@
 import signal
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny
 from injector import Process, forked
 from operations import ADAPTER, MODEL, Operation, contents, finetune, model, old_model, save_adapter, sources
 from workplace import BUG, TEMPORARY, Workplace
 
-from tinylora import Llama
-from tinylora.models import files, folders
+from tinylora import Llama, adapters
+from tinylora.interop import peft
+from tinylora.models import files, folders, gguf_writer
 
 
 def pair(first, second, root):
@@ -56,38 +60,75 @@ def test_the_same_run_twice_at_once(many, count, tmp_path):
         count("the same run twice at once", "same" if statuses(found) == [0, 0] else "sentences")
 
 
-def test_a_reader_beside_a_writer_never_sees_a_mixture(many, count, tmp_path):
-    """Two models of the same shapes take turns in a folder; whoever opens it gets one of them, or a sentence."""
-    folder, models = tmp_path / "m", [model(1), model(2)]
+def in_every_tensor(seed):
+    """A model that differs from those of other seeds in its config and in every tensor."""
+    m = model(seed)
+    m.model.norm.weight.data += seed
+    return m
 
-    def found(m):
-        return m.config.rope_theta, m.model.norm.weight.data.tobytes(), m.model.embed_tokens.weight.data.tobytes()
 
-    for m in models:
-        m.model.norm.weight.data += m.config.rope_theta / 1e4  # they differ in every tensor
-        m.save_pretrained(folder, dtype="float32")
-    whole = [found(m) for m in models]
+def of_model(m):
+    return m.config.rope_theta, m.model.norm.weight.data.tobytes(), m.model.embed_tokens.weight.data.tobytes()
 
-    def write():
+
+def adapted(seed):
+    """A model with an adapter whose settings and factors depend on the seed, as many as in the others."""
+    m = adapters.add_lora(model(3), r=2, alpha=seed, target_modules=["q_proj"])
+    return tiny.randomize_lora(m, np.random.default_rng(seed))
+
+
+def of_adapter(adapter):
+    return adapter.config.alpha, *(a.tobytes() for arrays in adapter.weights.values() for a in arrays.values())
+
+
+ALTERNATING = {  # name: (what is saved in turn, how, how it is read)
+    "model": (
+        lambda: [of_model(m) for m in map(in_every_tensor, (1, 2))],
+        lambda path: [in_every_tensor(seed).save_pretrained(path, dtype="float32") for seed in (1, 2)],
+        lambda path: of_model(Llama.from_pretrained(path)),
+    ),
+    "adapter": (
+        lambda: [of_adapter(adapters.adapter_of(adapted(seed))) for seed in (1, 2)],
+        lambda path: [peft.save_adapter(adapted(seed), path) for seed in (1, 2)],
+        lambda path: of_adapter(peft.read_adapter(path)),
+    ),
+    "x.gguf": (
+        lambda: [of_model(m) for m in map(in_every_tensor, (1, 2))],
+        lambda path: [gguf_writer.save(in_every_tensor(seed), path, "f32") for seed in (1, 2)],
+        lambda path: of_model(Llama.from_pretrained(path)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ALTERNATING)
+def test_a_reader_beside_a_writer_never_sees_a_mixture(name, many, count, tmp_path):
+    """Two of the same shapes take turns in one place; whoever opens it gets one of them whole, or a sentence."""
+    if name.endswith(".gguf"):
+        pytest.importorskip("gguf")
+    whole, write, read = ALTERNATING[name]
+    whole, path = whole(), tmp_path / name
+    write(path)
+    assert read(path) in whole
+
+    def writing():
         while True:
-            for m in models:
-                m.save_pretrained(folder, dtype="float32")
+            write(path)
 
-    writer, seen = Process(write), {}
+    writer, seen = Process(writing), Counter()
     until = time.monotonic() + min(many(1 / 200, least=1), 30)
     try:
         while time.monotonic() < until:
             try:
-                end = "same" if found(Llama.from_pretrained(folder)) in whole else "mixed"
+                end = "same" if read(path) in whole else "mixed"
             except (ValueError, OSError) as error:
-                assert str(folder) in str(error)
+                assert name in str(error)
                 end = "sentences"
-            seen[end] = seen.get(end, 0) + 1
-            count("a reader beside a writer", end)
+            seen[end] += 1
+            count("a reader beside a writer: " + name, end)
     finally:
         writer.send(signal.SIGKILL)
         writer.wait()
-    assert seen.get("same") and not seen.get("mixed"), seen
+    assert seen["same"] and not seen["mixed"], seen
 
 
 @pytest.mark.parametrize("sets, run, before", [
