@@ -16,7 +16,7 @@ def pytest_addoption(parser):
         type=int,
         default=50,
         metavar="N",
-        help="about so many faults of each sort (50; CI takes 1500, a night 20000)",
+        help="about so many faults of each sort (50; CI takes 500, a night 20000)",
     )
     group.addoption("--faults-seed", type=int, default=0, metavar="N", help="which of them (0)")
 

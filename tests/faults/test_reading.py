@@ -459,7 +459,7 @@ def test_a_damaged_file_is_read_whole_or_refused_by_name(name, many, request, co
     if missing := [package for package in subject.needs if importlib.util.find_spec(package) is None]:
         pytest.skip(f"needs {', '.join(missing)}")
     reader = Reader(subject, tmp_path, [request.config.getoption("faults_seed"), *name.encode()])
-    some = many(subject.share / 12, least=len(subject.places) * len(subject.files) + 3)
+    some = many(subject.share / 6, least=len(subject.places) * len(subject.files) + 3)
     problems = []
     for i, file, what, end, text in reader.all(range(some)):
         count("reading: " + name, end)

@@ -13,7 +13,7 @@ def test_a_fault_at_any_call_leaves_the_old_or_the_new(name, many, draw, count, 
     operation = OPERATIONS[name]
     if operation.missing():
         pytest.skip(f"needs {', '.join(operation.missing())}")
-    some = many(operation.share / 10, least=0 if operation.share < 0.3 else 3)
+    some = many(operation.share / 15, least=0 if operation.share < 0.3 else 3)
     work = Workplace(operation, tmp_path)
     faults = Fault.all(work.calls)
     assert len(faults) > 20, "the calls of this command are not counted"
