@@ -244,7 +244,8 @@ def _linear_weights(folder, args):
     opened = safetensors.open_folder(folder)
     weights = {n: w for n, w in opened.items() if bitsandbytes.is_linear_weight(n, w, args.skip)}
     for name, w in weights.items():
-        safetensors.check_finite(w, opened.where(name), name)
+        if not safetensors.is_finite(w):
+            raise ValueError(f"{opened.where(name)}: {name} holds NaN or Inf; leave it out (--skip {name})")
     if not weights:
         raise ValueError(
             f"{args.path} holds no linear weights (matrices named *.weight that are neither embeddings nor lm_head)"
