@@ -37,12 +37,14 @@ class ModelFiles:
     config     a Hugging Face config.json as a dict, with the ids of generation_config.json; it stands in `config_path`
     weights    {name: array}, lazily; also kind(name) -> (dtype, shape), is_float(name) -> bool, float32(name) -> array,
                where(name) -> file, and in folders pieces(name) -> the same float32 numbers, piece by piece
+    saved      the `files.stamp` of a folder's config.json, so that nothing is read of another save than this one
     """
 
     path: Path
     config: dict
     config_path: Path
     weights: object
+    saved: tuple | None = None
 
     def check(self, shapes, whole=True):
         """Whether the file holds these tensors, and no others if `whole`; ValueError names the first that does not fit.
@@ -87,7 +89,9 @@ class ModelFiles:
         """The model's tokenizer; ValueError if it has more tokens than the model."""
         size = self.config.get("vocab_size", 0)
         if not isinstance(self.weights, GGUF):
-            return load_tokenizer(self.path, size)
+            tokenizer = load_tokenizer(self.path, size)
+            files.check_unchanged(self.config_path, self.saved)
+            return tokenizer
         if "tokenizer.ggml.tokens" not in self.weights.fields:
             if size == 256:
                 return ByteTokenizer()
@@ -122,6 +126,7 @@ def open_model(path, held="dense"):
         raise FileNotFoundError(
             f"{path}: expected 'base' or a folder with config.json and model.safetensors, or FILE.gguf"
         )
+    saved = files.stamp(folder / "config.json")
     config = fourbit.read_config(folder)
     if (folder / "generation_config.json").is_file():  # an instruction-tuned model may end its answers at other tokens
         generation = folder / "generation_config.json"
@@ -133,7 +138,9 @@ def open_model(path, held="dense"):
             f"{folder / 'config.json'}: its weights are {names[found]}; expected a model that is {names[held]} (a GGUF file is "
             "written of either)"
         )
-    return ModelFiles(folder, config, folder / "config.json", safetensors.open_folder(folder))
+    weights = safetensors.open_folder(folder)
+    files.check_unchanged(folder / "config.json", saved)
+    return ModelFiles(folder, config, folder / "config.json", weights, saved)
 
 
 def write_folder(folder, config, shapes, read, tokenizer, dtype="bfloat16", bar=iter, where=None):
