@@ -265,6 +265,7 @@ def _read(folder):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
     where = folder / _CONFIG
+    written = files.stamp(where)
     settings = files.read_json(where, _LARGEST_CONFIG)
     _refuse_what_is_not_read(settings, where)
     try:
@@ -275,6 +276,7 @@ def _read(folder):
     weights, saved, bases, rows = _sort_tensors(opened, config, opened.path)
     config = replace(config, trainable_token_indices=_token_indices(settings, rows, where))
     about = _description(opened.metadata, opened.path)
+    files.check_unchanged(where, written)
     return _File(adapters.Adapter(config, weights, saved), settings, bases, rows, about)
 
 
