@@ -31,7 +31,7 @@ import numpy as np
 
 from . import rope
 from .fields import check_value, number, one_of, shown, whole
-from .files import check_regular
+from .files import check_regular, opened
 from .safetensors import check_finite, identity, reopened
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -77,7 +77,7 @@ class GGUF(Mapping):
         check_regular(self.path)
         self._package = _package()
         try:
-            with open(self.path, "rb") as f:
+            with opened(self.path) as f:
                 self._file = identity(f)
                 self.fields, tensors = _read_header(f)
         except (ValueError, struct.error, OverflowError, MemoryError) as error:

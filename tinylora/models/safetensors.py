@@ -19,7 +19,7 @@ import numpy as np
 
 from ..dtypes import BFloat16Array, as_float32, from_bfloat16_bits
 from .fields import check, check_value, mapping, several, shown, text, whole
-from .files import _is_plain, atomic, check_regular, read_json, settle
+from .files import _is_plain, atomic, check_regular, opened, read_json, settle
 
 #: Wide dtypes first, which aligns all of them; in this order the safetensors package writes them too.
 _NUMPY = {
@@ -114,7 +114,7 @@ class Safetensors(Mapping):
         self.path = Path(path)
         check_regular(self.path)
         try:
-            with open(self.path, "rb") as f:
+            with opened(self.path) as f:
                 self._file = identity(f)
                 self._entries, self.metadata = _read_header(f)
         except RecursionError:
@@ -228,7 +228,7 @@ def identity(f):
 @contextlib.contextmanager
 def reopened(path, known, place):
     """A file, opened again at a place; ValueError if another one has taken its name since `identity` was `known`, or it was written to."""
-    with open(path, "rb") as f:
+    with opened(path) as f:
         if identity(f) != known:
             raise ValueError(f"{path}: the file changed after it was opened; open it again")
         f.seek(place)

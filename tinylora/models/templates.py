@@ -145,8 +145,10 @@ def of_processor(folder):
 def _text(path):
     """The text of a file; a sentence that names it if it has none, or more than 16 MiB."""
     files.check_regular(path, 2**24)
+    with files.opened(path) as f:
+        data = f.read()
     try:
-        return path.read_bytes().decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not valid UTF-8: {error}") from None
 

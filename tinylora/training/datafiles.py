@@ -79,7 +79,8 @@ def read_text(path):
     """The bytes of a UTF-8 text file without a byte-order mark; a sentence if it is missing, empty or in another encoding."""
     path = Path(path)
     files.check_regular(path)
-    data = path.read_bytes()
+    with files.opened(path) as f:
+        data = f.read()
     for mark, encoding in _MARKS.items():
         if data.startswith(mark):
             raise ValueError(f"{path} is {encoding} text, expected UTF-8; convert it first")
