@@ -127,6 +127,8 @@ def test_a_checkpoint_is_believed_in_nothing(words, setup, tmp_path, capsys):
         ({"history": [{"loss": None}]}, "history[0].loss = None"),
         ({"samples": {"after": 3}}, "samples.'after' = 3"),
         ({"adapter": 7}, "adapter = 7"),
+        ({"paging": {"budget": None, "pages": 3}}, "paging: faults is missing"),
+        ({"after": None}, "after = None"),
         ({"bytes": {"tape, peak": -1}}, "bytes.'tape, peak' = -1"),
     ],
 )

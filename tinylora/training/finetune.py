@@ -152,6 +152,7 @@ _TRACE = {
     "bytes": fields.whole(),
 }
 _LONGEST_TRACE = 1 << 30  # bytes of a paging.csv that is read
+_COUNTED = ("pages", "budget", "faults", "prefetches", "rescues", "hits", "evictions", "bytes moved")
 #: What report.json holds, when it is read again.
 _COUNTS = fields.mapping(fields.optional(fields.number()))
 _REPORT = {
@@ -160,7 +161,7 @@ _REPORT = {
     "inputs": fields.mapping(fields.optional(fields.text())),
     "output": fields.optional(fields.text()),
     "before": fields.optional(fields.number()),
-    "after": fields.optional(fields.number()),
+    "after": fields.number(),
     "trainable": fields.whole(),
     "parameters": fields.whole(1),
     "bits_per_param": fields.optional(fields.number()),
@@ -390,16 +391,8 @@ def _bytes(model, result, pager):
 def _paging(pager):
     """What the pager counted."""
     c = pager.counters
-    return {
-        "pages": len(pager),
-        "budget": pager.budget,
-        "faults": c.faults,
-        "prefetches": c.prefetches,
-        "rescues": c.rescues,
-        "hits": c.hits,
-        "evictions": c.evictions,
-        "bytes moved": c.bytes_moved,
-    }
+    counts = c.faults, c.prefetches, c.rescues, c.hits, c.evictions, c.bytes_moved
+    return dict(zip(_COUNTED, (len(pager), pager.budget, *counts), strict=True))
 
 
 def _save(report, model, job, folder, trace=None):
@@ -487,7 +480,8 @@ def finished(job, recipe, out):
     if path is None or not path.exists():
         return None
     saved = files.read_json(path)
-    fields.check(saved, _REPORT, str(path), required=("job", "recipe"))
+    fields.check(saved, _REPORT, str(path), required=("job", "recipe", "after", "parameters", "paging"))
+    fields.check(saved["paging"], {}, f"{path}: paging", required=_COUNTED)
     for name, default in (("job", Job()), ("recipe", Recipe())):  # a report from before an option existed
         saved[name] = {**asdict(default), **saved.get(name, {})}
     wanted = json.loads(json.dumps({"job": asdict(job), "recipe": asdict(recipe), "inputs": inputs(job)}))
