@@ -189,6 +189,48 @@ def test_a_block_that_fails_changes_nothing_and_leaves_nothing(tmp_path):
         assert contents(tmp_path) == there and len(list(tmp_path.iterdir())) == bool(before)
 
 
+def test_what_fails_leaves_none_of_the_folders_that_it_made(tmp_path):
+    (tmp_path / "there").mkdir()
+    deep, full = tmp_path / "there" / "a" / "b" / "c", OSError(28, "No space left on device")
+    for made in (files.atomic, files.whole_folder, files.locked):
+        with pytest.raises(OSError, match="No space"), made(deep):
+            raise full
+        assert not list((tmp_path / "there").iterdir())
+    files.write_text(tmp_path / "there" / "a" / "mine", "mine")
+    with pytest.raises(OSError, match="No space"), files.whole_folder(deep):
+        raise full
+    assert (
+        contents(tmp_path / "there" / "a") == {"mine": "mine"} and len(list((tmp_path / "there" / "a").iterdir())) == 1
+    )
+
+
+@pytest.mark.parametrize(
+    "call, name, said",
+    [
+        ("replace", "weights", r"the new files lie in .*\.saved"),
+        ("unlink", ".plan.json", "the new files are in their places"),
+        ("rmdir", ".saved", "the new files are in their places"),
+    ],
+)
+def test_what_a_failed_save_says_of_the_folder_is_true(call, name, said, tmp_path, monkeypatch):
+    folder, real = tmp_path / "m", getattr(os, call)
+    saved(folder, config="1", weights="1", vocabulary="1")
+
+    def fails(path, *target, **more):
+        if Path(path).name == name and (call == "rmdir" or Path(path).parent.name == ".saved"):
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, *target, **more)
+
+    monkeypatch.setattr(os, call, fails)
+    with pytest.raises(OSError, match=said):
+        saved(folder, config="2", weights="2")
+    monkeypatch.undo()
+    if call != "replace":
+        assert {n: t for n, t in contents(folder).items() if n[0] != "."} == {"config.json": "2", "weights": "2"}
+    files.settle(folder)
+    assert contents(folder) == {"config.json": "2", "weights": "2"} and len(list(folder.iterdir())) == 2
+
+
 def killed_at(call, run):
     """Run in a process that ends, as by SIGKILL, before this call of all that change a folder. Whether it was killed."""
     child = os.fork()
@@ -266,6 +308,35 @@ def test_one_process_at_a_time_holds_a_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="it is a file; expected a folder"), files.locked(tmp_path / "file"):
         pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked")
+def test_a_lock_is_of_the_folder_that_is_there(tmp_path, monkeypatch):
+    """Whoever waits for a folder that is removed meanwhile, because nothing came into it, holds the one that comes after it."""
+    import fcntl
+
+    real, removed = fcntl.flock, []
+
+    def flock(handle, how):
+        if not removed:
+            removed.append((tmp_path / "run").rmdir())
+        return real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with files.locked(tmp_path / "run"):
+        handle = os.open(tmp_path / "run", os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            real(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(handle)
+    assert removed and not (tmp_path / "run").exists()
+
+
+def test_a_new_folder_does_not_take_the_place_of_an_empty_one_that_came_meanwhile(tmp_path):
+    with files.whole_folder(tmp_path / "m") as new:
+        (new / "config.json").write_text("1")
+        (tmp_path / "m").mkdir()
+        there = (tmp_path / "m").stat().st_ino
+    assert (tmp_path / "m").stat().st_ino == there and contents(tmp_path / "m") == {"config.json": "1"}
 
 
 # ------------------------------------------------------------------------------------------------------------------------ one file

@@ -36,9 +36,9 @@ def atomic(path):
     A file that was there before keeps its permissions, and one that is reached by a link is replaced where it lies.
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary, made = path.with_name(f".{path.name}.{os.getpid()}.part"), []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent, made)
         _remove_stale(path.parent, f".{path.name}.")
         before = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
         temporary.touch(0o666 if before is None else 0o600)
@@ -50,9 +50,27 @@ def atomic(path):
         _sync_folder(path.parent)
     except BaseException as error:
         _remove(temporary)
+        _unmake(made)
         if isinstance(error, OSError):
             raise OSError(f"could not write {path}: {error}; what was there before is untouched") from error
         raise
+
+
+def _make(folder, made):
+    """Make a folder and those above it that are not there; each that was made is put before the others in the list `made`."""
+    if not folder.is_dir():
+        if folder.parent != folder:
+            _make(folder.parent, made)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            made.insert(0, folder)
+
+
+def _unmake(made):
+    """Remove the folders that `_make` has made, as far as nothing lies in them."""
+    for folder in made:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def _remove_stale(folder, start):
@@ -120,15 +138,16 @@ def whole_folder(folder, head="config.json", replaces=()):
 
     Other files of `folder` stay as they are.
     """
-    folder = Path(os.path.realpath(folder))
+    folder, made = Path(os.path.realpath(folder)), []
     try:
         new = not folder.exists()
         beside, start = (folder.parent, f".{folder.name}.") if new else (folder, ".saving.")
-        beside.mkdir(parents=True, exist_ok=True)
+        _make(beside, made)
         settle(folder)
         _remove_stale(folder.parent, f".{folder.name}.")
         _remove_stale(beside, start)
     except OSError as error:
+        _unmake(made)
         raise _unwritten(folder, error) from error
     prepared = beside / f"{start}{os.getpid()}.part"
     try:
@@ -154,6 +173,7 @@ def whole_folder(folder, head="config.json", replaces=()):
                 _move_in(folder)
     except BaseException as error:
         _remove(prepared)
+        _unmake(made)
         if isinstance(error, OSError):
             raise _unwritten(folder, error) from error
         raise
@@ -161,14 +181,21 @@ def whole_folder(folder, head="config.json", replaces=()):
 
 def _unwritten(folder, error):
     """The sentence on a save that failed, which says how the folder is now."""
-    left = "what was there before is untouched"
-    if (folder / SAVED).exists():
-        left = f"the new files lie in {folder / SAVED}, and whatever opens or writes the folder next puts them in their places"
-    return OSError(f"could not write {folder}: {error}; {left}")
+    saved, left = folder / SAVED, "what was there before is untouched"
+    with contextlib.suppress(OSError):
+        if {entry.name for entry in saved.iterdir()} <= {_PLAN}:
+            left = f"the new files are in their places, and {saved} is no longer needed"
+        else:
+            left = f"the new files lie in {saved}, and what opens or writes the folder next puts them in their places"
+    # `atomic` says of its file what this sentence says of the folder.
+    first = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    return OSError(f"could not write {folder}: {first}; {left}")
 
 
 def _renamed(prepared, folder):
     """Whether a folder that is prepared has become `folder`; False if another process has made it meanwhile."""
+    if folder.exists():  # even an empty one: a rename would take it from the process that holds it
+        return False
     try:
         os.rename(prepared, folder)
     except OSError as error:
@@ -240,8 +267,12 @@ def locked(folder, wait=0):
     if again:
         yield
         return
-    made = _made(folder)
-    handle = _flocked(folder, time.monotonic() + wait)
+    made = []
+    try:
+        handle = _flocked(folder, time.monotonic() + wait, made)
+    except BaseException:
+        _unmake(made)
+        raise
     try:
         with _guard:
             _held[folder] = threading.get_ident()
@@ -249,55 +280,60 @@ def locked(folder, wait=0):
     finally:
         with _guard:
             _held.pop(folder, None)
-        if made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        _unmake(made)
         if handle is not None:
             os.close(handle)
 
 
-def _made(folder):
-    """Make a folder if there is none; whether that was so."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if not folder.is_dir():
-            raise OSError(
-                f"could not write {folder}: it is a file; expected a folder, or a name that is free"
-            ) from None
-        return False
-    except OSError as error:
-        raise OSError(f"could not write {folder}: {error}") from error
-    return True
-
-
-def _flocked(folder, until):
-    """An open handle on a folder that this process alone has locked; None where folders cannot be locked."""
+def _flocked(folder, until, made):
+    """An open handle on a folder that this process alone has locked; None where folders cannot be locked. See `_make` for `made`."""
     try:
         import fcntl
     except ImportError:
-        return None
-    handle = os.open(folder, os.O_RDONLY)
+        fcntl = None
+    while True:
+        _make_target(folder, made)
+        if fcntl is None:
+            return None
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # the process that had made it has removed it just now
+            continue
+        locked = False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = _is_at(handle, folder)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise BlockingIOError(
+                    f"{folder} is being written by another run; wait until it has ended, or choose another folder"
+                ) from None
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            return None
+        finally:
+            if not locked:
+                os.close(handle)
+        if locked:
+            return handle
+
+
+def _is_at(handle, folder):
+    """Whether a folder is the one that is open, and no other that was made in its place."""
     try:
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return handle
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise BlockingIOError(
-                        f"{folder} is being written by another run; wait until it has ended, or choose another folder"
-                    ) from None
-                time.sleep(0.05)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except OSError:  # a file system without locks
-        os.close(handle)
-        return None
-    except BaseException:
-        os.close(handle)
-        raise
+        return os.path.samestat(os.fstat(handle), os.stat(folder))
+    except FileNotFoundError:
+        return False
+
+
+def _make_target(folder, made):
+    """`_make` a folder that is to be written; OSError with a sentence where that cannot be."""
+    try:
+        _make(folder, made)
+    except OSError as error:
+        raise OSError(f"could not write {folder}: {error}") from error
+    if not folder.is_dir() and folder.exists():
+        raise OSError(f"could not write {folder}: it is a file; expected a folder, or a name that is free")
 
 
 def check_target(path, *sources, folder=True):
