@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from tinylora import AdamW, Pager, Tensor
+from tinylora.kernels import pools
 from tinylora.kernels.pools import WHOLE_TENSORS_FROM
 from tinylora.training.train import Recipe, fit
 
@@ -55,6 +56,24 @@ def test_copies_may_come_early_or_late(budget, copies, rng):
     _, plain = walk(np, numbers, np.random.default_rng(seed))
     _, paged = walk(fake_cupy, numbers, np.random.default_rng(seed), budget=budget, prefetch=True)
     assert plain.tobytes() == paged.tobytes()
+
+
+def test_a_frame_on_its_way_to_the_host_lives_until_it_is_there_also_where_the_next_copy_fails(copies, monkeypatch):
+    pager = Pager(2048, 1024, device=fake_cupy, prefetch=False)
+    pages = pager.allocate(2, 384)
+    for i in pages[:2]:
+        pager.page(i)[...] = i + 1
+    whole, left = pools.copies.copy_to_device, [1]
+
+    def fails_once(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError
+        whole(*arguments)
+
+    monkeypatch.setattr(pools.copies, "copy_to_device", fails_once)
+    pager.page(pages[2])  # page 0 goes for it, and when the copy fails page 1 goes too
+    assert (pager.read(pages)[0] == np.repeat([1, 2, 0], 128)).all()
 
 
 def test_with_room_for_one_frame_a_guess_takes_no_page_away(copies):

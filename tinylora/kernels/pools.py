@@ -210,6 +210,13 @@ class _CopyStream:
 
     def exchange(self, back, source):
         """(frame, event that says it has arrived, frames that must live until then)"""
+        try:
+            return self._exchange(back, source)
+        except BaseException:  # it holds the frames that are on their way to the host until this block ends
+            self.stream.synchronize()
+            raise
+
+    def _exchange(self, back, source):
         computed = self.xp.cuda.get_current_stream().record()  # what is put back has been computed by then
         self.stream.wait_event(computed)
         frame, kept = None, []
