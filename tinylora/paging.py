@@ -148,11 +148,11 @@ class Pager:
         self._arrive()
         frame = self._resident.get(number)
         if frame is not None:
+            if self.budget is None and frame is self._pages[number]:
+                self.pool.exchange([], frame)  # managed memory: the driver may have moved it out; ask for it back
             self._resident.move_to_end(number)
             self.counters.hits += 1
             self._note("hit", number)
-            if self.budget is None and frame is self._pages[number]:
-                self.pool.exchange([], frame)  # managed memory: the driver may have moved it out; ask for it back
         else:
             frame = self.pool.wait(self._bring(number)[0])
             self.counters.faults += 1
