@@ -282,7 +282,8 @@ class AdapterMachine(RuleBasedStateMachine):
             self.active = self.trains = (name,)
 
     @precondition(lambda self: self.plain)
-    @rule(name=new_names, parts=choices, weights=st.tuples(*[st.sampled_from([1, -0.5, 2.0, 0.0])] * 3), wrong=st.integers(0, 19),
+    @rule(name=new_names, parts=st.lists(numbers, min_size=1, max_size=3),
+          weights=st.tuples(*[st.sampled_from([1, -0.5, 2.0, 0.0])] * 3), wrong=st.integers(0, 19),
           kind=st.sampled_from(adapters.COMBINATIONS), rank=st.sampled_from([None, None, 1, 12]))  # fmt: skip
     def combines(self, name, parts, weights, wrong, kind, rank):
         parts, weights = [self.name(n) for n in parts], list(weights[: len(parts)])
