@@ -1333,6 +1333,15 @@ def test_an_adapter_that_finds_no_memory_is_not_on_the_model(fails_at, rng, monk
         assert adapters.active_adapters(adapters.attach(m, off, "a")) == ("a",)
 
 
+def test_a_combination_trains_no_biases_of_layers_that_the_first_adapter_did_not_have(rng):
+    m = tiny.zoo()
+    m.fc1.bias = None
+    tl.add_lora(m, r=2, target_modules=["fc1"], bias="lora_only", name="a")  # a layer without a bias
+    tl.add_lora(m, r=2, target_modules=["fc2"], name="b")
+    tl.add_weighted_adapter(m, ["a", "b"], [1.0, 1.0], "c", "cat")
+    assert adapters.adapter_of(m, "c").saved == {}
+
+
 @pytest.mark.parametrize("kind", adapters.COMBINATIONS)
 @pytest.mark.parametrize("weight, value", [(1e300, 1.0), (1.0, np.nan), (1.0, np.inf)])
 def test_a_combination_that_is_not_finite_is_refused(kind, weight, value, rng):

@@ -58,7 +58,7 @@ def add_weighted_adapter(model, names, weights, new_name, combination_type="svd"
     r = {"linear": ranks[0], "cat": sum(ranks), "svd": svd_rank or max(ranks)}[kind]
     first = configs(model)[names[0]]
     targets = sorted({path for n in names for path, _ in lora_layers(model, n)})
-    plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False}
+    plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "bias": "none"}
     anywhere = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
     config = replace(first, r=r, alpha=r, target_modules=tuple(targets), **plain, **anywhere)
     made = {}
