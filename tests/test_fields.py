@@ -49,7 +49,7 @@ def test_what_is_of_its_kind_passes(name, value):
         ("eps", 10**400, "eps = a whole number of"),
         ("tied", 1, "tied = 1, expected true or false"),
         ("kind", ["llama"], "kind = ['llama'], expected one of 'llama', 'qwen2'"),
-        ("ends", [1, -1], "ends = [1, -1], expected a whole number, 0 or more or a list"),
+        ("ends", [1, -1], "ends = [1, -1], expected a whole number, 0 or more or a list of at most 1000000 entries"),
         ("rope", "x", "rope = 'x', expected an object"),
         ("rope", {"factor": "\x1b[2J\n"}, r"rope.factor = '\x1b[2J\n', expected"),
         ("ranks", {"q\n": 0}, r"ranks.'q\n' = 0"),

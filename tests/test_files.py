@@ -305,6 +305,11 @@ def test_one_process_at_a_time_holds_a_folder(tmp_path):
         assert held.returncode == 1 and "is being written by another run" in held.stderr
     assert not (tmp_path / "run").exists()  # empty, and made for the lock
     assert subprocess.run(run, capture_output=True, text=True).stdout == "held\n"
+    with files.locked(tmp_path / "run"):
+        (tmp_path / "run" / "x").write_text("")  # somebody trains here
+        asked = "import sys; from tinylora.models import files; files.check_target(sys.argv[1])"
+        held = subprocess.run([sys.executable, "-c", asked, tmp_path / "run"], capture_output=True, text=True)
+        assert held.returncode == 1 and "is being written by another run" in held.stderr
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="it is a file; expected a folder"), files.locked(tmp_path / "file"):
         pass
@@ -347,6 +352,31 @@ def test_a_file_keeps_its_permissions_and_a_link_stays_one(tmp_path):
     files.write_json(tmp_path / "link", {"a": 1})
     assert (tmp_path / "link").is_symlink() and files.read_json(tmp_path / "real") == {"a": 1}
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.getuid() != 0, reason="becomes an ordinary user")
+def test_an_ordinary_user_s_read_only_files_are_replaced_and_stay_read_only(tmp_path):
+    """A rename needs the folder's permission and not the file's."""
+    os.chown(tmp_path, 65534, 65534)
+    for above in tmp_path.parents[:3]:
+        above.chmod(above.stat().st_mode | 0o111)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setuid(65534)
+            saved(tmp_path / "m", config="1", weights="1")
+            files.write_text(tmp_path / "one", "1")
+            for path in (tmp_path / "m" / "weights", tmp_path / "one"):
+                path.chmod(0o444)
+            saved(tmp_path / "m", config="2", weights="2")
+            files.write_text(tmp_path / "one", "2")
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    for path in (tmp_path / "m" / "weights", tmp_path / "one"):
+        assert path.read_text() == "2" and path.stat().st_mode & 0o777 == 0o444
 
 
 @pytest.mark.parametrize(

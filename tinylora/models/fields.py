@@ -65,12 +65,16 @@ def one_of(*values):
 
 def several(each, most=1_000_000):
     """A list of values of one kind."""
-    return Kind(f"a list, each {each.expected}", lambda v: type(v) in (list, tuple) and len(v) <= most, each=each)
+    return Kind(
+        f"a list of at most {most} entries, each {each.expected}",
+        lambda v: type(v) in (list, tuple) and len(v) <= most,
+        each=each,
+    )
 
 
 def mapping(each, most=1_000_000):
     """An object whose values are of one kind, whatever their names."""
-    what = f"an object of names, each with {each.expected}"
+    what = f"an object of at most {most} names, each with {each.expected}"
     return Kind(what, lambda v: type(v) is dict and len(v) <= most and all(type(k) is str for k in v), each=each)
 
 
@@ -118,14 +122,19 @@ def _problem(path, value, kind):
         return f"{path} = {shown(value)}, expected {kind.expected}"
     if value is None:
         return None
-    parts = []
+    parts = ()
     if kind.inside is not None:
-        parts = [(f"{path}.{name}", value[name], k) for name, k in kind.inside.items() if name in value]
+        parts = ((f".{name}", value[name], k) for name, k in kind.inside.items() if name in value)
     elif kind.each is not None and type(value) is dict:
-        parts = [(f"{path}.{shown(name)}", v, kind.each) for name, v in value.items()]
+        parts = ((f".{shown(name)}", v, kind.each) for name, v in value.items() if not _is(v, kind.each))
     elif kind.each is not None:
-        parts = [(f"{path}[{i}]", v, kind.each) for i, v in enumerate(value)]
-    return next((p for p in (_problem(*part) for part in parts) if p), None)
+        parts = ((f"[{i}]", v, kind.each) for i, v in enumerate(value) if not _is(v, kind.each))
+    return next((p for p in (_problem(path + name, v, k) for name, v, k in parts) if p), None)
+
+
+def _is(value, kind):
+    """Whether a value is of a simple kind, which is most of a long list and needs no path."""
+    return kind.inside is None and kind.each is None and kind.fits(value)
 
 
 def shown(value):

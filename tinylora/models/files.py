@@ -44,8 +44,8 @@ def atomic(path):
         temporary.touch(0o666 if before is None else 0o600)
         mode = stat.S_IMODE(temporary.stat().st_mode) if before is None else before
         yield str(temporary)
-        os.chmod(temporary, mode)  # some writers replace the file and with it its permissions
         _sync(temporary)
+        os.chmod(temporary, mode)  # last: it may allow nobody to write
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
@@ -148,16 +148,16 @@ def whole_folder(folder, head="config.json", replaces=()):
         _remove_stale(beside, start)
     except OSError as error:
         _unmake(made)
-        raise _unwritten(folder, error) from error
-    prepared = beside / f"{start}{os.getpid()}.part"
+        raise _unwritten(folder, error, saved=False) from error
+    prepared, saved = beside / f"{start}{os.getpid()}.part", False
     try:
         prepared.mkdir()
         yield prepared
         names = [entry.name for entry in prepared.iterdir()]
         for name in names:
+            _sync(prepared / name)
             if (folder / name).is_file():
                 os.chmod(prepared / name, stat.S_IMODE((folder / name).stat().st_mode))
-            _sync(prepared / name)
         if new:
             _sync_folder(prepared)
             new = _renamed(prepared, folder)
@@ -169,27 +169,36 @@ def whole_folder(folder, head="config.json", replaces=()):
             with locked(folder, wait=30):
                 settle(folder)
                 os.replace(prepared, folder / SAVED)
+                saved = True
                 _sync_folder(folder)
                 _move_in(folder)
     except BaseException as error:
         _remove(prepared)
         _unmake(made)
         if isinstance(error, OSError):
-            raise _unwritten(folder, error) from error
+            raise _unwritten(folder, error, saved) from error
         raise
 
 
-def _unwritten(folder, error):
-    """The sentence on a save that failed, which says how the folder is now."""
-    saved, left = folder / SAVED, "what was there before is untouched"
-    with contextlib.suppress(OSError):
-        if {entry.name for entry in saved.iterdir()} <= {_PLAN}:
-            left = f"the new files are in their places, and {saved} is no longer needed"
-        else:
-            left = f"the new files lie in {saved}, and what opens or writes the folder next puts them in their places"
+def _unwritten(folder, error, saved):
+    """The sentence on a save that failed, which says how the folder is now. saved: whether it had happened all the same."""
+    left = "what was there before is untouched"
+    if saved and not set(_listed(folder / SAVED)) - {_PLAN}:
+        left = f"the new files are in their places, and {folder / SAVED} is no longer needed"
+    elif saved:
+        left = (
+            f"the new files lie in {folder / SAVED}, and what opens or writes the folder next puts them in their places"
+        )
     # `atomic` says of its file what this sentence says of the folder.
     first = error.__cause__ if isinstance(error.__cause__, OSError) else error
     return OSError(f"could not write {folder}: {first}; {left}")
+
+
+def _listed(folder):
+    """The names in a folder, or none if it cannot be read."""
+    with contextlib.suppress(OSError):
+        return os.listdir(folder)
+    return []
 
 
 def _renamed(prepared, folder):
@@ -231,7 +240,7 @@ def _move_in(folder):
     if _PLAN in names:
         plan = read_json(saved / _PLAN)
         head, remove = plan.get("head"), plan.get("remove")
-        if not (isinstance(remove, list) and all(map(_is_plain, [head, *remove]))):
+        if not (isinstance(remove, list) and all(map(is_plain_name, [head, *remove]))):
             raise OSError(f"{saved / _PLAN} is damaged: expected names of files, found {shown(plan)}")
         names.remove(_PLAN)
         for name in ([head] if head in names else []) + remove:
@@ -244,9 +253,9 @@ def _move_in(folder):
     _sync_folder(folder)
 
 
-def _is_plain(name):
-    """Whether this is the name of a file in a folder, and not a way out of it."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
+def is_plain_name(name):
+    """Whether this is the name of a file in a folder, and not a way out of it, on any system."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
 
 
 # -------------------------------------------------------------------------------------------------------------------------- locks
@@ -339,7 +348,7 @@ def _make_target(folder, made):
 def check_target(path, *sources, folder=True):
     """Asked before long work: ValueError or OSError if `path` is one of the sources, or if a folder (or a file) could not be written there.
 
-    Nothing is made, and nothing is left behind.
+    A folder that another run holds could not. Nothing is made, and nothing is left behind.
     """
     for source in sources:
         if same(path, source):
@@ -351,6 +360,9 @@ def check_target(path, *sources, folder=True):
     if nearest == path and not folder and not nearest.is_file():
         kind = "a folder" if nearest.is_dir() else "a pipe, a socket or a device"
         raise ValueError(f"{path} is {kind}; expected the name of a file")
+    if nearest == path and folder:
+        with locked(path):
+            pass
     beside = nearest if nearest.is_dir() else nearest.parent
     trial = beside / f".{path.name}.{os.getpid()}.part"
     try:

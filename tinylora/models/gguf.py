@@ -31,8 +31,8 @@ import numpy as np
 
 from . import rope
 from .fields import check_value, number, one_of, shown, whole
-from .files import check_regular, opened
-from .safetensors import check_finite, identity, reopened
+from .files import check_regular, opened, stamp
+from .safetensors import check_finite, reopened
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -78,7 +78,7 @@ class GGUF(Mapping):
         self._package = _package()
         try:
             with opened(self.path) as f:
-                self._file = identity(f)
+                self._file = stamp(f.fileno())
                 self.fields, tensors = _read_header(f)
         except (ValueError, struct.error, OverflowError, MemoryError) as error:
             raise ValueError(f"{self.path} is not a whole GGUF file ({error})") from None

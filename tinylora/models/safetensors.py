@@ -19,7 +19,7 @@ import numpy as np
 
 from ..dtypes import BFloat16Array, as_float32, from_bfloat16_bits
 from .fields import check, check_value, mapping, several, shown, text, whole
-from .files import _is_plain, atomic, check_regular, opened, read_json, settle
+from .files import atomic, check_regular, is_plain_name, opened, read_json, settle, stamp
 
 #: Wide dtypes first, which aligns all of them; in this order the safetensors package writes them too.
 _NUMPY = {
@@ -115,7 +115,7 @@ class Safetensors(Mapping):
         check_regular(self.path)
         try:
             with opened(self.path) as f:
-                self._file = identity(f)
+                self._file = stamp(f.fileno())
                 self._entries, self.metadata = _read_header(f)
         except RecursionError:
             raise ValueError(f"{self.path} is not a whole safetensors file (its header is nested too deeply)") from None
@@ -219,17 +219,11 @@ class Sharded(Mapping):
         return self._shards[name].pieces(name)
 
 
-def identity(f):
-    """What tells an open file from another one, and from itself after it was written to."""
-    found = os.fstat(f.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
 @contextlib.contextmanager
 def reopened(path, known, place):
-    """A file, opened again at a place; ValueError if another one has taken its name since `identity` was `known`, or it was written to."""
+    """A file, opened again at a place; ValueError if another one has taken its name since its `stamp` was `known`, or it was written to."""
     with opened(path) as f:
-        if identity(f) != known:
+        if stamp(f.fileno()) != known:
             raise ValueError(f"{path}: the file changed after it was opened; open it again")
         f.seek(place)
         yield f
@@ -340,7 +334,7 @@ def _weight_map(index):
     """{tensor: file} of an index, in which each file is one of the index's own folder."""
     listed = check(read_json(index), {"weight_map": _WEIGHT_MAP}, index, required=("weight_map",))["weight_map"]
     for name, file in listed.items():
-        if not (_is_plain(file) and file.isprintable() and file.endswith(".safetensors")):
+        if not (is_plain_name(file) and file.isprintable() and file.endswith(".safetensors")):
             raise ValueError(
                 f"{index}: weight_map.{shown(name)} = {shown(file)}, expected the name of a .safetensors file beside the index"
             )
