@@ -1,5 +1,6 @@
 """A run's folder: one process at a time, said early, and nothing in it is believed."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ import tiny
 
 from tinylora.cli import main
 from tinylora.models import safetensors
+from tinylora.training import finetune as finetune_module
 from tinylora.training.finetune import read_trace
 
 QUICK = ["--seq-len", "32", "--batch-size", "2", "--heldout", "2", "-r", "2"]
@@ -177,3 +179,7 @@ def test_a_trace_is_believed_in_nothing(text, words, tmp_path):
     with pytest.raises(ValueError) as caught:
         read_trace(tmp_path)
     assert "paging.csv" in str(caught.value) and words in str(caught.value)
+
+
+def test_a_report_is_read_with_all_that_is_written():
+    assert finetune_module._REPORT.keys() == {f.name for f in dataclasses.fields(finetune_module.Report)}

@@ -141,8 +141,6 @@ def signals():
         yield
         return
     raised = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
-    if hasattr(signal, "SIGALRM"):  # `_raise_later` takes it
-        raised[signal.SIGALRM] = signal.SIG_DFL
     before = {number: signal.getsignal(number) for number in raised}
     hook, sys.unraisablehook = sys.unraisablehook, _unraised
     for number, handler in raised.items():
@@ -152,8 +150,9 @@ def signals():
         yield
     finally:
         sys.unraisablehook = hook
-        if hasattr(signal, "setitimer"):
+        if hasattr(signal, "SIGALRM") and isinstance(signal.getsignal(signal.SIGALRM), _Again):
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number, handler in before.items():
             if handler == signal.SIG_DFL:
                 signal.signal(number, handler)
@@ -165,16 +164,24 @@ def _terminate(number, frame):
 
 
 def _raise_later(kind, seconds):
-    """Raise an exception in the main thread after so many seconds, and again."""
-    if not hasattr(signal, "setitimer"):  # Windows
+    """Raise an exception in the main thread after so many seconds, and again; not where somebody else has a use for the alarm."""
+    if not hasattr(signal, "SIGALRM"):  # Windows
         return
+    now = signal.getsignal(signal.SIGALRM)
+    if now == signal.SIG_DFL or isinstance(now, _Again):
+        signal.signal(signal.SIGALRM, _Again(kind))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
 
-    def again(number, frame):
-        _raise_later(kind, PATIENCE)
-        raise kind
 
-    signal.signal(signal.SIGALRM, again)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+class _Again:
+    """The alarm's handler: raises an exception, and arms the alarm once more."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, number, frame):
+        _raise_later(self.kind, PATIENCE)
+        raise self.kind
 
 
 def _unraised(unraisable):

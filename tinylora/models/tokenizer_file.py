@@ -18,6 +18,7 @@ import json
 import math
 import os
 import re
+import threading
 import time
 
 from . import files, vocabularies
@@ -45,6 +46,7 @@ _FIELDS = {
 }
 _MOST_PARTS, _MOST_GROWTH = 100, 100  # parts of a Sequence; characters that one character may become
 _SECONDS, _LONGEST = 0.02, 4096  # that a regular expression may take on a text of at most so many characters
+_QUIET = threading.RLock()
 _MOST_PATTERNS = 20  # of regular expressions in a part
 
 #: Texts that a regular expression is tried on, over and over: each kind of character, and words.
@@ -277,17 +279,18 @@ def failed(error):
 
 @contextlib.contextmanager
 def quiet():
-    """What is written to the terminal's second stream below Python, as a panic is, goes nowhere."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+    """What is written to the terminal's second stream below Python, as a panic is, goes nowhere. One thread at a time does this."""
+    with _QUIET:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
