@@ -231,6 +231,21 @@ def test_what_a_failed_save_says_of_the_folder_is_true(call, name, said, tmp_pat
     assert contents(folder) == {"config.json": "2", "weights": "2"} and len(list(folder.iterdir())) == 2
 
 
+def test_a_folder_in_which_nothing_can_be_removed_is_no_target(tmp_path, monkeypatch):
+    real, failed = os.unlink, []
+
+    def once(path, **more):
+        if not failed:
+            failed.append(path)
+            raise OSError(5, "Input/output error", str(path))
+        return real(path, **more)
+
+    monkeypatch.setattr(os, "unlink", once)
+    with pytest.raises(OSError, match=r"could not write .*out: .*Input/output error"):
+        files.check_target(tmp_path / "out")
+    assert failed and not list(tmp_path.iterdir())
+
+
 def killed_at(call, run):
     """Run in a process that ends, as by SIGKILL, before this call of all that change a folder. Whether it was killed."""
     child = os.fork()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -66,6 +67,31 @@ def test_two_runs_on_one_folder_are_kept_apart(setup, tmp_path):
     assert main(finetune(setup, tmp_path / "alone", "--seed", "12"[codes.index(0)], steps=40)) == 0
     adapters = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("run", "alone")]
     assert adapters[0] == adapters[1]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are locked")
+def test_whatever_writes_a_folder_holds_it_for_as_long_as_it_works(setup, tmp_path, capsys):
+    import fcntl
+
+    assert main(finetune(setup, tmp_path / "run")) == 0
+    out, model, text = tmp_path / "out", str(tmp_path / "model"), str(tmp_path / "text.txt")
+    out.mkdir()
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    for command in (
+        finetune(setup, out),
+        ["finetune", "--compare", *setup],
+        ["pretrain", text],
+        ["switch", "--model", model, "--texts", text, str(tmp_path / "other.txt")],
+        ["merge", "--model", model, "--adapter", str(tmp_path / "run" / "adapter")],
+        ["convert", model],
+        ["quantize", model],
+        ["quantize", model, "--normality"],
+    ):
+        assert "is being written by another run" in said([*command, "--out", str(out)], capsys)
+        assert not list(out.iterdir())
+    os.close(handle)
+    assert main(["convert", model, "--out", str(out)]) == 0
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # which NumPy gives on the way

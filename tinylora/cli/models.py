@@ -1,5 +1,6 @@
 """generate, quantize, merge, convert: the commands that open a model and make something of it."""
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -169,9 +170,15 @@ def quantize_parser(commands):
 
 
 def _quantize(args):
-    if args.normality:
-        return _normality(args)
-    _say_what_has_no_effect(args)
+    from ..models import files
+
+    if not args.normality:
+        _say_what_has_no_effect(args)
+    with files.locked(args.out) if args.out else contextlib.nullcontext():
+        return _normality(args) if args.normality else _codes(args)
+
+
+def _codes(args):
     from tqdm import tqdm
 
     from ..interop import bitsandbytes
@@ -363,11 +370,6 @@ def merge_parser(commands):
 
 
 def _merge(args):
-    from dataclasses import replace
-
-    from .. import adapters
-    from ..dtypes import BFloat16Array, Stored
-    from ..interop import bitsandbytes
     from ..models import files, folders
 
     few = args.quantize not in (None, "none")
@@ -378,6 +380,19 @@ def _merge(args):
     if args.model is None and (base := _format(args.adapter).read_base(args.adapter).find()) != "base":
         raise ValueError(f"{args.adapter} was trained on {base}; a merge is for good, so name its base: --model {base}")
     files.check_target(args.out, args.adapter, folders.place(args.model or "base"))
+    with files.locked(args.out):
+        _write_merged(args, few)
+    print(f"the merged model lies in {args.out}")
+
+
+def _write_merged(args, few):
+    """Merge, and write the folder: in few bits, or dense."""
+    from dataclasses import replace
+
+    from .. import adapters
+    from ..dtypes import BFloat16Array, Stored
+    from ..interop import bitsandbytes
+
     model = _open(args, [args.adapter], stays=few)
     stored = [w for _, w in model.named_weights() if isinstance(w, Stored) and not isinstance(w, BFloat16Array)]
     if few and (found := {_word(w.code_name) for w in stored}) != {args.quantize}:
@@ -397,7 +412,6 @@ def _merge(args):
         bitsandbytes.save(model, args.out)
     else:
         model.save_pretrained(args.out, dtype=args.dtype)
-    print(f"the merged model lies in {args.out}")
 
 
 def _print_errors(model, bits):
@@ -586,7 +600,7 @@ def _convert(args):
     from tqdm import tqdm
 
     from ..interop.gguf import convert_adapter
-    from ..models import gguf_writer
+    from ..models import files, gguf_writer
     from ..models.llama import convert
 
     source = Path(args.path)
@@ -596,7 +610,8 @@ def _convert(args):
     bar = functools.partial(tqdm, desc="writing", unit="tensor", disable=None)
     if not to_gguf:
         dtype = args.dtype or "bfloat16"
-        weights, notes, form = convert(args.path, args.out, dtype, bar), (), dtype
+        with files.locked(args.out):
+            weights, notes, form = convert(args.path, args.out, dtype, bar), (), dtype
     else:
         form = args.type or ("f32" if adapter else "f16")
         if adapter:

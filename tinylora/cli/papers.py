@@ -225,6 +225,13 @@ def switch_parser(commands):
 
 
 def _switch(args):
+    from ..models import files
+
+    with files.locked(args.out):
+        _switch_in_folder(args)
+
+
+def _switch_in_folder(args):
     from ..papers.switching import JOB, PROMPTS, RECIPE, demonstrate, describe, own_source, train
 
     if args.texts:

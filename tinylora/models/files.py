@@ -368,6 +368,7 @@ def check_target(path, *sources, folder=True):
     try:
         _remove_stale(beside, f".{path.name}.")
         trial.touch(0o600)
+        trial.unlink()  # a file that cannot be removed cannot be replaced
     except OSError as error:
         raise OSError(f"could not write {path}: {error}") from error
     finally:

@@ -5,6 +5,7 @@ LoRA on a base in LLM.int8 takes part where it is named.
 What it returns is printed by `costs.methods` and drawn by `figures.runs`.
 """
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,14 @@ def compare(
 
     Finished runs in `out` are read instead of repeated, so that a comparison can be resumed.
     """
-    if out:
-        files.check_target(out)
+    with files.locked(out) if out else contextlib.nullcontext():
+        if out:
+            files.check_target(out)
+        return _each(job, recipe, seeds, out, methods, full_lr, progress, eval_every)
+
+
+def _each(job, recipe, seeds, out, methods, full_lr, progress, eval_every):
+    """What `compare` does, in a folder that is held for it."""
     reports = {}
     for method in methods:
         for seed in seeds:
