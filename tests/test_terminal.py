@@ -400,6 +400,18 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(words, place, tm
     assert out == "" and "fault" not in err and len(err.splitlines()) == 1 and (tmp_path / "file").read_text() == "kept"
 
 
+@pytest.mark.parametrize(
+    "words", ["finetune --out", "pretrain one.txt --out", "merge --adapter a --out", "generate --out", "nf4 --figure"]
+)
+def test_an_empty_name_of_what_is_written_is_refused(words, tmp_path, monkeypatch, capsys):
+    """Whoever asks for a file named by a variable that is not set shall not wait for it in vain."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main([*words.split(), ""])
+    assert left.value.code == 2 and f"argument {words.split()[-1]}: expected a name" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_in_a_figure_is_no_formula_and_no_control_character(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     folder = tmp_path / "a$^$\x1b[2J\n_{"

@@ -95,6 +95,9 @@ def _parsed(argv):
         parser.error(f"there is no command {name!r}; {hint}")
     args = parser.parse_args(argv)
     args.given = _given(argv)
+    for name, option in args.given.items():
+        if name in ("out", "figure") and not getattr(args, name):
+            parser.error(f"argument {option}: expected a name, and it is empty")
     return args
 
 
