@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
+from tinylora.cli import main
 from tinylora.dtypes import BFloat16Array
 from tinylora.models import files, safetensors
 
@@ -392,6 +394,18 @@ def test_an_ordinary_user_s_read_only_files_are_replaced_and_stay_read_only(tmp_
     assert os.waitpid(child, 0)[1] == 0
     for path in (tmp_path / "m" / "weights", tmp_path / "one"):
         assert path.read_text() == "2" and path.stat().st_mode & 0o777 == 0o444
+
+
+def test_what_quantize_measured_keeps_its_permissions(tmp_path):
+    """It is removed with the weights of which it speaks, and written anew."""
+    tiny.model().save_pretrained(tmp_path / "model")
+    command = ["quantize", str(tmp_path / "model"), "--codes", "nf4", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    for path in (tmp_path / "out").iterdir():
+        path.chmod(0o600)
+    assert main(command) == 0
+    found = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert "report.json" in found and set(found.values()) == {0o600}, found
 
 
 @pytest.mark.parametrize(

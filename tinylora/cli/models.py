@@ -182,12 +182,13 @@ def _codes(args):
     from tqdm import tqdm
 
     from ..interop import bitsandbytes
-    from ..models import eightbit
+    from ..models import eightbit, files
     from ..papers import codes_on_weights
 
     folder = _folder(args.path)
     double, blocksize = not args.no_double_quant, args.blocksize
     if args.out:  # first what can be refused, then what takes long
+        modes = {name: files.permissions(Path(args.out) / name) for name in bitsandbytes.MEASURED}
         code = eightbit.CODE if args.code == "int8" else args.code
         done = bitsandbytes.quantize_folder(folder, args.out, code, blocksize, double, args.skip, force=args.force)
     weights = _linear_weights(folder, args)
@@ -197,7 +198,7 @@ def _codes(args):
     normal = codes_on_weights.control(columns, args.codes, blocksize, double)
     print(codes_on_weights.describe(lines, blocksize, normal))
     if args.out:
-        _report_quantized(args, done, lines, normal)
+        _report_quantized(args, done, lines, normal, modes)
 
 
 def _say_what_has_no_effect(args):
@@ -214,20 +215,23 @@ def _say_what_has_no_effect(args):
             warnings.warn(f"quantize: {args.given[name]} {why}", stacklevel=2)
 
 
-def _report_quantized(args, done, lines, normal):
-    """Write report.json and, where matplotlib is there, errors.svg beside the quantized weights, and say what was written."""
+def _report_quantized(args, done, lines, normal, modes):
+    """Write report.json and, where matplotlib is there, errors.svg beside the quantized weights, and say what was written.
+
+    modes   {file: the permissions that it had before, or None}
+    """
     from ..models import files
     from ..papers import codes_on_weights
 
     out = Path(args.out)
     about = {"path": args.path, "blocksize": args.blocksize, "double_quant": not args.no_double_quant}
-    files.write_json(out / "report.json", codes_on_weights.as_json(lines, normal, **about))
+    files.write_json(out / "report.json", codes_on_weights.as_json(lines, normal, **about), modes["report.json"])
     bits = sum(8 * q.nbytes for q in done.values()) / sum(q.size for q in done.values())
     print(
         f"\n{len(done)} weights written to {out} in {args.code}, {bits:.3f} bits each; all other tensors as they were"
     )
     if can_draw():
-        draw(lambda: codes_on_weights.draw_errors(lines, normal), out / "errors.svg")
+        draw(lambda: codes_on_weights.draw_errors(lines, normal), out / "errors.svg", mode=modes["errors.svg"])
 
 
 def _folder(path):

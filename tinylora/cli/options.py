@@ -164,12 +164,12 @@ def can_draw():
     return True
 
 
-def draw(figure, path, asked=False):
+def draw(figure, path, asked=False, mode=None):
     """Save what figure() gives at `path` and say so. One that no option asked for, and that cannot be drawn or written, is no failure."""
     from ..figures import style
 
     try:
-        style.save(figure(), path)
+        style.save(figure(), path, mode)
     except Exception as error:
         if asked:
             raise

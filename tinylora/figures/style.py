@@ -59,9 +59,9 @@ def check_format(path):
         raise ValueError(f"{path}: no figure is written as .{ending}; expected one of {', '.join(sorted(formats))}")
 
 
-def save(figure, path):
-    """Write the figure as SVG, atomically and without a date, so that equal figures are equal files."""
-    with require_matplotlib().rc_context({"svg.hashsalt": "tinylora"}), files.atomic(path) as temporary:
+def save(figure, path, mode=None):
+    """Write the figure as SVG, atomically and without a date, so that equal figures are equal files. See `files.atomic` for mode."""
+    with require_matplotlib().rc_context({"svg.hashsalt": "tinylora"}), files.atomic(path, mode) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "svg", bbox_inches="tight", metadata={"Date": None})
 
 

@@ -189,7 +189,7 @@ def quantize_folder(
         config["quantization_config"] = eightbit.quantization_config(skip=kept)
     else:
         config["quantization_config"] = quantization_config(done[linear[0]], skip=kept)
-    with files.whole_folder(target, replaces=(*MODEL_FILES, *_MEASURED)) as new:
+    with files.whole_folder(target, replaces=(*MODEL_FILES, *MEASURED)) as new:
         for path in sorted(source.iterdir()):  # tokenizer, chat template, licence
             if path.is_file() and _goes_along(path.name):
                 shutil.copyfile(path, new / path.name)
@@ -198,7 +198,7 @@ def quantize_folder(
     return done
 
 
-_MEASURED = (
+MEASURED = (
     "report.json",
     "errors.svg",
 )  # what `tinylora quantize` writes beside the weights, and which then speaks of others

@@ -30,17 +30,19 @@ _JSON_LIMIT = 256 << 20
 
 # ---------------------------------------------------------------------------------------------------------------------- one file
 @contextlib.contextmanager
-def atomic(path):
+def atomic(path, mode=None):
     """A temporary path beside `path` that becomes `path` if the block succeeds and disappears if it does not.
 
     A file that was there before keeps its permissions, and one that is reached by a link is replaced where it lies.
+
+    mode   the permissions of a file that is not there (what the system gives to new ones)
     """
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     temporary, made = path.with_name(f".{path.name}.{os.getpid()}.part"), []
     try:
         _make(path.parent, made)
         _remove_stale(path.parent, f".{path.name}.")
-        before = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+        before = mode if (found := permissions(path)) is None else found
         temporary.touch(0o666 if before is None else 0o600)
         mode = stat.S_IMODE(temporary.stat().st_mode) if before is None else before
         yield str(temporary)
@@ -54,6 +56,11 @@ def atomic(path):
         if isinstance(error, OSError):
             raise OSError(f"could not write {path}: {error}; what was there before is untouched") from error
         raise
+
+
+def permissions(path):
+    """The permissions of a file; None if there is none."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else None
 
 
 def _make(folder, made):
@@ -117,15 +124,15 @@ def _sync_folder(folder):
             os.close(handle)
 
 
-def write_text(path, text):
-    """Write a UTF-8 text file atomically."""
-    with atomic(path) as temporary:
+def write_text(path, text, mode=None):
+    """Write a UTF-8 text file atomically. See `atomic` for mode."""
+    with atomic(path, mode) as temporary:
         Path(temporary).write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_json(path, value):
-    """Write indented JSON atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path, value, mode=None):
+    """Write indented JSON atomically. See `atomic` for mode."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode)
 
 
 # ------------------------------------------------------------------------------------------------------- files that belong together
