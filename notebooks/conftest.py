@@ -2,13 +2,15 @@
 
 import csv
 import os
+import shutil
+from pathlib import Path
 
 import grading
 import marking
 import numpy as np
 import pytest
 
-from tinylora.models.files import atomic
+from tinylora.models.files import atomic, check_target
 
 os.environ.setdefault("MPLBACKEND", "agg")  # a notebook's setup cell may import pyplot where there is no screen
 
@@ -62,6 +64,15 @@ def seed():
     return seed
 
 
+def pytest_configure(config):
+    """A table that could not be written is said before the first answer is graded."""
+    if path := config.getoption("table", None):
+        try:
+            check_target(path, folder=False)
+        except (OSError, ValueError) as error:
+            raise pytest.UsageError(str(error)) from None
+
+
 @pytest.fixture(scope="session")
 def marks(request):
     """{"alice": {"08-2": "right"}}, which the tests fill; after the last of them it is written to --table.
@@ -69,6 +80,7 @@ def marks(request):
     An exercise that only others handed in counts as not answered; one that this run did not come to is not graded.
     """
     found, path = {}, request.config.getoption("table")
+    path = path and Path(os.path.realpath(path))  # as it is before an answer runs
     for who, _, exercise in asked_for(request.session):
         row = found.setdefault(grading.row_of(who, request.config.getoption("answers")), {})
         if exercise:
@@ -76,12 +88,29 @@ def marks(request):
     yield found
     if path:
         exercises = sorted({exercise for row in found.values() for exercise in row}, key=lambda e: (e[:2], int(e[3:])))
-        rows = [[who, *(row.get(exercise, "not answered") for exercise in exercises)] for who, row in found.items()]
+        rows = [
+            [_cell(who), *(row.get(exercise, "not answered") for exercise in exercises)] for who, row in found.items()
+        ]
         try:
+            _clear(path)
             with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([["answers", *exercises], *rows])
         except OSError as error:
             pytest.fail(str(error), pytrace=False)
+
+
+def _cell(name):
+    """A name as the table holds it: on one line, and no formula to a spreadsheet."""
+    name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
+
+
+def _clear(path):
+    """Remove what an answer put in the table's place: a folder, or a link that leads elsewhere."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 @pytest.fixture(scope="session")

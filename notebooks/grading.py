@@ -170,7 +170,7 @@ def text_of(path):
     """What stands in a notebook's file. ValueError if it cannot be read as text, or has more than LARGEST bytes."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist")
+        raise ValueError(f"{path} does not exist, or is no file")
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, expected at most {LARGEST:,}")
@@ -305,7 +305,7 @@ def collect(path, numbers):
 
     def sets(path):
         files = sorted(path.iterdir()) if path.is_dir() else [path]
-        files = [f for f in files if f.suffix in (".ipynb", ".py") and f.name[:2] in numbers and f.is_file()]
+        files = [f for f in files if f.suffix in (".ipynb", ".py") and f.name[:2] in numbers and not f.is_dir()]
         files = [f for f in files if f.suffix == ".ipynb" or f.with_suffix(".ipynb") not in files]
         one = {f.name[:2]: f for f in files}
         return {"": one} if len(one) == len(files) else {f.stem: {f.name[:2]: f} for f in files}

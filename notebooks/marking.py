@@ -113,7 +113,9 @@ class Student:
         adopt_orphans(True)
         self.before = set(children()) if LINUX else set()
         self.connection, theirs = CONTEXT.Pipe()
+        open_to_others(True)  # a fork inherits it
         self.process = started(checker, theirs, self.memory)
+        open_to_others(False)
         self.pids = [self.process.pid]
         theirs.close()
 
@@ -133,6 +135,7 @@ class Student:
         if LINUX:
             kill_children(self.before)
             adopt_orphans(False)
+            open_to_others(True)
 
 
 def children():
@@ -176,8 +179,7 @@ def checker(connection, memory):
         connection.send_bytes(json.dumps(message).encode())
 
     say("started", process.pid)
-    if LINUX:
-        prctl(PR_SET_DUMPABLE, 0)  # its memory and its files are closed to others of the same user
+    open_to_others(False)
     remote, parsed = Remote(ours, process, say), functools.cache(grading.parsed)
     while True:
         try:
@@ -456,18 +458,26 @@ def adopt_orphans(on):
         prctl(PR_SET_CHILD_SUBREAPER, int(on))
 
 
-def hide():
-    """Go on in a child that is the first process of a new PID namespace, if the kernel makes one.
+def open_to_others(on):
+    """Whether other processes of the same user may reach into this one: its memory, its files, its calls (see ptrace(2))."""
+    if LINUX:
+        prctl(PR_SET_DUMPABLE, int(on))
 
-    To send a signal it can name no process but its own, and all of those end with it.
+
+def hide():
+    """Go on in a child that is the first process of new PID and user namespaces, if the kernel makes them.
+
+    To send a signal it can name no process but its own, and all of those end with it. Root is root there only: it may not reach into
+    the processes outside.
     """
     user, group = os.getuid(), os.getgid()
-    if ctypes.CDLL(None).unshare(CLONE_NEWPID if user == 0 else CLONE_NEWPID | CLONE_NEWUSER):
-        return
-    if user:
+    unshare = ctypes.CDLL(None).unshare
+    if not unshare(CLONE_NEWPID | CLONE_NEWUSER):
         for name, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
             with contextlib.suppress(OSError):  # then it does not know its own name, and may do what it might before
                 Path(f"/proc/self/{name}").write_text(text)
+    elif user or unshare(CLONE_NEWPID):
+        return
     if child := os.fork():
         os.closerange(3, 1 << 16)
         os.waitpid(child, 0)

@@ -76,6 +76,16 @@ def test_a_frame_on_its_way_to_the_host_lives_until_it_is_there_also_where_the_n
     assert (pager.read(pages)[0] == np.repeat([1, 2, 0], 128)).all()
 
 
+def test_of_several_frames_that_fit_the_next_page_none_is_freed_before_it_is_copied(copies):
+    pager = Pager(3072, 1024, device=fake_cupy, prefetch=False)
+    pages = pager.allocate(2, 512)
+    for i in pages[:3]:
+        pager.page(i)[...] = i + 1
+    pager.budget = 1024  # and so three pages go for one
+    pager.page(pages[3])
+    assert (pager.read(pages)[0] == np.repeat([1, 2, 3, 0], 128)).all()
+
+
 def test_with_room_for_one_frame_a_guess_takes_no_page_away(copies):
     """The device is full: the page that is worked on must not make room for the one that may come next."""
     pager = Pager(10**9, 1024, device=fake_cupy)

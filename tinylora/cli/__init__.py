@@ -113,8 +113,12 @@ def _given(argv):
 
 
 def _warn(message, category, *where, **more):
-    """A warning as a sentence, in the place of Python's line with a path and a category."""
-    terminal.say(message)
+    """A warning as a sentence, in the place of Python's line with a path and a category.
+
+    NumPy's, that a number overflowed, name neither file nor tensor: what comes of it, NaN or Inf, is found where it would be used.
+    """
+    if not (category is RuntimeWarning and " encountered in " in str(message)):
+        terminal.say(message)
 
 
 def _parser():

@@ -95,7 +95,7 @@ _FIELDS = {
 }
 _LARGEST = 1e15  # number of a tensor, and change of a weight's: float32 still sums squares of such ones
 _MOST_AXES = 5  # of a tensor: those of a convolution over three axes
-_LARGEST_CONFIG, _LARGEST_DESCRIPTION = 16 << 20, 4 << 20  # bytes, characters
+_LARGEST_CONFIG, _MOST_SETTINGS, _LARGEST_DESCRIPTION = 16 << 20, 1 << 18, 4 << 20  # bytes, values, characters
 _CONDENSED = 20  # so many target_modules PEFT condenses to shorter names; layers_to_transform then means other layers
 
 
@@ -266,7 +266,7 @@ def _read(folder):
             raise FileNotFoundError(f"{folder} holds no {name}; expected an adapter folder as PEFT writes it")
     where = folder / _CONFIG
     written = files.stamp(where)
-    settings = files.read_json(where, _LARGEST_CONFIG)
+    settings = files.read_json(where, _LARGEST_CONFIG, _MOST_SETTINGS)
     _refuse_what_is_not_read(settings, where)
     try:
         config = _lora_config(settings)
@@ -565,7 +565,9 @@ def _description(metadata, where):
         about = json.loads(told)
         identity.check(about)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: its description of the adapter's base is damaged ({error})") from None
+        raise ValueError(
+            f"{where}: its description of the adapter's base is damaged (metadata {_METADATA}: {error})"
+        ) from None
     return about
 
 

@@ -224,7 +224,7 @@ class _CopyStream:
             old, page = back[-1]
             copies.copy_to_host(old, page, self.stream)
             back.pop()
-            if source is not None and old.shape == source.shape and old.dtype == source.dtype:
+            if frame is None and source is not None and (old.shape, old.dtype) == (source.shape, source.dtype):
                 frame = old
             else:
                 kept.append(old)

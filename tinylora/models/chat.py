@@ -98,7 +98,9 @@ def _part(tokenizer, messages, i, asked, upto, ending, more):
     # The words that ask for an answer are not those before one that was given: it begins where two answers differ.
     one, other = (tokenizer.render([*messages[:i], {**messages[i], "content": word}], **more) for word in ("A", "B"))
     if one == other:
-        raise ValueError(f"the chat template does not write what the assistant says in message {i + 1}")
+        raise ValueError(
+            f"the chat template ({tokenizer.where}) does not write what the assistant says in message {i + 1}"
+        )
     return _alike(one, other), upto
 
 

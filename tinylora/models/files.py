@@ -25,7 +25,7 @@ from .fields import shown
 
 SAVED = ".saved"  # a whole save, of which not every file is in its place yet
 _PLAN = ".plan.json"  # in it: {"head": the file by which the folder is known, "remove": names that the save leaves out}
-_JSON_LIMIT = 256 << 20
+_JSON_LIMIT, _MOST_VALUES = 256 << 20, 1 << 25  # bytes; values of JSON, of which an empty one takes sixty bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------- one file
@@ -440,11 +440,13 @@ def check_unchanged(head, before):
         raise OSError(f"{Path(head).parent} was written while it was read ({Path(head).name} changed); open it again")
 
 
-def read_json(path, limit=_JSON_LIMIT):
-    """The JSON object in a file; a sentence that names the file if there is none."""
+def read_json(path, limit=_JSON_LIMIT, most=_MOST_VALUES):
+    """The JSON object in a file, of at most `most` values; a sentence that names the file if there is none."""
     check_regular(path, limit)
     with opened(path) as f:
         data = f.read()
+    if (n := sum(data.count(mark) for mark in b",[{")) > most:
+        raise ValueError(f"{path} holds more than {most} values ({n} commas and brackets); expected a shorter file")
     try:
         value = json.loads(data.decode("utf-8"))
     except RecursionError:

@@ -17,10 +17,12 @@ from .fields import check, either, optional, several, whole
 from .gguf import GGUF, is_gguf
 from .tokenizers import BPETokenizer, ByteTokenizer, fitting, load_tokenizer
 
-_ID = whole()
-_TOKENS = dict.fromkeys(
-    ("bos_token_id", "eos_token_id", "pad_token_id"), optional(either(_ID, several(_ID, most=1000)))
-)
+_ID = whole(0, (1 << 31) - 1)
+_TOKENS = {
+    "bos_token_id": optional(_ID),
+    "eos_token_id": optional(either(_ID, several(_ID, most=1000))),
+    "pad_token_id": optional(_ID),
+}
 #: What a model folder consists of, here and in transformers. A model that is saved takes the place of all of them.
 MODEL_FILES = (
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json",
@@ -55,7 +57,8 @@ class ModelFiles:
         unfit = f"does not fit its {'header' if self.config_path == self.path else self.config_path.name}"
         if missing := sorted(shapes.keys() - names):
             why = ", and tie_word_embeddings is false" if missing == ["lm_head.weight"] else ""
-            raise ValueError(f"{self.path} {unfit}: {len(missing)} tensors are missing, the first is {missing[0]}{why}")
+            where = getattr(self.weights, "path", self.path)
+            raise ValueError(f"{where} {unfit}: {len(missing)} tensors are missing, the first is {missing[0]}{why}")
         if whole and (unknown := sorted(names - shapes.keys())):
             where = self.weights.where(unknown[0])
             raise ValueError(f"{where} {unfit}: it holds {unknown[0]}, which the model does not have")
@@ -130,7 +133,8 @@ def open_model(path, held="dense"):
     config = fourbit.read_config(folder)
     if (folder / "generation_config.json").is_file():  # an instruction-tuned model may end its answers at other tokens
         generation = folder / "generation_config.json"
-        ids = check(files.read_json(generation, fourbit.LONGEST_CONFIG), _TOKENS, generation)
+        said = files.read_json(generation, fourbit.LONGEST_CONFIG, fourbit.MOST_SETTINGS)
+        ids = check(said, _TOKENS, generation)
         config |= {name: ids[name] for name in _TOKENS if ids.get(name) is not None}
     if (found := fourbit.held(folder)) != held:
         names = {"dense": "dense", "4bit": "in bitsandbytes' 4 bits", "8bit": "in bitsandbytes' LLM.int8()"}

@@ -174,14 +174,14 @@ QUANTIZATION = {
     "llm_int8_has_fp16_weight": optional(flag()),
 }
 
-LONGEST_CONFIG = 8 << 20  # bytes
+LONGEST_CONFIG, MOST_SETTINGS = 8 << 20, 1 << 17  # bytes, values
 
 _BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 
 
 def read_config(folder):
     """The config.json of a model folder, with no field looked at yet."""
-    return files.read_json(Path(folder) / "config.json", LONGEST_CONFIG)
+    return files.read_json(Path(folder) / "config.json", LONGEST_CONFIG, MOST_SETTINGS)
 
 
 def held(path):

@@ -38,7 +38,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 #: What a header may hold: entries and tensors, bytes of a text, and values in all arrays together (a large vocabulary has 850,000).
 _MOST_ENTRIES, _LONGEST_TEXT, _MOST_VALUES = 1 << 16, 1 << 24, 1 << 21
-_COUNT, _POSITIVE = whole(1, (1 << 31) - 1), number(above=0, high=3e38)
+_COUNT, _POSITIVE = whole(1, (1 << 31) - 1), number(1e-30, 1e30)
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _PIECE = 1 << 22  # bytes dequantized at a time
 
@@ -266,7 +266,7 @@ class GGUF(Mapping):
             "num_attention_heads": heads,
             "num_key_value_heads": field("attention.head_count_kv", heads),
             "max_position_embeddings": field("context_length"),
-            "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon", kind=_POSITIVE)),
+            "rms_norm_eps": _shortest(field("attention.layer_norm_rms_epsilon", kind=number(above=0, high=1))),
             "rope_theta": theta,
             "rope_scaling": self._scaling(divisors, theta, head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self._tensors,
@@ -314,8 +314,10 @@ class GGUF(Mapping):
         linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
         if divisors is None:
             return linear
-        if divisors.shape != (head_dim // 2,) or not (divisors > 0).all():
-            raise ValueError(f"{self.path}: {_FREQUENCIES} is {divisors}, expected {head_dim // 2} positive numbers")
+        if divisors.shape != (head_dim // 2,) or not all(map(_POSITIVE.fits, divisors.tolist())):
+            raise ValueError(
+                f"{self.path}: {_FREQUENCIES} is {shown(divisors.tolist())}, expected {head_dim // 2} positive numbers"
+            )
         if linear is not None:
             raise ValueError(
                 f"{self.path}: rope.scaling.factor is {factor!r} beside {_FREQUENCIES}; expected one of the two"

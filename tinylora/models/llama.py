@@ -62,7 +62,7 @@ FAMILY = {
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _NULL_MEANS_SOMETHING = ("num_key_value_heads", "head_dim", "sliding_window")  # as many, hidden over heads, none
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-_SIZE, _TOKEN = whole(1, 1 << 20), whole()
+_SIZE, _TOKEN = whole(1, 1 << 20), whole(0, (1 << 31) - 1)
 
 #: What each field of a config may be. Where there are weights, the sizes must be theirs as well (`_unfilled`).
 FIELDS = {
@@ -74,7 +74,7 @@ FIELDS = {
     "num_key_value_heads": _SIZE,
     "max_position_embeddings": whole(1, 1 << 31),
     "rms_norm_eps": number(0, 1),
-    "rope_theta": number(above=0, high=1e30),
+    "rope_theta": number(1e-30, 1e30),
     "tie_word_embeddings": flag(),
     "head_dim": optional(_SIZE),
     "bos_token_id": optional(_TOKEN),
@@ -381,6 +381,7 @@ class Llama(Module):
         self.model = Stack(config, linear, norm)
         self.lm_head = None if config.tie_word_embeddings else linear(config.hidden_size, config.vocab_size)
         self._rope = rope.Tables()
+        self.read_from = ""  # " (FILE)" of a model that was read, for sentences about its numbers
         for layer in self.model.layers if draw else ():
             for module in (layer.self_attn, layer.mlp):
                 for name, child in module.named_children():
@@ -503,22 +504,27 @@ class Llama(Module):
             training = self.training
             self.eval()  # no dropout; the mode is put back before the caller gets the token
             try:
-                with no_grad():
+                with no_grad(), np.errstate(all="ignore"):  # what overflows is said below, and not by NumPy
                     logits = self.forward(np.array([new]), cache).data[0, -1]
             finally:
                 self.train(training)
             logits = move(logits, "cpu")
-            if not np.isfinite(logits).all():
-                what = "NaN" if np.isnan(logits).any() else "Inf"
-                raise ValueError(
-                    f"generate: the model's logits hold {what} at token {len(ids)}: its weights, or those of an adapter, are not "
-                    "finite or too large"
-                )
+            self._check_logits(logits, len(ids))
             token = _draw(logits, temperature, top_k, top_p, rng)
             ids.append(token)
             yield token
             if token in stops:
                 return
+
+    def _check_logits(self, logits, place):
+        """ValueError for logits from which no token can be drawn. Where hidden numbers overflow, an RMSNorm makes zeros of them."""
+        if np.isfinite(logits).all() and logits.any():
+            return
+        what = "NaN" if np.isnan(logits).any() else "Inf" if logits.any() else "nothing but zeros"
+        raise ValueError(
+            f"generate: the model's logits hold {what} at token {place}: its weights{self.read_from}, or those of an adapter, are not "
+            "finite or too large"
+        )
 
     # ------------------------------------------------------------------------------------------------------------------ folders
     @classmethod
@@ -608,7 +614,7 @@ def _in_few_bits(cls, path, held, compute_dtype):
     try:
         model.load_state_dict(state)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path} does not fit its config.json: {error.args[0]}") from None
+        raise ValueError(f"{opened.weights.path} does not fit its config.json: {error.args[0]}") from None
     return model.requires_grad_(False)
 
 
@@ -625,7 +631,9 @@ def _unfilled(cls, opened):
             raise ValueError(
                 f"{opened.weights.where(name)}: {name} holds other frequencies than {opened.config_path.name} asks for"
             )
-    return cls(config, tokenizer, draw=False)
+    model = cls(config, tokenizer, draw=False)
+    model.read_from = f" ({getattr(opened.weights, 'path', opened.path)})"
+    return model
 
 
 def _check_layers(n, opened):

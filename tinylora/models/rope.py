@@ -32,15 +32,17 @@ TYPES = {
     "longrope": (),  # see _one_list
 }
 
-_NUMBER = optional(number(above=0, high=1e30))
+_NUMBER = number(1e-30, 1e30)  # whose powers and quotients here are finite in float64
 #: What `rope_scaling` or `rope_parameters` may say that is looked at.
 SCALING = fields(
     {
         "rope_type": optional(text(100)),
         "type": optional(text(100)),
-        **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), _NUMBER),
-        **dict.fromkeys(("original_max_position_embeddings", "attention_factor", "partial_rotary_factor"), _NUMBER),
-        **dict.fromkeys(("short_factor", "long_factor"), optional(several(number(above=0, high=1e30), most=1 << 20))),
+        **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor"), optional(_NUMBER)),
+        **dict.fromkeys(
+            ("original_max_position_embeddings", "attention_factor", "partial_rotary_factor"), optional(_NUMBER)
+        ),
+        **dict.fromkeys(("short_factor", "long_factor"), optional(several(_NUMBER, most=1 << 20))),
     }
 )
 _MADE_WHOLE = 1 << 15  # positions: a table of more is made as far as it is asked for
@@ -48,14 +50,16 @@ _MADE_WHOLE = 1 << 15  # positions: a table of more is made as far as it is aske
 
 def read(config):
     """(rope_theta, scaling) of a config.json, whichever spelling it has; scaling is None or {"rope_type": …, its numbers}."""
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    spelling = "rope_scaling" if config.get("rope_scaling") or not config.get("rope_parameters") else "rope_parameters"
+    found = config.get(spelling) or {}
     if not isinstance(found, dict) or any(isinstance(value, dict) for value in found.values()):
-        raise ValueError(f"rope_parameters = {shown(found)}: expected one rotary table for all layers")
+        raise ValueError(f"{spelling} = {shown(found)}: expected one rotary table for all layers")
     found = {name: value for name, value in found.items() if value is not None}
     theta = found.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
     if not _positive(theta):
         raise ValueError(f"rope_theta = {theta!r}, expected a positive number")
     kind = found.get("rope_type", found.get("type", None if found else "default"))
+    _check_kind(kind, spelling)
     if kind == "llama3":  # the order in which transformers looks for it
         name = "original_max_position_embeddings"
         found[name] = config.get(name) or found.get(name) or config.get("max_position_embeddings")
@@ -67,11 +71,7 @@ def read(config):
 def checked(scaling, head_dim):
     """A scaling with the numbers that its type needs and no others; None for no scaling. ValueError names what does not fit."""
     kind = (scaling or {}).get("rope_type", "default")
-    if kind not in TYPES:
-        known = ", ".join(repr(name) for name in TYPES)
-        raise ValueError(
-            f"rope_scaling of type {shown(kind)} is not supported by tinylora's Llama, which computes {known}"
-        )
+    _check_kind(kind)
     if kind == "default":
         return None
     if kind == "longrope":
@@ -86,6 +86,14 @@ def checked(scaling, head_dim):
     if kind == "dynamic" and head_dim < 4:
         raise ValueError(f"rope_scaling of type 'dynamic' is not defined for head_dim = {head_dim}")
     return {"rope_type": kind, **{name: scaling[name] for name in TYPES[kind]}}
+
+
+def _check_kind(kind, spelling="rope_scaling"):
+    if kind not in TYPES:
+        known = ", ".join(repr(name) for name in TYPES)
+        raise ValueError(
+            f"{spelling} of type {shown(kind)} is not supported by tinylora's Llama, whose rope_type is one of {known}"
+        )
 
 
 def _one_list(scaling, head_dim):

@@ -45,8 +45,13 @@ _PIECE = 1 << 20  # elements widened at a time
 
 _LONGEST_HEADER, _MOST_TENSORS = 16 << 20, 1 << 16  # bytes, entries
 #: How often what makes a JSON value may stand in a header: a list of three bytes takes sixty in memory.
-_MOST_OF = {b"[": 4 * _MOST_TENSORS, b"{": 4 * _MOST_TENSORS, b",": 20 * _MOST_TENSORS}
-_MOST_SHARDS = 4096
+_MOST_OF = {
+    b"[": 4 * _MOST_TENSORS,
+    b"{": 4 * _MOST_TENSORS,
+    b",": 20 * _MOST_TENSORS,
+    b":": 4 * _MOST_TENSORS + (1 << 14),
+}
+_MOST_SHARDS, _MOST_LISTED = 4096, 1 << 19  # files of an index, and values in it
 _ENTRY = {"dtype": text(16), "shape": several(whole(), most=16), "data_offsets": several(whole(), most=2)}
 _METADATA = mapping(text(_LONGEST_HEADER))
 _WEIGHT_MAP = mapping(text(255))
@@ -186,10 +191,10 @@ class Safetensors(Mapping):
 
 
 class Sharded(Mapping):
-    """The same face for several files of one model: {name: the Safetensors that holds it}."""
+    """The same face for several files of one model, which an index lists: {name: the Safetensors that holds it}."""
 
-    def __init__(self, shards):
-        self._shards = shards
+    def __init__(self, index, shards):
+        self.path, self._shards = index, shards
 
     def __iter__(self):
         return iter(self._shards)
@@ -327,12 +332,14 @@ def open_folder(folder):
         if name not in opened[file]:
             raise ValueError(f"{index}: weight_map says that {shown(name)} is in {file}, which does not hold it")
         shards[name] = opened[file]
-    return Sharded(shards)
+    return Sharded(index, shards)
 
 
 def _weight_map(index):
     """{tensor: file} of an index, in which each file is one of the index's own folder."""
-    listed = check(read_json(index), {"weight_map": _WEIGHT_MAP}, index, required=("weight_map",))["weight_map"]
+    listed = check(read_json(index, most=_MOST_LISTED), {"weight_map": _WEIGHT_MAP}, index, required=("weight_map",))[
+        "weight_map"
+    ]
     for name, file in listed.items():
         if not (is_plain_name(file) and file.isprintable() and file.endswith(".safetensors")):
             raise ValueError(

@@ -25,6 +25,7 @@ from datetime import datetime
 
 SECONDS = 5  # that one text may take
 MEMORY = 2**30  # bytes that the child may have
+LEAST, GROWTH = 2**16, 20  # characters that a text may have, and how many for each of what its conversation has as JSON
 MOST = 2**26  # bytes that an answer may have, of all texts that were asked for at once
 _TOO_MUCH = 77  # the exit status of a child that has used up one or the other
 
@@ -193,9 +194,10 @@ def _render(template, conversation):
     """{"text", "spans"} of a conversation, or {"error", "line"}.
 
     conversation    {"messages", "variables", "now": the time that strftime_now writes, as ISO 8601}
+    text            of no more than LEAST characters beside the template's own, and GROWTH for each of the conversation's
     spans           (start, end) of what {% generation %} marks; none where that stands in a macro or in a text that is set aside
     """
-    pieces, marked = [], []
+    pieces, marked, room = [], [], LEAST + len(template) + GROWTH * len(json.dumps(conversation))
     try:
         compiled = _compiled(template)
         compiled.environment.generation.watch(pieces, marked)
@@ -203,6 +205,9 @@ def _render(template, conversation):
         variables = {"strftime_now": lambda form: now.strftime(form), **conversation["variables"]}
         for piece in compiled.generate(messages=conversation["messages"], **variables):
             pieces.append(piece)
+            room -= len(piece)
+            if room < 0:
+                return {"error": "it writes much more than the conversation holds", "line": None}
     except MemoryError:
         raise
     except Exception as error:  # a template is a program and may fail in any way

@@ -139,7 +139,7 @@ def beside(folder):
 def of_processor(folder):
     """[(template, where)] in chat_template.json, which processors of images wrote; it counts where nothing else does."""
     path = folder / "chat_template.json"
-    return [(files.read_json(path).get("chat_template"), path)] if os.path.lexists(path) else []
+    return [(files.read_json(path, most=1 << 16).get("chat_template"), path)] if os.path.lexists(path) else []
 
 
 def _text(path):

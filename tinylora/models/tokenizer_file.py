@@ -44,6 +44,7 @@ _FIELDS = {
         }
     ),
 }
+_KNOWN = {*_FIELDS, "version", "truncation", "padding"}
 _MOST_PARTS, _MOST_GROWTH = 100, 100  # parts of a Sequence; characters that one character may become
 _SECONDS, _LONGEST = 0.02, 4096  # that a regular expression may take on a text of at most so many characters
 _QUIET = threading.RLock()
@@ -65,6 +66,8 @@ def read(path):
     """A tokenizers.Tokenizer from a tokenizer.json. ValueError names the file and the field that is wrong."""
     vocabularies.package()  # or a sentence that it is not installed
     described = check(files.read_json(path), _FIELDS, path)
+    if unknown := described.keys() - _KNOWN:
+        raise ValueError(f"{path}: {shown(min(unknown))} is none of its parts; expected {', '.join(sorted(_KNOWN))}")
     _check_vocabulary(described.get("model", {}), path)
     for name in _PARTS:
         _check_part(described.get(name), path, name)

@@ -30,6 +30,7 @@ _SETTINGS = {
     "add_prefix_space": optional(flag()),
     "legacy": optional(flag()),
 }
+_MOST_SETTINGS = 1 << 18  # values in tokenizer_config.json, special_tokens_map.json, added_tokens.json
 _PIECE, _WORDS = 1 << 16, re.compile(rb"[A-Za-z] [A-Za-z]")
 _ASKED, _ANSWERED = "Question", "Answer"  # a conversation that shows what a template writes behind an answer
 
@@ -385,7 +386,7 @@ def load_tokenizer(folder, vocab_size):
     """The tokenizer of a model folder: its tokenizer.json, or bytes for a vocabulary of 256 without one."""
     path = folder / "tokenizer.json"
     if os.path.lexists(path):
-        return fitting(BPETokenizer.from_file(path), vocab_size, path)
+        return fitting(BPETokenizer.from_file(path), vocab_size, path, f" ({folder / 'config.json'})")
     if vocab_size == 256:
         return ByteTokenizer()
     raise ValueError(
@@ -393,10 +394,10 @@ def load_tokenizer(folder, vocab_size):
     )
 
 
-def fitting(tokenizer, vocab_size, where):
-    """The tokenizer, if the model has a row for each of its tokens."""
+def fitting(tokenizer, vocab_size, where, said=""):
+    """The tokenizer, if the model has a row for each of its tokens; `said` is where the size stands, for the sentence if it has not."""
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{where}: {tokenizer.vocab_size} tokens, but the model's vocab_size is {vocab_size}")
+        raise ValueError(f"{where}: {tokenizer.vocab_size} tokens, but the model's vocab_size is {vocab_size}{said}")
     return tokenizer
 
 
@@ -423,7 +424,7 @@ def checked(text):
 
 def _beside(path):
     """The JSON object in a file that may be missing."""
-    return files.read_json(path) if os.path.lexists(path) else {}
+    return files.read_json(path, most=_MOST_SETTINGS) if os.path.lexists(path) else {}
 
 
 def _checked_settings(path):
