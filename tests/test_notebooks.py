@@ -582,8 +582,8 @@ def test_every_name_has_its_row(source, tmp_path):
         rows = {row[0]: row[1:] for row in csv.reader(f)}
     assert rows == {
         "answers": ["99-1", "99-2"],
-        **{key: ["not right", "not right"] for key in ("pipe", "link")},
-        **{key: ["right", "right"] for key in names.values()},
+        **{name: ["not right", "not right"] for name in ("pipe", "link")},
+        **{name: ["right", "right"] for name in names.values()},
     }
 
 
