@@ -579,8 +579,19 @@ def test_an_assistant_that_speaks_first_or_twice():
     learned = [text for is_learned, text in read_and_learned(t, example) if is_learned]
     assert learned == ["Welcome.<|im_end|>", "Hello.<|im_end|>", "Again.<|im_end|>"]
     silent = chats.tokenizer("chatml", chat_template="{% for m in messages %}{{ m.role }}<|im_end|>{% endfor %}")
-    with pytest.raises(ValueError, match="does not write what the assistant says in message 1"):
+    with pytest.raises(ValueError, match=r"template \(.*\) does not write what the assistant says in message 1"):
         chat.turns(silent, first)
+
+
+@pytest.mark.parametrize("source", ["{{ 'a mill ' * 8000000 }}", "{% for i in range(99999) %}{{ i }} {% endfor %}"])
+def test_a_template_that_writes_more_than_was_said_is_stopped(source):
+    """What it writes would be encoded, which takes a hundred times as much memory."""
+    pytest.importorskip("jinja2")
+    said = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match=r"here: the chat template needs more .* or writes more than 20 times the"):
+        Template(source, "here").render(said)
+    text, _ = Template("{{ messages[0].content * 15 }}", "here").render([{"role": "user", "content": "a" * 100_000}])
+    assert len(text) == 1_500_000
 
 
 # ------------------------------------------------------------------------------------------------------------------ conversations

@@ -88,7 +88,9 @@ def run(template, conversations):
     if waited >= SECONDS:
         raise Stopped(f"takes longer than {SECONDS} seconds")
     if status == _TOO_MUCH:
-        raise Stopped(f"needs more than {MEMORY >> 20} MiB of memory, or writes more than {MOST >> 20} MiB")
+        raise Stopped(
+            f"needs more than {MEMORY >> 20} MiB of memory, or writes more than {GROWTH} times the conversation"
+        )
     raise Stopped(f"ends the process that runs it (exit status {status})")
 
 
@@ -207,7 +209,7 @@ def _render(template, conversation):
             pieces.append(piece)
             room -= len(piece)
             if room < 0:
-                return {"error": "it writes much more than the conversation holds", "line": None}
+                raise MemoryError
     except MemoryError:
         raise
     except Exception as error:  # a template is a program and may fail in any way
