@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import pickle
+import re
 import warnings
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from gradcheck import check
 
 import tinylora as tl
 from tinylora import KVCache, Llama, LlamaConfig, no_grad, ops
+from tinylora.cli import main
 from tinylora.dtypes import BFloat16Array
 from tinylora.interop import bitsandbytes
 from tinylora.models import folders, fourbit, llama, rope, safetensors
@@ -833,11 +835,52 @@ def test_large_numbers_are_finite(tmp_path):
     m.model.norm.weight.data[:] = 3e38  # whose squares are not
     m.save_pretrained(tmp_path, "float32")
     assert (Llama.from_pretrained(tmp_path).model.norm.weight.data == np.float32(3e38)).all()
-    with (
-        pytest.raises(ValueError, match=r"generate: the model's logits hold (NaN|Inf) at token 3"),
-        np.errstate(all="ignore"),
-    ):
+    with pytest.raises(ValueError, match=r"generate: the model's logits hold (NaN|Inf) at token 3: its weights, or"):
         next(m.stream([1, 2, 3], 1, temperature=0))
+
+
+@pytest.mark.parametrize(
+    "name, held",
+    [
+        ("model.embed_tokens.weight", "nothing but zeros"),
+        ("mlp.up_proj.weight", "NaN|Inf|nothing.*"),
+    ],
+)
+def test_what_overflows_is_said_with_the_file_and_not_by_numpy(tmp_path, capsys, name, held):
+    """RMSNorm makes zeros of numbers whose squares overflow, and a model of zeros draws from all tokens alike."""
+    m = tiny.model()
+    for path, w in m.named_parameters():
+        if path.endswith(name):
+            w.data[:] = np.sign(w.data) * np.float32(1e38)
+    m.save_pretrained(tmp_path, "float32")
+    assert main(["generate", "--model", str(tmp_path), "--max-new-tokens", "1", "--prompt", "abc"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"logits hold ({held}) at token 3: its weights \(.*model\.safetensors\)", said), said
+    assert "encountered" not in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"rope_parameters": {"rope_type": "x"}}, "rope_parameters of type 'x' is not supported .*rope_type"),
+        ({"rope_scaling": {"a": {"b": []}}}, "rope_scaling = .*expected one rotary table"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 5e-324}}, "rope_parameters.factor = 5e-324"),
+        ({"rope_theta": 1e-300}, "rope_theta = 1e-300"),
+        ({"eos_token_id": 2**63 - 1}, "eos_token_id = 9223372036854775807"),
+        ({"bos_token_id": [1, 2]}, r"bos_token_id = \[1, 2\]"),
+        ({"pad_token_id": []}, r"pad_token_id = \[\]"),
+    ],
+)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_the_sentence_names_the_file_and_the_spelling_that_stands_there(tmp_path, changes, sentence, file):
+    if file == "generation_config.json" and not changes.keys() <= {"eos_token_id", "bos_token_id", "pad_token_id"}:
+        pytest.skip("this stands in config.json alone")
+    tiny.model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) if file == "config.json" else {}
+    config |= {"rope_parameters": None, "rope_scaling": None} if file == "config.json" else {}
+    (tmp_path / file).write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=rf"/{file}: {sentence}"):
+        Llama.from_pretrained(tmp_path)
 
 
 def test_no_token_is_drawn_from_nan(tmp_path):
