@@ -450,3 +450,18 @@ def test_a_read_that_fails_is_said_with_the_file(tmp_path):
     assert caught.value.errno == 5
     with pytest.raises(OSError, match=r"^a sentence$"), files.opened(tmp_path / "x.json"):
         raise OSError("a sentence")
+
+
+@pytest.mark.parametrize("junk", ["[" + ",".join(["{}"] * 300_000) + "]", "[" * 200_000])
+def test_json_has_no_more_values_than_its_reader_expects(tmp_path, junk):
+    """An empty object is three bytes in the file and sixty in memory."""
+    (tmp_path / "x.json").write_text(f'{{"a": {junk}}}')
+    with pytest.raises(ValueError, match=r"x\.json holds more than 131072 values"):
+        files.read_json(tmp_path / "x.json", most=1 << 17)
+
+
+def test_metadata_of_many_entries_are_refused(tmp_path):
+    head = ('{"__metadata__":{' + ",".join(f'"{i}":""' for i in range(400_000)) + "}}").encode()
+    (tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
+    with pytest.raises(ValueError, match=r"x\.safetensors is not a whole .*its header holds : 400001 times"):
+        safetensors.Safetensors(tmp_path / "x.safetensors")

@@ -854,3 +854,17 @@ def test_what_may_not_be_cut_is_encoded_whole(monkeypatch):
         text = "a a an apple a word a a a"
         assert not vocabularies.splits_before_words(t.backend)
         assert list(t.in_pieces(text.encode())) == [t.encode(text)]
+
+
+def test_a_part_that_no_tokenizer_has_is_named(tmp_path):
+    llm_files.trained().save(tmp_path)
+    described = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**described, "junk": [1]}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: 'junk' is none of its parts"):
+        load_tokenizer(tmp_path, 300)
+
+
+def test_a_vocabulary_larger_than_the_model_names_both_files(tmp_path):
+    llm_files.trained().save(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.json: 300 tokens, but .* vocab_size is 2 \(.*config\.json\)"):
+        load_tokenizer(tmp_path, 2)
