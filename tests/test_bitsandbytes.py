@@ -129,6 +129,13 @@ def changed(tensors, **entries):
     return {key: np.frombuffer(json.dumps(state).encode(), np.uint8)}
 
 
+def at(array, place, value):
+    """A copy with another value at one place."""
+    array = array.copy()
+    array[place] = value
+    return array
+
+
 def test_damaged_weights_are_refused_by_name(rng):
     tensors = fourbit.to_tensors("a.weight", quantize(rng.standard_normal((8, 64)).astype(np.float32)))
     for spoil, words in (
@@ -164,8 +171,22 @@ def test_damaged_weights_are_refused_by_name(rng):
         ({"a.weight.quant_state.bitsandbytes__nf4": np.frombuffer(b"[" * 10**5, np.uint8)}, "damaged"),
         ({"a.weight.nested_absmax": np.full(1, np.nan, np.float32)}, "nested_absmax: holds NaN"),
         ({"a.weight.nested_absmax": np.full(1, -1, np.float32)}, "nested_absmax: holds NaN or a negative"),
-        ({"a.weight.nested_quant_map": np.full(256, np.inf, np.float32)}, "float32 does not hold"),
-        ({"a.weight.quant_map": np.full(16, np.nan, np.float32)}, "float32 does not hold"),
+        (
+            {
+                f"a.weight.nested_{part}": np.full(n, 3e38, np.float32)
+                for part, n in (("absmax", 1), ("quant_map", 256))
+            },
+            "float32 does not hold",
+        ),
+        (
+            {"a.weight.quant_map": np.full(16, 3e38, np.float32), "a.weight.nested_absmax": np.full(1, 9, np.float32)},
+            "float32 does not hold",
+        ),
+        (
+            {"a.weight.nested_quant_map": at(nested["a.weight.nested_quant_map"], 3, np.nan)},
+            "nested_quant_map: holds NaN",
+        ),
+        ({"a.weight.quant_map": at(nested["a.weight.quant_map"], 3, np.inf)}, "quant_map: holds NaN or Inf"),
     ):
         with pytest.raises(ValueError, match=words):
             fourbit.from_tensors("a.weight", {**nested, **spoil})

@@ -91,7 +91,7 @@ def _read(state, parts, packed):
     _expect(packed, "the weight", (size + 1) // 2, np.uint8)
     _expect(parts["quant_map"], "quant_map", 16, np.float32)
     _expect(parts["absmax"], "absmax", blocks, np.uint8 if nested else np.float32)
-    absmax, code = parts["absmax"], _same_or(codebooks.get(kind)[1], parts["quant_map"])
+    absmax, code = parts["absmax"], _map(codebooks.get(kind)[1], parts, "quant_map")
     constants = _nested(state, parts, blocks) if nested else _positive(absmax, "absmax")
     q = QuantizedTensor(packed, constants, code, kind, blocksize, shape, dtype)
     check_finite(q, "the weight")
@@ -104,7 +104,7 @@ def _nested(state, parts, blocks):
     second, offset = state["nested_blocksize"], np.float32(state["nested_offset"])
     _expect(parts["nested_quant_map"], "nested_quant_map", 256, np.float32)
     _expect(parts["nested_absmax"], "nested_absmax", -(-blocks // second), np.float32)
-    code = _same_or(codebooks.get_nested("dynamic8"), parts["nested_quant_map"])
+    code = _map(codebooks.get_nested("dynamic8"), parts, "nested_quant_map")
     return DoubleQuantized(parts["absmax"], _positive(parts["nested_absmax"], "nested_absmax"), offset, code, second)
 
 
@@ -149,8 +149,11 @@ def _bytes(stored):
     return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
 
 
-def _same_or(ours, theirs):
-    """Our shared array where the file's is the same in every bit, else the file's."""
+def _map(ours, parts, what):
+    """Our shared array where the file's map is the same in every bit, else the file's."""
+    theirs = parts[what]
+    if not np.isfinite(theirs).all():  # at a place that no weight uses, too
+        raise ValueError(f"{what}: holds NaN or Inf; expected finite numbers")
     return ours if ours.tobytes() == theirs.tobytes() else theirs
 
 
