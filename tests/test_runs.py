@@ -69,6 +69,19 @@ def test_two_runs_on_one_folder_are_kept_apart(setup, tmp_path):
     assert adapters[0] == adapters[1]
 
 
+@pytest.mark.parametrize("more", [[], ["--normality", "--draws", "1"]], ids=["codes", "normality"])
+def test_a_report_of_another_kind_takes_no_runs_place(more, setup, tmp_path, capsys):
+    """Both are called report.json: quantize leaves a run's alone, and finetune that of quantize."""
+    assert main(finetune(setup, tmp_path / "run")) == 0
+    report = (tmp_path / "run" / "report.json").read_bytes()
+    quantize = ["quantize", str(tmp_path / "model"), *more, "--out"]
+    assert "whose report.json would be lost" in said([*quantize, str(tmp_path / "run")], capsys)
+    assert (tmp_path / "run" / "report.json").read_bytes() == report
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert main([*quantize, str(tmp_path / "measured")]) == 0
+    assert "report.json" in said(finetune(setup, tmp_path / "measured"), capsys)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="folders are locked")
 def test_whatever_writes_a_folder_holds_it_for_as_long_as_it_works(setup, tmp_path, capsys):
     import fcntl

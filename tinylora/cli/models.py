@@ -171,10 +171,13 @@ def quantize_parser(commands):
 
 def _quantize(args):
     from ..models import files
+    from ..training import checkpoints
 
     if not args.normality:
         _say_what_has_no_effect(args)
     with files.locked(args.out) if args.out else contextlib.nullcontext():
+        if args.out and (run := Path(args.out) / checkpoints.NAME).exists():
+            raise ValueError(f"{run} is of a run, whose report.json would be lost; choose another folder")
         return _normality(args) if args.normality else _codes(args)
 
 
