@@ -465,3 +465,10 @@ def test_metadata_of_many_entries_are_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(len(head).to_bytes(8, "little") + head)
     with pytest.raises(ValueError, match=r"x\.safetensors is not a whole .*its header holds : 400001 times"):
         safetensors.Safetensors(tmp_path / "x.safetensors")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes of that kind here")
+def test_an_index_that_is_no_file_is_said(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors.index.json")
+    with pytest.raises(ValueError, match=r"index\.json is a pipe, a socket or a device; expected a file"):
+        safetensors.open_folder(tmp_path)

@@ -833,7 +833,7 @@ def test_a_file_without_a_vocabulary_says_so(tmp_path):
         (lambda f, t: f.update({"adapter.lora.alpha": "16"}), "adapter.lora.alpha is '16', expected a finite number"),
         (
             lambda f, t: f.update({"adapter.lora.alpha": float("nan")}),
-            "adapter.lora.alpha is nan, expected a finite number",
+            "adapter.lora.alpha holds NaN; expected a number",
         ),
         (lambda f, t: f.update({"adapter.lora.alpha": float("-inf")}), "adapter.lora.alpha is -inf, expected a finite"),
         (lambda f, t: f.update({"tinylora": "["}), "its description of the adapter's base is damaged"),

@@ -453,8 +453,12 @@ def test_what_a_tokenizer_json_must_not_say_is_a_sentence_with_file_and_field(na
         ("tokenizer_config", {"additional_special_tokens": [None]}, r"additional_special_tokens\[0\] = None, expected"),
         ("tokenizer_config", {"extra_special_tokens": {"a": 1}}, "extra_special_tokens = .*, expected"),
         ("tokenizer_config", {"legacy": "false"}, "legacy = 'false', expected true or false"),
-        ("tokenizer_config", {"model_max_length": float("nan")}, "holds what no JSON file should"),
-        ("tokenizer_config", {"note": "\udfff"}, "holds what no JSON file should"),
+        (
+            "tokenizer_config",
+            {"model_max_length": float("nan")},
+            "holds what no JSON file should, in 'model_max_length'",
+        ),
+        ("tokenizer_config", {"note": "\udfff"}, "holds what no JSON file should, in 'note'"),
         (
             "tokenizer_config",
             {"added_tokens_decoder": {"4000000000": {"content": "<x>"}}},
@@ -856,12 +860,27 @@ def test_what_may_not_be_cut_is_encoded_whole(monkeypatch):
         assert list(t.in_pieces(text.encode())) == [t.encode(text)]
 
 
-def test_a_part_that_no_tokenizer_has_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "part, sentence",
+    [
+        ({"junk": [1]}, "'junk' is none of its parts"),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "ab"}}, "normalizer.pattern = "),
+        ({"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "ab"}}, "normalizer.pattern = "),
+    ],
+)
+def test_a_part_that_no_tokenizer_has_is_named(tmp_path, part, sentence):
     llm_files.trained().save(tmp_path)
     described = json.loads((tmp_path / "tokenizer.json").read_text())
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**described, "junk": [1]}))
-    with pytest.raises(ValueError, match=r"tokenizer\.json: 'junk' is none of its parts"):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**described, **part}))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: {sentence}"):
         load_tokenizer(tmp_path, 300)
+
+
+def test_a_template_that_writes_nothing_is_named(tmp_path):
+    pytest.importorskip("jinja2")
+    llm_files.trained(template="{# nothing #}").save(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: the chat template writes nothing"):
+        load_tokenizer(tmp_path, 300).chat_prompt("hi")
 
 
 def test_a_vocabulary_larger_than_the_model_names_both_files(tmp_path):

@@ -316,7 +316,7 @@ def open_folder(folder):
     folder = Path(folder)
     settle(folder)
     index = folder / "model.safetensors.index.json"
-    if os.path.lexists(folder / "model.safetensors") or not index.is_file():
+    if os.path.lexists(folder / "model.safetensors") or not os.path.lexists(index):
         return Safetensors(folder / "model.safetensors")
     listed = _weight_map(index)
     opened = {name: Safetensors(folder / name) for name in sorted(set(listed.values()))}

@@ -201,6 +201,8 @@ _CHECKS = {
 # ------------------------------------------------------------------------------------------------------------ regular expressions
 def _check_pattern(pattern, field):
     """Refuse a regular expression that does not compile, or that searches a text for longer the longer it is, and more than that."""
+    if type(pattern) is dict and "" in pattern.values():
+        raise ValueError(f"{field} = {shown(pattern)}, expected what is not found everywhere")
     pattern = pattern.get("Regex") if type(pattern) is dict else None
     check({"Regex": pattern}, {"Regex": optional(TEXT)}, field)
     if pattern is None or pattern in _TRIED:

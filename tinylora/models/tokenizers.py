@@ -18,7 +18,7 @@ import re
 import numpy as np
 
 from . import files, templates, tokenizer_file, vocabularies
-from .fields import check, either, flag, mapping, optional, several
+from .fields import check, either, flag, mapping, optional, several, shown
 
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # of special tokens, in transformers' order
 _TOKEN = either(tokenizer_file.TEXT, tokenizer_file.ADDED_TOKEN)
@@ -346,7 +346,10 @@ class BPETokenizer(Tokenizer):
             messages = [{"role": "user", "content": messages}]
         if system is not None:
             messages = [{"role": "system", "content": system}, *messages]
-        return self.encode(self.render(messages, add_generation_prompt=True))
+        ids = self.encode(self.render(messages, add_generation_prompt=True))
+        if not ids:
+            raise ValueError(f"{self.where}: the chat template writes nothing for this conversation")
+        return ids
 
     def _default_system(self):
         """The system's words that stand as they are in a template of ChatML's, "" if none do. Their time grows as the text does."""
@@ -430,10 +433,11 @@ def _beside(path):
 def _checked_settings(path):
     """What a tokenizer_config.json or special_tokens_map.json says, which `save` can write again."""
     settings = check(_beside(path), _SETTINGS, path)
-    try:
-        json.dumps(settings, allow_nan=False, ensure_ascii=False).encode("utf-8")
-    except ValueError as error:  # JSON as Python reads it has NaN, and halves of surrogate pairs
-        raise ValueError(f"{path} holds what no JSON file should: {error}") from None
+    for name, value in settings.items():
+        try:
+            json.dumps({name: value}, allow_nan=False, ensure_ascii=False).encode("utf-8")
+        except ValueError as error:  # JSON as Python reads it has NaN, and halves of surrogate pairs
+            raise ValueError(f"{path} holds what no JSON file should, in {shown(name)}: {error}") from None
     return settings
 
 
@@ -493,8 +497,9 @@ def _add_listed(backend, settings, folder):
     extra = [_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
     extra = [token for token in extra if token is not None]
     where, old, listed = folder / "tokenizer_config.json", folder / "added_tokens.json", {}
+    named_in = "added_tokens_decoder: " if "added_tokens_decoder" in settings else ""
     try:
-        if "added_tokens_decoder" in settings:
+        if named_in:
             listed = {int(i): dict(token) for i, token in settings["added_tokens_decoder"].items()}
         else:
             where, marks = old, {*named, *extra}
@@ -502,7 +507,7 @@ def _add_listed(backend, settings, folder):
         tokens = {i: _added_token(token, token["content"] in named) for i, token in sorted(listed.items())}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}: the added tokens are not {{id: token}} as transformers writes them ({error!r})"
+            f"{where}: the added tokens are not {{id: token}} as transformers writes them ({named_in}{error!r})"
         ) from None
     backend.add_tokens(list(tokens.values()))
     for i, token in tokens.items():
