@@ -1370,3 +1370,24 @@ def test_a_forward_of_ones_own_on_a_layer_stays():
 def test_only_linear_layers_get_the_linear_bypass(make):
     with pytest.raises(TypeError, match="is not one of nn's linear layers"):
         tl.LoRALinear(make(), r=2)
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"lora_alpha": "512"}, r"adapter_config\.json: lora_alpha = '512', expected a finite number"),
+        ({"lora_alpha": float("inf")}, r"adapter_config\.json: lora_alpha = inf"),
+        (
+            {"target_modules": ["q_proj"]},
+            r"adapter_config\.json: the file has factors for .*\(target_modules\)",
+        ),
+        ({"r": 1}, r"adapter_config\.json or adapter_model\.safetensors: .* with r = 1 needs"),
+        ({"modules_to_save": "nothing"}, r"adapter_config\.json or .*: lora: modules_to_save names 'nothing'"),
+    ],
+)
+def test_a_sentence_on_an_adapter_names_its_files_and_the_field(tmp_path, changes, sentence):
+    peft.save_adapter(tl.add_lora(tiny.model(), r=2, alpha=4), tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(ValueError, match=sentence):
+        peft.load_adapter(tiny.model(), tmp_path)

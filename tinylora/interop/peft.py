@@ -89,6 +89,7 @@ _PATTERNS = {"rank_pattern": whole(1), "alpha_pattern": number()}
 _FIELDS = {
     "base_model_name_or_path": optional(identity.NAME),
     "r": whole(1),
+    "lora_alpha": number(-3e38, 3e38),
     "lora_dropout": number(0, 1),
     "trainable_token_indices": optional(either(several(whole()), mapping(several(whole())))),
     **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying", "fan_in_fan_out"), optional(flag())),
@@ -491,11 +492,11 @@ def refuse_too_large(adapter):
 
 @contextlib.contextmanager
 def _naming(folder):
-    """Begin a ValueError's sentence with the folder."""
+    """Begin a ValueError's sentence with the two files of a folder, which do not fit each other or the model."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise ValueError(f"{Path(folder) / _CONFIG} or {_WEIGHTS}: {error}") from None
 
 
 def _refuse_other_layers(model, adapter, folder):
@@ -505,10 +506,14 @@ def _refuse_other_layers(model, adapter, folder):
     with _naming(folder):
         named = [p for p in adaptable_layers(model) if targeted(p, config, whole, config.modules_to_save)]
     if missing := [p for p in named if p not in adapter.weights]:
-        raise ValueError(f"{folder}: the config adapts {missing[0]}, and the file has no factors for it")
+        raise ValueError(
+            f"{Path(folder) / _CONFIG}: the config adapts {missing[0]}, and the file has no factors for it (target_modules)"
+        )
     tied = {HEAD.removesuffix(".weight")} if config.ensure_weight_tying else set()
     if more := sorted(adapter.weights.keys() - {*named, *tied}):
-        raise ValueError(f"{folder}: the file has factors for {more[0]}, which the config does not adapt")
+        raise ValueError(
+            f"{Path(folder) / _CONFIG}: the file has factors for {more[0]}, which the config does not adapt (target_modules)"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- an adapter's base
