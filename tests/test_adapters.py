@@ -451,7 +451,7 @@ def test_a_bad_value_in_a_config_is_a_sentence_with_its_file(change, tmp_path):
     peft.save_adapter(tl.add_lora(tiny.model(), r=2), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    with pytest.raises(ValueError, match=rf"adapter_config\.json: lora: {next(iter(change)).removeprefix('lora_')}"):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: (lora: )?{next(iter(change))}"):
         peft.load_adapter(tiny.model(), tmp_path)
 
 
@@ -502,7 +502,7 @@ def test_factors_whose_product_leaves_float32_are_refused_by_name(large, alpha, 
     m = tiny.model()
     with pytest.raises(
         ValueError,
-        match=rf"{tmp_path}: model\.layers\.0\.self_attn\.q_proj has lora_A up to {re.escape(format(large, '.0e'))} and",
+        match=rf"adapter_model\.safetensors: model\.layers\.0\.self_attn\.q_proj has lora_A up to {re.escape(format(large, '.0e'))} and",
     ):
         peft.load_adapter(m, tmp_path)
     assert not adapters.configs(m)

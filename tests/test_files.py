@@ -371,6 +371,22 @@ def test_a_file_keeps_its_permissions_and_a_link_stays_one(tmp_path):
     assert (tmp_path / "real").stat().st_mode & 0o777 == 0o600
 
 
+def test_what_is_no_file_is_not_replaced_by_one_whatever_leads_to_it(tmp_path):
+    """A rename by root would put a file in the place of a device that a link in a stranger's folder leads to."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        (tmp_path / f"to {name}").symlink_to(name)
+        for path in (tmp_path / name, tmp_path / f"to {name}"):
+            before = os.stat(path).st_mode
+            with pytest.raises(
+                OSError, match="expected a file, or a name that is free; what was there before is untouched"
+            ):
+                files.write_json(path, {})
+            assert os.stat(path).st_mode == before
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 @pytest.mark.skipif(not hasattr(os, "fork") or os.getuid() != 0, reason="becomes an ordinary user")
 def test_an_ordinary_user_s_read_only_files_are_replaced_and_stay_read_only(tmp_path):
     """A rename needs the folder's permission and not the file's."""

@@ -41,6 +41,8 @@ def atomic(path, mode=None):
     temporary, made = path.with_name(f".{path.name}.{os.getpid()}.part"), []
     try:
         _make(path.parent, made)
+        if path.exists() and not path.is_file():
+            raise OSError("it is a folder, a pipe or a device; expected a file, or a name that is free")
         _remove_stale(path.parent, f".{path.name}.")
         before = mode if (found := permissions(path)) is None else found
         temporary.touch(0o666 if before is None else 0o600)
