@@ -510,7 +510,8 @@ def test_a_signal_at_any_moment_leaves_no_traceback(number, status, after, job, 
     command = tmp_path / "tinylora"  # as the installed command is called
     command.write_text(SAYS_WHEN)
     words = [sys.executable, str(command), *job.split(), "--steps", "100000"]
-    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a shell's background job ignores it
+    run = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **heard)
     assert run.stdout.read(3) == b"up\n"
     time.sleep(after)
     run.send_signal(number)

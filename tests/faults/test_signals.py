@@ -101,7 +101,12 @@ def test_a_process_of_its_own_is_stopped_between_its_steps(number, count, tmp_pa
     ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
     process = subprocess.Popen(
-        [*argv, "--out", "out"], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
+        [*argv, "--out", "out"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background job ignores
     )
     until, checkpoint = time.monotonic() + 60, tmp_path / "out" / "checkpoint.safetensors"
     while not checkpoint.exists() and time.monotonic() < until:
