@@ -246,7 +246,9 @@ SPACES = ["  two in front", " one", " ", "\n", "   \n  x  "]
 
 
 def read(path):
-    return BPETokenizer.from_gguf(_read_header(path)[0], path), transformers.AutoTokenizer.from_pretrained(
+    with open(path, "rb") as f:
+        fields = _read_header(f)[0]
+    return BPETokenizer.from_gguf(fields, path), transformers.AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name
     )
 
