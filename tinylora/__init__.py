@@ -7,7 +7,7 @@
     tl.add_lora(model, r=16, alpha=32, target_modules="all-linear")
     tl.print_trainable_parameters(model)
 
-Importing loads NumPy and nothing else; scipy, safetensors and tqdm are imported where they are used.
+Importing loads NumPy and nothing else; scipy and tqdm are imported where they are used.
 """
 
 import importlib

@@ -198,10 +198,11 @@ def quantize_folder(
     return done
 
 
+#: What `tinylora quantize` writes beside the weights: it speaks of the ones that are replaced.
 MEASURED = (
     "report.json",
     "errors.svg",
-)  # what `tinylora quantize` writes beside the weights, and which then speaks of others
+)
 
 
 def _check_folders(source, target, force):

@@ -58,12 +58,13 @@ from . import embeddings
 
 _PREFIX = "base_model.model."
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+#: What an adapter that is saved takes the place of.
 _FILES = (
     _CONFIG,
     _WEIGHTS,
     "tokenizer.json",
     "tokenizer_config.json",
-)  # what an adapter that is saved takes the place of
+)
 _METADATA = "tinylora"  # the key of the base's description in the metadata
 
 #: Settings that change what the adapter computes, and that tinylora lacks.

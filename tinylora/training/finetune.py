@@ -184,9 +184,8 @@ class Report:
     job: dict
     recipe: dict
     inputs: dict = field(default_factory=dict)  # hashes of the base model and of the text
-    output: str | None = (
-        None  # and of what was trained, by which a report and the folder beside it are known to belong together
-    )
+    # A hash of what was trained, by which a report and the folder beside it are known to belong together.
+    output: str | None = None
     before: float | None = None  # held-out bits per byte of the base as trained on (quantized, if it is)
     after: float | None = None
     trainable: int = 0
