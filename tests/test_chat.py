@@ -181,7 +181,7 @@ def test_a_template_that_does_not_end_is_ended(source, given):
     began = time.monotonic()
     with pytest.raises(ValueError, match=r"^FOLDER: the chat template takes longer than 0\.5 seconds$"):
         Template(source, "FOLDER").render(chats.talk("hi"))
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 60
     assert Template("{{ messages[0].content }}").render(chats.talk("hi")) == ("hi", []), "the next one is run"
 
 
@@ -220,7 +220,7 @@ def test_a_template_of_openings_alone_takes_no_time(opening):
         Template(opening * (400_000 // len(opening)), "FOLDER").render(chats.talk("hi"))
     except ValueError as error:
         assert str(error).startswith("FOLDER: the chat template")
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 60
 
 
 def test_what_a_template_says_of_itself_is_shortened():

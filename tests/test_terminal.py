@@ -331,7 +331,7 @@ def test_an_account_is_a_formula_at_any_length(tmp_path, monkeypatch, capsys):
         "--seq-len 1000000000000000 --checkpointing",
     ):
         assert main(["memory", "--out", "none", *options_.split()]) == 0
-    assert "1 × 1000000000000 tokens" in capsys.readouterr().out and time.monotonic() - begun < 20
+    assert "1 × 1000000000000 tokens" in capsys.readouterr().out and time.monotonic() - begun < 60
 
 
 def test_the_scores_of_all_blocks_in_closed_form():
