@@ -1,6 +1,10 @@
 """One fixture, three array modules: every array test runs on NumPy, on the stand-in, and on CuPy where there is a GPU."""
 
 import importlib.util
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (pytest -n), which share the cores that there are
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import fake_cupy
 import numpy as np
