@@ -379,7 +379,7 @@ def adamw_8_bits(p, g, codes_m, absmax_m, codes_v, absmax_v, t):
 
 
 # %% [markdown]
-# The library follows bitsandbytes' roundings, operation by operation, here those of the GPU kernels (read from their source, not run).
+# The library follows bitsandbytes' roundings, operation by operation, here those of the GPU kernels.
 # The function above does not. The kernel takes $1 - \beta_2$ from the float32 of 0.999, which makes it, and $v$, smaller by
 # 1.3e-5 of itself; the rest is last bits. A code may then differ by one, where a number lies at the middle between two: in few
 # of the 20,480 codes of 40 steps, or in none. Each step begins with the library's state of the step before.

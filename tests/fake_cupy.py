@@ -44,6 +44,7 @@ _FUNCTIONS = [
     "broadcast_to",
     "clip",
     "concatenate",
+    "copysign",
     "cos",
     "cumsum",
     "divide",

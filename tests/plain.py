@@ -1,6 +1,11 @@
 """The slow, obvious versions that fast paths are held to."""
 
+from fractions import Fraction
+from functools import cache
+
 import numpy as np
+
+from tinylora.kernels.reciprocal import rcp
 
 f32 = np.float32
 
@@ -39,35 +44,43 @@ def flush(x):
     return f32(np.copysign(f32(0), x)) if abs(x) < f32(2.0**-126) else f32(x)
 
 
+@cache
+def once(decimal):
+    """The float32 nearest to a decimal, as a compiler rounds a literal: once, and not by way of float64."""
+    exact, near = Fraction(decimal), f32(float(decimal))
+    around = [near, np.nextafter(near, f32(2)), np.nextafter(near, f32(-2))]
+    return min(around, key=lambda x: abs(Fraction(float(x)) - exact))
+
+
 def cuda_nf4(x):
     """The kernel's tree of comparisons, with its pivots as it writes them."""
-    if x > f32(0.03979014977812767):
-        if x > f32(0.3893125355243683):
-            if x > f32(0.6427869200706482):
-                return 15 if x > f32(0.8614784181118011) else 14
-            return 13 if x > f32(0.5016634166240692) else 12
-        if x > f32(0.2035212516784668):
-            return 11 if x > f32(0.2920137718319893) else 10
-        return 9 if x > f32(0.1202552504837513) else 8
-    if x > f32(-0.33967943489551544):
-        if x > f32(-0.13791173323988914):
-            return 7 if x > f32(-0.045525018125772476) else 6
-        return 5 if x > f32(-0.23460740596055984) else 4
-    if x > f32(-0.6106329262256622):
-        return 3 if x > f32(-0.4599952697753906) else 2
-    return 1 if x > f32(-0.8480964004993439) else 0
+    if x > once("0.03979014977812767"):
+        if x > once("0.3893125355243683"):
+            if x > once("0.6427869200706482"):
+                return 15 if x > once("0.8614784181118011") else 14
+            return 13 if x > once("0.5016634166240692") else 12
+        if x > once("0.2035212516784668"):
+            return 11 if x > once("0.2920137718319893") else 10
+        return 9 if x > once("0.1202552504837513") else 8
+    if x > once("-0.33967943489551544"):
+        if x > once("-0.13791173323988914"):
+            return 7 if x > once("-0.045525018125772476") else 6
+        return 5 if x > once("-0.23460740596055984") else 4
+    if x > once("-0.6106329262256622"):
+        return 3 if x > once("-0.4599952697753906") else 2
+    return 1 if x > once("-0.8480964004993439") else 0
 
 
 def cuda_fp4(x):
     """The same for FP4: the sign from x < 0, then |x|."""
     sign, x = 8 if x < 0 else 0, abs(x)
-    if x > f32(0.29166667):
-        if x > f32(0.583333):
-            return sign + (3 if x > f32(0.8333333) else 2)
-        return sign + (5 if x > f32(0.4166667) else 4)
-    if x > f32(0.0859375):
-        return sign + (7 if x > f32(0.20833333) else 6)
-    return sign + (1 if x > f32(0.00260417) else 0)
+    if x > once("0.29166667"):
+        if x > once("0.583333"):
+            return sign + (3 if x > once("0.8333333") else 2)
+        return sign + (5 if x > once("0.4166667") else 4)
+    if x > once("0.0859375"):
+        return sign + (7 if x > once("0.20833333") else 6)
+    return sign + (1 if x > once("0.00260417") else 0)
 
 
 def cuda_8bit(code, x):
@@ -84,14 +97,14 @@ def cuda_8bit(code, x):
 
 
 def cuda_quantize_4bit(w, tree, blocksize):
-    """(codes with the pad, absmax) block by block: fmaxf skips NaN, 1/absmax is not clamped, denormals are zeros."""
+    """(codes with the pad, absmax) block by block: fmaxf skips NaN, the reciprocal is the instruction's, denormals are zeros."""
     flat, codes, scales = w.astype(f32).reshape(-1), [], []
     for start in range(0, len(flat), blocksize):
         block = [flush(x) for x in flat[start : start + blocksize]]
         numbers = [abs(x) for x in block if not np.isnan(x)] + [f32(0)] * (len(block) < blocksize)
         absmax = max(numbers) if numbers else -np.finfo(f32).max
         scales.append(absmax)
-        reciprocal = flush(f32(1) / f32(absmax))
+        reciprocal = rcp(f32(absmax))
         pad = [f32(0)] * (len(block) < blocksize and len(block) % 2)
         codes += [tree(flush(x * reciprocal)) for x in block + pad]
     return np.array(codes, np.uint8), np.array(scales, f32)

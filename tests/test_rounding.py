@@ -1,16 +1,89 @@
-"""The GPU's rounding rule against its kernels spelled out, where it parts from the CPU's; constants in 8 bits; signed absmax."""
+"""The GPU's rounding rule against what a GPU wrote, and its kernels spelled out; where it parts from the CPU's; signed absmax."""
+
+from fractions import Fraction
 
 import numpy as np
 import plain
 import pytest
+from goldens import INDEX, INDEX_CUDA, QUANT_CUDA, arrays, make_goldens
 
 from tinylora import codebooks, quantize
+from tinylora.dtypes import from_bfloat16_bits
+from tinylora.kernels import reciprocal, rounding
 from tinylora.kernels.rounding import CPU, CUDA, cuda_quantize_8bit
 
 TREES = {"nf4": plain.cuda_nf4, "fp4": plain.cuda_fp4}
 f32 = np.float32
 
 
+def same(a, b):
+    """Equal values; NaN equals NaN."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+# ------------------------------------------------------------------------------------------------------------- what a GPU wrote
+@pytest.mark.parametrize("place", range(len(INDEX["cases"])), ids=[case["name"] for case in INDEX["cases"]])
+def test_the_gpu_rule_is_what_a_gpu_wrote(place):
+    given, case = INDEX["cases"][place], INDEX_CUDA["cases"][place]
+    assert [case[name] for name in ("kind", "code", "blocksize", "dtype", "shape", "nested")] == [
+        given[name] for name in ("kind", "code", "blocksize", "dtype", "shape", "nested")
+    ]
+    w, theirs = arrays(given)["input_" + case["dtype"]].reshape(case["shape"]), arrays(case, QUANT_CUDA)
+    w = from_bfloat16_bits(w) if case["dtype"] == "bfloat16" else w
+    how = {"rule": "bitsandbytes-cuda", "check_finite": False}
+    q = quantize(w, case["code"], case["blocksize"], **how)
+    assert same(q.packed, theirs["packed"]) and same(q.absmax, theirs["absmax"])
+    assert same(q.dequantize("float32").reshape(-1), theirs["deq_float32"])
+    assert same(q.dequantize("bfloat16").reshape(-1), from_bfloat16_bits(theirs["deq_bfloat16"]))
+    assert same(q.dequantize("float16").reshape(-1), theirs["deq_float16"])
+    if case["nested"]:
+        q = quantize(w, case["code"], case["blocksize"], double_quant=True, offset=theirs["offset"][0], **how)
+        assert same(q.absmax_codes, theirs["codes"]) and same(q.nested_absmax, theirs["nested"])
+
+
+@pytest.mark.parametrize("case", INDEX_CUDA["blockwise8"], ids=lambda case: f"{case['kind']}-{case['i']}")
+def test_the_gpu_rule_in_8_bits_is_what_a_gpu_wrote(case):
+    i, kind, theirs = case["i"], getattr(make_goldens, case["kind"]), arrays(case, QUANT_CUDA)
+    blocksize, n = (256, 64, 128)[i % 3], (300, 512, 257, 200)[i % 4]
+    x = kind(np.random.default_rng([2110, 2861, i]), n, None, blocksize).astype(f32)
+    x = x if case["signed"] or kind is make_goldens.normal else np.abs(x)
+    with np.errstate(all="ignore"):
+        codes, absmax = cuda_quantize_8bit(x, codebooks.dynamic8(case["signed"]), blocksize)
+    assert same(codes, theirs["b8_codes"]) and same(absmax, theirs["b8_absmax"])
+
+
+def test_a_boundary_is_the_midpoints_decimal_rounded_once():
+    """In the source's own decimals (tests/plain.py): four of NF4's fifteen are the float32 beside the midpoint."""
+    values = codebooks.nf4()
+    ours, middle = rounding.decimal_midpoints(values), codebooks.midpoints(values)
+    edges = [(x, np.nextafter(x, f32(2))) for x in ours]
+    assert all(plain.cuda_nf4(x) == i and plain.cuda_nf4(above) == i + 1 for i, (x, above) in enumerate(edges))
+    assert np.flatnonzero(ours != middle).tolist() == [0, 8, 12, 14]
+    assert [float(x).hex() for x in ours[[0, 8, 12, 14]]] == [
+        "-0x1.b239b20000000p-1",
+        "0x1.ec90c60000000p-4",
+        "0x1.00da060000000p-1",
+        "0x1.b913b20000000p-1",
+    ]
+
+
+def test_the_gpus_reciprocal(rng):
+    """Never further than an ulp from the nearest, as its table says; the same mantissa at every exponent; zeros for denormals."""
+    x = np.concatenate([2.0 ** rng.uniform(-100, 125, 20000), [1, 2, 3, 2.0**-126, 2.0**126]]).astype(f32)
+    y = reciprocal.rcp(x)
+    nearest = f32(1) / x  # all of them normal numbers
+    assert (np.abs(y.view(np.int32) - nearest.view(np.int32)) <= 1).all() and 0.1 < (y != nearest).mean() < 0.17
+    assert (reciprocal.rcp(-x) == -y).all() and (
+        reciprocal.rcp(np.float32(2.0**-20) * x[:1000]) == y[:1000] * 2.0**20
+    ).all()
+    assert (
+        max(abs(Fraction(float(a)) * Fraction(float(b)) - 1) for a, b in zip(x[:300], y[:300], strict=True)) < 2.0**-23
+    )
+    odd = np.array([0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-40, 2.0**127], f32)
+    assert same(reciprocal.rcp(odd), np.array([np.inf, -np.inf, 0, -0.0, np.nan, np.inf, -np.inf, 0], f32))
+
+
+# ------------------------------------------------------------------------------------------------------- the kernels spelled out
 def inputs(rng, n, code):
     """Numbers of all sizes, ties and their neighbours, blocks of zeros, denormals, and what is no number."""
     w = (rng.standard_normal(n) * 10.0 ** rng.integers(-3, 3, n)).astype(f32)

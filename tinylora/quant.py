@@ -130,6 +130,7 @@ def dequantize(q):
     """Ŵ = code[q] · absmax: each weight is its code value times the absmax of its block (QLoRA §2), in float32.
 
     This is the equation. `QuantizedTensor.dequantize` gives the same bits faster (`kernels.dequantize`).
+    Under the rule "bitsandbytes-cuda" it also makes denormals zeros, as the GPU does.
     """
     absmax = array_module(q.packed).repeat(q.absmax, q.blocksize)[: q.size].reshape(q.shape)
     return q.code[q.indices()] * absmax
@@ -143,7 +144,7 @@ def quantize(w, code="nf4", blocksize=64, double_quant=False, rule="bitsandbytes
     code           a name in codebooks.NAMED ("nf4", "fp4", "int4", …), or up to 16 ascending values
     blocksize      weights a block, 1 or more; None: the whole tensor is one block
     double_quant   store absmax in 8 bits, around its float32 mean or around `offset` if that is given (0: without the mean)
-    rule           "bitsandbytes-cpu", confirmed to the bit, or "bitsandbytes-cuda", read from the source (see `kernels.rounding`).
+    rule           "bitsandbytes-cpu" or "bitsandbytes-cuda", both confirmed to the bit (see `kernels.rounding`).
                    The mean is torch's on a CPU under either; a GPU adds in another order, so give its `offset` to have its bits
     check_finite   True: NaN or Inf raises ValueError with the tensor's `name`; False: do what bitsandbytes does with them
     nested_code    the 8-bit code of double quantization: "dynamic8" (bitsandbytes), "fp8_e4m3", "fp8_e5m2" or "int8"
@@ -188,8 +189,8 @@ def _quantize(w, form, nested_code, offset, check_finite, name):
             _refuse(flat, np.shape(w), name)
         if form.signed:
             absmax = signed_absmax(flat, absmax, size)
-        bounds, order = codebooks.midpoints(form.code), codebooks.sorted_order(form.code)
-        packed = _pack(rule.indices(flat, absmax, size, bounds, order, fp4=form.code_name == "fp4"))
+        order, fp4 = codebooks.sorted_order(form.code), form.code_name == "fp4"
+        packed = _pack(rule.indices(flat, absmax, size, rule.bounds(form.code[order]), order, fp4))
         constants = absmax if nested_code is None else quantize_constants(absmax, offset, nested_code, rule)
     q = replace(form, packed=packed, constants=constants, blocksize=size, shape=tuple(np.shape(w)), dtype=dtype)
     return q if xp is np else q.to(lambda a: move(a, xp))

@@ -7,11 +7,13 @@ import numpy as np
 
 QUANT = dict(np.load(Path(__file__).with_name("quant.npz")))
 INDEX = json.loads(QUANT["index"].tobytes())
+QUANT_CUDA = dict(np.load(Path(__file__).with_name("quant_cuda.npz")))  # the same inputs, on a GPU
+INDEX_CUDA = json.loads(QUANT_CUDA["index"].tobytes())
 
 
-def arrays(case):
+def arrays(case, of=QUANT):
     """{quantity: flat array} of one case."""
-    return {name: QUANT[name][start:stop] for name, (start, stop) in case["at"].items()}
+    return {name: of[name][start:stop] for name, (start, stop) in case["at"].items()}
 
 
 def published():

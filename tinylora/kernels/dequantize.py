@@ -12,17 +12,26 @@ import numpy as np
 
 from ..backend import array_module
 from ..dtypes import round_bits, round_to
+from .reciprocal import flush
 
 _CHUNK = 1 << 17  # elements dequantized at a time, so that they stay in the cache
 
 
 def dequantized(q, absmax, dtype):
-    """code[q] · absmax, rounded once to `dtype`. q: whatever has packed, code, blocksize, size and shape; absmax (blocks,) float32."""
+    """code[q] · absmax, rounded once to `dtype`; denormals are zeros under the GPU's rule.
+
+    q: whatever has packed, code, blocksize, size, shape and rule; absmax (blocks,) float32.
+    """
+    flushed = q.rule == "bitsandbytes-cuda"
     if array_module(q.packed) is not np:
-        return round_to(scaled(q, absmax)[: q.size].reshape(q.shape), dtype)
-    in_chunks = dtype == "bfloat16" and bool(np.isfinite(absmax).all())  # while they are in the cache; no NaN can arise
-    flat = scaled_on_host(q, absmax, in_chunks)[: q.size].reshape(q.shape)
-    return flat if in_chunks else round_to(flat, dtype)
+        flat, in_chunks = scaled(q, absmax), False
+    else:
+        in_chunks = (
+            dtype == "bfloat16" and not flushed and bool(np.isfinite(absmax).all())
+        )  # in the cache; no NaN can arise
+        flat = scaled_on_host(q, absmax, in_chunks)
+    flat = flat[: q.size].reshape(q.shape)
+    return flat if in_chunks else round_to(flush(flat) if flushed else flat, dtype)
 
 
 def scaled(q, absmax):

@@ -1,45 +1,52 @@
-"""How bitsandbytes rounds: on a CPU, which is confirmed to the bit, and on a GPU, which is read from its source.
+"""How bitsandbytes rounds: on a CPU, and on a GPU. Both are confirmed to the bit.
 
 Blockwise quantization leaves much open that decides single bits: the scale as a quotient or a product with a reciprocal, ties,
 blocks of zeros, a last partial block, NaN, and the nearest 8-bit code. A `Rule` settles it:
 
     absmax(w, blocksize)                   the constants m_b
+    bounds(values)                         the boundaries between the code's values, which are ascending
     indices(w, absmax, blocksize, bounds, order, fp4)    the nearest code of each w_i / m_b; a pad is added to odd lengths
     quantize_8bit(x, code, blocksize)      codes and constants in 8 bits, for double quantization; code is ascending
 
-bounds are the midpoints between the code's values in ascending order, and order[k] is the index of the k-th of them
-(`codebooks.midpoints`, `codebooks.sorted_order`); fp4 says that the code is bitsandbytes' FP4, for which the GPU has a rule of its own.
+order[k] is the index of the code's k-th value in ascending order (`codebooks.sorted_order`); fp4 says that the code is bitsandbytes' FP4,
+for which the GPU has a rule of its own.
 
-| | "bitsandbytes-cpu" (0.50.2, run and compared) | "bitsandbytes-cuda" (0.50.2's kernels.cu, read, not run) |
+| | "bitsandbytes-cpu" (0.50.2, on a CPU) | "bitsandbytes-cuda" (0.50.2, on an NVIDIA H200) |
 |---|---|---|
-| scale | w·(1/m), m at least 1e-38; a last partial block w/m | w·(1/m), denormals flushed to 0 |
-| tie | lower value | lower value; FP4: smaller magnitude, at pivots written as decimals |
+| scale | w·(1/m), m at least 1e-38; a last partial block w/m | w·(1/m), 1/m approximate (see `reciprocal`), denormals flushed to 0 |
+| boundary | the midpoint in float32 | the midpoint's decimal in float32: for four of NF4's fifteen it is the neighbouring float32 |
+| tie | lower value | lower value; FP4: smaller magnitude, at pivots of its own |
 | block of zeros | the code of 0 | 0·∞ = NaN: index 0 (NF4: −1, times 0) |
-| NaN | m = NaN, all indices the highest value's | ignored by m; its own index 0 |
+| NaN | m = NaN, all indices the highest value's | ignored by m; its own index 0. Where nothing else is in a block, m = −FLT_MAX |
+| dequantized denormals | kept | flushed to 0 |
 | pad of an odd length | code of 0 | code of 0·(1/m) |
 | 8 bits | a table of 65,536 entries, not always the nearest | a search; a tie goes to the even index |
 | mean of the constants | torch's sum on one thread (`torch_mean`) | not reproduced: a GPU adds in another order; give `offset=` |
 | block sizes there | 32 to 4096 | 32 to 4096, powers of two; 32 and 64 in a kernel of their own, with the same arithmetic |
 
-The GPU's 1/m is an approximate instruction (compiled with --use_fast_math, up to 1 ulp off); here it is rounded correctly, so an
-element within an ulp of a tie may come out otherwise there. No GPU has confirmed the second rule yet.
+Why a boundary is not always the midpoint: the kernel's source compares with decimals such as 0.5016634166240692, which is the shortest
+one that stands for the midpoint in float64. Where the midpoint lies halfway between two float32, that decimal lies a hair beside it, and
+the compiler, which rounds a decimal once, takes the nearer float32 and not the even one.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
+from .reciprocal import flush, rcp
+
 _CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
-_TINY = np.float32(2.0**-126)  # the smallest normal float32
 _LEAST = np.float32(1e-38)  # where the CPU rule clamps absmax
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Three functions, see the module's docstring."""
+    """Four functions, see the module's docstring."""
 
     absmax: Callable
+    bounds: Callable
     indices: Callable
     quantize_8bit: Callable
 
@@ -69,6 +76,11 @@ def cpu_absmax(flat, blocksize):
     if len(flat) % blocksize:
         out[-1] = np.maximum(out[-1], _LEAST)
     return out
+
+
+def midpoints(values):
+    """The boundaries between neighbours: float32((cᵢ + cᵢ₊₁)/2) of an ascending code. (n − 1,)"""
+    return (values[:-1] + values[1:]) / np.float32(2)
 
 
 def cpu_indices(flat, absmax, blocksize, bounds, order, fp4=False):
@@ -130,15 +142,10 @@ def cpu_quantize_8bit(x, code, blocksize=256):
     position = (u.astype(np.float64) * 65535 + 0.5).astype(np.float32)
     position = np.where(np.isnan(position), np.float32(0), position).astype(np.int32) & 0xFFFF
     grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
-    table = np.searchsorted(_midpoints(code), grid, "left").astype(np.uint8)
+    table = np.searchsorted(midpoints(code), grid, "left").astype(np.uint8)
     codes = table[position]
     codes[absmax == 0] = 0
     return codes.reshape(-1)[: len(x)], absmax
-
-
-def _midpoints(code):
-    """The boundaries between neighbours of an ascending code, float32."""
-    return (code[:-1] + code[1:]) / np.float32(2)
 
 
 def _rows(x, blocksize):
@@ -154,16 +161,11 @@ _FP4_PIVOTS = np.array([0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667
 _FP4_PATTERNS = np.array([0, 1, 6, 7, 4, 5, 2, 3], np.uint8)
 
 
-def _flush(x):
-    """x with denormals replaced by zeros of their sign, as -ftz=true does to operands and results."""
-    return np.where(np.abs(x) < _TINY, np.copysign(np.float32(0), x), x)
-
-
 def cuda_absmax(flat, blocksize):
     """max |w| a block as fmaxf takes it: NaN does not count. A block of nothing but NaN keeps the start value −FLT_MAX, or 0 if partial."""
     if len(flat) == 0:
         return np.zeros(0, np.float32)
-    out = _flush(np.fmax.reduceat(np.abs(flat), np.arange(0, len(flat), blocksize)))
+    out = flush(np.fmax.reduceat(np.abs(flat), np.arange(0, len(flat), blocksize)))
     nothing = np.isnan(out)
     out[nothing] = -np.finfo(np.float32).max
     if len(flat) % blocksize and nothing[-1]:
@@ -171,19 +173,33 @@ def cuda_absmax(flat, blocksize):
     return out
 
 
+def decimal_midpoints(values):
+    """float32 of the shortest decimal of (cᵢ + cᵢ₊₁)/2: the boundaries as CUDA's compiler reads them in the source. (n − 1,)"""
+    exact = (
+        values[:-1].astype(np.float64) + values[1:]
+    ) / 2  # in float64 a midpoint of two float32 of like size is exact
+    return np.array([_nearest(Fraction(repr(float(x)))) for x in exact], np.float32)
+
+
+def _nearest(x):
+    """The float32 nearest to a fraction, rounded once."""
+    near = np.float32(float(x))
+    around = (near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf)))
+    return min(around, key=lambda y: abs(Fraction(float(y)) - x))
+
+
 def cuda_indices(flat, absmax, blocksize, bounds, order, fp4=False):
-    """The code indices, uint8, of even length: x = w·(1/absmax), then the number of midpoints strictly below x, so that NaN gives 0.
+    """The code indices, uint8, of even length: x = w·rcp(absmax), then the number of boundaries strictly below x, so that NaN gives 0.
 
     FP4 compares |x| with its own pivots and takes the sign from x < 0. A code that bitsandbytes lacks is treated as NF4 is.
     """
     n = len(flat)
     padded = np.zeros(-(-n // blocksize) * blocksize, np.float32)
     padded[:n] = flat
-    reciprocal = _flush(np.float32(1) / absmax)
     bounds, order = (_FP4_PIVOTS, _FP4_PATTERNS) if fp4 else (bounds, order.astype(np.uint8))
     index = np.empty(len(padded), np.uint8)
-    for part, x in _scaled(_flush(padded), reciprocal, blocksize):
-        x = _flush(x)
+    for part, x in _scaled(flush(padded), rcp(absmax), blocksize):
+        x = flush(x)
         index[part] = order[_count_from_below(np.abs(x) if fp4 else x, bounds)]
         if fp4:
             index[part] |= (x < 0).view(np.uint8) << 3
@@ -201,22 +217,22 @@ def _count_from_below(x, bounds):
 
 
 def cuda_quantize_8bit(x, code, blocksize=256):
-    """(codes uint8, absmax float32): the code nearest to x·(1/absmax), a tie between two codes to the even index; NaN gives 0.
+    """(codes uint8, absmax float32): the code nearest to x·rcp(absmax), a tie between two codes to the even index; NaN gives 0.
 
     The kernel halves the 256 codes seven times, which ends on an even index, and then compares with the midpoint to the
     neighbour. A block of zeros is 0·∞ = NaN: code 0. A code of fewer than 256 values behaves as if its last were repeated.
     """
-    rows, absmax = _rows(_flush(x), blocksize)
-    s = _flush(rows * _flush(np.float32(1) / absmax)[:, None])
-    bounds = _midpoints(code)
+    rows, absmax = _rows(flush(x), blocksize)[0], cuda_absmax(x, blocksize)
+    s = flush(rows * rcp(absmax)[:, None])
+    bounds = midpoints(code)
     codes = np.searchsorted(bounds, s, "left")
     tie = (codes < len(bounds)) & (bounds[np.minimum(codes, len(bounds) - 1)] == s)
     codes = np.where(np.isnan(s), 0, codes + (tie & (codes % 2 == 1)))
     return codes.astype(np.uint8).reshape(-1)[: len(x)], absmax
 
 
-CPU = Rule(cpu_absmax, cpu_indices, cpu_quantize_8bit)
-CUDA = Rule(cuda_absmax, cuda_indices, cuda_quantize_8bit)
+CPU = Rule(cpu_absmax, midpoints, cpu_indices, cpu_quantize_8bit)
+CUDA = Rule(cuda_absmax, decimal_midpoints, cuda_indices, cuda_quantize_8bit)
 RULES = {"bitsandbytes-cpu": CPU, "bitsandbytes-cuda": CUDA}
 
 
