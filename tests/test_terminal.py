@@ -532,6 +532,14 @@ def test_a_terminated_run_cleans_up_and_goes_on(job, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C is heard, as in a terminal: a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Deleted:
     """Its deletion is where a signal comes."""
 
@@ -540,7 +548,7 @@ class Deleted:
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timer of signals")
-def test_a_signal_that_was_swallowed_comes_again(monkeypatch, capsys):
+def test_a_signal_that_was_swallowed_comes_again(monkeypatch, capsys, heard):
     def stubborn(args):
         with contextlib.suppress(BaseException):
             signal.raise_signal(signal.SIGTERM)
