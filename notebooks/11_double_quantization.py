@@ -92,8 +92,9 @@ assert abs(mu - np.float32(m.mean(dtype=np.float64))) <= np.spacing(mu)
 print(f"mean {mu:.6f}; largest error of a constant {np.abs(restored - m).max():.6f}")
 
 # %% [markdown]
-# The library gives the same bytes under the rule of bitsandbytes' GPU kernels, which search for the nearest value. The restored constant is rounded twice, after the product and after the sum. Rounding once, from float64,
-# gives another float32 for 6 % of the constants: whoever wants bitsandbytes' bits must round as it does.
+# The library gives the same bytes under the rule of bitsandbytes' GPU kernels, which search for the nearest value. The restored constant is
+# rounded twice, after the product and after the sum. Rounding once, from float64, gives another float32 for 6 % of the constants: whoever
+# wants bitsandbytes' bits must round as it does.
 
 # %% tags=["hide-input"]
 gpu = quantize(w, double_quant=True, rule="bitsandbytes-cuda")
