@@ -47,7 +47,7 @@ def fresh_state(monkeypatch):
     backend.seed(0)
     monkeypatch.setattr(backend, "transfers", backend.Transfers())
     fake_cupy.memory["limit"] = None
-    fake_cupy.counters.update(to_device=0, to_host=0)
+    fake_cupy.counters.update(dict.fromkeys(fake_cupy.counters, 0))
 
 
 @pytest.fixture

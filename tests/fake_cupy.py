@@ -9,6 +9,10 @@
     * memory that is freed is overwritten: what still reads it reads NaN
     * managed memory is device memory that remembers where it was prefetched
 
+It counts what a GPU is slow at: `counters["launches"]`, each array operation that is no view, and `counters["stops"]`, each time that the
+host needs a number from the device and has to wait for it. Kernels in CUDA C run here as well where tests/cuda_on_host.py has a compiler:
+`compile_kernels` gives this module CuPy's RawModule.
+
 It is stricter than CuPy in one way: NumPy's own functions refuse a device array, where CuPy would take over. Not a
 simulation of speed. tinylora finds it as it finds CuPy, by the module that an array's type came
 from.
@@ -90,7 +94,19 @@ _FUNCTIONS = [
     "zeros_like",
 ]
 
-counters = {"to_device": 0, "to_host": 0}
+counters = {"to_device": 0, "to_host": 0, "launches": 0, "stops": 0}
+_VIEWS = {
+    "reshape",
+    "swapaxes",
+    "transpose",
+    "view",
+    "squeeze",
+    "ravel",
+    "broadcast_to",
+    "expand_dims",
+    "empty",
+    "empty_like",
+}
 memory = {"used": 0, "limit": None}
 _wrapped = weakref.WeakValueDictionary()
 
@@ -154,6 +170,7 @@ class _Function:
         self._f, self.__name__ = f, f.__name__
 
     def __call__(self, *args, **kwargs):
+        counters["launches"] += self.__name__ not in _VIEWS
         return _call(self._f, *args, **kwargs)
 
     def at(self, *args):
@@ -173,6 +190,7 @@ class ndarray:
 
     def get(self, stream=None, out=None, blocking=True):
         counters["to_host"] += 1
+        counters["stops"] += blocking
         if out is None:
             return self._a.copy()
         memory = self._a  # and not the array: a copy on its way keeps nothing alive
@@ -196,6 +214,7 @@ class ndarray:
         return _wrap(self._a[_unwrap(key)])
 
     def __setitem__(self, key, value):
+        counters["launches"] += 1
         self._a[_unwrap(key)] = _unwrap(value)
 
     def __len__(self):
@@ -205,12 +224,15 @@ class ndarray:
         return (self[i] for i in range(len(self)))
 
     def __bool__(self):
+        counters["stops"] += 1
         return bool(self._a)
 
     def __float__(self):
+        counters["stops"] += 1
         return float(self._a)
 
     def __int__(self):
+        counters["stops"] += 1
         return int(self._a)
 
     def __index__(self):
@@ -223,6 +245,7 @@ class ndarray:
         return self.copy()
 
     def item(self):
+        counters["stops"] += 1
         return self._a.item()
 
     @property
@@ -241,6 +264,7 @@ class ndarray:
 
 def _method(name):
     def method(self, *args, **kwargs):
+        counters["launches"] += name not in _VIEWS
         if name in _IN_PLACE:
             if getattr(self._a, name)(*map(_unwrap, args)) is NotImplemented:
                 raise TypeError(f"{name} is not possible with {args}")
@@ -288,11 +312,34 @@ for _name in (
     "view",
 ):
     setattr(ndarray, _name, _method(_name))
+
+
+def _matmul(self, other):
+    """The product; of two-byte numbers as cuBLAS makes it: sums in float32, rounded once."""
+    counters["launches"] += 1
+    a, b = _unwrap(self), _unwrap(other)
+    if a.dtype.itemsize == b.dtype.itemsize == 2:
+        with np.errstate(over="ignore"):
+            return _wrap((a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype))
+    return _wrap(a @ b)
+
+
+ndarray.__matmul__ = _matmul
 for _name in ["shape", "dtype", "ndim", "size", "nbytes", "flags", "strides", "itemsize", "T", "mT"]:
     setattr(ndarray, _name, property(lambda self, n=_name: _wrap(getattr(self._a, n))))
 
 for _name in _FUNCTIONS:
     globals()[_name] = _Function(getattr(np, _name))
+
+
+def compile_kernels(on):
+    """Let this module have RawModule, as CuPy has it, or take it away."""
+    import cuda_on_host
+
+    if on:
+        globals()["RawModule"] = cuda_on_host.RawModule
+    else:
+        globals().pop("RawModule", None)
 
 
 def asarray(x, dtype=None):
@@ -365,7 +412,8 @@ cuda = types.SimpleNamespace(
     malloc_managed=_malloc_managed,
     Device=lambda: types.SimpleNamespace(id=0),
     runtime=types.SimpleNamespace(
-        memPrefetchAsync=lambda ptr, nbytes, device, stream: managed.__setitem__(ptr, device)
+        runtimeGetVersion=lambda: 12090,
+        memPrefetchAsync=lambda ptr, nbytes, device, stream: managed.__setitem__(ptr, device),
     ),
 )
 

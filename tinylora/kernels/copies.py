@@ -42,9 +42,24 @@ def managed_zeros(xp, shape, dtype):
 
 def prefetch_managed(page, device):
     """Ask the driver to bring managed memory to "cuda" or "cpu" (cudaMemPrefetchAsync) in the current stream."""
-    cuda, to_host = array_module(page).cuda, -1  # cudaCpuDeviceId
-    where = to_host if device == "cpu" else cuda.Device().id
-    cuda.runtime.memPrefetchAsync(page.data.ptr, page.nbytes, where, cuda.get_current_stream().ptr)
+    cuda = array_module(page).cuda
+    stream = cuda.get_current_stream().ptr
+    if device == "cpu" and cuda.runtime.runtimeGetVersion() >= 13000:
+        _prefetch_to_host(page.data.ptr, page.nbytes, stream)
+    else:
+        where = -1 if device == "cpu" else cuda.Device().id  # −1: cudaCpuDeviceId
+        cuda.runtime.memPrefetchAsync(page.data.ptr, page.nbytes, where, stream)
+
+
+def _prefetch_to_host(address, nbytes, stream):
+    """The same since CUDA 13, where a place is a kind and a number: CuPy 14.2 takes −1 for a device there, which does not exist."""
+    from cuda.bindings import runtime  # comes with CuPy's wheel for CUDA 13
+
+    host = runtime.cudaMemLocation()
+    host.type = runtime.cudaMemLocationType.cudaMemLocationTypeHost
+    (error,) = runtime.cudaMemPrefetchAsync(address, nbytes, host, 0, stream)
+    if error != runtime.cudaError_t.cudaSuccess:
+        raise RuntimeError(f"pager: managed memory could not be prefetched to the host ({error.name})")
 
 
 # --------------------------------------------------------------------------------------------------------------------- speed
