@@ -89,6 +89,36 @@ def test_shards_and_accumulation_give_the_gradient_of_the_whole_batch():
             np.testing.assert_allclose(got[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
+def test_in_float16_the_loss_is_scaled_so_that_small_gradients_live(monkeypatch):
+    """Without a scale a gradient below 6e-8 is 0 in a product; where the scale makes one infinite, it is halved until none is."""
+    data = Pairs([(list(b"12345678"), list(b"abcdefg"))])
+
+    def gradients(dtype, backward=train._scaled_backward, size=1.0):
+        m = tiny.randomize_lora(adapted(), np.random.default_rng(0)).compute_in(dtype)
+        norm = m.model.norm.weight
+        norm.data = norm.data * np.float32(size)  # and with it all gradients
+        with train.workers(1) as pool:
+            batches = train._Sampler(data, RECIPE).batches(0)
+            loss, *_ = backward(m, batches, RECIPE, 0, pool)
+        return loss, np.concatenate([p.grad.reshape(-1) for _, p in m.trainable()])
+
+    for size in (1.0, 1e-6, 1e3):
+        loss, exact = gradients("float32", size=size)
+        halves, ours = gradients("float16", size=size)
+        assert abs(halves / loss - 1) < 0.01 and np.linalg.norm(ours - exact) < 0.02 * np.linalg.norm(exact), size
+        _, unscaled = gradients("float16", train._backward, size)
+        assert size != 1e-6 or np.linalg.norm(unscaled - exact) > 0.2 * np.linalg.norm(exact)
+    scales = []
+    monkeypatch.setattr(
+        train, "_backward", lambda m, *a, scale, f=train._backward: scales.append(scale) or f(m, *a, scale=scale)
+    )
+    gradients("float16", size=1e3)
+    assert scales == [2.0 ** (16 - i) for i in range(len(scales))] and 1 < len(scales) < 17
+    scales.clear()
+    gradients("bfloat16")
+    assert scales == [1.0]
+
+
 class Stop(Exception):
     pass
 

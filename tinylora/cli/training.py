@@ -163,9 +163,9 @@ def _quantization_options(g):
     )
     g.add_argument(
         "--compute-dtype",
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", "float16"),
         default=Job.compute_dtype,
-        help="rounding of the products with the frozen weights (float32)",
+        help="rounding of the products with the frozen weights, and on a GPU of all products (float32)",
     )
 
 

@@ -62,7 +62,7 @@ HELD = {
     "rule": one_of(*RULES),
     "nested_code": one_of(*codebooks.NESTED),
     "dtype": one_of("float32", "bfloat16"),
-    "compute_dtype": one_of("float32", "bfloat16"),
+    "compute_dtype": one_of("float32", "bfloat16", "float16"),
     "threshold": number(0),
     "integer_products": one_of(*INTEGER_PRODUCTS),
     "skip": several(text()),

@@ -224,6 +224,8 @@ def prepare(job, seed=0):
             adapters.untie(model)
         adapters.add_lora(model, **options)
     model.gradient_checkpointing = job.checkpointing
+    if job.device != "cpu" and job.compute_dtype != "float32":
+        model.compute_in(job.compute_dtype)  # tensor cores multiply in 16 bits; NumPy would only round
     return model.to(job.device)
 
 

@@ -6,7 +6,8 @@ left alone. That is promised for one machine and one BLAS kernel: another may ad
 
 A micro-batch is cut into `shards` that run in threads, BLAS held to one thread each (NumPy releases the interpreter
 lock while it computes; elementwise work then uses both cores too, which a threaded BLAS alone would not do). The
-gradients are summed in a fixed order: the number of shards is part of the recipe, the number of cores is not.
+gradients are summed in a fixed order: the number of shards is part of the recipe, the number of cores is not. On a GPU, which
+is slow at many small pieces, a micro-batch stays whole.
 """
 
 import contextlib
@@ -146,6 +147,7 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
         """(nats, bytes) of a batch."""
         inputs, targets, mask = data.rows(places[start : min(start + batch_size, n)], seq_len)
         ids, wanted, counted = trimmed(inputs, targets, mask)
+        ops.check_ids(wanted, model.config.vocab_size)
         with no_grad():
             z = model(ids)
             xp = backend.array_module(z.data)
@@ -228,7 +230,8 @@ def fit(
             done, last = step + 1, step + 1 == recipe.steps
             optimizer.pager.step = done
             measured = weights if step == first else None
-            loss, tape, tokens = _backward(model, sampler.batches(step), recipe, step, pool, optimizer.pager, measured)
+            batches = sampler.batches(step)
+            loss, tape, tokens = _scaled_backward(model, batches, recipe, step, pool, optimizer.pager, measured)
             _clip_and_step(optimizer, trainable, recipe, step, loss, path)
             row = {"step": done, "loss": loss}
             if evaluated and (last or done % evaluated == 0):
@@ -324,10 +327,24 @@ class _Shard:
     tokens: int
 
 
-def _backward(model, batches, recipe, step, pool, pager=None, measure=None):
+def _scaled_backward(model, *arguments):
+    """`_backward` with a loss scale (Micikevicius et al. 2018) where the model multiplies in float16, whose smallest number is 6e-8.
+
+    Gradients of 2¹⁶ times the loss are divided by 2¹⁶ again. Where one is not finite, the step is done anew with half the scale; every
+    step begins at 2¹⁶, so that nothing is carried from step to step.
+    """
+    narrow = any(getattr(module, "compute_dtype", "") == "float16" for _, module in model.named_modules())
+    for exponent in range(16, -1, -1) if narrow else (0,):
+        found = _backward(model, *arguments, scale=2.0**exponent)
+        if exponent == 0 or math.isfinite(clip_grad_norm([p for _, p in model.trainable()], math.inf)):
+            return found
+
+
+def _backward(model, batches, recipe, step, pool, pager=None, measure=None, scale=1.0):
     """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights, tokens read).
 
-    Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is run once more.
+    scale: of the loss during the backward pass. Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is
+    run once more.
     """
     count = sum(float(mask.sum()) for _, _, mask in batches)
     if not count:
@@ -335,17 +352,19 @@ def _backward(model, batches, recipe, step, pool, pager=None, measure=None):
             f"step {step + 1}: none of its tokens counts in the loss; give more text, or a larger --seq-len"
         )
     gradients, loss, tape, tokens = {}, 0.0, 0, 0
+    pieces = _pieces(model, recipe)
     for i, batch in enumerate(batches):
-        parts = list(zip(*(np.array_split(a, min(recipe.shards, len(a))) for a in batch), strict=True))
+        parts = list(zip(*(np.array_split(a, min(pieces, len(a))) for a in batch), strict=True))
 
         def shard(j, parts=parts, i=i):
-            with backend.using_generator(np.random.default_rng([recipe.seed, step, i, j])):
-                return _shard(model, parts[j], count, measure)
+            trying = np.errstate(all="ignore" if scale != 1 else None)  # a gradient that overflows has the scale halved
+            with backend.using_generator(np.random.default_rng([recipe.seed, step, i, j])), trying:
+                return _shard(model, parts[j], count / scale, measure)
 
         shards = _side_by_side(pool, shard, len(parts), pager)
         tape = max(tape, sum(found.tape_bytes for found in shards))
         for found in shards:
-            loss += found.loss
+            loss += found.loss / scale
             tokens += found.tokens
             for p, g in found.gradients.items():
                 if p in gradients:
@@ -354,12 +373,22 @@ def _backward(model, batches, recipe, step, pool, pager=None, measure=None):
                     gradients[p] = g
     for _, p in model.trainable():
         p.grad = gradients.get(p)
+        if scale != 1 and p.grad is not None:
+            p.grad *= 1 / scale
     return loss, tape, tokens
+
+
+def _pieces(model, recipe):
+    """Into how many shards a micro-batch is cut: on a device none, but for dropout, whose masks are drawn for each shard."""
+    on_host = all(backend.array_module(p.data) is np for _, p in model.trainable())
+    dropout = any(getattr(module, "dropout", 0) for _, module in model.named_modules())
+    return recipe.shards if on_host or dropout else 1
 
 
 def _shard(model, part, count, measure):
     """The _Shard of (inputs, targets, mask): the loss is summed over its targets and divided by all the step's, `count`."""
     inputs, targets, mask = trimmed(*part)
+    ops.check_ids(targets, model.config.vocab_size)  # here, on the host
     logits = model(inputs)
     xp = backend.array_module(logits.data)
     loss = ops.softmax_cross_entropy(logits, move(targets, xp), move(mask, xp), reduction="sum") * (1 / count)
