@@ -183,7 +183,7 @@ def test_options_that_do_not_exist_are_named(rng):
         ({"threshold": float("nan")}, "threshold = nan"),
         ({"integer_products": "often"}, "'often', expected one of eval, always, never"),
         ({"blocks": 3}, "int8_vectorwise has no option 'blocks'"),
-        ({"compute_dtype": "float16"}, "Linear8bit: compute_dtype 'float16'"),
+        ({"compute_dtype": "float64"}, "Linear8bit: compute_dtype 'float64'"),
     ):
         with pytest.raises(ValueError, match=message):
             Linear8bit.of(dense, **options)

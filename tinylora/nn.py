@@ -29,6 +29,7 @@ import numpy as np
 from . import backend, ops
 from .backend import array_module, move
 from .dtypes import BFloat16Array, Stored, dtype_name
+from .kernels import products
 from .quant import quantize
 from .tensor import Tensor
 
@@ -194,6 +195,8 @@ def normal(shape, std):
 class Linear(Module):
     """y = x Wᵀ + b.   weight (out, in) ~ U(−1/√in, 1/√in), which is torch's kaiming_uniform(a=√5); bias (out,) or None."""
 
+    compute_dtype = "float32"  # of its products; models.llama.Llama.compute_in sets it
+
     def __init__(self, in_features, out_features, bias=False):
         bound = 1 / math.sqrt(max(in_features, 1))
         self.weight = Tensor(uniform((out_features, in_features), bound), requires_grad=True)
@@ -210,7 +213,7 @@ class Linear(Module):
     out_features = property(lambda self: self.weight.shape[0])
 
     def forward(self, x):
-        return ops.linear(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias, self.compute_dtype)
 
     def dense(self):
         """W as a float32 array (out, in)."""
@@ -224,8 +227,10 @@ class FrozenLinear(Module):
         self.weight, self.bias, self.compute_dtype = weight, bias, dtype_name(compute_dtype)
         self.backward_weight = backward_weight
         name = type(self).__name__
-        if self.compute_dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"{name}: compute_dtype {compute_dtype!r}, expected 'float32' or 'bfloat16'")
+        if self.compute_dtype not in products.DTYPES:
+            raise ValueError(
+                f"{name}: compute_dtype {compute_dtype!r}, expected one of {', '.join(map(repr, products.DTYPES))}"
+            )
         if backward_weight not in ("stored", "forward"):
             raise ValueError(f"{name}: backward_weight {backward_weight!r}, expected 'stored' or 'forward'")
         if len(weight.shape) != 2:

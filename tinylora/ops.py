@@ -29,8 +29,9 @@ import numpy as np
 
 from . import backend
 from .backend import array_module, rowdot
-from .dtypes import round_to
+from .kernels import device
 from .kernels.attention import in_blocks, unseen
+from .kernels.products import product, rounded
 from .kernels.scatter import scatter_add
 from .tensor import Tensor, primitive
 
@@ -218,16 +219,22 @@ def _check_linear(x, shape):
 
 
 @primitive
-def linear(x, w, b=None):
-    "y = x wᵀ + b;   x̄ = ḡ w,   w̄ = ḡᵀ x,   b̄ = Σ ḡ over rows.   x (..., in), w (out, in), b (out,)"
+def linear(x, w, b=None, compute_dtype="float32"):
+    """y = x wᵀ + b;   x̄ = ḡ w,   w̄ = ḡᵀ x,   b̄ = Σ ḡ over rows.   x (..., in), w (out, in), b (out,)
+
+    compute_dtype: "float32", or "bfloat16" or "float16", of every product (see kernels.products).
+    """
     _check_linear(x, w.shape)
     lead, rows = x.shape[:-1], _rows(x)
-    y = rows @ w.T
-    if b is not None:
-        y += b
-    return y.reshape(*lead, len(w)), (lambda g: (_rows(g) @ w).reshape(*lead, w.shape[1]),
-                                      lambda g: _rows(g).T @ rows,
-                                      lambda g: _rows(g).sum(0))
+    y = product(rows, w.T, compute_dtype, b)
+    return y.reshape(*lead, len(w)), (lambda g: product(_rows(g), w, compute_dtype).reshape(*lead, w.shape[1]),
+                                      lambda g: product(_rows(g).T, rows, compute_dtype),
+                                      lambda g: _sum_of_rows(g, compute_dtype))
+
+
+def _sum_of_rows(g, dtype):
+    """b̄ = Σ ḡ over rows, in float32."""
+    return rounded(_rows(rounded(g, dtype)).sum(0), dtype)
 
 
 @primitive
@@ -237,28 +244,17 @@ def linear_frozen(x, q, b=None, compute_dtype="float32", backward_weight="stored
     x (..., in); q any stored weight with `shape` (out, in), `dtype` and `dequantize(dtype)`; b (out,). There is no pullback for Ŵ. The
     one for x captures q, and neither Ŵ nor x: the dense weight is rebuilt for the backward pass and dropped again.
 
-    compute_dtype     "float32", or "bfloat16": x, Ŵ, b, then y, and the gradients are rounded to bfloat16 around float32 sums
+    compute_dtype     "float32", or "bfloat16" or "float16": x, Ŵ, b, then y, and the gradients are rounded to it around float32 sums
     backward_weight   "stored": in the backward pass Ŵ is first rounded to the weight's original dtype, as bitsandbytes does. Where that
                       dtype is bfloat16 and the compute dtype float32, forward and backward use two different weights.
                       "forward": the backward pass uses the forward's Ŵ, so that x̄ is the exact gradient
     """
     _check_linear(x, q.shape)
-    rounded = (lambda a: a) if compute_dtype == "float32" else (lambda a: round_to(a, compute_dtype))
-    stored = q.dtype if backward_weight == "stored" else compute_dtype
-    lead = x.shape[:-1]
-    y = _rows(rounded(x)) @ q.dequantize(compute_dtype).T
-    if b is not None:
-        y += rounded(b)
-
-    def pull_x(g):
-        w = q.dequantize(stored)
-        if stored != compute_dtype:
-            w = round_to(w.astype(np.float32, copy=False), compute_dtype)
-        return rounded(_rows(rounded(g)) @ w).reshape(*lead, q.shape[1])
-
-    return rounded(y).reshape(*lead, q.shape[0]), (pull_x,
-                                                   None,
-                                                   lambda g: rounded(_rows(rounded(g)).sum(0)))
+    lead, first = x.shape[:-1], compute_dtype if backward_weight == "forward" or q.dtype == "float32" else q.dtype
+    y = product(_rows(x), q.dequantize(compute_dtype).T, compute_dtype, b)
+    return y.reshape(*lead, q.shape[0]), (lambda g: product(_rows(g), q.dequantize(first), compute_dtype).reshape(*lead, q.shape[1]),
+                                          None,
+                                          lambda g: _sum_of_rows(g, compute_dtype))
 
 
 def check_ids(ids, n):
@@ -358,19 +354,12 @@ def sigmoid(x):
 
 
 @primitive
-def silu(x):
-    "y = x s, s = sigmoid(x);   x̄ = ḡ (s + y (1 − s))"
-    s = _sigmoid(x)
-    y = x * s
-
-    def pull(g):
-        d = 1 - s
-        d *= y
-        d += s
-        d *= g
-        return d
-
-    return y, (pull,)
+def swiglu(a, b):
+    "z = y b, y = a s, s = sigmoid(a);   ā = ḡ b (s + y (1 − s)),   b̄ = ḡ y.   SiLU of a, times b (Shazeer 2020)."
+    s = _sigmoid(a)
+    y = a * s
+    return y * b, (lambda g: (s + y * (1 - s)) * (g * b),
+                   lambda g: g * y)
 
 
 # ----------------------------------------------------------------------------------------------------------------- normalization
@@ -433,7 +422,7 @@ def rope(x, cos, sin):
 
 
 @primitive
-def causal_attention(q, k, v, window=None):
+def causal_attention(q, k, v, window=None, compute_dtype="float32"):
     """y = P v, P = softmax(mask(q kᵀ/√d));   v̄ = Pᵀ ḡ,  P̄ = ḡ vᵀ,  S̄ = P ∘ (P̄ − Σ P̄ ∘ P),  q̄ = S̄ k/√d,  k̄ = S̄ᵀ q/√d.
 
     ∘ is the elementwise product; all other products are of matrices.
@@ -441,19 +430,20 @@ def causal_attention(q, k, v, window=None):
     q (b, t, heads, d), k and v (b, s, kv_heads, d) with s ≥ t: query i sees the keys 0 … s − t + i. heads must be a
     multiple of kv_heads: query heads share a key head in groups (grouped-query attention, Ainslie et al. 2023). -> (b,
     t, heads, d). `_attend` is the equation; `in_blocks` runs it on 64 queries at a time, which never look at the keys after them.
-    window: how many keys a query sees at the most, its own included (Mistral's sliding window); None for all.
+    window: how many keys a query sees at the most, its own included (Mistral's sliding window); None for all. compute_dtype: that of the
+    products (kernels.products), to which P is rounded too; the softmax is in float32.
     """
     (b, t, heads, d), (_, s, groups, _) = q.shape, k.shape
     if heads % groups or k.shape != v.shape or k.shape[0] != b or k.shape[3] != d or s < t:
         raise ValueError(f"causal_attention: q is (b, t, heads, d) = {q.shape}, k is {k.shape}, v is {v.shape}; k and v must be "
                          "(b, s, kv_heads, d) with s >= t and heads a multiple of kv_heads")
-    return in_blocks(_attend, q, k, v, window)
+    return in_blocks(lambda *part: _attend(*part, compute_dtype), q, k, v, window)
 
 
-def _attend(q, k, v, window=None):
+def _attend(q, k, v, window=None, compute_dtype="float32"):
     """causal_attention in one piece."""
     (b, t, heads, d), (s, groups) = q.shape, k.shape[1:3]
-    xp, m, scale = array_module(q), heads // groups, 1 / math.sqrt(d)
+    xp, m, scale, dtype = array_module(q), heads // groups, 1 / math.sqrt(d), compute_dtype
 
     def split(x):  # (b, t, heads, d) -> (b, groups, m t, d): the m query heads of a group stand on top of each other
         return x.reshape(b, t, groups, m, d).transpose(0, 2, 3, 1, 4).reshape(b, groups, m * t, d)
@@ -462,25 +452,25 @@ def _attend(q, k, v, window=None):
         return x.reshape(b, groups, m, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, d)
 
     q, k, v = split(q), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    scores = (q * scale) @ k.swapaxes(-1, -2)  # (b, groups, m t, s)
+    scores = product(q * scale, k.swapaxes(-1, -2), dtype)  # (b, groups, m t, s)
     if t > 1:  # −∞ on every key that the query does not see
         scores.reshape(b, groups, m, t, s)[...] += unseen(xp, t, s, window, q.dtype)
-    p = _softmax(scores)
+    p = rounded(_softmax(scores), dtype)
 
     def pull(g, need):
         g = split(g)
-        gv = p.swapaxes(-1, -2) @ g if need[2] else None
+        gv = product(p.swapaxes(-1, -2), g, dtype) if need[2] else None
         if not (need[0] or need[1]):
             return None, None, gv.transpose(0, 2, 1, 3)
-        gs = g @ v.swapaxes(-1, -2)  # P̄, and in place S̄
+        gs = product(g, v.swapaxes(-1, -2), dtype)  # P̄, and in place S̄
         gs -= rowdot(gs, p)[..., None]
         gs *= p
         gs *= scale
-        return (join(gs @ k) if need[0] else None,
-                (gs.swapaxes(-1, -2) @ q).transpose(0, 2, 1, 3) if need[1] else None,
+        return (join(product(gs, k, dtype)) if need[0] else None,
+                product(gs.swapaxes(-1, -2), q, dtype).transpose(0, 2, 1, 3) if need[1] else None,
                 None if gv is None else gv.transpose(0, 2, 1, 3))
 
-    return join(p @ v), pull
+    return join(product(p, v, dtype)), pull
 
 
 @primitive
@@ -497,6 +487,10 @@ def dropout(x, p):
         return x
     keep = backend.uniform_like(x.data if isinstance(x, Tensor) else x) >= p
     return _masked(x, keep, 1 / (1 - p))
+
+
+for _operation in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention):
+    device.fuse(_operation)  # on a GPU, a kernel or two stand for it
 
 
 # ---------------------------------------------------------------------------------------- the operators and methods of a Tensor

@@ -12,8 +12,8 @@ No element depends on another. So the update of a tensor is the update of its pi
 be kept in pages (QLoRA §3, "Paged Optimizers"; see `paging`). A page holds m in its first row and v in its second.
 Whatever the budget of pages is, the parameters end with the same bits.
 
-Differs from torch and bitsandbytes: there is no fused kernel. Every second step goes through the pages from the last to the
-first, so that the pages that are still resident are used first.
+Differs from torch and bitsandbytes: every second step goes through the pages from the last to the first, so that the
+pages that are still resident are used first. On a GPU the equation is one kernel (`kernels.device`).
 
 Leaves out: AMSGrad, sparse gradients, and learning-rate schedules (`training.schedule`). AdamW with its state in 8 bits is
 `training.adamw8bit`.
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .backend import array_module
+from .kernels import device
 from .paging import Pager
 from .tensor import Tensor
 
@@ -136,8 +137,8 @@ class AdamW:
     def _update(self, slot, page, p, g, start, lr):
         """Update p, which begins at element `start` of the slot's parameter, and its page of state."""
         m, v = page
-        scratch = self._buffer(page)
-        adamw_step(p, g, m, v, slot.t, lr, self.betas, self.eps, slot.group["weight_decay"], scratch)
+        step = device.adamw_step if device.compiles(p, g, m, v) else adamw_step
+        step(p, g, m, v, slot.t, lr, self.betas, self.eps, slot.group["weight_decay"], self._buffer(page))
 
     def _buffer(self, page):
         """Two rows to compute in, as long as the page; kept from page to page."""
@@ -190,7 +191,7 @@ class AdamW:
 def clip_grad_norm(params, max_norm):
     """g ← g · min(1, max_norm / ‖g‖₂) over all gradients together; returns ‖g‖₂ before clipping (Pascanu et al. 2013)."""
     grads = [p.grad for p in params if p.grad is not None]
-    total = math.sqrt(sum(float(array_module(g).vdot(g, g)) for g in grads))
+    total = math.sqrt(sum(device.fetched([array_module(g).vdot(g, g) for g in grads])))
     if total > max_norm:
         for g in grads:
             g *= max_norm / total

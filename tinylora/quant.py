@@ -32,8 +32,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import codebooks
-from .backend import array_module, is_array, move, whole
+from .backend import array_module, move, whole
 from .dtypes import Stored, as_float32, dtype_name
+from .kernels import device
 from .kernels.dequantize import dequantized
 from .kernels.rounding import CPU, RULES, signed_absmax, torch_mean
 
@@ -111,10 +112,10 @@ class QuantizedTensor(Stored):
     def dequantize(self, dtype=None):
         """`dequantize(self)` by a faster kernel, equal in every bit; rounded once to `dtype` (default: the weight's own).
 
-        bfloat16 comes in float32 storage.
+        bfloat16 comes in float32 storage on the host, and as ml_dtypes.bfloat16 on a device.
         """
         with np.errstate(all="ignore"):
-            return dequantized(self, self.absmax, dtype_name(dtype or self.dtype))
+            return dequantized(self, dtype_name(dtype or self.dtype))
 
     def to(self, move):
         """The same weight with its arrays passed through `move` (see backend.move)."""
@@ -176,24 +177,29 @@ def quantize_like(w, q, name="weight"):
 
 
 def _quantize(w, form, nested_code, offset, check_finite, name):
-    """form: a QuantizedTensor whose code, blocksize, rule and sign are taken. Quantizing happens once, on the host."""
-    xp = array_module(w) if is_array(w) else np
-    w = w if xp is np else move(w, "cpu")
+    """form: a QuantizedTensor whose code, blocksize, rule and sign are taken. A device does it itself where it has a kernel for it."""
     floats, dtype = as_float32(w)
-    flat, rule = np.ascontiguousarray(floats).reshape(-1), RULES[form.rule]
-    size = int(form.blocksize or max(len(flat), 1))
+    xp, flat, order = array_module(floats), floats.reshape(-1), codebooks.sorted_order(form.code)
+    form = replace(form, blocksize=int(form.blocksize or max(flat.size, 1)), shape=tuple(floats.shape), dtype=dtype)
+    rule, bounds = RULES[form.rule], RULES[form.rule].bounds(form.code[order])
+    found = None if xp is np else device.quantized(flat, form, bounds, order, check_finite)
     with np.errstate(all="ignore"):
-        absmax = rule.absmax(flat, size)
-        # a block's absmax is finite if its weights are; the GPU's rule passes NaN over
-        if check_finite and not np.isfinite(absmax if rule is CPU else CPU.absmax(flat, size)).all():
-            _refuse(flat, np.shape(w), name)
-        if form.signed:
-            absmax = signed_absmax(flat, absmax, size)
-        order, fp4 = codebooks.sorted_order(form.code), form.code_name == "fp4"
-        packed = _pack(rule.indices(flat, absmax, size, rule.bounds(form.code[order]), order, fp4))
-        constants = absmax if nested_code is None else quantize_constants(absmax, offset, nested_code, rule)
-    q = replace(form, packed=packed, constants=constants, blocksize=size, shape=tuple(np.shape(w)), dtype=dtype)
-    return q if xp is np else q.to(lambda a: move(a, xp))
+        packed, absmax = found or _on_host(flat, form, rule, bounds, order, check_finite, name)
+        if nested_code is not None:
+            absmax = quantize_constants(move(absmax, "cpu"), offset, nested_code, rule)
+    return replace(form, packed=packed, constants=absmax).to(lambda a: move(a, xp))
+
+
+def _on_host(flat, form, rule, bounds, order, check_finite, name):
+    """(packed, absmax) of a flat float32 weight."""
+    flat, size = np.ascontiguousarray(move(flat, "cpu")), form.blocksize
+    absmax = rule.absmax(flat, size)
+    # a block's absmax is finite if its weights are; the GPU's rule passes NaN over
+    if check_finite and not np.isfinite(absmax if rule is CPU else CPU.absmax(flat, size)).all():
+        _refuse(flat, form.shape, name)
+    if form.signed:
+        absmax = signed_absmax(flat, absmax, size)
+    return _pack(rule.indices(flat, absmax, size, bounds, order, form.code_name == "fp4")), absmax
 
 
 def _refuse(flat, shape, name):

@@ -269,18 +269,21 @@ def primitive(forward):
 
     A pullback returns g itself, a view, or a new array; never an array that it captured. It must capture only what it
     uses: what it captures is the memory that training costs.
+
+    operation.fused is what runs in forward's place for arrays on a device: the same in fewer kernels (see kernels.device).
     """
 
     @functools.wraps(forward)
     def operation(*args, **options):
         raw = [a.data if isinstance(a, Tensor) else a.item() if isinstance(a, np.generic) else a for a in args]
-        _same_device(forward.__name__, raw)
+        on_device = _same_device(forward.__name__, raw)
         for name, value in options.items():
             if isinstance(value, Tensor):
                 raise TypeError(f"{forward.__name__}: {name} is a Tensor and must be given by position, not by name")
-        out, pullbacks = _run(forward, *raw, **options)
+        out, pullbacks = _run(operation.fused if on_device else forward, *raw, **options)
         return on_tape(forward.__name__, Tensor(out), args, pullbacks)
 
+    operation.fused = forward
     return operation
 
 
@@ -298,11 +301,12 @@ def on_tape(name, result, args, pullbacks, needed=False):
 
 
 def _same_device(name, raw):
-    """TypeError if the arrays among the arguments lie on different devices."""
+    """Whether the arrays among the arguments lie on a device other than the host; TypeError if not all do."""
     kinds = {array_module(a) for a in raw if is_array(a)}
     if len(kinds) > 1:
         where = ", ".join(f"argument {i} on {backend.device_of(a)}" for i, a in enumerate(raw) if is_array(a))
         raise TypeError(f"{name}: arrays on different devices ({where}); move one with .to(device)")
+    return bool(kinds - {np})
 
 
 def no_grad():

@@ -12,25 +12,28 @@ import numpy as np
 
 from ..backend import array_module
 from ..dtypes import round_bits, round_to
+from . import device
+from .products import held
 from .reciprocal import flush
 
 _CHUNK = 1 << 17  # elements dequantized at a time, so that they stay in the cache
 
 
-def dequantized(q, absmax, dtype):
-    """code[q] · absmax, rounded once to `dtype`; denormals are zeros under the GPU's rule.
+def dequantized(q, dtype):
+    """code[q] · absmax of a QuantizedTensor, rounded once to `dtype`; denormals are zeros under the GPU's rule.
 
-    q: whatever has packed, code, blocksize, size, shape and rule; absmax (blocks,) float32.
+    bfloat16 is held in float32 on NumPy, and on a device as it is.
     """
     flushed = q.rule == "bitsandbytes-cuda"
     if array_module(q.packed) is not np:
-        flat, in_chunks = scaled(q, absmax), False
-    else:
-        in_chunks = (
-            dtype == "bfloat16" and not flushed and bool(np.isfinite(absmax).all())
-        )  # in the cache; no NaN can arise
-        flat = scaled_on_host(q, absmax, in_chunks)
-    flat = flat[: q.size].reshape(q.shape)
+        w = device.dequantized(q, dtype)
+        if w is None:
+            flat = scaled(q, q.absmax)[: q.size].reshape(q.shape)
+            w = held(flush(flat) if flushed else flat, dtype)
+        return w
+    absmax = q.absmax
+    in_chunks = dtype == "bfloat16" and not flushed and bool(np.isfinite(absmax).all())  # in the cache; no NaN arises
+    flat = scaled_on_host(q, absmax, in_chunks)[: q.size].reshape(q.shape)
     return flat if in_chunks else round_to(flush(flat) if flushed else flat, dtype)
 
 

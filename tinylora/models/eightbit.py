@@ -23,7 +23,7 @@ import numpy as np
 from .. import nn
 from ..backend import array_module, move
 from ..dtypes import Stored, as_float32, dtype_name, round_to
-from ..kernels import vectorwise
+from ..kernels import products, vectorwise
 from ..tensor import primitive
 
 CODE = "int8_vectorwise"
@@ -80,7 +80,7 @@ def linear_8bit(x, w, b=None, compute_dtype="float32", threshold=0.0, integers=T
 
     integers        True: the product of LLM.int8 §3.2, of int8 codes and of outlier columns (`kernels.vectorwise.product`); False: Ŵ is
                     dequantized. The gradient is ḡ Ŵ in both cases, as if rounding x did nothing
-    compute_dtype   "float32", or "bfloat16": x, Ŵ, b, then y, and the gradients are rounded to bfloat16 around float32 sums
+    compute_dtype   "float32", or "bfloat16" or "float16": x, Ŵ, b, then y, and the gradients are rounded to it around float32 sums
 
     The pullbacks capture the codes and the scales, and neither Ŵ nor x.
     """
@@ -89,7 +89,7 @@ def linear_8bit(x, w, b=None, compute_dtype="float32", threshold=0.0, integers=T
     lead = x.shape[:-1]
 
     def rounded(a):
-        return round_to(a, compute_dtype)
+        return products.rounded(a, compute_dtype)
 
     def rows(a):
         return rounded(a).reshape(-1, a.shape[-1])
@@ -114,7 +114,7 @@ class Linear8bit(nn.FrozenLinear):
     threshold           columns of x with an entry of this size or more are multiplied in x's own precision (§3.2); 0: none
     integer_products    when x is rounded to int8 as well: "eval" (what bitsandbytes does on a CPU: not in training mode), "always" (what
                         it does on a GPU), "never" (x stays as it is, and the threshold has no effect)
-    compute_dtype       "float32" or "bfloat16", of x, of the outlier columns and of y
+    compute_dtype       "float32", "bfloat16" or "float16", of x, of the outlier columns and of y
     """
 
     def __init__(self, weight, bias=None, compute_dtype="float32", threshold=6.0, integer_products="eval"):

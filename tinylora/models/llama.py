@@ -30,6 +30,7 @@ import numpy as np
 from .. import backend, ops
 from ..backend import array_module, move
 from ..dtypes import BFloat16Array
+from ..kernels.products import DTYPES
 from ..nn import (
     Embedding,
     Linear,
@@ -282,6 +283,8 @@ def _undrawn_linear(in_features, out_features, bias=False):
 class Attention(Module):
     """y = W_o [softmax(q kᵀ/√d) v], q and k rotated; key heads shared by groups of query heads."""
 
+    compute_dtype = "float32"  # of the products q kᵀ and p v
+
     def __init__(self, c, layer=0, linear=Linear, norm=RMSNorm):
         self.config, self.layer = c, layer
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -300,7 +303,8 @@ class Attention(Module):
         q, k = ops.rope(q, *table), ops.rope(k, *table)
         if cache is not None:
             k, v = cache.extend(self.layer, k.data, v.data)
-        y = ops.causal_attention(q, k, v, window=self.config.window(self.layer))
+        window = self.config.window(self.layer)
+        y = ops.causal_attention(q, k, v, window=window, compute_dtype=self.compute_dtype)
         return self.o_proj(ops.reshape(y, (b, t, -1)))
 
 
@@ -313,7 +317,7 @@ class MLP(Module):
         self.down_proj = linear(c.intermediate_size, c.hidden_size, bias="down_proj" in c.biased)
 
     def forward(self, x):
-        return self.down_proj(ops.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(Module):
@@ -374,6 +378,7 @@ class Llama(Module):
     """
 
     gradient_checkpointing = False
+    compute_dtype = "float32"  # of the head, where that is the embedding
 
     def __init__(self, config, tokenizer=None, draw=True):
         self.config, self.tokenizer = config, tokenizer or ByteTokenizer()
@@ -408,15 +413,31 @@ class Llama(Module):
             self.config = replace(self.config, tie_word_embeddings=False)
         return self
 
+    def compute_in(self, dtype):
+        """Multiply in "float32", "bfloat16" or "float16" everywhere: frozen layers, adapters, attention, head; returns the model.
+
+        Norms, softmax, rotations and sums stay in float32 (see kernels.products).
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"compute_in: {dtype!r} is unknown: expected one of {', '.join(map(repr, DTYPES))}")
+        for _, module in self.named_modules():
+            if hasattr(module, "compute_dtype"):
+                module.compute_dtype = dtype
+        return self
+
     def forward(self, ids, cache=None):
         """logits (b, t, vocab) of integer ids (b, t). With a KVCache, ids continue what the cache has seen.
 
         ValueError where a position reaches max_position_embeddings, which the model was not made for; rope_scaling "dynamic" was.
         """
         weight = stored_array(self.model.embed_tokens.weight)
-        ids = move(np.asarray(ids) if not backend.is_array(ids) else ids, array_module(weight))
+        ids = np.asarray(ids) if not backend.is_array(ids) else ids
         if ids.ndim != 2:
             raise ValueError(f"llama: ids must be (batch, tokens), got shape {ids.shape}")
+        ops.check_ids(
+            ids, self.config.vocab_size
+        )  # on the host, where they come from: the device would have to be waited for
+        ids = move(ids, array_module(weight))
         start = cache.length if cache else 0
         table = self._positions(start, start + ids.shape[1], weight)
         x = self.model.embed_tokens(ids)
@@ -431,7 +452,8 @@ class Llama(Module):
         if self.lm_head is not None:
             return self.lm_head(x)
         head = self.model.embed_tokens.weight
-        return ops.linear(x, head) if isinstance(head, Tensor) else ops.linear_frozen(x, head)
+        product = ops.linear if isinstance(head, Tensor) else ops.linear_frozen
+        return product(x, head, compute_dtype=self.compute_dtype)
 
     def _positions(self, start, end, like):
         """cos and sin for positions start … end − 1, on `like`'s device."""
@@ -543,9 +565,11 @@ class Llama(Module):
         """
         options = {"code": quantize} if isinstance(quantize, str) else quantize
         compute_dtype = (options or {}).get("compute_dtype", compute_dtype)
-        for what, name in (("dtype", dtype), ("compute_dtype", compute_dtype)):
-            if name not in ("float32", "bfloat16"):
-                raise ValueError(f"from_pretrained: {what} {name!r} is unknown: expected 'float32' or 'bfloat16'")
+        for what, name, known in (("dtype", dtype, DTYPES[:2]), ("compute_dtype", compute_dtype, DTYPES)):
+            if name not in known:
+                raise ValueError(
+                    f"from_pretrained: {what} {name!r} is unknown: expected {' or '.join(map(repr, known))}"
+                )
         held = fourbit.held(path)
         if held != "dense" and quantize is not None:
             raise ValueError(f"{path} is in {held[0]} bits already; leave --quantize out")

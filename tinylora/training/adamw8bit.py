@@ -50,6 +50,7 @@ import numpy as np
 
 from .. import backend, codebooks
 from ..backend import array_module
+from ..kernels import device
 from ..kernels.reciprocal import flush, rcp
 from ..kernels.rounding import cpu_quantize_8bit
 from ..optim import AdamW
@@ -81,6 +82,10 @@ def adamw8bit_step(
     """
     n = len(p)
     _check(rule, p, g, codes_m, codes_v, absmax_m, absmax_v)
+    if rule == "bitsandbytes-cpu" and device.compiles(p, g):
+        xp, state = array_module(p), (codes_m, codes_v, absmax_m, absmax_v)
+        maps, tables = ([f(xp, signed) for signed in (True, False)] for f in (_map, _lookup))
+        return device.adamw8bit_step(p, g, *state, maps, tables, t, lr, betas, eps, weight_decay)
     whole = n // BLOCKSIZE * BLOCKSIZE
     chunk = _CHUNK if array_module(p) is np else max(whole, 1)
     starts = [*range(0, whole, chunk)] + [whole] * (whole < n)  # a last partial block comes alone

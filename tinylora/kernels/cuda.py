@@ -1,0 +1,44 @@
+"""The kernels of cuda.cu: compiled by CuPy when the first one is asked for, and started.
+
+Each kernel is one equation of the library, which stands above it, and tests/test_cuda.py holds it to the array version. Where the order of
+operations can be kept, the bits are equal; a kernel that adds up a row, or takes tanh, exp or log, agrees to a few units in the last place.
+`kernels.device` says which operation uses which kernel. A machine without CuPy reads none of this.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+THREADS = 256  # of a block; the source says 256, too
+DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}  # as which the source sees them
+
+
+def available(xp):
+    """Whether an array module compiles kernels: CuPy does."""
+    return hasattr(xp, "RawModule")
+
+
+@cache
+def source():
+    return Path(__file__).with_name("cuda.cu").read_text(encoding="utf-8")
+
+
+@cache
+def _kernel(xp, name):
+    return _module(xp).get_function(name)
+
+
+@cache
+def _module(xp):
+    return xp.RawModule(code=source(), options=("-std=c++17", "--fmad=false"))
+
+
+def launch(xp, name, n, *arguments, threads=1, most=None):
+    """Start kernel `name` for n elements or rows with so many threads each, in `most` blocks at the most.
+
+    arguments: C-contiguous arrays, and NumPy scalars of the kernel's own types
+    """
+    blocks = -(-n * threads // THREADS)
+    if blocks:
+        _kernel(xp, name)((min(blocks, most or blocks),), (THREADS,), arguments)
