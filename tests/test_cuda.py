@@ -218,6 +218,19 @@ def test_products_mean_the_same_on_a_device(dtype, bound, biased, xp, rng):
         assert all(same(ours, products.rounded(host(ours), dtype)) for _, ours in pairs), "the result is rounded"
 
 
+@pytest.mark.parametrize("dtype", products.DTYPES)
+@pytest.mark.parametrize("a_t", [True, False])
+@pytest.mark.parametrize("b_t", [True, False])
+def test_stacks_of_matrices(a_t, b_t, dtype, xp, rng):
+    a, b = rng.standard_normal((2, 3, 5, 7)).astype(f32), rng.standard_normal((2, 3, 7, 4)).astype(f32)
+    a, b = (products.rounded(x, dtype) for x in (a, b))
+    ours = [np.ascontiguousarray(x.swapaxes(-1, -2)) if turned else x for x, turned in ((a, a_t), (b, b_t))]
+    y = products.batched(*(products.held(xp.asarray(x), dtype) for x in ours), a_t, b_t)
+    assert y.dtype.itemsize == (4 if dtype == "float32" else 2)
+    bound = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
+    assert np.abs(host(y).astype(f32) - a @ b).max() <= bound * np.abs(a @ b).max()
+
+
 # ---------------------------------------------------------------------------------------------------------------- optimizers
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_in_every_bit(decay, xp, rng):

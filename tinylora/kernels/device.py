@@ -17,7 +17,7 @@ import numpy as np
 from ..backend import array_module, move
 from . import cuda
 from .attention import in_blocks
-from .products import held, two_bytes, widened
+from .products import batched, held, two_bytes, widened
 from .scatter import scatter_add
 
 f32, i32, i64 = np.float32, np.int32, np.int64
@@ -157,22 +157,20 @@ def _attend(q, k, v, window, dtype):
 
     q = split(q)
     k, v = (held(xp.ascontiguousarray(x.transpose(0, 2, 1, 3)), dtype) for x in (k, v))
-    p = held(q * f32(scale), dtype) @ k.swapaxes(
-        -1, -2
-    )  # the scores, (b, groups, m t, s), and in place the probabilities
+    p = batched(held(q * f32(scale), dtype), k, b_t=True)  # the scores, (b, groups, m t, s); in place the probabilities
     q, rows = held(q, dtype), p.size // s
     cuda.launch(xp, f"attend_{dtype}", rows, p, i32(t), i32(s), i32(window or 0), i64(rows), threads=32)
 
     def pull(g, need):
         g = held(split(g), dtype)
-        gv = keys(p.swapaxes(-1, -2) @ g) if need[2] else None
+        gv = keys(batched(p, g, a_t=True)) if need[2] else None
         if not (need[0] or need[1]):
             return None, None, gv
-        gs = g @ v.swapaxes(-1, -2)
+        gs = batched(g, v, b_t=True)
         cuda.launch(xp, f"attend_back_{dtype}", rows, p, gs, f32(scale), i32(t), i32(s), i64(rows), threads=32)
-        return join(gs @ k) if need[0] else None, keys(gs.swapaxes(-1, -2) @ q) if need[1] else None, gv
+        return join(batched(gs, k)) if need[0] else None, keys(batched(gs, q, a_t=True)) if need[1] else None, gv
 
-    return join(p @ v), pull
+    return join(batched(p, v)), pull
 
 
 _FUSED = {f.__name__: f for f in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)}
@@ -200,8 +198,10 @@ def dequantized(q, dtype):
     w = xp.empty(q.shape, f32 if dtype == "float32" else two_bytes(dtype))
     c, absmax = q.constants, q.absmax if not q.double_quant else q.constants.absmax
     constants = (c.codes, c.absmax, c.code, f32(c.offset)) if nested else (q.packed, absmax, absmax, f32(0))
-    code = xp.zeros(16, f32)
-    code[: len(q.code)] = q.code
+    code = q.code
+    if len(code) < 16:
+        code = xp.zeros(16, f32)
+        code[: len(q.code)] = q.code
     words, shift = q.size // 8, blocks.bit_length() - 4
     flushed = q.rule == "bitsandbytes-cuda"
     arguments = (

@@ -7,6 +7,10 @@ NumPy multiplies rounded numbers that are held as float32, and takes the time of
 two bytes on the tensor cores. Both mean the same; a sum in another order may be rounded to the neighbouring number.
 """
 
+import importlib
+import math
+from functools import cache
+
 import numpy as np
 
 from ..backend import array_module
@@ -51,3 +55,38 @@ def product(a, b, dtype="float32", bias=None):
     y = a @ b if a.dtype.itemsize > 2 else array_module(a).matmul(a, b, dtype=np.float32)
     y += rounded(bias, dtype)
     return rounded(y, dtype)
+
+
+def batched(a, b, a_t=False, b_t=False):
+    """a b of two stacks of matrices on a device, (..., n, k) and (..., k, m) in one piece each, read as transposed where a_t or b_t say so.
+
+    Sums in float32, rounded once to the arrays' own dtype. CuPy's @ copies a transposed stack, and some of its versions multiply stacks
+    of 16 bits in float32; cuBLAS, which is called here, reads a stack as it lies.
+    """
+    xp, library = array_module(a), _cublas(array_module(a).__name__)
+    if library is None:
+        return (a.swapaxes(-1, -2) if a_t else a) @ (b.swapaxes(-1, -2) if b_t else b)
+    n, k = a.shape[-2:][:: -1 if a_t else 1]
+    m, stack = b.shape[-2 if b_t else -1], math.prod(a.shape[:-2])
+    y = xp.empty((*a.shape[:-2], n, m), a.dtype)
+    kind = _KINDS[a.dtype.name]
+    # cuBLAS counts down the columns: what it takes for (a b)ᵀ = bᵀ aᵀ is a b in rows
+    first = b.data.ptr, kind, b.shape[-1], b.shape[-2] * b.shape[-1]
+    second = a.data.ptr, kind, a.shape[-1], a.shape[-2] * a.shape[-1]
+    how = stack, library.CUBLAS_COMPUTE_32F, library.CUBLAS_GEMM_DEFAULT
+    numbers = _ONE.ctypes.data, *first, *second, _ZERO.ctypes.data, y.data.ptr, kind, m, n * m
+    library.gemmStridedBatchedEx(xp.cuda.device.get_cublas_handle(), int(b_t), int(a_t), m, n, k, *numbers, *how)
+    return y
+
+
+_KINDS = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType
+_ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
+
+
+@cache
+def _cublas(module):
+    """CuPy's own door to cuBLAS; None if this array module has none."""
+    try:
+        return importlib.import_module(f"{module}_backends.cuda.libs.cublas")
+    except ImportError:
+        return None
