@@ -191,7 +191,7 @@ class AdamW:
 def clip_grad_norm(params, max_norm):
     """g ← g · min(1, max_norm / ‖g‖₂) over all gradients together; returns ‖g‖₂ before clipping (Pascanu et al. 2013)."""
     grads = [p.grad for p in params if p.grad is not None]
-    total = math.sqrt(sum(device.fetched([array_module(g).vdot(g, g) for g in grads])))
+    total = math.sqrt(sum(device.squares(grads)))
     if total > max_norm:
         for g in grads:
             g *= max_norm / total

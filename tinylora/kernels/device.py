@@ -6,6 +6,7 @@ what the operation returns: (output, pullbacks). The equations stand in `ops`, a
 
     embedding, softmax_cross_entropy    an id or target that is out of range gives NaN: to raise an error the host would have to wait
     softmax_cross_entropy               keeps the logits, a maximum and a sum for each row, and not the probabilities
+    linear                              keeps its operands as they were rounded, in two bytes a number
     causal_attention                    keeps its probabilities in the compute dtype, and takes as many queries at a time as fit
 """
 
@@ -14,7 +15,7 @@ import math
 
 import numpy as np
 
-from ..backend import array_module, move
+from ..backend import array_module
 from . import cuda
 from .attention import in_blocks
 from .products import batched, held, two_bytes, widened
@@ -31,17 +32,10 @@ def compiles(*arrays):
 
 
 def _each(x):
-    """(array module, x in one piece, what each element of an output begins with)."""
+    """(array module, x in one piece, an empty array like it)."""
     xp = array_module(x)
     x = xp.ascontiguousarray(x)
     return xp, x, xp.empty_like(x)
-
-
-def fetched(numbers):
-    """Several numbers that are arrays as Python floats: where they lie on a device, the host waits for them once."""
-    if not numbers or array_module(numbers[0]) is np:
-        return [float(x) for x in numbers]
-    return move(array_module(numbers[0]).stack(numbers), "cpu").tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------------ operations
@@ -53,6 +47,19 @@ def embedding(plain, ids, w):
     y = xp.empty((*ids.shape, d), f32)
     cuda.launch(xp, "embedding", y.size, ids, w, y, i64(n), i64(d), i64(y.size))
     return y, (None, lambda g: scatter_add(g.reshape(-1, d), ids.reshape(-1), n))
+
+
+def linear(plain, x, w, b=None, compute_dtype="float32"):
+    if compute_dtype == "float32" or b is not None or not compiles(x, w) or x.ndim < 1 or x.shape[-1:] != w.shape[1:]:
+        return plain(x, w, b, compute_dtype=compute_dtype)
+    lead, (out, d) = x.shape[:-1], w.shape
+    rows, w = held(x.reshape(-1, d), compute_dtype), held(w, compute_dtype)
+
+    def pull(g, need):
+        g = held(g.reshape(-1, out), compute_dtype)  # once for both
+        return widened(g @ w).reshape(*lead, d) if need[0] else None, widened(g.T @ rows) if need[1] else None
+
+    return widened(rows @ w.T).reshape(*lead, out), pull
 
 
 def rms_norm(plain, x, w, eps=1e-5):
@@ -173,7 +180,7 @@ def _attend(q, k, v, window, dtype):
     return join(batched(p, v)), pull
 
 
-_FUSED = {f.__name__: f for f in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)}
+_FUSED = {f.__name__: f for f in (embedding, linear, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)}
 
 
 def fuse(operation):
@@ -239,6 +246,15 @@ def quantized(flat, form, bounds, order, check_finite):
 
 
 # ------------------------------------------------------------------------------------------------------------------- optimizers
+def squares(gradients):
+    """[Σ g² of each gradient] as Python floats; of those on a device, one sum of all, so that the host waits for it once."""
+    if not gradients or array_module(gradients[0]) is np:
+        return [float(np.vdot(g, g)) for g in gradients]
+    xp = array_module(gradients[0])
+    flat = xp.concatenate([g.reshape(-1) for g in gradients])
+    return [float(xp.vdot(flat, flat))]
+
+
 def adamw_step(p, g, m, v, t, lr, betas, eps, weight_decay, scratch=None):
     """optim.adamw_step in one kernel, equal in every bit; it needs no scratch."""
     b1, b2 = betas
