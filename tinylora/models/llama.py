@@ -434,9 +434,8 @@ class Llama(Module):
         ids = np.asarray(ids) if not backend.is_array(ids) else ids
         if ids.ndim != 2:
             raise ValueError(f"llama: ids must be (batch, tokens), got shape {ids.shape}")
-        ops.check_ids(
-            ids, self.config.vocab_size
-        )  # on the host, where they come from: the device would have to be waited for
+        # on the host, where ids come from: the device would have to be waited for
+        ops.check_ids(ids, self.model.embed_tokens.weight.shape[0])
         ids = move(ids, array_module(weight))
         start = cache.length if cache else 0
         table = self._positions(start, start + ids.shape[1], weight)
