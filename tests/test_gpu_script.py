@@ -1,0 +1,227 @@
+"""tests/gpu.py without a GPU: its sections in small on the stand-in for CuPy, and the table that it writes."""
+
+import contextlib
+import gc
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import cuda_on_host
+import fake_cupy
+import gpu
+import numpy as np
+import pytest
+
+needs_compiler = pytest.mark.skipif(not cuda_on_host.available(), reason="needs Linux and g++")
+
+
+class Small(gpu.Machine):
+    """The stand-in as a machine: what is CuPy's alone in gpu.Machine, done otherwise."""
+
+    def __init__(self):
+        self.xp, self.torch, self._block = fake_cupy, None, None
+
+    def synchronize(self):
+        fake_cupy.cuda.get_current_stream().synchronize()
+
+    def time(self, f, n=20, warm=3):
+        start = time.perf_counter()
+        f()
+        ms = 1e3 * (time.perf_counter() - start)
+        return gpu.Timing(ms, ms)
+
+    def copy(self, to, source):
+        to[...] = source
+
+    def free(self):
+        gc.collect()
+
+    @contextlib.contextmanager
+    def limit(self, more):
+        gc.collect()
+        fake_cupy.memory["limit"] = fake_cupy.memory["used"] + more
+        try:
+            yield
+        finally:
+            fake_cupy.memory["limit"] = None
+
+    def held_bytes(self):
+        return fake_cupy.memory["used"]
+
+
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "one": ({**SIZES, "tie_word_embeddings": True}, 2, 16, ("float32", "bfloat16")),
+    "1.1B": ({**SIZES, "tie_word_embeddings": False}, 2, 16, ("bfloat16",)),
+}
+ARGUMENTS = {
+    "exact": {"cases": 60, "mantissas": 4096},
+    "codes": {"shape": (64, 512)},
+    "linear": {"size": 64, "rows": 32, "r": 4},
+    "step": {"shapes": TINY, "n": 2},
+    "stops": {},
+    "paging": {"n": 1 << 16, "page_bytes": 1 << 13, "copied": 1 << 12},
+}
+
+
+@pytest.fixture
+def machine(request):
+    fake_cupy.compile_kernels(True)
+    request.addfinalizer(lambda: fake_cupy.compile_kernels(False))
+    return Small()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_a_section_runs_on_the_stand_in(name, machine, tmp_path, capsys):
+    report = gpu.Report(tmp_path, {"card": "none"})
+    status = gpu.run(machine, report, [name], arguments=ARGUMENTS)
+    (s,) = report.sections
+    assert s.failed is None, capsys.readouterr().err
+    assert s.rows and [c for c in s.checks if not c["held"]] == [] and status == 0
+    written = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert written["sections"][0]["rows"] == s.rows and written["sections"][0]["checks"] == s.checks
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert text.count("| " + " | ".join(s.columns) + " |") == 1 and text.count("- Held: ") == len(s.checks)
+    widths = {line.count("|") for line in text.split("## ")[1].splitlines() if line.startswith("|")}
+    assert widths == {len(s.columns) + 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu.json", "gpu.md"]
+
+
+@needs_compiler
+def test_the_sections_measure_what_they_say(machine, tmp_path):
+    report = gpu.Report(tmp_path, {})
+    gpu.run(machine, report, ["exact", "paging", "step"], arguments=ARGUMENTS)
+    exact, step, paging = report.sections
+    cases = {row[0]: row[1:] for row in exact.rows}
+    assert cases["packed and absmax"][:2] == [60, 60] and 0 < cases["packed and absmax"][2] < 60
+    assert cases["dequantized bfloat16"][2] > 0 and "NaN to NaN" in exact.checks[0]["what"]
+    assert any(gpu.NOT_INSTALLED in note for note in exact.notes)
+    assert [row[-1] for row in step.rows] == [None, None, "at most 1.2 times: not compared"]
+    moved = {row[0]: row[2] for row in paging.rows if "pool" in row[0]}
+    assert len(moved) == 6 and min(moved.values()) > 0
+    assert {row[6] for row in paging.rows if "pool" in row[0]} == {"yes"}
+
+
+@needs_compiler
+def test_a_wrong_bit_is_found(machine, tmp_path, monkeypatch):
+    """In what a kernel packs, and in what a paged run leaves: the check fails, and the exit status says so."""
+    launch = gpu.cuda.launch
+
+    def spoiled(xp, name, n, *arguments, **options):
+        launch(xp, name, n, *arguments, **options)
+        if name == "quantize":
+            arguments[1][0] = np.uint8(17)
+        if name == "adamw8bit":
+            arguments[0][0] = np.float32(time.perf_counter())
+
+    monkeypatch.setattr(gpu.cuda, "launch", spoiled)
+    report = gpu.Report(tmp_path, {})
+    assert gpu.run(machine, report, ["exact", "paging"], arguments=ARGUMENTS) == 1
+    failed = [c["what"] for s in report.sections for c in s.checks if not c["held"]]
+    assert any("stored cases" in what for what in failed) and any("AdamW8bit, pool 'host'" in what for what in failed)
+    assert "**Failed**" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_a_section_that_fails_leaves_the_others(tmp_path, monkeypatch, capsys):
+    def broken(machine, s, left):
+        s.columns = ["a", "ms"]
+        s.row("one", 1.5)
+        raise RuntimeError("a sentence\nand more")
+
+    def whole(machine, s, left):
+        s.columns = ["b"]
+        s.row("two")
+
+    table = {"broken": (broken, "Broken", "It fails."), "whole": (whole, "Whole", "It does not.")}
+    monkeypatch.setattr(gpu, "SECTIONS", table)
+    report = gpu.Report(tmp_path, {"card": "none"})
+    assert gpu.run(Small(), report, list(table)) == 1
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
+    assert "**failed: RuntimeError: a sentence**" in text and "| one | 1.5 |" in text and "| two |" in text
+    assert gpu.run(Small(), gpu.Report(tmp_path, {}), ["whole"], limit=0) == 1, "what is not run is no success"
+    assert "not run: the time was up" in (tmp_path / "gpu.md").read_text(encoding="utf-8")
+
+
+def test_numbers_are_shown_short():
+    values = [None, 0.05483, 1234567, 1234.5, "a|b", float("nan"), 3.14159, 0.0]
+    assert list(map(gpu.shown, values)) == ["–", "0.0548", "1,234,567", "1,234", "a/b", "nan", "3.14", "0"]
+    assert gpu.ratio(3, "not installed") is None and gpu.ratio(3.0, 2) == 1.5 and gpu.ratio(1, None) is None
+    assert gpu.target("fast", gpu.both(True, None)) == "fast: not compared"
+    assert gpu.target("fast", gpu.both(None, False)) == "fast: not met" and gpu.both(True, True) is True
+
+
+def test_what_pytest_and_the_profiler_say_is_read():
+    assert gpu.outcome("...\n3 failed, 120 passed, 4 skipped in 9.01s\n") == (120, 3)
+    assert gpu.outcome("81 passed in 1s") == (81, 0) and gpu.outcome("Killed") == (None, None)
+    trace = [
+        {"cat": "kernel", "name": "adamw"},
+        {"cat": "Kernel", "name": "gemm"},
+        {"cat": "cuda_runtime", "name": "cudaStreamSynchronize"},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel"},
+        {"cat": "gpu_memcpy", "name": "Memcpy DtoH (Device -> Pageable)"},
+        {"name": "metadata"},
+    ]
+    assert gpu.counted(trace) == {"kernel": 2, "waits": 1, "to host": 1}
+
+
+def test_the_main_job_is_read_from_its_report(tmp_path):
+    """On the CPU and with a single step: what it ends with is not what the section expects, and the check says so."""
+    options = ("--steps", "1", "--heldout", "1", "--batch-size", "1", "--seq-len", "32")
+    report = gpu.Report(tmp_path, {})
+    status = gpu.run(Small(), report, ["main"], arguments={"main": {"options": options}})
+    (s,) = report.sections
+    assert s.failed is None and status == 1 and not s.checks[0]["held"]
+    assert s.rows[0][1] > 0 and float(s.rows[0][4]) > 1
+
+
+def test_a_subprocess_that_takes_too_long_is_ended(tmp_path):
+    start = time.perf_counter()
+    status, text = gpu.subprocess_output(["-c", "import time; print('begun', flush=True); time.sleep(60)"], 1)
+    assert status is None and text == "begun\n" and time.perf_counter() - start < 30
+    assert gpu.subprocess_output(["-c", "import tinylora, sys; sys.exit(3)"], 60)[0] == 3
+
+
+def test_pytest_runs_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_workers", list)
+    commands = []
+
+    def answer(command, seconds):
+        commands.append(command)
+        return (
+            (0, "7 passed in 1s") if len(commands) == 1 else (1, "FAILED tests/test_a.py::b - no\n1 failed, 2 passed")
+        )
+
+    monkeypatch.setattr(gpu, "subprocess_output", answer)
+    report = gpu.Report(tmp_path, {})
+    assert gpu.run(Small(), report, ["tests"]) == 1
+    assert [row[1:3] for row in report.sections[0].rows] == [[7, 0], [2, 1]]
+    assert "test_a.py::b" in report.sections[0].checks[1]["found"] and len(commands) == 2
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    if importlib.util.find_spec("cupy"):
+        import cupy
+
+        if cupy.cuda.is_available():
+            pytest.skip("there is a GPU")
+    command = [sys.executable, "-m", "tests.gpu", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("device cuda: CuPy") and "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    done = subprocess.run([*command[:3], "--help"], cwd=gpu.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "pip install -e '.[gpu,dev]'" in done.stdout
+    assert all(f"    {name} " in done.stdout for name in gpu.SECTIONS)
+
+
+def test_the_names_that_cupy_has_are_the_ones_used():
+    """Where CuPy is installed; a GPU is not needed for it."""
+    cupy = pytest.importorskip("cupy")
+    assert cupy.cuda.Event.record and cupy.cuda.get_elapsed_time and cupy.cuda.Device.synchronize
+    assert cupy.cuda.Device.mem_info and cupy.cuda.runtime.getDeviceProperties and cupy.cuda.runtime.driverGetVersion
+    pool, pinned = cupy.get_default_memory_pool(), cupy.get_default_pinned_memory_pool()
+    assert pool.set_limit and pool.total_bytes and pool.free_all_blocks and pinned.free_all_blocks
+    assert cupy.cuda.MemoryPointer.copy_from_device_async and cupy.RawModule
