@@ -11,7 +11,7 @@
 
 It counts what a GPU is slow at: `counters["launches"]`, each array operation that is no view, and `counters["stops"]`, each time that the
 host needs a number from the device and has to wait for it. Kernels in CUDA C run here as well where tests/cuda_on_host.py has a compiler:
-`compile_kernels` gives this module CuPy's RawModule.
+`compile_kernels` gives this module what CuPy compiles with.
 
 It is stricter than CuPy in one way: NumPy's own functions refuse a device array, where CuPy would take over. Not a
 simulation of speed. tinylora finds it as it finds CuPy, by the module that an array's type came
@@ -334,7 +334,7 @@ for _name in _FUNCTIONS:
 
 
 def compile_kernels(on):
-    """Let this module have RawModule, as CuPy has it, or take it away."""
+    """Let this module compile kernels, as CuPy does, or not: RawModule is what is looked for."""
     import cuda_on_host
 
     if on:
@@ -431,25 +431,40 @@ def _gemm(
     """cublasGemmStridedBatchedEx: c = op(a) op(b) for `count` matrices each, all of them stored column after column."""
     import ml_dtypes
 
-    dtype = np.dtype({0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}[a_type])
-    assert handle == "handle" and how == (68, -1) and a_type == b_type == c_type
+    kinds = {0: np.float32, 2: np.float16, 14: ml_dtypes.bfloat16}
+    assert handle == "handle" and how == (68, -1) and a_type == b_type and c_type in (0, a_type)
     assert (ctypes.c_float.from_address(one).value, ctypes.c_float.from_address(zero).value) == (1, 0)
 
-    def matrices(address, rows, columns, ld, stride):
+    def matrices(address, kind, rows, columns, ld, stride):
+        dtype = np.dtype(kinds[kind])
         size = (stride * (count - 1) + ld * (columns - 1) + rows) * dtype.itemsize
         flat = np.frombuffer((ctypes.c_char * size).from_address(address), dtype)
         strides = tuple(dtype.itemsize * s for s in (stride, 1, ld))
         return np.lib.stride_tricks.as_strided(flat, (count, rows, columns), strides)
 
     counters["launches"] += 1
-    x = matrices(a, *((k, m) if ta else (m, k)), lda, a_stride).astype(np.float32)
-    y = matrices(b, *((n, k) if tb else (k, n)), ldb, b_stride).astype(np.float32)
+    x = matrices(a, a_type, *((k, m) if ta else (m, k)), lda, a_stride).astype(np.float32)
+    y = matrices(b, b_type, *((n, k) if tb else (k, n)), ldb, b_stride).astype(np.float32)
     with np.errstate(all="ignore"):
         z = (x.swapaxes(1, 2) if ta else x) @ (y.swapaxes(1, 2) if tb else y)
-        matrices(c, m, n, ldc, c_stride)[...] = z.astype(dtype)
+        matrices(c, c_type, m, n, ldc, c_stride)[...] = z.astype(kinds[c_type])
+
+
+class _Module:
+    """cupy.cuda.function.Module of what `_compile_using_nvrtc` made: the source itself, run on the host."""
+
+    def load(self, binary):
+        self.get_function = globals()["RawModule"](code=binary.decode(), options=("-std=c++17",)).get_function
+
+
+def _compile_using_nvrtc(source, options):
+    assert options == ("-std=c++17", "--fmad=false"), "as the host runs it: nothing fused, denormals kept"
+    return source.encode(), None
 
 
 cuda = types.SimpleNamespace(
+    compiler=types.SimpleNamespace(compile_using_nvrtc=_compile_using_nvrtc),
+    function=types.SimpleNamespace(Module=_Module),
     device=types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
     is_available=lambda: True,
     memory=types.SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
@@ -459,6 +474,7 @@ cuda = types.SimpleNamespace(
     malloc_managed=_malloc_managed,
     Device=lambda: types.SimpleNamespace(id=0),
     runtime=types.SimpleNamespace(
+        is_hip=False,
         runtimeGetVersion=lambda: 12090,
         memPrefetchAsync=lambda ptr, nbytes, device, stream: managed.__setitem__(ptr, device),
     ),

@@ -151,6 +151,32 @@ def test_rope_in_every_bit(b, t, heads, d, xp, rng):
     assert len(pairs) == 2
 
 
+def test_wrong_and_stretched_arguments_are_left_to_the_operation(xp, rng):
+    x, w = rng.standard_normal((1, 6)).astype(f32), rng.standard_normal(1).astype(f32)
+    both(ops.rms_norm, xp, rng, x, w, bound=4e-6)
+    cos, sin = ops.rope_table(np.arange(1), 8)
+    both(ops.rope, xp, rng, rng.standard_normal((1, 5, 2, 8)).astype(f32), plain=(cos, sin), bound=0)
+    a = Tensor(xp.asarray(f32(0.5)), requires_grad=True)
+    assert ops.swiglu(a, a).shape == ()
+
+
+def test_a_gradient_in_float64_is_no_other_number(xp, rng):
+    x, w = rng.standard_normal((3, 4, 2, 8)).astype(f32), rng.standard_normal(8).astype(f32)
+    g, cos_sin = rng.standard_normal((3, 4, 2, 8)), ops.rope_table(np.arange(4), 8)
+    for operation in (
+        lambda x, where: ops.rms_norm(x, Tensor(where.asarray(w))),
+        lambda x, where: ops.rope(x, *map(where.asarray, cos_sin)),
+        lambda x, where: ops.swiglu(x, x),
+        lambda x, where: ops.causal_attention(x, x, x),
+    ):
+        found = []
+        for where in (np, xp):
+            leaf = Tensor(where.asarray(x), requires_grad=True)
+            operation(leaf, where).backward(where.asarray(g))
+            found.append(host(leaf.grad))
+        assert np.abs(found[1] - found[0]).max() < 1e-5 * np.abs(found[0]).max()
+
+
 def test_swiglu(xp, rng):
     a, b = (rng.standard_normal((4, 5, 33)) * 4).astype(f32), rng.standard_normal((4, 5, 33)).astype(f32)
     _, kernels = both(ops.swiglu, xp, rng, a, b, bound=1e-6)
@@ -214,6 +240,9 @@ def test_products_mean_the_same_on_a_device(dtype, bound, biased, xp, rng):
         return ops.linear_frozen(x, on, *bias, compute_dtype=dtype)
 
     pairs += both(frozen, xp, rng, x, *bias, bound=bound)[0]
+    if dtype == "bfloat16" and biased:  # rounded once: the product alone is 1.0058…, and 1.0078… if it is rounded
+        a, b, one = (xp.asarray(np.array(x, f32)) for x in ([[1, 2.0**-8]], [[1, 1.5]], [-1]))
+        assert host(ops.linear(Tensor(a), Tensor(b), Tensor(one), compute_dtype=dtype).data).item() == 1.5 * 2.0**-8
     if dtype != "float32":
         assert all(same(ours, products.rounded(host(ours), dtype)) for _, ours in pairs), "the result is rounded"
 
@@ -311,7 +340,7 @@ def pager(where):
 
 
 def test_a_step_waits_for_the_device_twice(xp, rng):
-    """For the norm of the gradients and for the loss: what the host does not know and needs."""
+    """For the norm of the gradients, and for the loss of its one micro-batch: what the host does not know and needs."""
     if xp is not fake_cupy:
         pytest.skip("the stand-in counts")
     model, ids = small(xp, "bfloat16"), rng.integers(0, 64, (2, 20))

@@ -489,7 +489,7 @@ def dropout(x, p):
     return _masked(x, keep, 1 / (1 - p))
 
 
-for _operation in (linear, embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention):
+for _operation in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention):
     device.fuse(_operation)  # on a GPU, a kernel or two stand for it
 
 

@@ -130,8 +130,8 @@ class QuantizedTensor(Stored):
 def dequantize(q):
     """Ŵ = code[q] · absmax: each weight is its code value times the absmax of its block (QLoRA §2), in float32.
 
-    This is the equation. `QuantizedTensor.dequantize` gives the same bits faster (`kernels.dequantize`).
-    Under the rule "bitsandbytes-cuda" it also makes denormals zeros, as the GPU does.
+    This is the equation. `QuantizedTensor.dequantize` gives the same bits faster (`kernels.dequantize`). Under the rule
+    "bitsandbytes-cuda" that method makes denormals zeros, as bitsandbytes' GPU kernels do, and this function keeps them.
     """
     absmax = array_module(q.packed).repeat(q.absmax, q.blocksize)[: q.size].reshape(q.shape)
     return q.code[q.indices()] * absmax

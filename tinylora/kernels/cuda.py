@@ -1,4 +1,4 @@
-"""The kernels of cuda.cu: compiled by CuPy when the first one is asked for, and started.
+"""The kernels of cuda.cu: compiled by NVRTC, through CuPy, when the first one is asked for, and started.
 
 Each kernel is one equation of the library, which stands above it, and tests/test_cuda.py holds it to the array version. Where the order of
 operations can be kept, the bits are equal; a kernel that adds up a row, or takes tanh, exp or log, agrees to a few units in the last place.
@@ -14,9 +14,13 @@ THREADS = 256  # of a block; the source says 256, too
 DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "float16": np.uint16}  # as which the source sees them
 
 
+#: Nothing is fused, and denormals are kept: each operation is NumPy's.
+OPTIONS = ("-std=c++17", "--fmad=false")
+
+
 def available(xp):
-    """Whether an array module compiles kernels: CuPy does."""
-    return hasattr(xp, "RawModule")
+    """Whether an array module compiles kernels for an NVIDIA GPU: CuPy does."""
+    return hasattr(xp, "RawModule") and not xp.cuda.runtime.is_hip
 
 
 @cache
@@ -31,7 +35,11 @@ def _kernel(xp, name):
 
 @cache
 def _module(xp):
-    return xp.RawModule(code=source(), options=("-std=c++17", "--fmad=false"))
+    # not by CuPy's RawModule, which adds -ftz=true to any options: denormals would be zeros, and 1e-38 a denormal
+    binary, _ = xp.cuda.compiler.compile_using_nvrtc(source(), OPTIONS)
+    module = xp.cuda.function.Module()
+    module.load(binary)
+    return module
 
 
 def launch(xp, name, n, *arguments, threads=1, most=None):

@@ -6,8 +6,7 @@ what the operation returns: (output, pullbacks). The equations stand in `ops`, a
 
     embedding, softmax_cross_entropy    an id or target that is out of range gives NaN: to raise an error the host would have to wait
     softmax_cross_entropy               keeps the logits, a maximum and a sum for each row, and not the probabilities
-    linear                              keeps its operands as they were rounded, in two bytes a number
-    causal_attention                    keeps its probabilities in the compute dtype, and takes as many queries at a time as fit
+    causal_attention                    keeps all of its probabilities, those of hidden keys too, in the compute dtype
 """
 
 import functools
@@ -15,14 +14,15 @@ import math
 
 import numpy as np
 
-from ..backend import array_module
+from ..backend import array_module, move
 from . import cuda
 from .attention import in_blocks
-from .products import batched, held, two_bytes, widened
+from .products import batched, two_bytes
 from .scatter import scatter_add
 
 f32, i32, i64 = np.float32, np.int32, np.int64
 _SCORES = 1 << 29  # at a time; in 2 bytes each, 1 GB
+_LARGE = 1 << 18  # numbers of a gradient that is worth a launch of its own
 
 
 def compiles(*arrays):
@@ -32,9 +32,9 @@ def compiles(*arrays):
 
 
 def _each(x):
-    """(array module, x in one piece, an empty array like it)."""
+    """(array module, x as float32 in one piece, an empty array like it)."""
     xp = array_module(x)
-    x = xp.ascontiguousarray(x)
+    x = xp.ascontiguousarray(x, dtype=f32)  # a gradient that somebody hands in may be float64
     return xp, x, xp.empty_like(x)
 
 
@@ -49,21 +49,8 @@ def embedding(plain, ids, w):
     return y, (None, lambda g: scatter_add(g.reshape(-1, d), ids.reshape(-1), n))
 
 
-def linear(plain, x, w, b=None, compute_dtype="float32"):
-    if compute_dtype == "float32" or b is not None or not compiles(x, w) or x.ndim < 1 or x.shape[-1:] != w.shape[1:]:
-        return plain(x, w, b, compute_dtype=compute_dtype)
-    lead, (out, d) = x.shape[:-1], w.shape
-    rows, w = held(x.reshape(-1, d), compute_dtype), held(w, compute_dtype)
-
-    def pull(g, need):
-        g = held(g.reshape(-1, out), compute_dtype)  # once for both
-        return widened(g @ w).reshape(*lead, d) if need[0] else None, widened(g.T @ rows) if need[1] else None
-
-    return widened(rows @ w.T).reshape(*lead, out), pull
-
-
 def rms_norm(plain, x, w, eps=1e-5):
-    if not compiles(x, w):
+    if not compiles(x, w) or w.shape != x.shape[-1:]:
         return plain(x, w, eps=eps)
     xp, x, y = _each(x)
     w, d, rows = xp.ascontiguousarray(w), x.shape[-1], x.size // x.shape[-1]
@@ -82,7 +69,12 @@ def rms_norm(plain, x, w, eps=1e-5):
 
 
 def rope(plain, x, cos, sin):
-    if not compiles(x, cos, sin):
+    if (
+        not compiles(x, cos, sin)
+        or x.ndim < 3
+        or x.shape[-1] % 2
+        or not cos.shape == sin.shape == (x.shape[-3], x.shape[-1] // 2)
+    ):
         return plain(x, cos, sin)
     xp, (t, heads, d) = array_module(x), x.shape[-3:]
     cos, sin = xp.ascontiguousarray(cos), xp.ascontiguousarray(sin)
@@ -98,7 +90,7 @@ def rope(plain, x, cos, sin):
 
 
 def swiglu(plain, a, b):
-    if not compiles(a, b) or a.shape != b.shape:
+    if not compiles(a, b) or a.shape != b.shape or not a.ndim:
         return plain(a, b)
     xp, a, y = _each(a)
     b = xp.ascontiguousarray(b)
@@ -133,7 +125,7 @@ def softmax_cross_entropy(plain, z, targets, mask=None, reduction="mean"):
 
     def pull(g):
         gz = xp.empty_like(z)
-        arguments = z, targets, weight, kept, xp.ascontiguousarray(g), gz
+        arguments = z, targets, weight, kept, xp.ascontiguousarray(g, dtype=f32), gz
         cuda.launch(xp, "cross_entropy_back", rows, *arguments, i32(n), i64(rows), threads=32)
         return gz
 
@@ -151,36 +143,38 @@ def causal_attention(plain, q, k, v, window=None, compute_dtype="float32"):
 def _attend(q, k, v, window, dtype):
     """ops._attend with mask and softmax, and what their pullbacks do, in a kernel each; scores and probabilities in the compute dtype."""
     (b, t, heads, d), (s, groups) = q.shape, k.shape[1:3]
-    xp, m, scale = array_module(q), heads // groups, 1 / math.sqrt(d)
+    xp, m, scale = array_module(q), heads // groups, f32(1 / math.sqrt(d))
+    kind = f32 if dtype == "float32" else two_bytes(dtype)
 
-    def split(x):  # (b, t, heads, d) -> (b, groups, m t, d), in one piece
-        return xp.ascontiguousarray(x.reshape(b, t, groups, m, d).transpose(0, 2, 3, 1, 4)).reshape(b, groups, m * t, d)
+    def split(x):  # (b, t, heads, d) -> (b, groups, m t, d), rounded, in one piece
+        laid = x.reshape(b, t, groups, m, d).transpose(0, 2, 3, 1, 4)
+        return xp.ascontiguousarray(laid, dtype=kind).reshape(b, groups, m * t, d)
 
     def join(x):  # back to (b, t, heads, d), in float32
-        return widened(x).reshape(b, groups, m, t, d).transpose(0, 3, 1, 2, 4).reshape(b, t, heads, d)
+        laid = x.reshape(b, groups, m, t, d).transpose(0, 3, 1, 2, 4)
+        return xp.ascontiguousarray(laid, dtype=f32).reshape(b, t, heads, d)
 
-    def keys(x):  # (b, groups, s, d) -> (b, s, groups, d)
-        return widened(x).transpose(0, 2, 1, 3)
+    def keys(x):  # (b, groups, s, d) -> (b, s, groups, d), in float32
+        return xp.ascontiguousarray(x.transpose(0, 2, 1, 3), dtype=f32)
 
-    q = split(q)
-    k, v = (held(xp.ascontiguousarray(x.transpose(0, 2, 1, 3)), dtype) for x in (k, v))
-    p = batched(held(q * f32(scale), dtype), k, b_t=True)  # the scores, (b, groups, m t, s); in place the probabilities
-    q, rows = held(q, dtype), p.size // s
+    k, v = (xp.ascontiguousarray(x.transpose(0, 2, 1, 3), dtype=kind) for x in (k, v))
+    p = batched(split(q * scale), k, b_t=True)  # the scores, (b, groups, m t, s); in place the probabilities
+    q, rows = split(q), p.size // s
     cuda.launch(xp, f"attend_{dtype}", rows, p, i32(t), i32(s), i32(window or 0), i64(rows), threads=32)
 
     def pull(g, need):
-        g = held(split(g), dtype)
+        g = split(g)
         gv = keys(batched(p, g, a_t=True)) if need[2] else None
         if not (need[0] or need[1]):
             return None, None, gv
         gs = batched(g, v, b_t=True)
-        cuda.launch(xp, f"attend_back_{dtype}", rows, p, gs, f32(scale), i32(t), i32(s), i64(rows), threads=32)
+        cuda.launch(xp, f"attend_back_{dtype}", rows, p, gs, scale, i32(t), i32(s), i64(rows), threads=32)
         return join(batched(gs, k)) if need[0] else None, keys(batched(gs, q, a_t=True)) if need[1] else None, gv
 
     return join(batched(p, v)), pull
 
 
-_FUSED = {f.__name__: f for f in (embedding, linear, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)}
+_FUSED = {f.__name__: f for f in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)}
 
 
 def fuse(operation):
@@ -200,7 +194,7 @@ def dequantized(q, dtype):
         or q.double_quant > nested
     ):
         return None
-    if not q.size or q.size >= 1 << 35 or q.packed.data.ptr % 4 or dtype not in cuda.DTYPES:
+    if not q.size or q.size >= 1 << 34 or q.packed.data.ptr % 4 or dtype not in cuda.DTYPES:
         return None
     w = xp.empty(q.shape, f32 if dtype == "float32" else two_bytes(dtype))
     c, absmax = q.constants, q.absmax if not q.double_quant else q.constants.absmax
@@ -247,12 +241,14 @@ def quantized(flat, form, bounds, order, check_finite):
 
 # ------------------------------------------------------------------------------------------------------------------- optimizers
 def squares(gradients):
-    """[Σ g² of each gradient] as Python floats; of those on a device, one sum of all, so that the host waits for it once."""
+    """[Σ g², …] as Python floats, one for each gradient; on a device the small ones make one sum, and the host waits once for all."""
     if not gradients or array_module(gradients[0]) is np:
         return [float(np.vdot(g, g)) for g in gradients]
     xp = array_module(gradients[0])
-    flat = xp.concatenate([g.reshape(-1) for g in gradients])
-    return [float(xp.vdot(flat, flat))]
+    pieces = [g for g in gradients if g.size > _LARGE]  # a sum of each; several copies of all of them would be too much
+    if small := [g.reshape(-1) for g in gradients if g.size <= _LARGE]:
+        pieces.append(xp.concatenate(small))
+    return move(xp.stack([xp.vdot(g, g) for g in pieces]), "cpu").tolist()
 
 
 def adamw_step(p, g, m, v, t, lr, betas, eps, weight_decay, scratch=None):

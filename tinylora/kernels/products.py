@@ -52,29 +52,37 @@ def product(a, b, dtype="float32", bias=None):
     a, b = held(a, dtype), held(b, dtype)
     if bias is None:
         return rounded(a @ b, dtype)  # on a device the product is rounded already, and this widens it
-    y = a @ b if a.dtype.itemsize > 2 else array_module(a).matmul(a, b, dtype=np.float32)
+    y = a @ b if a.dtype.itemsize > 2 else _not_yet_rounded(a, b)
     y += rounded(bias, dtype)
     return rounded(y, dtype)
 
 
-def batched(a, b, a_t=False, b_t=False):
+def _not_yet_rounded(a, b):
+    """a b of two-byte matrices on a device as float32. (CuPy's matmul with dtype=float32 rounds to two bytes first.)"""
+    xp, turned = array_module(a), not b.flags.c_contiguous
+    return batched(xp.ascontiguousarray(a), xp.ascontiguousarray(b.T if turned else b), b_t=turned, out=np.float32)
+
+
+def batched(a, b, a_t=False, b_t=False, out=None):
     """a b of two stacks of matrices on a device, (..., n, k) and (..., k, m) in one piece each, read as transposed where a_t or b_t say so.
 
-    Sums in float32, rounded once to the arrays' own dtype. CuPy's @ copies a transposed stack, and some of its versions multiply stacks
-    of 16 bits in float32; cuBLAS, which is called here, reads a stack as it lies.
+    Sums in float32, rounded once to `out`: the arrays' own dtype, or float32. CuPy's @ copies a transposed stack, and some of its versions
+    multiply stacks of 16 bits in float32; cuBLAS, which is called here, reads a stack as it lies.
     """
     xp, library = array_module(a), _cublas(array_module(a).__name__)
+    out = np.dtype(a.dtype if out is None else out)
     if library is None:
+        a, b = (x.astype(out, copy=False) for x in (a, b))
         return (a.swapaxes(-1, -2) if a_t else a) @ (b.swapaxes(-1, -2) if b_t else b)
     n, k = a.shape[-2:][:: -1 if a_t else 1]
     m, stack = b.shape[-2 if b_t else -1], math.prod(a.shape[:-2])
-    y = xp.empty((*a.shape[:-2], n, m), a.dtype)
+    y = xp.empty((*a.shape[:-2], n, m), out)
     kind = _KINDS[a.dtype.name]
     # cuBLAS counts down the columns: what it takes for (a b)ᵀ = bᵀ aᵀ is a b in rows
     first = b.data.ptr, kind, b.shape[-1], b.shape[-2] * b.shape[-1]
     second = a.data.ptr, kind, a.shape[-1], a.shape[-2] * a.shape[-1]
     how = stack, library.CUBLAS_COMPUTE_32F, library.CUBLAS_GEMM_DEFAULT
-    numbers = _ONE.ctypes.data, *first, *second, _ZERO.ctypes.data, y.data.ptr, kind, m, n * m
+    numbers = _ONE.ctypes.data, *first, *second, _ZERO.ctypes.data, y.data.ptr, _KINDS[out.name], m, n * m
     library.gemmStridedBatchedEx(xp.cuda.device.get_cublas_handle(), int(b_t), int(a_t), m, n, k, *numbers, *how)
     return y
 

@@ -7,7 +7,7 @@ left alone. That is promised for one machine and one BLAS kernel: another may ad
 A micro-batch is cut into `shards` that run in threads, BLAS held to one thread each (NumPy releases the interpreter
 lock while it computes; elementwise work then uses both cores too, which a threaded BLAS alone would not do). The
 gradients are summed in a fixed order: the number of shards is part of the recipe, the number of cores is not. On a GPU, which
-is slow at many small pieces, a micro-batch stays whole.
+is slow at many small pieces, a micro-batch stays whole unless dropout draws masks for each shard.
 """
 
 import contextlib
