@@ -472,7 +472,7 @@ cuda = types.SimpleNamespace(
     get_current_stream=lambda: _default,
     alloc_pinned_memory=bytearray,
     malloc_managed=_malloc_managed,
-    Device=lambda: types.SimpleNamespace(id=0),
+    Device=lambda: types.SimpleNamespace(id=0, compute_capability="90"),
     runtime=types.SimpleNamespace(
         is_hip=False,
         runtimeGetVersion=lambda: 12090,

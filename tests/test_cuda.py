@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import subprocess
+from types import SimpleNamespace
 
 import cuda_on_host
 import fake_cupy
@@ -258,6 +259,22 @@ def test_stacks_of_matrices(a_t, b_t, dtype, xp, rng):
     assert y.dtype.itemsize == (4 if dtype == "float32" else 2)
     bound = {"float32": 1e-6, "bfloat16": 2.0**-8, "float16": 2.0**-11}[dtype]
     assert np.abs(host(y).astype(f32) - a @ b).max() <= bound * np.abs(a @ b).max()
+
+
+def test_a_gpu_without_bfloat16_is_told_so(xp, monkeypatch):
+    if xp is not fake_cupy:
+        pytest.skip("this one has it, or the other tests say")
+    monkeypatch.setattr(fake_cupy.cuda, "Device", lambda: SimpleNamespace(compute_capability="75"))
+    products.multiplied_in.cache_clear()
+    try:
+        x = Tensor(xp.ones((2, 4), f32))
+        with pytest.raises(
+            ValueError, match=r"capability 75, and products of bfloat16 begin with 80 \(Ampere\); use 'float16'"
+        ):
+            ops.linear(x, x, compute_dtype="bfloat16")
+        assert host(ops.linear(x, x, compute_dtype="float16").data)[0, 0] == 4
+    finally:
+        products.multiplied_in.cache_clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------- optimizers

@@ -65,7 +65,7 @@ def round_to(x, dtype):
     if name != "bfloat16":
         return x.astype(name, copy=False)
     y = x.astype(np.float32)  # a copy
-    if y.ndim == 0 or (y != y).any():  # a scalar cannot be written to, and NaN must not be carried into
+    if y.ndim == 0 or array_module(y) is not np or (y != y).any():  # no carry into NaN, no writing to a scalar
         return from_bfloat16_bits(bfloat16_bits(y))
     u = y.view(np.uint32)
     round_bits(u, u >> 16)

@@ -17,7 +17,7 @@ import numpy as np
 from ..backend import array_module, move
 from . import cuda
 from .attention import in_blocks
-from .products import batched, two_bytes
+from .products import batched, multiplied_in, two_bytes
 from .scatter import scatter_add
 
 f32, i32, i64 = np.float32, np.int32, np.int64
@@ -144,7 +144,7 @@ def _attend(q, k, v, window, dtype):
     """ops._attend with mask and softmax, and what their pullbacks do, in a kernel each; scores and probabilities in the compute dtype."""
     (b, t, heads, d), (s, groups) = q.shape, k.shape[1:3]
     xp, m, scale = array_module(q), heads // groups, f32(1 / math.sqrt(d))
-    kind = f32 if dtype == "float32" else two_bytes(dtype)
+    kind = multiplied_in(xp, dtype)
 
     def split(x):  # (b, t, heads, d) -> (b, groups, m t, d), rounded, in one piece
         laid = x.reshape(b, t, groups, m, d).transpose(0, 2, 3, 1, 4)

@@ -28,12 +28,23 @@ def two_bytes(dtype):
     return bfloat16
 
 
+@cache
+def multiplied_in(xp, dtype):
+    """The array dtype in which a device's array module multiplies. ValueError for bfloat16 on a GPU that has no such products."""
+    if dtype == "bfloat16" and int(xp.cuda.Device().compute_capability) < 80:
+        raise ValueError(
+            f"compute_dtype 'bfloat16': this GPU has compute capability {xp.cuda.Device().compute_capability}, and products "
+            "of bfloat16 begin with 80 (Ampere); use 'float16' or 'float32'"
+        )
+    return np.float32 if dtype == "float32" else two_bytes(dtype)
+
+
 def held(x, dtype):
     """x rounded to a logical dtype, in the array that is multiplied: two bytes a number on a device, float32 on NumPy."""
     if dtype == "float32":
         return widened(x)
     if array_module(x) is not np:
-        return x.astype(two_bytes(dtype), copy=False)
+        return x.astype(multiplied_in(array_module(x), dtype), copy=False)
     return round_to(x, dtype).astype(np.float32, copy=False)
 
 
