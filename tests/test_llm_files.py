@@ -1063,7 +1063,7 @@ def test_the_folder_can_go_when_the_model_is_open(tmp_path):
 
 
 def test_dtypes_are_checked_at_the_one_door():
-    nested = {"quantize": {"code": "nf4", "compute_dtype": "float16"}}
+    nested = {"quantize": {"code": "nf4", "compute_dtype": "float64"}}
     for options in ({"compute_dtype": "nonsense"}, {"dtype": "float16"}, nested):
         with pytest.raises(ValueError, match="is unknown: expected 'float32' or 'bfloat16'"):
             Llama.from_pretrained("base", **options)
