@@ -13,7 +13,8 @@ The logical dtypes are named by strings: "float32", "float16", "bfloat16". ("flo
 Differs from torch: rounding is an explicit call (`round_to`), and there is no autocast. A product of bfloat16 matrices
 is rounded as tensor cores round it, and takes the time of a float32 product, because NumPy has no other.
 
-Leaves out: dtypes of 8 bits. Those are codes here (`codebooks.fp8_e4m3`).
+Leaves out: the products themselves, which a GPU has in 16 bits (`kernels.products`), and dtypes of 8 bits. Those are codes
+here (`codebooks.fp8_e4m3`).
 """
 
 import math

@@ -249,7 +249,7 @@ class FrozenLinear(Module):
 class Linear4bit(FrozenLinear):
     """y = x Ŵᵀ + b, Ŵ = doubleDequant(weight) (QLoRA eq. 5 and 6). weight is a QuantizedTensor of shape (out, in).
 
-    compute_dtype     "float32" (products as they are) or "bfloat16" (operands, bias and result rounded to bfloat16 around a float32 sum)
+    compute_dtype     "float32" (products as they are), or "bfloat16" or "float16" (operands, bias and result rounded around a float32 sum)
     backward_weight   "stored": in the backward pass Ŵ is first rounded to the weight's original dtype, as bitsandbytes does in train
                       mode (0.50.2). "forward": the backward pass uses the forward's Ŵ
 
