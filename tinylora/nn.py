@@ -228,9 +228,7 @@ class FrozenLinear(Module):
         self.backward_weight = backward_weight
         name = type(self).__name__
         if self.compute_dtype not in products.DTYPES:
-            raise ValueError(
-                f"{name}: compute_dtype {compute_dtype!r}, expected one of {', '.join(map(repr, products.DTYPES))}"
-            )
+            raise ValueError(f"{name}: compute_dtype {compute_dtype!r}, expected one of {products.DTYPES}")
         if backward_weight not in ("stored", "forward"):
             raise ValueError(f"{name}: backward_weight {backward_weight!r}, expected 'stored' or 'forward'")
         if len(weight.shape) != 2:

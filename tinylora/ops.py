@@ -229,12 +229,7 @@ def linear(x, w, b=None, compute_dtype="float32"):
     y = product(rows, w.T, compute_dtype, b)
     return y.reshape(*lead, len(w)), (lambda g: product(_rows(g), w, compute_dtype).reshape(*lead, w.shape[1]),
                                       lambda g: product(_rows(g).T, rows, compute_dtype),
-                                      lambda g: _sum_of_rows(g, compute_dtype))
-
-
-def _sum_of_rows(g, dtype):
-    """b̄ = Σ ḡ over rows, in float32."""
-    return rounded(_rows(rounded(g, dtype)).sum(0), dtype)
+                                      lambda g: rounded(_rows(rounded(g, compute_dtype)).sum(0), compute_dtype))
 
 
 @primitive
@@ -254,7 +249,7 @@ def linear_frozen(x, q, b=None, compute_dtype="float32", backward_weight="stored
     y = product(_rows(x), q.dequantize(compute_dtype).T, compute_dtype, b)
     return y.reshape(*lead, q.shape[0]), (lambda g: product(_rows(g), q.dequantize(first), compute_dtype).reshape(*lead, q.shape[1]),
                                           None,
-                                          lambda g: _sum_of_rows(g, compute_dtype))
+                                          lambda g: rounded(_rows(rounded(g, compute_dtype)).sum(0), compute_dtype))
 
 
 def check_ids(ids, n):
@@ -489,8 +484,7 @@ def dropout(x, p):
     return _masked(x, keep, 1 / (1 - p))
 
 
-for _operation in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention):
-    device.fuse(_operation)  # on a GPU, a kernel or two stand for it
+device.fuse(embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)  # on a GPU, a kernel or two stand for each
 
 
 # ---------------------------------------------------------------------------------------- the operators and methods of a Tensor

@@ -177,9 +177,10 @@ def _attend(q, k, v, window, dtype):
 _FUSED = {f.__name__: f for f in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)}
 
 
-def fuse(operation):
-    """Let the function of the same name here stand for an operation of `ops` where its arrays lie on a device."""
-    operation.fused = functools.partial(_FUSED[operation.__name__], operation.fused)
+def fuse(*operations):
+    """Let the function of the same name here stand for each operation of `ops` where its arrays lie on a device."""
+    for operation in operations:
+        operation.fused = functools.partial(_FUSED[operation.__name__], operation.fused)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- weights
