@@ -16,8 +16,11 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
+
+import tqdm
 
 KILLS = ("before", "inside", "after")  # SIGKILL before the call, when half of what it writes is written, and after it
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "half": errno.ENOSPC, "full": errno.ENOSPC}
@@ -275,6 +278,8 @@ def forked(run, root=None, fault=None, before=None, reads=False, deadline=60):
 def _child(run, root, fault, before, reads, writer, write):
     """Run, tell how it ended, and leave without anything that Python does at the end of a process."""
     printed = sys.stdout = sys.stderr = io.StringIO()
+    # tqdm's own lock is one of all forks together: whoever is killed while it holds it stops the others, and this process's parent, for ever
+    tqdm.tqdm.set_lock(threading.RLock())
     shim = None
 
     def tell(**what):
