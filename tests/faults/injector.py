@@ -278,7 +278,7 @@ def forked(run, root=None, fault=None, before=None, reads=False, deadline=60):
 def _child(run, root, fault, before, reads, writer, write):
     """Run, tell how it ended, and leave without anything that Python does at the end of a process."""
     printed = sys.stdout = sys.stderr = io.StringIO()
-    # tqdm's own lock is one of all forks together: whoever is killed while it holds it stops the others, and this process's parent, for ever
+    # tqdm's own lock is one for all forks together: a fork that is killed while it holds it stops the others, and their parent, for ever
     tqdm.tqdm.set_lock(threading.RLock())
     shim = None
 

@@ -62,7 +62,10 @@ def atomic(path, mode=None):
 
 def permissions(path):
     """The permissions of a file; None if there is none."""
-    return stat.S_IMODE(path.stat().st_mode) if path.exists() else None
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _make(folder, made):
@@ -165,8 +168,6 @@ def whole_folder(folder, head="config.json", replaces=()):
         names = [entry.name for entry in prepared.iterdir()]
         for name in names:
             _sync(prepared / name)
-            if (folder / name).is_file():
-                os.chmod(prepared / name, stat.S_IMODE((folder / name).stat().st_mode))
         if new:
             _sync_folder(prepared)
             new = _renamed(prepared, folder)
@@ -177,6 +178,9 @@ def whole_folder(folder, head="config.json", replaces=()):
             _sync_folder(prepared)
             with locked(folder, wait=30):
                 settle(folder)
+                for name in names:  # not before: another save takes the head away for a moment
+                    if (mode := permissions(folder / name)) is not None:
+                        os.chmod(prepared / name, mode)
                 os.replace(prepared, folder / SAVED)
                 saved = True
                 _sync_folder(folder)
