@@ -192,7 +192,7 @@ def dequantized(q, dtype):
         not cuda.available(xp)
         or q.size % 8
         or not 8 <= blocks == 1 << (blocks.bit_length() - 1)
-        or q.double_quant > nested
+        or (q.double_quant and not nested)
     ):
         return None
     if not q.size or q.size >= 1 << 34 or q.packed.data.ptr % 4 or dtype not in cuda.DTYPES:

@@ -175,9 +175,7 @@ def cuda_absmax(flat, blocksize):
 
 def decimal_midpoints(values):
     """float32 of the shortest decimal of (cᵢ + cᵢ₊₁)/2: the boundaries as CUDA's compiler reads them in the source. (n − 1,)"""
-    exact = (
-        values[:-1].astype(np.float64) + values[1:]
-    ) / 2  # in float64 a midpoint of two float32 of like size is exact
+    exact = (values[:-1].astype(np.float64) + values[1:]) / 2  # float64 holds the midpoint of two float32 of like size
     return np.array([_nearest(Fraction(repr(float(x)))) for x in exact], np.float32)
 
 
