@@ -663,4 +663,4 @@ _ = grade("02-3", exercise_3)
 #   `tl.tape_bytes`.
 # - It saves a third of the multiply-adds at most ($2N^2 + 6Nr$ against $3N^2$) and moves more numbers: `tinylora.costs.flops`,
 #   `tests/test_flops.py`.
-# - Next: notebook 03, what merging the bypass does to $W_0$.
+# - Next: notebook 10, what merging the bypass does to $W_0$.

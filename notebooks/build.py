@@ -1,7 +1,7 @@
 """Make the notebooks from their sources.
 
     python notebooks/build.py              every NN_name.ipynb from its NN_name.py, executed, with its outputs
-    python notebooks/build.py 08           only notebook 08
+    python notebooks/build.py 05           only notebook 05
     python notebooks/build.py --check      what CI runs: do both versions run, and is each .ipynb what its source gives?
     python notebooks/build.py --solutions FOLDER   the solution versions, executed, for a teacher
     python notebooks/build.py --student FOLDER     what students need to answer and to grade, without the sources

@@ -75,7 +75,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def marks(request):
-    """{"alice": {"08-2": "right"}}, which the tests fill; after the last of them it is written to --table.
+    """{"alice": {"05-2": "right"}}, which the tests fill; after the last of them it is written to --table.
 
     An exercise that only others handed in counts as not answered; one that this run did not come to is not graded.
     """

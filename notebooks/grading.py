@@ -1,14 +1,14 @@
 """Is an answer to an exercise right? Used inside the notebooks and by `pytest notebooks`; offline, without torch.
 
-The exercise `exercise_2` of notebook 08 is called 08-2. Its check lies in checks/nb08.py:
+The exercise `exercise_2` of notebook 05 is called 05-2. Its check lies in checks/nb05.py:
 
-    @check("08-2")
+    @check("05-2")
     def _(answer, rng):
         "What a right answer must do. The message of an assert is shown to whoever answered, so it is a sentence."
         x = rng.standard_normal(5)
         assert np.allclose(answer(x), 2 * x), "exercise_2(x) should be twice x."
 
-`_ = grade("08-2", exercise_2)` in a notebook prints the verdict. For pytest, `answer` takes the function out of a notebook by
+`_ = grade("05-2", exercise_2)` in a notebook prints the verdict. For pytest, `answer` takes the function out of a notebook by
 running only its cells tagged "setup" and "exercise", so that grading a notebook takes a second and not its whole run. There an
 answer runs in a process of its own (marking.py): a check hands it data, gets data, and asks for the rest with `there` and `peak`.
 """
@@ -26,14 +26,14 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 SPACE = "answers"  # __name__ in the namespace in which a handed-in notebook's cells run
 LARGEST = 100_000_000  # bytes of a notebook; one with many figures has a few million
-CHECKS = {}  # "08-2": function(answer, rng) that asserts
+CHECKS = {}  # "05-2": function(answer, rng) that asserts
 
 if str(HERE) not in sys.path:  # checks and answers import from here, wherever Python was started
     sys.path.insert(0, str(HERE))
 
 
 def check(exercise):
-    """Decorator that registers function(answer, rng) as the check of an exercise such as "08-2"."""
+    """Decorator that registers function(answer, rng) as the check of an exercise such as "05-2"."""
 
     def register(function):
         if exercise in CHECKS:
@@ -150,7 +150,7 @@ def _peak(answer, *args):
 
 
 def grade(exercise, function):
-    """Print the verdict on an answer, as in `_ = grade("08-2", exercise_2)` in a notebook. Returns whether it is right."""
+    """Print the verdict on an answer, as in `_ = grade("05-2", exercise_2)` in a notebook. Returns whether it is right."""
     said = verdict(exercise, function, np.random.default_rng())
     print(f"exercise {exercise}: {said}")
     return said == "right"
@@ -296,7 +296,7 @@ def collect(path, numbers):
     """{who: {"08": file}}, the answers in a notebook or a folder: .ipynb or .py files whose names begin with a number.
 
     One notebook, or a folder that holds each number once, is one answer set, called "". A folder with several files of
-    one number is one set a file, called as the file is: "08_alice". A folder without answers of its own holds one folder
+    one number is one set a file, called as the file is: "05_alice". A folder without answers of its own holds one folder
     a student; a student's folder in which there is nothing to grade is an empty set.
     """
     path = Path(path)

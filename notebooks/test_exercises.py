@@ -3,7 +3,7 @@
 pytest notebooks                      the notebooks in this folder, answered in place
 pytest notebooks --answers PATH       a notebook, a folder of them, or a folder with one folder a student
 pytest notebooks --answers solutions  the solutions in the sources, as CI does
-pytest notebooks -k 08                only notebook 08; -k 08-2 only its exercise 2
+pytest notebooks -k 05                only notebook 05; -k 05-2 only its exercise 2
 pytest notebooks --table marks.csv    write the marks, too
 pytest notebooks --limit 60           stop an answer that runs for a minute, an endless loop perhaps; by default, for ten
 pytest notebooks --memory 2           stop an answer that needs more than 2 GB; by default, 4

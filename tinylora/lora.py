@@ -172,7 +172,7 @@ class LoRALayer(Module):
         names   which bypasses (the active ones)
         A 4-bit base is dequantized, added to and quantized again with the same settings. What that costs is on the new
         layer: `merge_error` = ‖Ŵ − (W₀ + ΔW)‖ / ‖W₀ + ΔW‖ (Frobenius). A weight changes only where ΔW carries it over half a gap
-        of the code: a small ΔW is lost nearly whole (notebook 03). The bias of B goes into the layer's bias times s,
+        of the code: a small ΔW is lost nearly whole (notebook 10). The bias of B goes into the layer's bias times s,
         which is what the forward computes (PEFT's merge into 4 and 8 bits forgets the s).
         """
         bias = self.bias

@@ -1,108 +1,98 @@
-"""Checks of notebook 04, the rank of ΔW."""
+"""Checks of notebook 04, blockwise absmax."""
 
 import numpy as np
 from grading import check
+from scipy.special import erf
 
-
-def _pair(found, call):
-    assert isinstance(found, (tuple, list)) and len(found) == 2, f"{call} should return a pair; it returned {found!r}."
-    return found
+from tinylora import codebooks, quantize
+from tinylora.numerics import distributions, optimality
 
 
 @check("04-1")
 def _(answer, rng):
-    cases = [([3.0, 2.0], 96, 96, 1, 0.05, 1.0), ([2.0, 3.0], 96, 96, 1, 0.0, 1.0), ([3.0], 8, 4, 6, 0.1, 2.0)]
-    cases += [([1.0, 2.0], 10, 20, 0, 0.3, 1.0)]
-    for _ in range(6):
-        d_out, d_in = (int(n) for n in rng.integers(6, 60, 2))
-        singular = rng.uniform(0.1, 3, int(rng.integers(1, min(d_out, d_in))))
-        r = int(rng.integers(1, d_in))
-        cases.append((singular.tolist(), d_out, d_in, r, float(rng.uniform(0, 1)), float(rng.uniform(0.3, 3))))
-    for singular, d_out, d_in, r, noise, scale in cases:
-        call = f"exercise_1({np.round(singular, 3).tolist()}, {d_out}, {d_in}, {r}, {noise:.3g}, {scale:.3g})"
-        trained, frozen = _pair(answer(list(singular), d_out, d_in, r, noise, scale), call)
-        squares = np.sort(np.square(singular))[::-1]
-        expected = scale**2 * squares[r:].sum() / d_out + noise**2
-        assert np.isclose(trained, expected, rtol=1e-9, atol=1e-15), (
-            f"{call}: with A and B trained the error should be {expected:.6g}, and you predict {float(trained):.6g}. The best "
-            "rank-r update keeps the r largest singular values; the error is averaged over the outputs, and x has variance scale²."
+    code = np.linspace(-1, 1, 16).astype(np.float32)
+    first = np.asarray(answer(np.array([0xF0], np.uint8), np.ones(1, np.float32), code, 64, (2,)))
+    assert first.shape == (2,), "For shape (2,) the answer should have shape (2,)."
+    assert first.tolist() == [1, -1], (
+        "Of byte 0xF0, index 15 (the high half) belongs to the first element and index 0 to the second."
+    )
+    cases = [
+        ((4, 64), 64, "nf4"),
+        ((5, 133), 64, "nf4"),  # odd, and a partial last block
+        ((11, 13), 7, "int4"),  # a block ends within a byte
+        ((7,), 16, "nf4"),  # one partial block
+        ((1,), 1, "nf4"),
+        ((3, 5, 7), int(rng.integers(1, 110)), "fp4"),  # not ascending
+        (tuple(rng.integers(1, 40, 2).tolist()), int(rng.integers(1, 70)), "nf4"),
+    ]
+    for shape, blocksize, name in cases:
+        w = (rng.standard_normal(shape) * 10.0 ** rng.integers(-2, 3, shape)).astype(np.float32)
+        q = quantize(w, name, blocksize)
+        found = np.asarray(answer(q.packed.copy(), q.absmax.copy(), q.code.copy(), blocksize, shape))
+        case = f"for {name}, shape {shape}, blocksize {blocksize}"
+        assert found.shape == shape, f"The answer should have the weight's shape {case}; it has {found.shape}."
+        assert found.dtype == np.float32, f"The answer should be float32; it is {found.dtype} {case}."
+        wrong = np.flatnonzero(found != q.dequantize())
+        assert len(wrong) == 0, (
+            f"{len(wrong)} of {w.size} weights are wrong {case}; the first is element {wrong[0]} of the flattened weight, "
+            f"in block {wrong[0] // blocksize}."
         )
-        # a Gaussian A has a uniformly random row space of min(r, d_in) dimensions
-        expected = scale**2 * squares.sum() * (1 - min(r, d_in) / d_in) / d_out + noise**2
-        assert np.isclose(frozen, expected, rtol=1e-9, atol=1e-15), (
-            f"{call}: with A frozen the error should be {expected:.6g} on average; you predict {float(frozen):.6g}. "
-            "What the layer sees of x is its projection onto the row space of A, a random one. Which part of ΔW does that leave, "
-            "and what if r reaches d_in?"
-        )
+
+
+def _expected_max(counts, sigmas):
+    """E[M] by Gauss–Legendre panels, finer than the tolerance needs."""
+    top = max(sigmas)
+    x, weight = np.polynomial.legendre.leggauss(20)
+    edges = np.linspace(0, 14 * top, 2001)
+    half = np.diff(edges)[:, None] / 2
+    m = ((edges[:-1, None] + half) + half * x).reshape(-1)
+    F = np.exp(sum(n * np.log(erf(m / (s * np.sqrt(2)))) for n, s in zip(counts, sigmas, strict=True)))
+    return float((half * weight).reshape(-1) @ (1 - F))
 
 
 @check("04-2")
 def _(answer, rng):
-    for trial in range(10):
-        d, norm, noise = int(rng.integers(12, 60)), float(rng.uniform(1, 5)), float(rng.uniform(0.02, 0.2))
-        n = d if trial == 0 else 9 if trial == 1 else int(rng.integers(9, d + 1))
-        below, above = ((m - 8) / m for m in (n - 1, n))  # the parts of ‖ΔW‖² that n − 1 and n directions can leave
-        part = below + float(rng.uniform(0.2, 0.8)) * (above - below)
-        factor = 1 + part * norm**2 / (noise**2 * d)
-        call = f"exercise_2({d}, {norm:.3f}, {noise:.4f}, {factor:.3f})"
-        delta = answer(d, norm, noise, factor)
-        assert delta is not None, f"{call}: there is such an update, and the answer was None."
-        delta = np.asarray(delta, float)
-        assert delta.shape == (d, d), f"{call} should return a {d} × {d} matrix; its shape is {delta.shape}."
-        sigma = np.linalg.svd(delta, compute_uv=False)
-        assert np.isclose(np.linalg.norm(sigma), norm, rtol=1e-6), (
-            f"{call}: ‖ΔW‖_F should be {norm:.4f}; it is {np.linalg.norm(sigma):.4f}."
+    def compare(counts, sigmas, why):
+        expected, found = _expected_max(counts, sigmas), answer(list(counts), list(sigmas))
+        assert np.ndim(found) == 0 and np.isfinite(found), f"The answer should be one finite number; it is {found!r}."
+        assert abs(found - expected) < 1e-3 * max(sigmas), (
+            f"E[M] is off by {(found - expected) / max(sigmas):+.4f} of the largest sigma for counts {list(counts)} and "
+            f"sigmas {[round(float(s), 4) for s in sigmas]}: {why}."
         )
-        left = ((sigma[8:] ** 2).sum() / d + noise**2) / noise**2
-        assert np.isclose(left, factor, rtol=1e-6), (
-            f"{call}: rank 8 should be left with {factor:.4f} times noise²; with this ΔW it is {left:.4f} times."
-        )
-        found = int((sigma > 1e-7 * sigma[0]).sum())
-        assert found == n, (
-            f"{call}: rank {n} is possible, and this ΔW has rank {found}. For a given norm, which singular values make the tail beyond "
-            "the eighth as large as it can be?"
-        )
-    for d, part in ((20, 1.0), (20, 0.7), (8, 0.1), (6, 0.01)):
-        factor = 1 + part * 4 / (0.01 * d)
-        assert answer(d, 2.0, 0.1, factor) is None, (
-            f"exercise_2({d}, 2.0, 0.1, {factor:.3f}) should be None: no {d} × {d} matrix of norm 2 has so large a tail beyond its eighth "
-            "singular value."
-        )
+
+    compare([1], [1.0], "a single weight, of which the mean magnitude is asked")
+    for I in (2, 64, 4096, 10**6):
+        assert abs(_expected_max([I], [1.0]) - optimality.expected_max(I)) < 1e-6
+        compare([I], [1.0], "one scale, as in section 3 of the notebook")
+    compare([64], [0.001], "one small scale; the grid must follow the scales")
+    compare([64], [100.0], "one large scale; the grid must follow the scales")
+    compare([32, 32], [1.0, 1.0], "two groups of the same scale are one group of 64")
+    compare([64, 64], [1.0, 0.8], "the largest weight may come from either group")
+    compare([1, 1], [1.0, 3.0], "one weight of each scale, neither of them drawn by chance")
+    compare([1000, 4], [1.0, 2.0], "many small weights can outdo few large ones")
+    for _ in range(4):
+        groups = int(rng.integers(2, 30))
+        counts = rng.integers(1, 400, groups).tolist()
+        compare(counts, np.exp(rng.normal(0, 0.7, groups)).tolist(), "a random mixture")
 
 
 @check("04-3")
 def _(answer, rng):
-    for trial in range(6):
-        d_out, d_in = (int(n) for n in rng.integers(5, 14, 2))
-        n = int(rng.integers(3 * d_in, 6 * d_in))
-        mixing = np.linalg.qr(rng.standard_normal((d_in, d_in)))[0] * np.exp(rng.uniform(-3, 2, d_in))
-        x, delta = rng.standard_normal((n, d_in)) @ mixing.T, rng.standard_normal((d_out, d_in))
-        seen = np.linalg.svd(x @ delta.T / np.sqrt(n * d_out), compute_uv=False)  # Eckart and Young on ΔW xᵀ
-        seen = seen[: min(d_out, d_in)]  # the others are 0
-        tails = np.array([*np.cumsum(seen[::-1] ** 2)[::-1], 0.0])
-        r = 0 if trial == 0 else int(rng.integers(1, len(seen)))
-        excess = 1.5 * tails[0] if r == 0 else float(np.sqrt(tails[r] * tails[r - 1]))
-        call = f"exercise_3(delta, x, {excess:.4g}) for delta {delta.shape} and x {x.shape}"
-        found, update = _pair(answer(delta.copy(), x.copy(), excess), call)
-        update = np.asarray(update, float)
-        assert update.shape == delta.shape, f"{call}: X should have shape {delta.shape}; it has {update.shape}."
-        assert found == r, (
-            f"{call}: r should be {r}, and you return {found}. "
-            + ("With X = 0 the error is small enough already." if r == 0 else "")
-            + (
-                "An update of smaller rank is good enough: an error in a direction that x hardly has hardly counts."
-                if found > r
-                else ""
-            )
-            + (
-                "No update of so small a rank is good enough: look at what the strong directions of x see."
-                if found < r
-                else ""
-            )
+    spaced = np.sort(np.concatenate([[-1, 1], rng.uniform(-0.95, 0.95, 14)]))
+    codes = {"NF4": codebooks.nf4(), "Int4": codebooks.int4(), "a random code": spaced}
+
+    def compare(name, k, outliers, blocksize, expected):
+        found = answer(codes[name].copy(), k, outliers, blocksize)
+        assert np.ndim(found) == 0 and np.isfinite(found), f"The answer should be one finite number; it is {found!r}."
+        assert abs(found / expected - 1) < 1e-3, (
+            f"For {name}, k = {k:.3g}, {outliers} outliers in a block of {blocksize} the answer is {found / expected:.4f} times "
+            "what is expected. The mean runs over all weights of the block; a code value stands for value · absmax."
         )
-        error = ((x @ (update - delta).T) ** 2).sum() / (n * d_out)
-        assert error <= excess * (1 + 1e-9), (
-            f"{call}: r is right, but X leaves {error:.4g} on these inputs. The best X on them is not the truncated SVD of delta."
-        )
-        rank = int(np.linalg.matrix_rank(update, tol=1e-8 * max(np.linalg.norm(update, 2), 1e-300)))
-        assert rank <= r, f"{call}: X should have rank {r}; it has {rank}."
+
+    for name in codes:
+        for blocksize in (4, 64, 256):
+            k = float(rng.uniform(6, 30))
+            one = optimality.expected_error(codes[name], blocksize, law=distributions.Outlier(k))
+            compare(name, k, 1, blocksize, one)
+            more = int(rng.integers(2, blocksize))
+            compare(name, k, more, blocksize, one * (blocksize - more) / (blocksize - 1))

@@ -1,98 +1,140 @@
-"""Checks of notebook 07, blockwise absmax."""
+"""Checks of notebook 07, the QLoRA layer."""
+
+import copy
+import gc
+import weakref
 
 import numpy as np
-from grading import check
-from scipy.special import erf
+from grading import check, peak, there
 
 from tinylora import codebooks, quantize
-from tinylora.numerics import distributions, optimality
+
+
+def _layer(rng, n_out, n_in, tokens, **how):
+    w, x, g = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((n_out, n_in), (tokens, n_in), (tokens, n_out))
+    )
+    return quantize(w, **how), x, g
 
 
 @check("07-1")
 def _(answer, rng):
-    code = np.linspace(-1, 1, 16).astype(np.float32)
-    first = np.asarray(answer(np.array([0xF0], np.uint8), np.ones(1, np.float32), code, 64, (2,)))
-    assert first.shape == (2,), "For shape (2,) the answer should have shape (2,)."
-    assert first.tolist() == [1, -1], (
-        "Of byte 0xF0, index 15 (the high half) belongs to the first element and index 0 to the second."
-    )
+    "Both products against the dense weight, where blocks cross rows and rows cross groups; and the memory of a large one."
     cases = [
-        ((4, 64), 64, "nf4"),
-        ((5, 133), 64, "nf4"),  # odd, and a partial last block
-        ((11, 13), 7, "int4"),  # a block ends within a byte
-        ((7,), 16, "nf4"),  # one partial block
-        ((1,), 1, "nf4"),
-        ((3, 5, 7), int(rng.integers(1, 110)), "fp4"),  # not ascending
-        (tuple(rng.integers(1, 40, 2).tolist()), int(rng.integers(1, 70)), "nf4"),
-    ]
-    for shape, blocksize, name in cases:
-        w = (rng.standard_normal(shape) * 10.0 ** rng.integers(-2, 3, shape)).astype(np.float32)
-        q = quantize(w, name, blocksize)
-        found = np.asarray(answer(q.packed.copy(), q.absmax.copy(), q.code.copy(), blocksize, shape))
-        case = f"for {name}, shape {shape}, blocksize {blocksize}"
-        assert found.shape == shape, f"The answer should have the weight's shape {case}; it has {found.shape}."
-        assert found.dtype == np.float32, f"The answer should be float32; it is {found.dtype} {case}."
-        wrong = np.flatnonzero(found != q.dequantize())
-        assert len(wrong) == 0, (
-            f"{len(wrong)} of {w.size} weights are wrong {case}; the first is element {wrong[0]} of the flattened weight, "
-            f"in block {wrong[0] // blocksize}."
-        )
-
-
-def _expected_max(counts, sigmas):
-    """E[M] by Gauss–Legendre panels, finer than the tolerance needs."""
-    top = max(sigmas)
-    x, weight = np.polynomial.legendre.leggauss(20)
-    edges = np.linspace(0, 14 * top, 2001)
-    half = np.diff(edges)[:, None] / 2
-    m = ((edges[:-1, None] + half) + half * x).reshape(-1)
-    F = np.exp(sum(n * np.log(erf(m / (s * np.sqrt(2)))) for n, s in zip(counts, sigmas, strict=True)))
-    return float((half * weight).reshape(-1) @ (1 - F))
+        (64, 128, 5, 16, {"double_quant": True}),
+        (int(rng.integers(5, 40)), 2 * int(rng.integers(20, 60)) + 64, 3, int(rng.integers(2, 9)), {"double_quant": True}),
+        (17, 50, 2, 4, {"blocksize": int(rng.integers(33, 300))}),
+        (9, 130, 1, 100, {"code": "fp4"}),
+        (6, 22, 4, 1, {"code": codebooks.bof4(16, signed=True), "signed": True, "blocksize": 16}),
+    ]  # fmt: skip
+    for n_out, n_in, tokens, rows, how in cases:
+        q, x, g = _layer(rng, n_out, n_in, tokens, **how)
+        found = answer(q, x.copy(), g.copy(), rows)
+        assert isinstance(found, tuple | list) and len(found) == 2, "exercise_1 should return the pair (y, x̄)."
+        w = q.dequantize("float32").astype(np.float64)
+        of = f"A weight of {n_out} × {n_in} in blocks of {q.blocksize}, {rows} rows at a time"
+        for name, got, expected in zip(("y", "x̄"), found, (x @ w.T, g @ w), strict=True):
+            got = np.asarray(got)
+            assert got.shape == expected.shape, f"{of}: {name} has the shape {got.shape}, expected {expected.shape}."
+            error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+            assert error < 1e-5, (
+                f"{of}: {name} is off by {error:.1e} of its norm. Which block does the first weight of a row belong to, "
+                "and which rows of Ŵ does an entry of y need, which an entry of x̄?"
+            )
+    q, x, g = _layer(rng, 2048, 1024, 4, double_quant=True)
+    taken = peak(answer, q, x, g, 16)
+    assert taken < q.size, (
+        f"For a weight of 2048 × 1024 and 16 rows at a time the call takes {taken:,} bytes at its peak; a quarter of the dense Ŵ is "
+        f"{q.size:,}. Something is made for the whole weight."
+    )
 
 
 @check("07-2")
 def _(answer, rng):
-    def compare(counts, sigmas, why):
-        expected, found = _expected_max(counts, sigmas), answer(list(counts), list(sigmas))
-        assert np.ndim(found) == 0 and np.isfinite(found), f"The answer should be one finite number; it is {found!r}."
-        assert abs(found - expected) < 1e-3 * max(sigmas), (
-            f"E[M] is off by {(found - expected) / max(sigmas):+.4f} of the largest sigma for counts {list(counts)} and "
-            f"sigmas {[round(float(s), 4) for s in sigmas]}: {why}."
+    "The prediction against products of fresh matrices, for codes with and without a correlation between Ŵ and the error."
+    n = 160
+    coarse = np.array([-1, -0.3, 0.3, 1], np.float32)
+    halves = np.array([-0.5, -0.25, 0, 0.25, 0.5], np.float32)  # cuts off what is large
+    for codes, depth in (
+        (["nf4"], 1),
+        (["nf4"], 12),
+        ([coarse], 8),
+        (["int4", coarse], int(rng.integers(3, 9))),
+        ([halves], 4),
+        (["nf4", halves], int(rng.integers(2, 7))),
+    ):
+        pairs, right, wrong = [], np.eye(n), np.eye(n)
+        for i in range(depth):
+            w = rng.standard_normal((n, n)).astype(np.float32) / np.float32(np.sqrt(n))
+            w_hat = quantize(w, codes[i % len(codes)], blocksize=(64, 1024)[i % 2]).dequantize("float32")
+            pairs.append((w, w_hat))
+            wrong, right = wrong @ w, right @ w_hat
+        got, expected = float(answer([(w.copy(), h.copy()) for w, h in pairs])), apart(wrong, right)
+        assert np.isfinite(got) and abs(got / expected - 1) < 0.06, (
+            f"{depth} layers: predicted {got:.4f}, and the products of the matrices say {expected:.4f} ({got / expected - 1:+.1%})."
         )
 
-    compare([1], [1.0], "a single weight, of which the mean magnitude is asked")
-    for I in (2, 64, 4096, 10**6):
-        assert abs(_expected_max([I], [1.0]) - optimality.expected_max(I)) < 1e-6
-        compare([I], [1.0], "one scale, as in section 3 of the notebook")
-    compare([64], [0.001], "one small scale; the grid must follow the scales")
-    compare([64], [100.0], "one large scale; the grid must follow the scales")
-    compare([32, 32], [1.0, 1.0], "two groups of the same scale are one group of 64")
-    compare([64, 64], [1.0, 0.8], "the largest weight may come from either group")
-    compare([1, 1], [1.0, 3.0], "one weight of each scale, neither of them drawn by chance")
-    compare([1000, 4], [1.0, 2.0], "many small weights can outdo few large ones")
-    for _ in range(4):
-        groups = int(rng.integers(2, 30))
-        counts = rng.integers(1, 400, groups).tolist()
-        compare(counts, np.exp(rng.normal(0, 0.7, groups)).tolist(), "a random mixture")
+
+def apart(a, b):
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _dropout(w, masks, runs):
+    """f(x, rng) → (y, pullback), tanh(x w) under a mask that is drawn. What it computes is noted in masks, its calls in runs."""
+
+    def f(x, rng):
+        hidden = np.tanh(x @ w)
+        mask = (rng.random(hidden.shape) >= 0.3) / 0.7
+        masks.extend((weakref.ref(hidden), weakref.ref(mask)))
+        runs.append(1)
+        return hidden * mask, lambda up: (up * mask * (1 - hidden * hidden)) @ w.T
+
+    return f
+
+
+def _checkpointed(answer, w, x, g, seed):
+    """What exercise_3 makes of a function with a mask: y, both x̄, and what became of the rest. None if it returns no pair."""
+    masks, runs, rng = [], [], np.random.default_rng(seed)
+    found = answer(_dropout(w, masks, runs), x, rng)
+    if not (isinstance(found, tuple | list) and len(found) == 2 and callable(found[1])):
+        return None
+    y, backward = found
+    del found
+    seen = {"y": np.array(y), "state": copy.deepcopy(rng.bit_generator.state), "runs": len(runs)}
+    gc.collect()
+    seen["alive"] = any(ref() is not None for ref in masks)
+    rng.random(11)  # the next layers draw as well
+    seen["passes"] = [
+        (np.array(backward(g.copy())), copy.deepcopy(rng.bit_generator.state)) for time in ("first", "second")
+    ]
+    return seen | {"x": x}
 
 
 @check("07-3")
 def _(answer, rng):
-    spaced = np.sort(np.concatenate([[-1, 1], rng.uniform(-0.95, 0.95, 14)]))
-    codes = {"NF4": codebooks.nf4(), "Int4": codebooks.int4(), "a random code": spaced}
-
-    def compare(name, k, outliers, blocksize, expected):
-        found = answer(codes[name].copy(), k, outliers, blocksize)
-        assert np.ndim(found) == 0 and np.isfinite(found), f"The answer should be one finite number; it is {found!r}."
-        assert abs(found / expected - 1) < 1e-3, (
-            f"For {name}, k = {k:.3g}, {outliers} outliers in a block of {blocksize} the answer is {found / expected:.4f} times "
-            "what is expected. The mean runs over all weights of the block; a code value stands for value · absmax."
+    "Bits, the generator's state, and what is still alive between the two passes."
+    for n in (7, int(rng.integers(50, 200))):
+        w, x, g = rng.standard_normal((n, n)), rng.standard_normal((3, n)), rng.standard_normal((3, n))
+        seed = int(rng.integers(1 << 30))
+        theirs = np.random.default_rng(seed)
+        y, pullback = _dropout(w, [], [])(x, theirs)
+        expected = pullback(g)
+        seen = there(answer, _checkpointed, w, x, g, seed)
+        assert seen is not None, "exercise_3 should return (y, backward), and backward should be a function of g."
+        assert np.array_equal(seen["y"], y), "y is not what f(x, rng) gives; the mask is another one."
+        assert seen["state"] == theirs.bit_generator.state, (
+            "After the forward pass rng is not in the state in which f(x, rng) leaves it, so the next layer would draw other numbers."
         )
-
-    for name in codes:
-        for blocksize in (4, 64, 256):
-            k = float(rng.uniform(6, 30))
-            one = optimality.expected_error(codes[name], blocksize, law=distributions.Outlier(k))
-            compare(name, k, 1, blocksize, one)
-            more = int(rng.integers(2, blocksize))
-            compare(name, k, more, blocksize, one * (blocksize - more) / (blocksize - 1))
+        assert seen["runs"] == 1, f"The forward pass runs f {seen['runs']} times; once is enough."
+        assert not seen["alive"], (
+            "Between the forward and the backward pass something is alive that f computed on the way, such as its mask."
+        )
+        theirs.random(11)
+        for time, (x_bar, state) in zip(("first", "second"), seen["passes"], strict=True):
+            assert np.array_equal(x_bar, expected), (
+                f"The {time} call of backward gives another x̄ than f's own pullback; was it run with the same random numbers?"
+            )
+            assert state == theirs.bit_generator.state, (
+                "backward changes the state of rng; whoever draws from it next gets other numbers than without the checkpoint."
+            )
+        assert np.array_equal(seen["x"], x), "exercise_3 changes x; it should stay as it is."

@@ -1,140 +1,133 @@
-"""Checks of notebook 09."""
+"""Checks of notebook 09, the memory of a training step."""
 
-from functools import cache
-from statistics import NormalDist
+import math
 
 import numpy as np
 from grading import check
 
-from tinylora.numerics.optimality import expected_max
+import tinylora as tl
+from tinylora.costs import memory
+from tinylora.models.llama import MLP, LlamaConfig
+
+NAMES = ("gate", "up", "down")
+
+
+def _tape(rows, d, m, r, adapted, x_needs_gradient, rng):
+    """Bytes of the tape of an MLP that exists."""
+    mlp = tl.quantize_linears(MLP(LlamaConfig(hidden_size=d, intermediate_size=m, num_attention_heads=1, head_dim=2,
+                                              num_key_value_heads=1)))  # fmt: skip
+    for name in adapted:
+        mlp.replace(f"{name}_proj", tl.LoRALinear(getattr(mlp, f"{name}_proj"), r=r))
+    x = tl.Tensor(rng.standard_normal((rows, d)).astype(np.float32), requires_grad=x_needs_gradient)
+    return tl.tape_bytes(mlp(x), exclude=[w for _, w in mlp.named_weights()])
 
 
 @check("09-1")
 def _(answer, rng):
-    for k in (0, 1, 2, float(rng.uniform(0, 5))):
-        I = int(rng.integers(2, 200))
-        x = rng.uniform(-1, 1, (3, 4))
-        said = answer(x, I, k)
-        assert isinstance(said, (tuple, list)) and len(said) == 2, (
-            "exercise_1 should return a pair: g_k(x), and the atom at +1."
-        )
-        g, atom = np.asarray(said[0], float), float(said[1])
-        assert g.shape == x.shape, f"g_k should have x's shape {x.shape}, and has {g.shape}."
-        mean = np.trapezoid(np.linspace(0, 1, 200_001) ** (I - 1 + k), dx=1 / 200_000) * I
-        if k == 0:
-            total = 2 * g.mean() + 2 * atom
-            assert abs(total - 1) < 1e-6, (
-                f"For k = 0 and I = {I} the density and both atoms add up to {total:.6f}, expected 1."
+    "All sixteen cases of what is adapted and whether x needs a gradient, on MLPs that exist."
+    cases = [tuple(n for i, n in enumerate(NAMES) if bits >> i & 1) for bits in (7, 1, 2, 4, 3, 5, 6, 0)]
+    for x_needs_gradient in (True, False):
+        for adapted in cases:
+            rows, d, m, r = (int(n) for n in rng.integers([3, 10, 40, 1], [40, 30, 70, 8]))
+            got, held = answer(rows, d, m, r, adapted, x_needs_gradient), _tape(
+                rows, d, m, r, adapted, x_needs_gradient, rng
+            )  # fmt: skip
+            who = f"bypasses on {', '.join(adapted)}" if adapted else "no bypass"
+            assert got == held, (
+                f"{rows} rows, d = {d}, m = {m}, r = {r}, {who}, x {'needs a' if x_needs_gradient else 'needs no'} gradient: "
+                f"the tape holds {held:,} bytes ({held / 4 / rows:g} numbers a row), and the answer is {got!r}."
             )
-        if k == 2:
-            second = (g.mean() * 2 / 3 if np.ptp(g) < 1e-12 else np.nan) + 2 * atom
-            assert abs(second - 1 / 3) < 1e-6, (
-                f"For k = 2 and I = {I}, ∫ x² g_2 plus both atoms should be E W² = 1/3, the variance of a uniform weight on "
-                f"[−1, 1], and is {second:.6f}."
-            )
-        assert abs(2 * I * atom - mean) < 1e-4 * mean, (
-            f"The atom at +1, for I = {I} and k = {k:.3g}, is {atom:.6g}. A block's maximum is one weight of I, it is positive "
-            f"half of the time, and it counts with M^k, where M has the density I·m^(I−1)."
-        )
-        per_m = mean * (I - 1) / I
-        assert np.abs(2 * g - per_m).max() < 1e-4 * per_m, (
-            f"g_k at I = {I}, k = {k:.3g} is {g.flat[0]:.6g}. Given M = m, what is the law of another weight, and so of x = w/m? "
-            f"How does it depend on m?"
-        )
 
 
-LAST = " The last I with E[M] not above the edge was asked for, not the nearest."
+def _held(blocks, method, h, f, vocabulary, r):
+    """Bytes of a step without its activations, from memory.predict."""
+    config = LlamaConfig(vocabulary, h, f, blocks, 1, 1, 2, tie_word_embeddings=False)
+    a = memory.predict(config, method, r=r, seq_len=1, precision=memory.PAPER)
+    return a.total - a.activations
 
 
 @check("09-2")
 def _(answer, rng):
-    mean = cache(expected_max)
-    known = [(0.9677083, 0, 9), (0.9677083, 1, 67), (0.9677083, 2, 434)]
-    for offset, p, expected in known:
-        said = answer(offset, p)
-        near = isinstance(said, (int, np.integer)) and abs(said - expected) == 1
-        assert said == expected, (
-            f"For NF4's own offset and p = {p} the answer is {expected}; exercise_2 returned {said!r}.{LAST if near else ''}"
-        )
-    left = 5
-    while left:
-        p = float(rng.choice([0, 0.5, 1, 2, rng.uniform(0, 2)]))
-        I = int(np.exp(rng.uniform(np.log(2), np.log(900))))  # so E[M] at 2 is never above the edge
-        middle = mean(I) + rng.uniform(0.1, 0.9) * (mean(I + 1) - mean(I))
-        offset = NormalDist().cdf(middle / (1 + p) ** 0.5)
-        if not 0.75 <= offset <= 0.97:
-            continue
-        left -= 1
-        said = answer(offset, p)
-        assert isinstance(said, (int, np.integer)), f"exercise_2 should return an int, and returned {said!r}."
-        hint = (
-            " Where is this code cut, in standard deviations of the weight, if it is read as the best code for that p?"
-        )
-        assert said == I, (
-            f"For offset = {offset:.6f} and p = {p:.4g} exercise_2 returned {said}, where E[M] = {mean(max(int(said), 2)):.4f}."
-            f"{LAST if abs(said - I) == 1 else hint}"
-        )
+    "Budgets that fit to the byte, one byte less, and any; for the three methods, odd widths, and nothing that fits."
+    sizes = [(4096, 11008, 32000, 64), (40, 97, 300, 3)]
+    sizes += [tuple(int(n) for n in rng.integers([30, 100, 200, 1], [600, 2000, 9000, 40])) for _ in range(3)]
+    for h, f, vocabulary, r in ((h + h % 2, f, v, r) for h, f, v, r in sizes):
+        for method in ("full", "lora", "qlora"):
+            one, two = (_held(blocks, method, h, f, vocabulary, r) for blocks in (1, 2))
+            deep = int(rng.integers(2, 150))
+            exact = _held(deep, method, h, f, vocabulary, r)
+            for budget, blocks in (
+                (exact, deep),
+                (exact - 1, deep - 1),
+                (exact + (two - one) // 2, deep),
+                (one - 1, 0),
+                (one // 2, 0),
+            ):
+                got = answer(budget, method, h, f, vocabulary, r)
+                assert isinstance(got, (int, np.integer)), f"Expected a number of blocks, an int, and got {got!r}."
+                if got == blocks:
+                    continue
+                tried = max(int(got), 1)
+                assert got == blocks, (
+                    f"{method}, h = {h}, f = {f}, vocabulary {vocabulary:,}, r = {r}, {budget:,} bytes: the answer is {got}; "
+                    f"{tried} blocks take {_held(tried, method, h, f, vocabulary, r):,} bytes, "
+                    f"{tried + 1} take {_held(tried + 1, method, h, f, vocabulary, r):,}."
+                )
+
+
+def _savings(config, r, t):
+    """(saved by four bits, saved by checkpointing), in bytes."""
+    how = {"r": r, "seq_len": t, "precision": memory.PAPER}
+    before = memory.predict(config, "lora", **how).total
+    bits, ckpt = memory.predict(config, "qlora", **how).total, memory.predict(config, "lora", checkpointing=True, **how)
+    return before - bits, before - ckpt.total
 
 
 @check("09-3")
 def _(answer, rng):
-    for p in (0, 1, 2, float(rng.uniform(0, 3))):
-        edge, n = float(rng.uniform(0.5, 8)), int(rng.integers(1, 12))
-        q = np.asarray(answer(edge, p, n), float)
-        where = f"for edge = {edge:.3f}, p = {p:.3g}, n = {n}"
-        assert q.shape == (n + 1,), (
-            f"exercise_3 should return n + 1 = {n + 1} values, and returned the shape {q.shape}."
+    "At the answer checkpointing saves as much, one token below it does not."
+    configs = [memory.config_of(name) for name in ("llama-7b", "base", "llama-65b")]
+    for _ in range(3):
+        d, m = 32 * int(rng.integers(5, 100)), 8 * int(rng.integers(100, 900))
+        configs.append(LlamaConfig(1000, d, m, int(rng.integers(2, 60)), 16, 16, 64, tie_word_embeddings=False))
+    for config in configs:
+        r = int(rng.integers(4, 65))
+        t = answer(config, r)
+        assert isinstance(t, (int, np.integer)) and t >= 1, f"Expected a number of tokens, 1 or more, and got {t!r}."
+        what = f"Width {config.hidden_size}, {config.num_hidden_layers} blocks, r = {r}"
+        bits, ckpt = _savings(config, r, int(t))
+        assert ckpt >= bits, (
+            f"{what}: at {t:,} tokens checkpointing saves {ckpt:,} bytes, four bits {bits:,}, which is more."
         )
-        assert abs(q[0]) < 1e-12 and abs(q[-1] - 1) < 1e-9, (
-            f"The first value should be 0 and the last 1, since the density is cut at the edge; {where} they are {q[0]:.4g} "
-            f"and {q[-1]:.4g}."
-        )
-        assert (np.diff(q) > 0).all(), f"The values should ascend, and do not {where}."
-        x = np.linspace(0, 1, 200_001)
-        density = (np.exp(-np.sqrt(2) * edge * x) / np.sqrt(2)) ** (1 / (1 + p))
-        mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-        part = np.diff(np.interp(q, x, mass / mass[-1])) * n
-        assert np.abs(part - 1).max() < 1e-5, (
-            f"Between neighbours should lie 1/n of the point density f^(1/(1+p)) on [0, edge]; {where} the parts are "
-            f"{np.round(part[:3] / n, 4).tolist()} … Is f^(1/(1+p)) of a Laplace law what it is of a normal law?"
-        )
-        fine = np.interp(np.arange(n + 1) / n, mass / mass[-1], x)
-        assert np.abs(q - fine).max() < 1e-6, f"A value is off by {np.abs(q - fine).max():.1e} {where}."
+        if t > 1:
+            bits, ckpt = _savings(config, r, int(t) - 1)
+            assert ckpt < bits, (
+                f"{what}: at {t - 1:,} tokens checkpointing saves {ckpt:,} bytes already, four bits {bits:,}; "
+                f"{t:,} is not the smallest."
+            )
+
+
+def _peak(blocks, k, a, c):
+    """Bytes held at most, by walking through the step."""
+    groups = [range(start, min(start + k, blocks)) for start in range(0, blocks, k)]
+    return max(len(groups) * a + len(group) * c for group in groups)
 
 
 @check("09-4")
 def _(answer, rng):
-    for trial in range(4):
-        blocks, I = int(rng.integers(20, 60)), int(rng.integers(5, 70))
-        w = rng.standard_normal((blocks, I)) * 10.0 ** rng.uniform(-1, 1, (blocks, 1))
-        q = np.sort(rng.uniform(-0.9, 0.9, int(rng.integers(4, 17))))
-        if trial == 3:
-            q = np.append(q, 5.0)  # nothing is ever nearest to it
-        before = q.copy()
-        new = np.asarray(answer(q, w.copy()), float)
-        assert new.shape == q.shape, (
-            f"exercise_4 should return as many values as q has ({len(q)}); it returned the shape {new.shape}."
+    "The peak of the answer's k against that of every other k, for inputs that are small, large, or as large as a tape."
+    cases = [(32, 1, 19), (36, 10, 10), (80, 100, 7), (1, 3, 5), (30, 1000, 1), (4, 2, 4)]
+    cases += [tuple(int(n) for n in rng.integers([2, 1, 1], [150, 1000, 1000])) for _ in range(40)]
+    for blocks, a, c in cases:
+        peaks = {k: _peak(blocks, k, a, c) for k in range(1, blocks + 1)}
+        best = min(peaks, key=lambda k: (peaks[k], k))
+        got = answer(blocks, a, c)
+        assert isinstance(got, (int, np.integer)) and got in peaks, (
+            f"L = {blocks}: expected an int from 1 to {blocks}, and got {got!r}."
         )
-        assert (q == before).all(), "exercise_4 changed the array q that it was given; return a new one."
-        assert np.isfinite(new).all(), (
-            "A value became NaN or infinite; one that no weight is assigned to should stay where it is."
+        groups = math.ceil(blocks / int(got))
+        assert peaks[int(got)] == peaks[best], (
+            f"L = {blocks}, a = {a}, c = {c}: with k = {got}, {groups} groups hold up to {peaks[int(got)]:,} bytes at once; "
+            f"there is a k with {peaks[best]:,}."
         )
-        m = np.abs(w).max(axis=1, keepdims=True)
-        cell = np.searchsorted((q[1:] + q[:-1]) / 2, w / m)
-        for i in range(len(q)):
-            here = cell == i
-            if not here.any():
-                assert new[i] == q[i], (
-                    f"No weight is nearest to {q[i]:.4f}, so it should stay, and it became {new[i]:.4f}."
-                )
-                continue
-            scale = np.broadcast_to(m, w.shape)[here]
-            slope = (scale * (w[here] - scale * new[i])).sum() / (scale * scale).sum()
-            plain = (w[here] / scale).mean()
-            hint = ""
-            if abs(new[i] - plain) < 1e-9:
-                hint = " It is the mean of the scaled weights, which minimizes the error of X. What does the error of W add?"
-            assert abs(slope) < 1e-9, (
-                f"With its {here.sum()} weights kept, value {i} should not be able to lower Σ (w − ŵ)² any more, but a move by "
-                f"{slope:.2e} would.{hint}"
-            )
+        assert got == best, f"L = {blocks}, a = {a}, c = {c}: a smaller k than {got} has the same peak."

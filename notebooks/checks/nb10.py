@@ -1,111 +1,125 @@
-"""Checks of notebook 10, AF4 and BOF4."""
+"""Checks of notebook 10, merging and switching."""
 
 import numpy as np
-from grading import check
+from grading import check, peak
 
-from tinylora import codebooks
-from tinylora.numerics.optimality import block_law, expected_error, expected_max, optimal_code
+
+def _exponents(x):
+    return np.frexp(np.abs(x))[1]
+
+
+def _normal_pair(rng, ratio):
+    w = rng.standard_normal(400_000).astype(np.float32)
+    return w, (ratio * rng.standard_normal(w.size)).astype(np.float32), f"w ~ N(0, 1) and d ~ N(0, {ratio:.3g}²)"
+
+
+def _binade_pair(rng, j):
+    w, d = (rng.choice((-1, 1), 400_000) * rng.uniform(1, 2, 400_000) for _ in range(2))
+    what = f"w in ±[1, 2) and d in ±[2^{-j}, 2^{1 - j})"
+    return w.astype(np.float32), np.ldexp(d, -j).astype(np.float32), what
 
 
 @check("10-1")
 def _(answer, rng):
-    "Against central differences of the expected error, for random codes, block sizes and both kinds of absmax."
-    h = 1e-5
-    for signed in (False, True, False, True):
-        n, blocksize = int(rng.integers(3, 17)), int(rng.integers(4, 300))
-        q = np.sort(rng.permutation(np.linspace(-0.93, 0.93, 40))[:n] + rng.uniform(-0.02, 0.02, n))
-        slope = np.asarray(answer(q.copy(), blocksize, signed), float)
-        assert slope.shape == (n,), f"A code of {n} values has {n} derivatives; the answer has the shape {slope.shape}."
-        expected = [
-            (expected_error(q + e, blocksize, 1, signed) - expected_error(q - e, blocksize, 1, signed)) / (2 * h)
-            for e in h * np.eye(n)
-        ]
-        wrong = np.flatnonzero(np.abs(slope - expected) > 1e-6)
-        where = "at the outermost values" if set(wrong) <= {0, n - 1} else f"at the values {wrong.tolist()}"
-        kind, worst = "signed" if signed else "unsigned", int(np.argmax(np.abs(slope - expected)))
-        turned = " The sign is turned." if np.abs(slope + expected).max() < 1e-6 else ""
-        assert len(wrong) == 0, (
-            f"For blocks of {blocksize}, {kind} absmax, the gradient differs from central differences {where}: at value {worst} "
-            f"it is {slope[worst]:.7f}, and the difference quotient {expected[worst]:.7f}.{turned}"
+    cases = [_normal_pair(rng, float(r)) for r in (0.003, 0.1, 30, *np.exp(rng.uniform(-5, 3, 3)))]
+    cases += [_binade_pair(rng, int(j)) for j in (1, 3, -2, *rng.integers(-4, 7, 2))]
+    for w, d, what in cases:
+        keep = (w != 0) & (d != 0) & (w + d != 0)
+        w, d = w[keep], d[keep]
+        share = float((((w + d) - d) == w).mean())
+        given = [_exponents(v) for v in (w, d, w + d)]
+        found = answer(*(v.copy() for v in given))
+        assert np.ndim(found) == 0 and 0 <= found <= 1, (
+            f"exercise_1 should return a share between 0 and 1, not {found!r}."
+        )
+        grown = float((given[2] > given[0]).mean())
+        assert abs(found - share) < 0.006, (
+            f"For {what}, {share:.1%} of the entries survive and exercise_1 predicts {float(found):.1%}. The exponent grows for "
+            f"{grown:.1%} of them. Look at the entries with a given e_sum − e_w and a given e_w − e_d separately."
         )
 
 
-def _with_boundaries(blocksize, moved, steps=3000):
-    """(code, {i: where}): medians of X, with boundary i at q[i] + t (q[i+1] − q[i]) for {i: t} in `moved`, and else half-way."""
-    block, q = block_law(blocksize), codebooks.nf4().astype(float)
-    free, share = ~np.isin(q, (-1, 0, 1)), np.full(15, 0.5)
-    for i, t in moved.items():
-        share[i] = t
-    for _ in range(steps):
-        b = q[:-1] + share * np.diff(q)
-        F, at_q = block.moments(np.concatenate([[-1], b, [1]]), 0)[0], block.moments(q, 0)[0]
-        step = np.where(free, (F[:-1] + F[1:] - 2 * at_q) / (2 * block.density(q, 0)), 0)
-        q = q + step
-        if np.abs(step).max() < 1e-12:
-            return q, {i: b[i] for i in moved}
-    return None
+def _combined(found, out, n_in, r, call):
+    assert isinstance(found, tuple | list) and len(found) == 3, f"{call} should return (B, A, error)."
+    b, a, error = np.asarray(found[0]), np.asarray(found[1]), found[2]
+    assert b.shape == (out, r) and a.shape == (r, n_in), (
+        f"{call}: expected B {(out, r)} and A {(r, n_in)}, got {b.shape} and {a.shape}. If r is larger than the rank, zeros fill up."
+    )
+    assert np.ndim(error) == 0 and np.isfinite(error), (
+        f"{call}: the error should be one finite number; it is {error!r}."
+    )
+    return b, a, float(error)
 
 
 @check("10-2")
 def _(answer, rng):
-    "An optimum, AF4 as released, and codes with a boundary moved on either side or both, at the pins and between free values."
-
-    def compare(q, expected, blocksize, what):
-        found = answer(np.array(q), blocksize)
-        assert isinstance(found, dict), f"The answer is a dict {{boundary: where}}, and not a {type(found).__name__}."
-        assert sorted(found) == sorted(expected), (
-            f"{what}, blocks of {blocksize}: the boundaries {sorted(found)} were returned, which are not those that were moved."
-        )
-        for i, where in expected.items():
-            assert abs(found[i] - where) < 1e-6, (
-                f"{what}, blocks of {blocksize}: boundary {i} is the right one, but it does not lie at {found[i]:.7f}."
+    for case in range(8):
+        out, n_in = int(rng.integers(12, 30)), int(rng.integers(12, 30))
+        ranks = rng.integers(1, 4, int(rng.integers(2, 4))).tolist()
+        parts = [
+            (float(rng.uniform(0.3, 2)), rng.standard_normal((out, q)), rng.standard_normal((q, n_in))) for q in ranks
+        ]
+        r = int(rng.integers(1, sum(ranks) + 1))
+        if case % 2:
+            parts[0] = (-parts[0][0], *parts[0][1:])
+        if case == 6:  # one A for all: the rank of the sum is that of one
+            ranks = [2, 2, 2]
+            a = rng.standard_normal((2, n_in))
+            parts, r = [(float(rng.uniform(0.3, 2)), rng.standard_normal((out, 2)), a) for _ in ranks], 2
+        if case == 7:
+            r = sum(ranks) + 3
+        wanted = sum(c * (b @ a) for c, b, a in parts)
+        sigma = np.linalg.svd(wanted, compute_uv=False)
+        least, size = float(np.sqrt((sigma[r:] ** 2).sum())), float(np.linalg.norm(wanted))
+        call = f"exercise_2 with ranks {ranks}, c = {[round(c, 2) for c, *_ in parts]} and r = {r}"
+        given = [(c, b.copy(), a.copy()) for c, b, a in parts]
+        b, a, error = _combined(answer(parts, r), out, n_in, r, call)
+        for (_, b0, a0), (_, b1, a1) in zip(parts, given, strict=True):
+            assert (b0 == b1).all() and (a0 == a1).all(), (
+                "exercise_2 changes its arguments; they should stay as they are."
             )
-
-    blocksize = int(rng.integers(16, 500))
-    compare(optimal_code(blocksize, 1, of="normalized"), {}, blocksize, "The optimum")
-    compare(codebooks.af4(blocksize, np.float64), {6: 0.0, 7: 0.0}, blocksize, "AF4 as released")
-    below, above = rng.integers(1, 6), rng.integers(8, 14)
-    for boundaries in ([0], [6], [7], [14], [below], [above], [below, above], [0, 14], [6, above]):
-        blocksize, made = int(rng.integers(16, 500)), None
-        while made is None:
-            moved = {int(i): 0.5 + rng.choice([-1, 1]) * rng.uniform(0.1, 0.3) for i in boundaries}
-            made = _with_boundaries(blocksize, moved)
-        compare(*made, blocksize, f"A code with {len(boundaries)} of its boundaries moved")
+        missed = float(np.linalg.norm(b @ a - wanted))
+        assert missed < least + 1e-9 * size, (
+            f"{call}: B A misses the sum by {missed:.4g}, and {least:.4g} is possible"
+            f"{' (it is exact: these adapters share their A)' if case == 6 else ''}."
+        )
+        assert abs(error - least) < 1e-7 * size, f"{call}: the error returned is {error:.4g}; it should be {least:.4g}."
+    n = 900
+    parts = [(1.0, rng.standard_normal((n, 3)), rng.standard_normal((3, n))) for _ in range(2)]
+    taken = peak(answer, parts, 3)
+    assert taken < n * n * 8 // 2, (
+        f"For {n} × {n} the call takes {taken:,} bytes; one matrix of that shape has {8 * n * n:,}. It should not be formed."
+    )
 
 
 @check("10-3")
 def _(answer, rng):
-    "Against optimal_code for random splits and block sizes."
-    for below in (7, *rng.choice([4, 5, 6, 8, 9, 10], 2, replace=False)):
-        blocksize, below = int(rng.integers(8, 1000)), int(below)
-        start = np.concatenate([np.linspace(-0.9, 0, below + 1), np.linspace(0, 1, 16 - below)[1:]])
-        expected = optimal_code(blocksize, 2, pins=(0, 1), signed=True, start=start)
-        q = np.asarray(answer(blocksize, below), float)
-        case = f"For blocks of {blocksize} and {below} negative values"
-        assert q.shape == (16,), f"{case}: expected 16 values, and got the shape {q.shape}."
-        assert (np.diff(q) > 0).all(), f"{case}: the values should ascend."
-        assert (q < 0).sum() == below and 0 in q and q[-1] == 1, (
-            f"{case}: expected {below} negative values, an exact 0, and a last value of exactly 1."
+    for case in range(6):
+        rows, tokens, n_in, n_out, r, n = (int(v) for v in rng.integers(2, 8, 6))
+        A, B = rng.standard_normal((n, r, n_in)), rng.standard_normal((n, n_out, r))
+        x, W0, s = rng.standard_normal((rows, tokens, n_in)), rng.standard_normal((n_out, n_in)), rng.uniform(0.3, 3, n)
+        which = rng.integers(-1, n, rows)
+        which[0] = -1 if case % 2 == 0 else n - 1
+        which = np.full(rows, -1) if case == 4 else which
+        given = [v.copy() for v in (x, W0, A, B, s, which)]
+        wanted = np.stack(
+            [v @ W0.T + (s[t] * (v @ A[t].T) @ B[t].T if t >= 0 else 0) for v, t in zip(x, which, strict=True)]
         )
-        worst = int(np.abs(q - expected).argmax())
-        cost = expected_error(q, blocksize, 2, True) / expected_error(expected, blocksize, 2, True) - 1
-        assert np.abs(q - expected).max() < 1e-6, (
-            f"{case}: value {worst} is {abs(q[worst] - expected[worst]):.1g} from the optimum, and the code costs {cost:.1g} more."
+        found = np.asarray(answer(x, W0, A, B, s, which))
+        call = f"exercise_3 with which = {which.tolist()} and {n} adapters"
+        assert found.shape == wanted.shape, f"{call} should return the shape {wanted.shape}; it returned {found.shape}."
+        for v, before in zip((x, W0, A, B, s, which), given, strict=True):
+            assert (v == before).all(), "exercise_3 changes an argument; they should stay as they are."
+        off = np.abs(found - wanted).max(axis=(1, 2))
+        worst = int(off.argmax())
+        assert off[worst] < 1e-10 * max(1, np.abs(wanted).max()), (
+            f"{call}: row {worst} (which = {which[worst]}) is off by {off[worst]:.2g} from the same row alone."
         )
-
-
-@check("10-4")
-def _(answer, rng):
-    "At the z that is returned both codes must cost the same, where a share z of all weights is 0."
-    for blocksize in (64, int(rng.integers(8, 40)), int(rng.integers(200, 3000))):
-        codes = [optimal_code(blocksize, pins=pins) for pins in ((-1, 0, 1), (-1, 1))]
-        normal = np.array([expected_error(q, blocksize) for q in codes])
-        zeros = np.array([np.abs(q).min() ** 2 for q in codes]) * expected_max(blocksize, 2)
-        z = float(answer(blocksize))
-        assert 0 < z < 1, f"Blocks of {blocksize}: {z} is not a share between 0 and 1."
-        with_0, without = (1 - z) * normal + z * zeros
-        right = (normal[0] - normal[1]) / (normal[0] - normal[1] + zeros[1])
-        assert abs(z - right) < 1e-9, (
-            f"Blocks of {blocksize}: with a share of {z:.6g} zeros the code with 0 costs {with_0:.9f} and the other {without:.9f}; "
-            "they should cost the same."
-        )
+    rows, n, d, r = 12, 6, 256, 2
+    x, W0 = rng.standard_normal((rows, 2, d)), rng.standard_normal((d, d))
+    A, B, s = rng.standard_normal((n, r, d)), rng.standard_normal((n, d, r)), rng.uniform(0.3, 3, n)
+    which = rng.integers(-1, n, rows)
+    taken = peak(answer, x, W0, A, B, s, which)
+    assert taken < 8 * d * d - 1, (
+        f"With W0 {d} × {d} the call takes {taken:,} bytes, and W0 has {W0.nbytes:,}: a ΔW is formed. Go through the rank instead."
+    )

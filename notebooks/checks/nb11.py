@@ -1,121 +1,239 @@
-"""Checks of notebook 11, double quantization and counting bits."""
+"""Checks of notebook 11, counting LoRA."""
 
 import numpy as np
 from grading import check
 
-from tinylora import codebooks, quantize
-from tinylora.kernels.rounding import CUDA
-from tinylora.numerics import optimality
-from tinylora.quant import quantize_constants
+import tinylora as tl
+from tinylora.costs import parameters
+from tinylora.nn import Linear, Linear4bit, Module
 
 
-def _bits(size, blocksize):
-    """Bits that a double-quantized tensor holds, from the tensor itself."""
-    return 8 * quantize(np.zeros(size, np.float32), blocksize=blocksize, double_quant=True).nbytes
+class _Block(Module):
+    pass
+
+
+def _model(shapes):
+    """A module with a Linear4bit at each path."""
+    root = _Block()
+    for path, (d_out, d_in) in shapes.items():
+        *above, name = path.split(".")
+        here = root
+        for part in above:
+            if not hasattr(here, part):
+                setattr(here, part, _Block())
+            here = getattr(here, part)
+        setattr(here, name, Linear4bit.of(Linear(d_in, d_out)))
+    return root
+
+
+def _elements(model):
+    return sum(w.packed.size if hasattr(w, "packed") else w.size for _, w in model.named_weights())
 
 
 @check("11-1")
 def _(answer, rng):
-    "The answer's block fits the budget and the next smaller one does not, counted on real tensors."
-    odd, block = int(rng.integers(150, 300)) * 2 + 1, int(rng.integers(5, 20))
-    cases = [(1 << 20, 4.5), (1 << 20, 4.127), (4096, 4.127)]
-    cases += [(odd, (_bits(odd, block) - 2) / odd)]  # the half byte of an odd weight decides
-    cases += [(int(rng.integers(1000, 40_000)), float(rng.uniform(4.03, 6))) for _ in range(6)]
-    for size, budget in cases:
-        got = answer(size, budget)
-        assert isinstance(got, (int, np.integer)) and got >= 1, (
-            f"For {size:,} weights and {budget:.4f} bits a weight expected a block size, 1 or more, and got {got!r}."
+    "Against built models: random shapes, the two names' order, a name that is the end of a longer one."
+    sides = lambda: tuple(int(n) for n in rng.integers(2, 40, 2))  # noqa: E731
+    cases = [
+        ({"head": (16, 24)}, 4, {}, "one matrix of 16 × 24"),
+        ({"head": (7, 5)}, 2, {}, "one matrix of 7 × 5, which has an odd number of weights"),
+    ]
+    names = ["a.q", "a.v", "b.q", "b.xv", "b.v", "c.mlp.up"]
+    shapes = {name: sides() for name in names}
+    shapes["a.v"], shapes["b.v"], shapes["b.xv"] = (7, 9), (11, 13), (21, 5)  # odd, three times
+    r = int(rng.integers(1, 5))
+    cases += [
+        (shapes, r, {}, "six matrices and no pattern"),
+        (shapes, r, {"v": r + 3}, 'the pattern "v", which "b.xv" does not fit'),
+        (shapes, r, {"b.v": r + 1, "v": r + 2, "mlp.up": 1}, 'the patterns "b.v", "v" and "mlp.up", in this order'),
+        (shapes, r, {"q": r + 1, "a.q": r + 5}, 'the patterns "q" and "a.q", of which the first that fits counts'),
+        (shapes, r, {"c.mlp.up": r + 7}, "a pattern that is a whole path"),
+    ]
+    for shapes, r, pattern, what in cases:
+        model = tl.add_lora(_model(shapes), r=r, target_modules="all-linear", rank_pattern=dict(pattern))
+        trained, total = tl.adapters.count_parameters(model)
+        expected = trained, total, _elements(model)
+        found = answer(dict(shapes), r, dict(pattern))
+        assert isinstance(found, tuple) and len(found) == 3, (
+            f"exercise_1 should return three whole numbers as a tuple; it returned {found!r}."
         )
-        held = _bits(size, int(got))
-        assert held <= budget * size, (
-            f"{size:,} weights in blocks of {got} hold {held / size:.5f} bits a weight, above the budget of {budget:.5f}."
-        )
-        smaller = got == 1 or _bits(size, int(got) - 1)
-        assert got == 1 or smaller > budget * size, (
-            f"For {size:,} weights and {budget:.5f} bits a weight, blocks smaller than {got} fit as well: "
-            f"{got - 1} holds {smaller / size:.5f}."
-        )
-    for size, budget in ((100, 4.5), (4096, 4.0)):
-        got = answer(size, budget)
-        assert got is None, (
-            f"{size:,} weights in a single block hold {_bits(size, size) / size:.4f} bits a weight, above {budget}: "
-            f"expected None, and got {got!r}."
-        )
+        for name, mine, right in zip(("trained", "all", "naive"), found, expected, strict=True):
+            assert mine == right, f"With {what}, `{name}` is {mine}; the model that tinylora builds has another count."
+
+
+def _count(method, setting, layers, d):
+    if method == "LoRA":
+        return parameters.lora_square(setting[0] * layers, d, setting[1])
+    if method == "PrefixEmbed":
+        return parameters.prefix_embedding(d, *setting)
+    if method == "PrefixLayer":
+        return parameters.prefix_layer(layers, d, *setting)
+    return parameters.adapter_h(layers, d, setting)
+
+
+def _digits(exact, decimals, rule):
+    """The printed number of `exact` without its point, in whole numbers; None where rounding is a near tie or changes nothing."""
+    step = 10 ** (6 - decimals)
+    whole, rest = divmod(exact, step)
+    if abs(2 * rest - step) < 0.02 * step or whole == 0:
+        return None
+    return whole + (rule == "rounded" and 2 * rest > step)
+
+
+def _show(n, decimals):
+    text = str(n).zfill(decimals + 1)
+    return f"{text[: len(text) - decimals]}.{text[len(text) - decimals :]}M" if decimals else f"{text}M"
+
+
+def _table(rng, rule, layers, d, wrong):
+    """A table in which each row keeps the rule, but for `wrong` (3 at most) that are a few steps off or keep the other one."""
+    rows, names = [], []
+    other = {"rounded": "truncated", "truncated": "rounded"}[rule]
+    while len(rows) < 12:
+        method = str(rng.choice(["LoRA", "PrefixEmbed", "PrefixLayer", "Adapter^H"]))
+        a, b = int(rng.integers(1, 5)), int(rng.integers(1, 65))
+        setting = {"LoRA": (a, b), "Adapter^H": b}.get(method, (4 * b, int(rng.integers(0, 9))))
+        decimals = int(rng.integers(0, 3))
+        exact = _count(method, setting, layers, d)
+        right, not_so = (_digits(exact, decimals, which) for which in (rule, other))
+        if right is None or (right == not_so and len(rows) >= 5):  # at least 7 rows tell the rules apart
+            continue
+        name = f"row {len(rows) + 1}"
+        if len(rows) < wrong:
+            right += int(rng.choice([-2, 2] if right == not_so else [-2, 3, not_so - right]))
+            if right <= 0:
+                continue
+            names.append(name)
+        rows.append((name, method, setting, _show(right, decimals)))
+    order = rng.permutation(len(rows))
+    return [rows[i] for i in order], sorted(names)
+
+
+LORA = [
+    (f"{matrices} matrices, r = {r}", "LoRA", (matrices, r), printed)
+    for matrices, r, printed in [
+        (1, 2, "4.7M"),
+        (2, 1, "4.7M"),
+        (2, 2, "9.4M"),
+        (4, 1, "9.4M"),
+        (2, 4, "18.8M"),
+        (4, 2, "18.8M"),
+        (2, 8, "37.7M"),
+        (4, 4, "37.7M"),
+        (2, 64, "301.9M"),
+        (4, 64, "603.8M"),
+    ]
+]
+ADAPTERS = [
+    (f"r = {r}", "Adapter^H", r, f"{printed}M")
+    for r, printed in [(1, 7.1), (4, 21.2), (8, 40.1), (16, 77.9), (64, 304.4)]
+]
+EMBEDDINGS = [
+    (f"l_p = {l_p}, l_i = 8", "PrefixEmbed", (l_p, 8), f"{printed}M")
+    for l_p, printed in [(32, 0.4), (64, 0.9), (128, 1.7), (256, 3.2), (512, 6.4)]
+]
+PREFIXES = [
+    ("l_p = 8, l_i = 8", "PrefixLayer", (8, 8), "20.2M"),
+    ("l_p = 64, l_i = 0", "PrefixLayer", (64, 0), "76.1M"),
+]
+JUST_MISSED = [  # 0.547 and 0.542 of a step from their counts: one rounds up, the other down
+    ("l_p = 29, l_i = 8", "PrefixEmbed", (29, 8), "0.4M"),
+    ("l_p = 12, l_i = 8", "PrefixEmbed", (12, 8), "0.3M"),
+]
 
 
 @check("11-2")
 def _(answer, rng):
-    "Signs, bytes and magnitudes, for lengths that fill neither a byte nor a block of 256."
-    for blocks in (4096, 1, 7, 256, int(rng.integers(257, 2000))):
-        m = np.abs(rng.standard_normal((blocks, 64))).max(axis=1).astype(np.float32)
-        m *= rng.choice([-1, 1], blocks).astype(np.float32)
-        with np.errstate(all="ignore"):  # a single scale is its own mean, and 0/0 follows
-            (restored, nbytes), expected = answer(m.copy()), quantize_constants(np.abs(m))
-        restored = np.asarray(restored)
-        assert restored.shape == m.shape and restored.dtype == np.float32, (
-            f"{blocks} scales should come back as {blocks} float32 numbers; "
-            f"these have the shape {restored.shape} and the dtype {restored.dtype}."
+    "The paper's columns, and fresh ones with wrong last digits, in both conventions and with 0, 1 and 2 decimals."
+    cases = [
+        (LORA, 96, 12288, "truncated", ["4 matrices, r = 64"], "table 15's rows of LoRA"),
+        (ADAPTERS, 96, 12288, "rounded", [], "table 15's rows of Adapter^H"),
+        (EMBEDDINGS, 96, 12288, "rounded", ["l_p = 32, l_i = 8"], "table 15's rows of PrefixEmbed"),
+        (
+            ADAPTERS + PREFIXES,
+            96,
+            12288,
+            "rounded",
+            [row[0] for row in PREFIXES],
+            "table 15's rows of Adapter^H with two of PrefixLayer",
+        ),
+        (
+            ADAPTERS + JUST_MISSED,
+            96,
+            12288,
+            "rounded",
+            [row[0] for row in JUST_MISSED],
+            "table 15's rows of Adapter^H with two that miss their count by little more than half a step",
+        ),
+    ]
+    for rule in ("rounded", "truncated", *rng.permutation(["rounded", "truncated"]).tolist()):
+        layers, d = int(rng.integers(12, 97)), 64 * int(rng.integers(48, 193))
+        table, names = _table(rng, rule, layers, d, int(rng.integers(0, 4)))
+        cases.append((table, layers, d, rule, names, f"a fresh table ({layers} layers of width {d})"))
+    for table, layers, d, rule, names, what in cases:
+        found = answer(list(table), layers, d)
+        assert isinstance(found, tuple) and len(found) == 2, (
+            f"exercise_2 should return (rule, names); it returned {found!r}."
         )
-        wrong = int((np.sign(restored) != np.sign(m)).sum())
-        assert wrong == 0, f"{wrong} of {blocks} scales came back with the wrong sign."
-        off, least = (np.abs(np.abs(x) - np.abs(m)).max() for x in (restored, expected.restore()))
-        assert blocks < 8 or off > 0, "The scales came back without any error, so they were not stored in 8 bits."
-        assert off <= 1.5 * least + 1e-6, (
-            f"The magnitudes of {blocks} scales come back with an error of up to {off:.4f}; {least:.4f} can be had."
-        )
-        held = expected.nbytes + -(-blocks // 8)
-        assert nbytes == held, (
-            f"{blocks} scales: counted {nbytes} bytes, expected {held} (8-bit indices, nested constants, mean, and the signs)."
-        )
+        assert found[0] == rule, f"For {what} the rule is not {found[0]!r}: by the other one fewer rows fail."
+        mine = sorted(found[1])
+        missing, extra = [n for n in names if n not in mine], [n for n in mine if n not in names]
+        show = {row[0]: f"{row[1]} {row[2]}, printed {row[3]}" for row in table}
+        assert not extra, f"In {what} the row {show.get(extra[0], extra[0])} follows its formula ({rule})."
+        assert not missing, f"In {what} one more row does not follow its formula: {show[missing[0]]} ({rule})."
+        assert len(mine) == len(names), f"In {what} a row is named twice."
 
 
-def _inexact(absmax, rng, code):
-    """Constants that are off by a few per cent, in several ways."""
-    if code == "nf4":
-        for name in ("fp8_e4m3", "fp8_e5m2"):
-            yield (
-                f"{name} without the mean",
-                quantize_constants(absmax, 0.0, codebooks.get_nested(name), CUDA).restore(),
-            )
-    noise = rng.choice([-0.1, 0.1], len(absmax))
-    for name, where in (("10 % off", True), ("10 % off where the scale is large", absmax > np.median(absmax))):
-        yield name, np.where(where, absmax * (1 + noise), absmax).astype(np.float32)
+def _fits(shapes, printed):
+    """[(r, unit)] in whole numbers, and whether a rank lies on the edge of rounding."""
+    text = printed.rstrip("M")
+    decimals, value = len(text.partition(".")[2]), int(text.replace(".", ""))
+    one, found, edge = sum(a + b for a, b in shapes), [], False
+    for r in range(1, min(min(s) for s in shapes) + 1):
+        for unit in (10**6, 2**20):
+            twice = 2 * (r * one * 10**decimals - value * unit)  # in halves of a step
+            edge |= abs(abs(twice) - unit) < 1e-6 * unit
+            if abs(twice) < unit:
+                found.append((r, unit))
+    return found, edge
 
 
 @check("11-3")
 def _(answer, rng):
-    "The prediction against the measured rise, on weights that the answer does not see."
-    for code, blocksize, sigma in (("nf4", 64, 1.0), ("fp4", 32, 0.02), ("int4", 128, 3.0)):
-        w = (rng.standard_normal((1 << 20) // blocksize * blocksize) * sigma).astype(np.float32).reshape(-1, blocksize)
-        w *= np.exp(0.3 * rng.standard_normal((len(w), 1))).astype(np.float32)
-        q = quantize(w, code, blocksize)
-        w_hat = q.dequantize().astype(np.float64)
-        for name, other in _inexact(q.absmax, rng, code):
-            changed = w_hat * (other / q.absmax.astype(np.float64))[:, None]
-            rise = np.square(w - changed).mean() - np.square(w - w_hat).mean()
-            got = float(answer(q, other))
-            assert abs(got / rise - 1) < 0.08, (
-                f"{code}, blocks of {blocksize}, scales {name}: predicted {got:.4g}, measured {rise:.4g} ({got / rise - 1:+.1%})."
-            )
-
-
-@check("11-4")
-def _(answer, rng):
-    "The block size that the answer implies has NF4's error, for fresh block sizes and widths."
-    for blocksize, s in ((64, 16), (16, 32), (256, 8.125), (int(rng.integers(17, 250)), float(rng.uniform(6, 32)))):
-        bits = float(answer(blocksize, s))
-        assert bits > 4, f"NF4 in blocks of {blocksize}, s = {s:g}: {bits:g} bits leave nothing for the constants."
-        implied = 2 * s / (bits - 4)
-        assert 2 <= implied < 1 << 14, (
-            f"NF4 in blocks of {blocksize}, s = {s:g}: {bits:.4f} bits would mean affine blocks of {implied:.3g}."
+    "The paper's cases, and fresh ones: one, several, none, both units, oblong matrices, the bound on r."
+    square = lambda n, d: [(d, d)] * n  # noqa: E731
+    cases = [
+        (square(96, 1536), "4.7M", "DeBERTa XXL (96 matrices of width 1536)"),
+        (square(48, 1024), "0.35M", "GPT-2 medium (48 matrices of width 1024)"),
+        (square(72, 1280), "0.77M", "GPT-2 large (72 matrices of width 1280)"),
+        (square(48, 1024), "3.0M", "48 matrices of width 1024"),
+        (square(48, 1024), "12M", "48 matrices of width 1024"),
+        ([(4096, 4), (4, 4096)] * 1000, "49M", "matrices of 4096 × 4"),
+        ([(4096, 4), (4, 4096)] * 1000, "32.8M", "matrices of 4096 × 4, whose smallest side is a rank that counts"),
+        ([(4096, 4), (64, 4096)] * 500, "24.8M", "matrices of 4096 × 4 and 64 × 4096"),
+    ]
+    while len(cases) < 18:
+        shapes = [tuple(int(n) for n in rng.integers(8, 3000, 2)) for _ in range(int(rng.integers(1, 6)))]
+        shapes *= int(rng.integers(1, 30))
+        r = int(rng.integers(1, 20))
+        decimals, unit = int(rng.integers(0, 3)), (10**6, 2**20)[int(rng.integers(2))]
+        printed = f"{r * sum(a + b for a, b in shapes) / unit * (1 if rng.random() < 0.7 else 1.04):.{decimals}f}M"
+        if float(printed[:-1]) == 0 or _fits(shapes, printed)[1]:
+            continue
+        cases.append((shapes, printed, f"{len(shapes)} matrices, the first of {shapes[0][0]} × {shapes[0][1]}"))
+    for shapes, printed, what in cases:
+        expected, _ = _fits(shapes, printed)
+        found = answer(list(shapes), printed)
+        assert isinstance(found, (list, tuple)), f"exercise_3 should return a list of pairs (r, unit), not {found!r}."
+        found = [tuple(int(n) for n in np.ravel(pair)) for pair in found]
+        extra, missing = [p for p in found if p not in expected], [p for p in expected if p not in found]
+        assert not extra, (
+            f'For {what} and "{printed}", {extra[0]} should not be there: either it prints another number, or r is more than a '
+            "matrix's smallest side."
         )
-        low = int(implied)
-        near = [optimality.affine_error(b) for b in (low, low + 1)]
-        cost, expected = (
-            np.interp(implied, (low, low + 1), near),
-            optimality.expected_error(codebooks.nf4(), blocksize),
+        assert not missing, (
+            f'For {what} and "{printed}", {len(missing)} more of {len(expected)} pairs fit, with the unit {missing[0][1]:,}.'
         )
-        assert abs(cost / expected - 1) < 0.002, (
-            f"NF4 in blocks of {blocksize}, s = {s:g}: at {bits:.4f} bits affine int4 has blocks of {implied:.2f} "
-            f"and an error of {cost:.6f}, but NF4's is {expected:.6f}."
+        assert found == sorted(expected), (
+            f'For {what} and "{printed}": right pairs, but not sorted, or one is there twice.'
         )

@@ -1,140 +1,108 @@
-"""Checks of notebook 12, the QLoRA layer."""
-
-import copy
-import gc
-import weakref
+"""Checks of notebook 12, the rank of ΔW."""
 
 import numpy as np
-from grading import check, peak, there
-
-from tinylora import codebooks, quantize
+from grading import check
 
 
-def _layer(rng, n_out, n_in, tokens, **how):
-    w, x, g = (
-        rng.standard_normal(shape).astype(np.float32) for shape in ((n_out, n_in), (tokens, n_in), (tokens, n_out))
-    )
-    return quantize(w, **how), x, g
+def _pair(found, call):
+    assert isinstance(found, (tuple, list)) and len(found) == 2, f"{call} should return a pair; it returned {found!r}."
+    return found
 
 
 @check("12-1")
 def _(answer, rng):
-    "Both products against the dense weight, where blocks cross rows and rows cross groups; and the memory of a large one."
-    cases = [
-        (64, 128, 5, 16, {"double_quant": True}),
-        (int(rng.integers(5, 40)), 2 * int(rng.integers(20, 60)) + 64, 3, int(rng.integers(2, 9)), {"double_quant": True}),
-        (17, 50, 2, 4, {"blocksize": int(rng.integers(33, 300))}),
-        (9, 130, 1, 100, {"code": "fp4"}),
-        (6, 22, 4, 1, {"code": codebooks.bof4(16, signed=True), "signed": True, "blocksize": 16}),
-    ]  # fmt: skip
-    for n_out, n_in, tokens, rows, how in cases:
-        q, x, g = _layer(rng, n_out, n_in, tokens, **how)
-        found = answer(q, x.copy(), g.copy(), rows)
-        assert isinstance(found, tuple | list) and len(found) == 2, "exercise_1 should return the pair (y, x̄)."
-        w = q.dequantize("float32").astype(np.float64)
-        of = f"A weight of {n_out} × {n_in} in blocks of {q.blocksize}, {rows} rows at a time"
-        for name, got, expected in zip(("y", "x̄"), found, (x @ w.T, g @ w), strict=True):
-            got = np.asarray(got)
-            assert got.shape == expected.shape, f"{of}: {name} has the shape {got.shape}, expected {expected.shape}."
-            error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
-            assert error < 1e-5, (
-                f"{of}: {name} is off by {error:.1e} of its norm. Which block does the first weight of a row belong to, "
-                "and which rows of Ŵ does an entry of y need, which an entry of x̄?"
-            )
-    q, x, g = _layer(rng, 2048, 1024, 4, double_quant=True)
-    taken = peak(answer, q, x, g, 16)
-    assert taken < q.size, (
-        f"For a weight of 2048 × 1024 and 16 rows at a time the call takes {taken:,} bytes at its peak; a quarter of the dense Ŵ is "
-        f"{q.size:,}. Something is made for the whole weight."
-    )
+    cases = [([3.0, 2.0], 96, 96, 1, 0.05, 1.0), ([2.0, 3.0], 96, 96, 1, 0.0, 1.0), ([3.0], 8, 4, 6, 0.1, 2.0)]
+    cases += [([1.0, 2.0], 10, 20, 0, 0.3, 1.0)]
+    for _ in range(6):
+        d_out, d_in = (int(n) for n in rng.integers(6, 60, 2))
+        singular = rng.uniform(0.1, 3, int(rng.integers(1, min(d_out, d_in))))
+        r = int(rng.integers(1, d_in))
+        cases.append((singular.tolist(), d_out, d_in, r, float(rng.uniform(0, 1)), float(rng.uniform(0.3, 3))))
+    for singular, d_out, d_in, r, noise, scale in cases:
+        call = f"exercise_1({np.round(singular, 3).tolist()}, {d_out}, {d_in}, {r}, {noise:.3g}, {scale:.3g})"
+        trained, frozen = _pair(answer(list(singular), d_out, d_in, r, noise, scale), call)
+        squares = np.sort(np.square(singular))[::-1]
+        expected = scale**2 * squares[r:].sum() / d_out + noise**2
+        assert np.isclose(trained, expected, rtol=1e-9, atol=1e-15), (
+            f"{call}: with A and B trained the error should be {expected:.6g}, and you predict {float(trained):.6g}. The best "
+            "rank-r update keeps the r largest singular values; the error is averaged over the outputs, and x has variance scale²."
+        )
+        # a Gaussian A has a uniformly random row space of min(r, d_in) dimensions
+        expected = scale**2 * squares.sum() * (1 - min(r, d_in) / d_in) / d_out + noise**2
+        assert np.isclose(frozen, expected, rtol=1e-9, atol=1e-15), (
+            f"{call}: with A frozen the error should be {expected:.6g} on average; you predict {float(frozen):.6g}. "
+            "What the layer sees of x is its projection onto the row space of A, a random one. Which part of ΔW does that leave, "
+            "and what if r reaches d_in?"
+        )
 
 
 @check("12-2")
 def _(answer, rng):
-    "The prediction against products of fresh matrices, for codes with and without a correlation between Ŵ and the error."
-    n = 160
-    coarse = np.array([-1, -0.3, 0.3, 1], np.float32)
-    halves = np.array([-0.5, -0.25, 0, 0.25, 0.5], np.float32)  # cuts off what is large
-    for codes, depth in (
-        (["nf4"], 1),
-        (["nf4"], 12),
-        ([coarse], 8),
-        (["int4", coarse], int(rng.integers(3, 9))),
-        ([halves], 4),
-        (["nf4", halves], int(rng.integers(2, 7))),
-    ):
-        pairs, right, wrong = [], np.eye(n), np.eye(n)
-        for i in range(depth):
-            w = rng.standard_normal((n, n)).astype(np.float32) / np.float32(np.sqrt(n))
-            w_hat = quantize(w, codes[i % len(codes)], blocksize=(64, 1024)[i % 2]).dequantize("float32")
-            pairs.append((w, w_hat))
-            wrong, right = wrong @ w, right @ w_hat
-        got, expected = float(answer([(w.copy(), h.copy()) for w, h in pairs])), apart(wrong, right)
-        assert np.isfinite(got) and abs(got / expected - 1) < 0.06, (
-            f"{depth} layers: predicted {got:.4f}, and the products of the matrices say {expected:.4f} ({got / expected - 1:+.1%})."
+    for trial in range(10):
+        d, norm, noise = int(rng.integers(12, 60)), float(rng.uniform(1, 5)), float(rng.uniform(0.02, 0.2))
+        n = d if trial == 0 else 9 if trial == 1 else int(rng.integers(9, d + 1))
+        below, above = ((m - 8) / m for m in (n - 1, n))  # the parts of ‖ΔW‖² that n − 1 and n directions can leave
+        part = below + float(rng.uniform(0.2, 0.8)) * (above - below)
+        factor = 1 + part * norm**2 / (noise**2 * d)
+        call = f"exercise_2({d}, {norm:.3f}, {noise:.4f}, {factor:.3f})"
+        delta = answer(d, norm, noise, factor)
+        assert delta is not None, f"{call}: there is such an update, and the answer was None."
+        delta = np.asarray(delta, float)
+        assert delta.shape == (d, d), f"{call} should return a {d} × {d} matrix; its shape is {delta.shape}."
+        sigma = np.linalg.svd(delta, compute_uv=False)
+        assert np.isclose(np.linalg.norm(sigma), norm, rtol=1e-6), (
+            f"{call}: ‖ΔW‖_F should be {norm:.4f}; it is {np.linalg.norm(sigma):.4f}."
         )
-
-
-def apart(a, b):
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
-
-
-def _dropout(w, masks, runs):
-    """f(x, rng) → (y, pullback), tanh(x w) under a mask that is drawn. What it computes is noted in masks, its calls in runs."""
-
-    def f(x, rng):
-        hidden = np.tanh(x @ w)
-        mask = (rng.random(hidden.shape) >= 0.3) / 0.7
-        masks.extend((weakref.ref(hidden), weakref.ref(mask)))
-        runs.append(1)
-        return hidden * mask, lambda up: (up * mask * (1 - hidden * hidden)) @ w.T
-
-    return f
-
-
-def _checkpointed(answer, w, x, g, seed):
-    """What exercise_3 makes of a function with a mask: y, both x̄, and what became of the rest. None if it returns no pair."""
-    masks, runs, rng = [], [], np.random.default_rng(seed)
-    found = answer(_dropout(w, masks, runs), x, rng)
-    if not (isinstance(found, tuple | list) and len(found) == 2 and callable(found[1])):
-        return None
-    y, backward = found
-    del found
-    seen = {"y": np.array(y), "state": copy.deepcopy(rng.bit_generator.state), "runs": len(runs)}
-    gc.collect()
-    seen["alive"] = any(ref() is not None for ref in masks)
-    rng.random(11)  # the next layers draw as well
-    seen["passes"] = [
-        (np.array(backward(g.copy())), copy.deepcopy(rng.bit_generator.state)) for time in ("first", "second")
-    ]
-    return seen | {"x": x}
+        left = ((sigma[8:] ** 2).sum() / d + noise**2) / noise**2
+        assert np.isclose(left, factor, rtol=1e-6), (
+            f"{call}: rank 8 should be left with {factor:.4f} times noise²; with this ΔW it is {left:.4f} times."
+        )
+        found = int((sigma > 1e-7 * sigma[0]).sum())
+        assert found == n, (
+            f"{call}: rank {n} is possible, and this ΔW has rank {found}. For a given norm, which singular values make the tail beyond "
+            "the eighth as large as it can be?"
+        )
+    for d, part in ((20, 1.0), (20, 0.7), (8, 0.1), (6, 0.01)):
+        factor = 1 + part * 4 / (0.01 * d)
+        assert answer(d, 2.0, 0.1, factor) is None, (
+            f"exercise_2({d}, 2.0, 0.1, {factor:.3f}) should be None: no {d} × {d} matrix of norm 2 has so large a tail beyond its eighth "
+            "singular value."
+        )
 
 
 @check("12-3")
 def _(answer, rng):
-    "Bits, the generator's state, and what is still alive between the two passes."
-    for n in (7, int(rng.integers(50, 200))):
-        w, x, g = rng.standard_normal((n, n)), rng.standard_normal((3, n)), rng.standard_normal((3, n))
-        seed = int(rng.integers(1 << 30))
-        theirs = np.random.default_rng(seed)
-        y, pullback = _dropout(w, [], [])(x, theirs)
-        expected = pullback(g)
-        seen = there(answer, _checkpointed, w, x, g, seed)
-        assert seen is not None, "exercise_3 should return (y, backward), and backward should be a function of g."
-        assert np.array_equal(seen["y"], y), "y is not what f(x, rng) gives; the mask is another one."
-        assert seen["state"] == theirs.bit_generator.state, (
-            "After the forward pass rng is not in the state in which f(x, rng) leaves it, so the next layer would draw other numbers."
-        )
-        assert seen["runs"] == 1, f"The forward pass runs f {seen['runs']} times; once is enough."
-        assert not seen["alive"], (
-            "Between the forward and the backward pass something is alive that f computed on the way, such as its mask."
-        )
-        theirs.random(11)
-        for time, (x_bar, state) in zip(("first", "second"), seen["passes"], strict=True):
-            assert np.array_equal(x_bar, expected), (
-                f"The {time} call of backward gives another x̄ than f's own pullback; was it run with the same random numbers?"
+    for trial in range(6):
+        d_out, d_in = (int(n) for n in rng.integers(5, 14, 2))
+        n = int(rng.integers(3 * d_in, 6 * d_in))
+        mixing = np.linalg.qr(rng.standard_normal((d_in, d_in)))[0] * np.exp(rng.uniform(-3, 2, d_in))
+        x, delta = rng.standard_normal((n, d_in)) @ mixing.T, rng.standard_normal((d_out, d_in))
+        seen = np.linalg.svd(x @ delta.T / np.sqrt(n * d_out), compute_uv=False)  # Eckart and Young on ΔW xᵀ
+        seen = seen[: min(d_out, d_in)]  # the others are 0
+        tails = np.array([*np.cumsum(seen[::-1] ** 2)[::-1], 0.0])
+        r = 0 if trial == 0 else int(rng.integers(1, len(seen)))
+        excess = 1.5 * tails[0] if r == 0 else float(np.sqrt(tails[r] * tails[r - 1]))
+        call = f"exercise_3(delta, x, {excess:.4g}) for delta {delta.shape} and x {x.shape}"
+        found, update = _pair(answer(delta.copy(), x.copy(), excess), call)
+        update = np.asarray(update, float)
+        assert update.shape == delta.shape, f"{call}: X should have shape {delta.shape}; it has {update.shape}."
+        assert found == r, (
+            f"{call}: r should be {r}, and you return {found}. "
+            + ("With X = 0 the error is small enough already." if r == 0 else "")
+            + (
+                "An update of smaller rank is good enough: an error in a direction that x hardly has hardly counts."
+                if found > r
+                else ""
             )
-            assert state == theirs.bit_generator.state, (
-                "backward changes the state of rng; whoever draws from it next gets other numbers than without the checkpoint."
+            + (
+                "No update of so small a rank is good enough: look at what the strong directions of x see."
+                if found < r
+                else ""
             )
-        assert np.array_equal(seen["x"], x), "exercise_3 changes x; it should stay as it is."
+        )
+        error = ((x @ (update - delta).T) ** 2).sum() / (n * d_out)
+        assert error <= excess * (1 + 1e-9), (
+            f"{call}: r is right, but X leaves {error:.4g} on these inputs. The best X on them is not the truncated SVD of delta."
+        )
+        rank = int(np.linalg.matrix_rank(update, tol=1e-8 * max(np.linalg.norm(update, 2), 1e-300)))
+        assert rank <= r, f"{call}: X should have rank {r}; it has {rank}."

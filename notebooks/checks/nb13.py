@@ -1,144 +1,131 @@
-"""Checks of notebook 13, limits and descendants."""
+"""Checks of notebook 13, subspaces and amplification."""
 
 import numpy as np
 from grading import check
 
-from tinylora import LoRALinear, variants
-from tinylora.nn import Linear4bit
-from tinylora.papers.claims.toys import linear, orthonormal, weight
+from tinylora.papers import subspaces
 
 
-def _off(found, wanted):
-    return float(np.linalg.norm(found - wanted))
+def _frame(rng, d, n):
+    return np.linalg.qr(rng.standard_normal((d, n)))[0]
 
 
-def _array(found, wanted, what):
-    found = np.asarray(found, np.float64)
-    assert found.shape == wanted.shape, f"{what} should have shape {wanted.shape}; it has {found.shape}."
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+def _numbers(found, n, call):
+    assert isinstance(found, (tuple, list)) and len(found) == n, (
+        f"{call} should return {n} values; it returned {found!r}."
+    )
+    return found
 
 
 @check("13-1")
 def _(answer, rng):
-    spectra = {
-        "a flat spectrum": lambda i: np.ones(len(i)),
-        "a power law": lambda i: i ** -rng.uniform(0.3, 0.5),
-        "a few large values over a flat rest": lambda i: np.where(i <= 3, 4.0, 1.0),
-        "a straight line": lambda i: 1.2 - i / i.max(),
-    }
-    short, long = (int(rng.integers(40, 49)), int(64 * rng.integers(7, 10))), (int(64 * rng.integers(7, 10)), 64)
-    cases = [
-        (what, (int(rng.integers(96, 193)), int(64 * rng.integers(2, 4))), int(rng.integers(8, 17))) for what in spectra
-    ]
-    cases += [
-        ("a flat spectrum", short, 16),
-        ("a straight line", short, int(rng.integers(12, 16))),
-        ("a flat spectrum", long, 12),
-    ]
-    for what, shape, r in cases:
-        law, n = spectra[what], min(shape)
-        sigma = law(np.arange(1.0, n + 1))
-        w = (orthonormal(rng, shape[0], n) * sigma) @ orthonormal(rng, shape[1], n).T
-        nf4 = _off(Linear4bit.of(linear(w), double_quant=False).dense(), w)
-        pissa = _off(weight(variants.pissa(LoRALinear(linear(w), r=r, alpha=r), code="nf4")), w) / nf4
-        loftq = _off(weight(variants.loftq(linear(w), r, steps=1)), w) / nf4
-        found = answer(sigma.copy(), shape, r)
-        assert np.shape(found) == (2,), f"exercise_1 should return two numbers, (pissa, loftq); it returned {found!r}."
-        for name, value, wanted, hint in (
-            (
-                "pissa",
-                found[0],
-                pissa,
-                "NF4's error is in proportion to the size of what is quantized: what is left of ‖W‖?",
-            ),
-            (
-                "loftq",
-                found[1],
-                loftq,
-                "It repairs the error of NF4, not W: what does the spectrum of that error look like?",
-            ),
-        ):
-            assert abs(value / wanted - 1) < 0.04, (
-                f"For {what} of shape {shape} and r = {r}, {name} leaves {wanted:.3f} of NF4's error; the answer is {float(value):.3f}. "
-                f"{hint}"
-            )
+    for trial in range(10):
+        d = int(rng.integers(20, 200))
+        i, j = (int(n) for n in rng.integers(1, d // 2, 2))
+        if trial == 3:
+            i = 1
+        basis, p = _frame(rng, d, d), min(i, j)
+        cosines = np.ones(p) if trial == 0 else np.zeros(p) if trial == 1 else rng.uniform(0, 1, p)
+        first = basis[:, :i]
+        second = np.hstack(
+            [basis[:, :p] * cosines + basis[:, i : i + p] * np.sqrt(1 - cosines**2), basis[:, i + p : i + j]]
+        )
+        phi = float(np.square(first.T @ second).sum() / p)
+        printed = (1 - p * (1 - phi)) / p
+        call = f"exercise_1({printed:.6f}, {i}, {j}, {d})"
+        value, deviations = _numbers(answer(printed, i, j, d), 2, call)
+        assert np.isclose(value, phi, atol=1e-9), (
+            f"{call}: φ of these spaces is {phi:.6f}; you return {float(value):.6f}. "
+            "Undo (1/p)(1 − distance²), then use the identity that holds."
+        )
+        mean, spread = (
+            subspaces.expected_similarity(i, j, d),
+            np.sqrt(2 * i * j * (d - i) * (d - j) / (d**2 * (d - 1) * (d + 2))) / p,
+        )
+        assert np.isclose(deviations, (phi - mean) / spread, rtol=1e-6, atol=1e-6), (
+            f"{call}: φ = {phi:.6f} lies {(phi - mean) / spread:.3f} standard deviations above chance; you return {float(deviations):.3f}. "
+            "Section 4 has mean and standard deviation of φ itself, not of tr(P_i P_j)."
+        )
 
 
 @check("13-2")
 def _(answer, rng):
-    for _ in range(4):
-        out, groups, r = (int(k) for k in rng.integers(2, 9, 3))
-        group, s = int(rng.choice([2, 5, 16, 32])), float(rng.uniform(0.3, 4))
-        q, scale = rng.integers(0, 16, (out, groups, group)), rng.uniform(0.1, 1, (out, groups))
-        low, a, b = rng.standard_normal((out, groups)), rng.standard_normal((r, groups)), rng.standard_normal((out, r))
-        found = answer(scale.copy(), low.copy(), a.copy(), b.copy(), s, group)
-        assert isinstance(found, tuple) and len(found) == 2, "exercise_2 should return two arrays, (low', A_sum)."
-        x = rng.standard_normal((7, groups, group))
-        wanted = np.einsum("nlg,olg->no", x, scale[..., None] * q + low[..., None]) + s * x.mean(axis=2) @ a.T @ b.T
-        assert np.shape(found[0]) == (out, groups), f"low' should have shape {(out, groups)}, not {np.shape(found[0])}."
-        merged = np.einsum("nlg,olg->no", x, scale[..., None] * q + np.asarray(found[0])[..., None])
-        assert np.abs(merged - wanted).max() < 1e-10 * max(1, np.abs(wanted).max()), (
-            f"With groups of {group}, s = {s:.2f}: scale · q + low' gives an output that is off by {np.abs(merged - wanted).max():.3g}. "
-            "By how much does the bypass change a single weight of a group, if its input is a mean? And is low in units of the scale?"
+    cases = [
+        (96, 8, 64, 2.0),
+        (96, 64, 64, 5.0),
+        (50, 3, 3, 0.0),
+        (40, 5, 30, 5.0),
+        (40, 30, 5, 5.0),
+        (60, 12, 9, -0.2),
+    ]
+    for _ in range(8):
+        d = int(rng.integers(20, 300))
+        i, j = (int(n) for n in rng.integers(1, d, 2))
+        cases.append((d, i, j, float(rng.uniform(0, min(i, j)))))
+    for d, i, j, k in cases:
+        phi = (k + (i - k) * (j - k) / (d - k)) / min(i, j)
+        if abs(d - i - j + phi * min(i, j)) < 0.5:
+            continue  # φ hardly depends on k there
+        call = f"exercise_2({phi:.6f}, {i}, {j}, {d})"
+        found = answer(phi, i, j, d)
+        assert np.ndim(found) == 0 and np.isfinite(found), (
+            f"{call} should return one finite number; it returned {found!r}."
         )
-        assert np.shape(found[1]) == (r, groups), f"A_sum should have shape {(r, groups)}, not {np.shape(found[1])}."
-        gap = np.abs(x.sum(axis=2) @ np.asarray(found[1]).T - x.mean(axis=2) @ a.T).max()
-        assert gap < 1e-10, f"A_sum times the sums should be A times the means; it is off by {gap:.3g}."
+        assert np.isclose(found, k, rtol=1e-6, atol=1e-6), (
+            f"{call} should be {k:.4f}, and is {float(found):.4f}: with {k:.4f} shared directions and {i} − k, {j} − k unrelated ones "
+            "in the remaining d − k dimensions φ comes out as given."
+        )
+
+
+def _rows(rng):
+    yield "Table 7, r = 4", 6.91, 61.95, 0.32, 4, 12288, 12288
+    yield "Table 7, r = 64", 3.57, 61.95, 1.90, 64, 12288, 12288
+    for trial in range(9):
+        d, k, r = int(rng.integers(80, 140)), int(rng.integers(40, 70)), int(rng.integers(1, 4))
+        if trial % 2:
+            d, k = k, d
+        n = min(d, k)
+        u, v, sigma = _frame(rng, d, n), _frame(rng, k, n), 10 / np.arange(1, n + 1)
+        w = u * sigma @ v.T
+        place = trial % 3
+        at = 0 if place == 0 else int(0.4 * n)
+        left, right = (u[:, at : at + r], v[:, at : at + r]) if place < 2 else (_frame(rng, d, r), _frame(rng, k, r))
+        size = float(rng.uniform(1, 5))
+        delta = size * left @ right.T / np.sqrt(r)
+        where = ("along W's top pairs", "along weak pairs of W", "in random directions")[place]
+        yield f"ΔW {where}", np.linalg.norm(delta), np.linalg.norm(w), np.linalg.norm(left.T @ w @ right), r, d, k
+    yield (
+        "a wide W",
+        1.0,
+        10.0,
+        1.5,
+        4,
+        100,
+        400,
+    )  # between by min(d_out, d_in) = 100, strong by √(d_out d_in) or by 400
+    yield "a wide W", 1.0, 10.0, 0.41, 4, 100, 400  # random goes up to 0.4
+    yield "a wide W", 1.0, 10.0, 0.39, 4, 100, 400
+    yield "a tall W", 1.0, 10.0, 1.5, 4, 400, 100
+    yield "a tall W", 1.0, 10.0, 2.1, 4, 400, 100
 
 
 @check("13-3")
 def _(answer, rng):
-    cases = [([(4, 9), (9, 4)], 100), ([(6, 6)], 5), ([(5, 7)], 5)]
-    for _ in range(6):
-        shapes = [tuple(int(k) for k in rng.integers(3, 400, 2)) for _ in range(rng.integers(1, 9))]
-        cases.append((shapes, int(sum(map(sum, shapes)) * rng.uniform(0.3, 5))))
-    for shapes, budget in cases:
-        found = answer(list(shapes), budget)
-        assert np.shape(found) == (3,), f"exercise_3 should return (r_vera, r_lora, frozen); it returned {found!r}."
-        vera = lora = 0
-        while sum(out + vera + 1 for out, _ in shapes) <= budget:
-            vera += 1
-        while sum((lora + 1) * (out + inn) for out, inn in shapes) <= budget:
-            lora += 1
-        call = f"exercise_3({shapes}, {budget})"
-        assert found[0] == vera, (
-            f"{call}: r_vera is {found[0]}. Each layer trains out + r numbers; the largest r within the budget is another."
+    for what, delta_norm, w_norm, projected, r, d, k in _rows(rng):
+        values = [float(x) for x in (delta_norm, w_norm, projected)]
+        call = "exercise_3({:.4g}, {:.4g}, {:.4g}, {}, {}, {})".format(*values, r, d, k)
+        factor, random_factor, word = _numbers(answer(*values, r, d, k), 3, call)
+        assert np.isclose(factor, values[0] / values[2]), (
+            f"{call} ({what}): the factor is ‖ΔW‖/‖UᵀWV‖; you return {float(factor):.4f}."
         )
-        assert found[1] == lora, (
-            f"{call}: r_lora is {found[1]}. Each layer trains r (in + out); the largest r is another."
+        random = values[1] * r / np.sqrt(d * k)
+        assert np.isclose(random_factor, values[0] / random), (
+            f"{call} ({what}): with random U and V the factor is {values[0] / random:.4f}, and you return {float(random_factor):.4f}. "
+            "U averages over d_out dimensions, V over d_in."
         )
-        frozen = vera * max(inn for _, inn in shapes) + vera * max(out for out, _ in shapes)
-        assert found[2] == frozen, (
-            f"{call}: frozen is {found[2]}. One A and one B serve all layers: how wide must A be, and how tall B, at r = {vera}?"
-        )
-
-
-@check("13-4")
-def _(answer, rng):
-    for _ in range(3):
-        out, inn = (int(k) for k in rng.integers(2, 9, 2))
-        v, m, g = rng.standard_normal((out, inn)), rng.uniform(0.5, 2, out), rng.standard_normal((out, inn))
-        found = answer(v.copy(), m.copy(), g.copy())
-        assert isinstance(found, tuple) and len(found) == 2, "exercise_4 should return two arrays, (paper, exact)."
-        norms = np.linalg.norm(v, axis=1)
-
-        def difference(norm_of, v=v, m=m, g=g, eps=1e-6):
-            gradient = np.empty_like(v)
-            for at in np.ndindex(v.shape):
-                step = np.zeros_like(v)
-                step[at] = eps
-                high, low = ((g * m[:, None] * u / norm_of(u)[:, None]).sum() for u in (v + step, v - step))
-                gradient[at] = (high - low) / (2 * eps)
-            return gradient
-
-        paper = difference(lambda u, norms=norms: norms)
-        exact = difference(lambda u: np.linalg.norm(u, axis=1))
-        off = _array(found[0], paper, "paper")
-        assert off < 1e-6, (
-            f"paper is off by {off:.2g} (relative): with ‖V‖ a constant, W' is V times a number for each row."
-        )
-        off = _array(found[1], exact, "exact")
-        assert off < 1e-6, (
-            f"exact is off by {off:.2g} (relative) from central differences of L. Making a row of V longer does not change W': what "
-            "must the exact gradient's product with that row be?"
+        blind = values[1] * np.sqrt(r / min(d, k))
+        expected = "random" if projected <= 2 * random else "between" if projected < blind else "strong"
+        assert word == expected, (
+            f"{call} ({what}): the word is {expected!r}, and you return {word!r}. ‖W‖² is the sum of σ² over W's singular pairs; blindly "
+            "chosen pairs have r times its mean."
         )

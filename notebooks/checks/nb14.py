@@ -1,148 +1,170 @@
-"""Checks of notebook 14, paged optimizers."""
+"""Checks of notebook 14, scaling, learning rates, invariances."""
 
 import math
-from functools import cache
 
 import numpy as np
 from grading import check
 
-from tinylora import AdamW, Pager, Tensor
-from tinylora.training.adamw8bit import adamw8bit_step
+from tinylora import optim
 
 
-def _whole(got, what):
-    assert isinstance(got, (int, np.integer)) and not isinstance(got, bool), f"{what}: expected an int, got {got!r}."
-    return int(got)
+def _number(found, call):
+    assert np.ndim(found) == 0 and np.isreal(found) and math.isfinite(found), (
+        f"{call} should return one finite number; it returned {found!r}."
+    )
+    return float(found)
 
 
-def _fewest(uses, frames):
-    """Faults, by trying every eviction."""
+def _numbers(found, n, call):
+    assert isinstance(found, (tuple, list, np.ndarray)) and np.shape(found) == (n,), (
+        f"{call} should return {n} numbers; it returned {found!r}."
+    )
+    found = [float(x) for x in found]
+    assert all(math.isfinite(x) and x > 0 for x in found), f"{call} should return positive finite numbers, not {found}."
+    return found
 
-    @cache
-    def from_here(i, resident):
-        if i == len(uses):
-            return 0
-        if uses[i] in resident:
-            return from_here(i + 1, resident)
-        if len(resident) < frames:
-            return 1 + from_here(i + 1, resident | {uses[i]})
-        return 1 + min(from_here(i + 1, resident - {q} | {uses[i]}) for q in resident)
 
-    return from_here(0, frozenset())
+def _slope(rng, k, m, c, a, d=96, ranks=(4, 64), draws=24):
+    """The exponent of the gain between two ranks, measured. Entries of A are normal, with deviation r^−a/√d."""
+    gains = []
+    for r in ranks:
+        total = 0.0
+        for _ in range(draws):
+            G = rng.standard_normal((d, d))
+            A = rng.standard_normal((r, d)) / (math.sqrt(d) * r**a)
+            s = 16 / r**c
+            g = s * G @ A.T
+            B = -np.sign(g) * np.abs(g) ** k / np.linalg.norm(g) ** m
+            total -= float((s * (B @ A) * G).sum())
+        gains.append(total)
+    return math.log(gains[1] / gains[0]) / math.log(ranks[1] / ranks[0])
 
 
 @check("14-1")
 def _(answer, rng):
-    "Fresh short lists against an exhaustive search, and orders whose optimum is known."
-    cases = [([], 2), ([3, 3, 3], 1), ([0, 1, 0, 1], 1), (list(range(4)) * 3, 4), (list(range(4)) * 4, 3)]
-    cases += [(rng.integers(0, 6, 24).tolist(), int(rng.integers(1, 5))) for _ in range(40)]
-    for uses, frames in cases:
-        got = _whole(answer(list(uses), frames), f"uses {uses}, {frames} frames")
-        least = _fewest(tuple(uses), frames)
-        assert got >= least, f"uses {uses}, {frames} frames: {got} faults cannot be reached; the fewest are more."
-        assert got == least, f"uses {uses}, {frames} frames: {got} faults, but fewer are possible."
-    for pages, frames in ((40, 20), (9, 4)):  # n − 1 uses in a circle have k − 1 hits, so n rounds come out even
-        rounds = pages
-        got = _whole(answer(list(range(pages)) * rounds, frames), f"{pages} pages round and round, {frames} frames")
-        least = pages + pages * (pages - frames)
-        assert got == least, (
-            f"{pages} pages round and round, {rounds} times, {frames} frames: "
-            f"{got} faults {'cannot be reached' if got < least else 'is not the fewest'}."
+    cases = [
+        (1.0, 0.0, 1.0, 0.0),
+        (0.0, 0.0, 1.0, 0.0),
+        (0.0, 0.0, 0.5, 0.0),
+        (1.0, 1.0, 0.5, 0.0),
+        (1.0, 0.0, 1.0, 1.0),
+    ]
+    cases += [
+        (
+            *map(float, rng.choice([0, 0.5, 1, 2], 1)),
+            *map(float, rng.choice([0, 1, 2], 1)),
+            *map(float, rng.uniform(0, 1.5, 2)),
         )
-        forth = [page for step in range(rounds) for page in list(range(pages))[:: (1, -1)[step % 2]]]
-        got, least = answer(forth, frames), pages + (rounds - 1) * (pages - frames)
-        assert got == least, (
-            f"{pages} pages back and forth, {rounds} times, {frames} frames: {got} faults is not the fewest."
+        for _ in range(6)
+    ]
+    for k, m, c, a in cases:
+        call = f"exercise_1(k={k:g}, m={m:g}, c={c:.3g}, a={a:.3g})"
+        found = _number(answer(k, m, c, a), call)
+        measured = _slope(rng, k, m, c, a)
+        assert abs(found - measured) < 0.1, (
+            f"{call} is {found:.3f}; the gain was measured to go as r^{measured:.2f}. Count the powers of r in one entry of g, in the "
+            "number of its entries, in ‖g‖, and in what multiplies B₁ on the way to ⟨−ΔW₁, G⟩."
         )
 
 
-def _moved(state, page_bytes, budget, steps, spikes, rng):
-    """Bytes moved by a real optimizer, with the spikes at random steps."""
-    p = Tensor(np.zeros(state // 8, np.float32), requires_grad=True)
-    p.grad = np.ones(state // 8, np.float32)
-    optimizer = AdamW([p], pager=Pager(budget, page_bytes, prefetch=False))
-    at = set((1 + rng.permutation(steps - 1)[:spikes]).tolist())
-    for step in range(steps):
-        if step in at:
-            optimizer.pager.evict_all()
-        optimizer.step()
-    return optimizer.pager.counters.bytes_moved
+def _losses(rng_seed, alpha, f, eta, d=12, r=3, n=48, steps=25):
+    """The losses of a regression with ΔW = s B A under Adam with ε = 0 in float64; f scales A₀."""
+    rng = np.random.default_rng(rng_seed)
+    w0, delta = rng.standard_normal((2, d, d)) / math.sqrt(d)
+    x = rng.standard_normal((n, d))
+    y = x @ (w0 + delta).T
+    a, b, s = f * rng.uniform(-1, 1, (r, d)) / math.sqrt(d), np.zeros((d, r)), alpha / r
+    moments = [np.zeros((2, w.size)) for w in (a, b)]
+    losses = []
+    for t in range(1, steps + 1):
+        error = x @ (w0 + s * b @ a).T - y
+        losses.append(float((error * error).mean()))
+        g = 2 / error.size * error.T @ x
+        gradients = s * b.T @ g, s * g @ a.T
+        for i, w in enumerate((a, b)):
+            grad = np.ascontiguousarray(gradients[i]).reshape(-1)
+            if grad.any():
+                optim.adamw_step(w.reshape(-1), grad, *moments[i], t, eta[i], eps=0.0)
+    return np.array(losses)
+
+
+def _compare(one, other, call, why):
+    with np.errstate(all="ignore"):
+        off = np.abs(other / one - 1)
+    off = np.where(np.isfinite(off), off, np.inf)
+    step = int(np.argmax(off > 1e-9))
+    assert off.max() < 1e-9, f"{call}: the two runs part at step {step}, by {off[step]:.1e} of the loss. {why}"
 
 
 @check("14-2")
 def _(answer, rng):
-    "The bill of real runs, for budgets that are no whole number of pages, and for more than the state."
-    cases = [(8 * 512, 512, 10**6, 5, 0), (8 * 512, 512, 8 * 512, 4, 2), (8 * 512, 512, 512, 1, 0)]
-    cases += [(8 * 512, 512, 3 * 512, 1, 0), (8 * 512, 512, 3 * 512, 6, 0), (8 * 512, 512, 4 * 512 - 8, 6, 0)]
-    for _ in range(12):
-        page_bytes, n, steps = 8 * int(rng.integers(1, 40)), int(rng.integers(2, 12)), int(rng.integers(2, 9))
-        budget = int(rng.integers(page_bytes, (n + 2) * page_bytes))
-        cases.append((n * page_bytes, page_bytes, budget, steps, int(rng.integers(0, steps))))
-    for state, page_bytes, budget, steps, spikes in cases:
-        what = f"state {state}, pages of {page_bytes}, budget {budget}, {steps} steps, {spikes} spikes"
-        got = answer(state, page_bytes, budget, steps, spikes)
-        assert isinstance(got, (int, np.integer, float)), f"{what}: expected an int, got {got!r}."
-        real = _moved(state, page_bytes, budget, steps, spikes, rng)
-        assert got == real, f"{what}: predicted {got:,} bytes, and a real run moved {real:,}."
+    cases = [(8.0, 0.01, 0.01, 32.0), (8.0, 0.01, 0.01, 1.0), (8.0, 0.01, 0.16, 8.0)]
+    for _ in range(5):
+        eta = float(rng.uniform(0.003, 0.02))
+        cases.append((float(rng.uniform(2, 16)), eta, eta * float(rng.uniform(0.3, 8)), float(rng.uniform(1, 64))))
+    for alpha, eta_a, eta_b, new_alpha in cases:
+        call = f"exercise_2({alpha:.4g}, {eta_a:.4g}, {eta_b:.4g}, {new_alpha:.4g})"
+        f, eta = _numbers(answer(alpha, eta_a, eta_b, new_alpha), 2, call)
+        seed = int(rng.integers(1 << 30))
+        one, other = _losses(seed, alpha, 1.0, (eta_a, eta_b)), _losses(seed, new_alpha, f, (eta, eta))
+        _compare(
+            one,
+            other,
+            call,
+            "The rate of A over the size of A₀ must stay, and so must α times the size of A₀ times the rate of B.",
+        )
 
 
-def _run(n, pieces, rule, p, grads):
-    """p and the state after a step for each gradient, in pieces (start, end, first, last)."""
-    p, blocks = p.copy(), -(-n // 256)
-    codes, absmax = np.zeros((2, n), np.uint8), np.zeros((2, blocks), np.float32)
-    for t, g in enumerate(grads, 1):
-        for a, b, c, d in pieces:
-            adamw8bit_step(p[a:b], g[a:b], *codes[:, a:b], *absmax[:, c:d], t, 1e-2, rule=rule)
-    return p.tobytes(), codes.tobytes(), absmax.tobytes()
+def _family(seed, alpha, sizes, options, k, d=12, r=3, n=48, steps=25):
+    """The losses of a regression with ΔW = s B A in float64, A₀ scaled by sizes[0], under exercise 3's four lines.
+
+    options: (η, ε, λ, μ, c) of A and of B. Returns the losses and the norms of both gradients from the loss, (steps, 2).
+    """
+    rng = np.random.default_rng(seed)
+    w0, delta = rng.standard_normal((2, d, d)) / math.sqrt(d)
+    x = rng.standard_normal((n, d))
+    y = x @ (w0 + delta).T
+    factors, s = [sizes[0] * rng.uniform(-1, 1, (r, d)) / math.sqrt(d), np.zeros((d, r))], alpha / r
+    m, v, losses, norms = [0.0, 0.0], [0.0, 0.0], [], []
+    for t in range(1, steps + 1):
+        a, b = factors
+        error = x @ (w0 + s * b @ a).T - y
+        losses.append(float((error * error).mean()))
+        g = 2 / error.size * error.T @ x
+        gradients = s * b.T @ g, s * g @ a.T
+        norms.append([float(np.linalg.norm(grad)) for grad in gradients])
+        for i, (grad, (eta, eps, decay, l2, clip)) in enumerate(zip(gradients, options, strict=True)):
+            w, norm = factors[i], norms[-1][i]
+            grad = grad * min(1.0, clip / norm) if norm > 0 else grad
+            grad = grad + l2 * w
+            m[i], v[i] = 0.9 * m[i] + 0.1 * grad, 0.999 * v[i] + 0.001 * grad * grad
+            root = np.sqrt(v[i] / (1 - 0.999**t)) + eps
+            factors[i] = w - eta * decay * w - eta * (m[i] / (1 - 0.9**t)) / root**k
+    return np.array(losses), np.array(norms)
 
 
 @check("14-3")
 def _(answer, rng):
-    "Pages that cover everything once, fit, are few, and give the bits of the whole."
-    cases = [(256, 512), (1, 512), (257, 512), (1024, 2048), (5000, 2000), (10_000, 1 << 20), (2560, 1023)]
-    cases += [(int(rng.integers(1, 6000)), int(rng.integers(512, 4000))) for _ in range(6)]
-    for n, page_bytes in cases:
-        what = f"{n:,} parameters in pages of {page_bytes:,} bytes"
-        pieces = [tuple(int(i) for i in piece) for piece in answer(n, page_bytes)]
-        assert all(len(piece) == 4 for piece in pieces), f"{what}: expected (start, end, first, last) for each page."
-        covered = [i for a, b, _, _ in pieces for i in range(a, b)]
-        assert covered == list(range(n)), f"{what}: the pages do not cover 0 … {n - 1} once and in order."
-        largest = max(2 * (b - a) for a, b, _, _ in pieces)
-        assert largest <= page_bytes, (
-            f"{what}: a page holds two codes for each parameter; the largest has {largest:,} bytes."
-        )
-        p, grads = rng.standard_normal(n).astype(np.float32), rng.standard_normal((2, n)).astype(np.float32)
-        grads *= 10.0 ** rng.uniform(-3, 1, n).astype(np.float32)
-        for rule in ("bitsandbytes-cpu", "bitsandbytes-cuda"):
-            whole = _run(n, [(0, n, 0, -(-n // 256))], rule, p, grads)
-            try:
-                same = _run(n, pieces, rule, p, grads) == whole
-            except ValueError as error:
-                raise AssertionError(f"{what}: the step refuses a page. {error}") from None
-            assert same, f"{what}: after two steps the bits are not those of a step over the whole."
-        fewest = math.ceil(n / (page_bytes // 512 * 256))
-        assert len(pieces) == fewest, f"{what}: {len(pieces)} pages, and {fewest} would do."
-
-
-@check("14-4")
-def _(answer, rng):
-    "The library's own drift, for other rates and betas, from the first step on."
-    cases = [(100, 1e-3, 0.9, 0.999), (1, 1e-3, 0.9, 0.999), (2, 1e-3, 0.9, 0.999), (5, 0.1, 0.5, 0.99)]
-    cases += [
-        (
-            int(rng.integers(3, 150)),
-            float(10 ** rng.uniform(-4, -1)),
-            *map(float, rng.uniform((0.3, 0.9), (0.95, 0.999))),
-        )
-        for _ in range(5)
-    ]
-    for steps, lr, b1, b2 in cases:
-        g = np.zeros(256, np.float32)
-        g[rng.permutation(256)[:100]] = 10 ** rng.uniform(-1, 1)
-        p, codes, absmax = np.zeros(256, np.float32), np.zeros((2, 256), np.uint8), np.zeros((2, 1), np.float32)
-        for t in range(1, steps + 1):
-            adamw8bit_step(p, g, *codes, *absmax, t, lr, (b1, b2), weight_decay=0)
-        real, got = float(p[g == 0][0]), float(answer(steps, lr, b1, b2))
-        assert abs(got - real) <= 0.01 * abs(real), (
-            f"{steps} steps, lr {lr:.3g}, betas {b1:.3g} and {b2:.4g}: predicted {got:.4g}, the library has {real:.4g}."
+    cases = [(4.0, 8.0, 1.0), (0.5, 4.0, 1.0), (3.0, 0.7, 0.0), (0.6, 2.0, 0.5)]
+    cases += [(*(float(x) for x in rng.uniform(0.3, 6, 2)), float(k)) for k in (1, 0, *rng.uniform(0.2, 1.5, 2))]
+    for p, q, k in cases:
+        eta, eps = 0.3 * 0.04 ** min(k, 1.0), float(10 ** rng.uniform(-4, -2))
+        decay, l2 = float(rng.uniform(0.5, 2)), float(rng.uniform(0.002, 0.02))
+        seed = int(rng.integers(1 << 30))
+        free = _family(seed, 8.0, (1.0,), [(eta, eps, decay, l2, math.inf)] * 2, k)[1]
+        clips = [float(np.median(norms)) for norms in free.T]  # so that about half of the steps are clipped
+        before = [(eta, eps, decay, l2, clip) for clip in clips]
+        after = [
+            _numbers(answer(f, k, *options), 5, f"exercise_3({f:.4g}, {k:.3g}, …)")
+            for f, options in zip((p, q), before, strict=True)
+        ]
+        with np.errstate(all="ignore"):
+            one, other = _family(seed, 8.0, (1.0,), before, k)[0], _family(seed, 8.0 / (p * q), (p,), after, k)[0]
+        assert np.isfinite(one).all()
+        _compare(
+            one,
+            other,
+            f"exercise_3 at k = {k:.3g}, called with p = {p:.4g} for A and {q:.4g} for B",
+            "Go through the four lines: after the first two g must be 1/p of what it was, the decay must take the same share of w, "
+            "and the step must be p times as large. What power of 1/p does √v̂ + ε, raised to k, bring?",
         )

@@ -1,1 +1,1 @@
-"""Figures that only one notebook draws: nb07 holds those of notebook 07."""
+"""Figures that only one notebook draws: nb04 holds those of notebook 04."""

@@ -1,125 +1,78 @@
-"""Figure of notebook 11: what 4-bit formats cost at equal block size, and at equal bits a weight."""
+"""Figure of notebook 11: every number of the LoRA paper that arithmetic can reach, printed against recomputed."""
 
-import numpy as np
+from collections import Counter
 
 from tinylora.figures.style import COLOURS, canvas
+from tinylora.papers.lora_numbers import audit
+from tinylora.papers.verdict import FAILS, parse
 
-BLOCKS = tuple(2**i for i in range(3, 11))  # 8 … 1024
-BLUE, GREEN, RED, GREY = COLOURS[0], COLOURS[1], COLOURS[2], "0.45"
-
-
-def _whole_zero_error(w, blocksize):
-    """Mean squared error of affine integers whose zero point is one of the 16 integers."""
-    x = w[: len(w) // blocksize * blocksize].reshape(-1, blocksize)
-    low, high = np.minimum(x.min(axis=1, keepdims=True), 0), np.maximum(x.max(axis=1, keepdims=True), 0)
-    step = (high - low) / 15
-    zero = np.rint(-low / step)
-    return np.square((np.clip(np.rint(x / step) + zero, 0, 15) - zero) * step - x).mean()
-
-
-def _double_quantized_error(w, blocksize):
-    """E(W − Ŵ)² of NF4 by quadrature, times what double quantization adds on drawn weights."""
-    from tinylora import codebooks
-    from tinylora.numerics import optimality
-    from tinylora.quant import quantize
-
-    x = w.astype(np.float32)
-    exact, double = (
-        np.square(quantize(x, blocksize=blocksize, double_quant=d).dequantize() - x).mean(dtype=float)
-        for d in (False, True)
-    )
-    return optimality.expected_error(codebooks.nf4(), blocksize) * double / exact
+_MARKS = {FAILS: (COLOURS[2], "s", 5.5), "truncated": (COLOURS[3], "v", 5.5), "roughly": ("0.35", "o", 4.5)}
+#: (place, model, method) of some rows that do not follow: text, offset in points, alignment. Of several such rows the first.
+_LABELS = {
+    ("Table 2", "RoBERTa large", "Adapter^P"): ("Adapter^P, Adapter^H: 2²⁰", (8, 6), "center"),
+    ("Table 2", "DeBERTa XXL", "LoRA"): ("DeBERTa: r = 16, not 8", (-7, -3), "right"),
+    ("Table 3", "GPT-2 M", "LoRA"): ("LoRA, 0.35M", (7, -4), "left"),
+    ("Table 3", "GPT-2 L", "LoRA"): ("LoRA, 0.77M", (-6, 3), "right"),
+    ("Table 4", "GPT-3", "BitFit"): ("BitFit: 12 d, not 11 d", (-4, 8), "left"),
+    ("Table 4", "GPT-3", "PreLayer"): ("PreLayer", (6, -3), "left"),
+    ("D.4", "GPT-3", "LoRA"): ("D.4: r = 4, not 2", (7, -3), "left"),
+    ("Table 13", "GPT-2 M", "FT^Top2"): ("FT^Top2: 2²⁰", (4, -13), "right"),
+    ("Table 15", "GPT-3", "PrefixLayer"): ("PrefixLayer, 5 rows", (-3, 8), "left"),
+    ("Table 15", "GPT-3", "LoRA"): ("603.8M is 2 × 301.9M", (14, -62), "right"),
+    ("Table 15", "GPT-3", "LoRA+PL"): ("LoRA+PL", (-6, 3), "right"),
+}
 
 
-def _crossing(sizes, other):
-    """(block size, error) where NF4 costs what `other` says; the sizes ascend, and NF4 costs more at the first of them."""
-    from tinylora import codebooks
-    from tinylora.numerics import optimality
+def printed_against_recomputed():
+    """Printed over recomputed, in per cent above or below 1, of `lora_numbers.audit`'s rows in the paper's order.
 
-    nf4 = np.array([optimality.expected_error(codebooks.nf4(), b) for b in sizes])
-    less = [other(b) for b in sizes] - nf4
-    return np.interp(0, less, sizes), np.interp(0, less, nf4)
-
-
-def bits_against_error(measured, seed=0):
-    """E(W − Ŵ)² / E W² of 4-bit formats for normal weights, against the block size, and against bits a weight. -> figure
-
-    By quadrature; 2²⁰ drawn weights where there is none (affine with a whole zero point, double quantization).
-
-    measured   {"nf4": {block size: error}, "affine": {…}} of real weights, relative to their mean square: drawn as rings
+    Bars are what rounding to the printed digits allows; what lies outside its bar is truncated (triangle) or does not
+    follow (square). The axis is symmetric-logarithmic: linear within ± 0.1 %, logarithmic outside.
     """
-    from tinylora import codebooks
-    from tinylora.numerics import optimality
-
-    nf4, int4, w = codebooks.nf4(), codebooks.int4(), np.random.default_rng(seed).standard_normal(1 << 20)
-    lines = {  # name: (its error in blocks of b, bits of constants a block, colour, style)
-        "int4": (lambda b: optimality.expected_error(int4, b), 16, GREY, ":"),
-        "affine": (optimality.affine_error, 32, RED, "-"),
-        "whole zero": (lambda b: _whole_zero_error(w, b), 20, RED, "--"),
-        "nf4": (lambda b: optimality.expected_error(nf4, b), 16, BLUE, "-"),
-        "bof4-s": (
-            lambda b: optimality.expected_error(codebooks.bof4(b, signed=True), b, signed=True),
-            16,
-            GREEN,
-            "-.",
-        ),
-    }
-    figure, (left, right) = canvas(9, 3.8, ncols=2, sharey=True)
-    for name, (cost, constants, colour, style) in lines.items():
-        error = [cost(b) for b in BLOCKS]
-        if name != "whole zero":
-            left.plot(BLOCKS, error, style, color=colour, lw=1.8)
-        right.plot(constants / np.array(BLOCKS), error, style, color=colour, lw=1.8)
-        for b, e in measured.get(name, {}).items():
-            left.plot(b, e, "o", mfc="white", mec=colour, mew=1.2, ms=5)
-            right.plot(constants / b, e, "o", mfc="white", mec=colour, mew=1.2, ms=5)
-    doubled = (16, 32, 64, 128, 256)
-    right.plot(
-        8.125 / np.array(doubled), [_double_quantized_error(w, b) for b in doubled], "D", color=BLUE, ms=4.5, zorder=4
+    rows = audit()
+    counts = Counter(r.verdict for r in rows)
+    rows = [r for r in rows if r.computed is not None]
+    off = [100 * (r.value / r.computed - 1) for r in rows]
+    figure, ax = canvas(9, 4.7)
+    ax.axhline(0, color="0.6", lw=0.8, zorder=0)
+    labels = dict(_LABELS)
+    for x, (r, y) in enumerate(zip(rows, off, strict=True)):
+        allowed = 50 * parse(r.printed)[1] / r.computed
+        ax.plot([x, x], [-allowed, allowed], color="0.9", lw=3, solid_capstyle="butt", zorder=1)
+        colour, mark, size = _MARKS.get(r.verdict, ("0.35", "o", 3.5))
+        face = "white" if r.verdict == "roughly" else colour
+        ax.plot(x, y, mark, color=face, ms=size, mec=colour if face == "white" else "white", mew=0.7, zorder=3)
+        if r.verdict == FAILS and (r.where, r.model, r.method) in labels:
+            text, offset, side = labels.pop((r.where, r.model, r.method))
+            line = {"arrowstyle": "-", "color": COLOURS[2], "lw": 0.6} if offset[1] < -30 else None
+            style = {"fontsize": 8, "color": COLOURS[2], "zorder": 2, "bbox": {"fc": "white", "ec": "none", "pad": 0.4}}
+            ax.annotate(text, (x, y), offset, textcoords="offset points", ha=side, arrowprops=line, **style)
+    places = ["§2, §4.2" if r.where in ("Abstract", "§2", "§4.2") or "Foot" in r.where else r.where for r in rows]
+    places = ["§7.3" if p == "H.4" else p for p in places]
+    for place in dict.fromkeys(places):
+        at = [x for x, p in enumerate(places) if p == place]
+        if at[0]:
+            ax.axvline(at[0] - 0.5, color="0.85", lw=0.8, zorder=0)
+        name = place.replace("Table ", "T") if len(at) < 9 else place
+        ax.text(
+            (at[0] + at[-1]) / 2, 0.01, name, transform=ax.get_xaxis_transform(), fontsize=8, ha="center", va="bottom"
+        )
+    ax.set_yscale("symlog", linthresh=0.1, linscale=0.6)
+    ticks = (-10, -1, -0.1, 0, 0.1, 1, 10, 100)
+    ax.set_yticks(ticks, [f"{t:+g} %".replace("-", "−") if t else "0" for t in ticks])
+    ax.set(
+        xticks=[],
+        xlim=(-1.5, len(rows) + 0.5),
+        ylim=(-60, 400),
+        ylabel="printed / recomputed − 1\n(symmetric-log: linear within ± 0.1 %)",
     )
-
-    label = {"textcoords": "offset points", "weight": "bold", "fontsize": 9}
-    block, error = _crossing(range(64, 97, 4), optimality.affine_error)
-    left.plot(block, error, "ko", ms=6, zorder=5)
-    left.annotate(f"B = {block:.0f}", (block, error), xytext=(-2, 10), **label)
-    left.set_title(f"equal block size: affine wins below B = {block:.0f}", fontsize=10)
-    block, error = _crossing(range(16, 33, 4), lambda b: optimality.affine_error(2 * b))
-    right.plot(16 / block, error, "ko", ms=6, zorder=5)
-    arrow = {"arrowstyle": "-", "color": "black", "lw": 0.7, "shrinkB": 4}
-    right.annotate(f"{4 + 16 / block:.2f}", (16 / block, error), xytext=(18, 24), arrowprops=arrow, **label)
-    other, error = _crossing((44, 48, 52), lambda b: _whole_zero_error(w, b * 5 // 4))
-    right.plot(16 / other, error, "ko", ms=4.5, zorder=5)
-    right.annotate(f"{4 + 16 / other:.2f}", (16 / other, error), xytext=(-48, -42), arrowprops=arrow, **label)
-    right.set_title(
-        f"equal bits: affine wins above {4 + 16 / block:.2f}, or {4 + 16 / other:.2f} (dashed)", fontsize=10
+    ax.yaxis.minorticks_off()
+    key = "bar: what rounding allows    ● rounds to    ○ roughly    ▼ truncated    ■ does not follow"
+    ax.text(0.5, 0.985, key, transform=ax.transAxes, fontsize=8, color="0.3", ha="center", va="top")
+    agree = counts["match"] + counts["rounds to"]
+    ax.set_title(
+        f"{sum(counts.values())} numbers: {agree} are the recomputed ones rounded, {counts['truncated']} truncated, "
+        f"{counts['roughly']} rough, {counts[FAILS]} do not follow, {counts['not derivable']} not derivable",
+        fontsize=10,
     )
-
-    for ax, texts in (
-        (left, (("Int4", 200, 0.0163, GREY), ("affine int4", 34, 0.0035, RED), ("NF4", 1000, 0.0113, BLUE))),
-        (right, (("Int4", 0.055, 0.0173, GREY), ("NF4", 0.017, 0.0113, BLUE))),
-    ):
-        for text, x, y, colour in (*texts, ("BOF4-S", 700 if ax is left else 0.018, 0.0083, GREEN)):
-            ax.text(x, y, text, color=colour, fontsize=9)
-    for style, colour, text in (
-        ("-", RED, "affine, 16-bit minimum"),
-        ("--", RED, "affine, 4-bit zero point"),
-        ("D", BLUE, "NF4, double-quantized"),
-        ("o", GREY, "weights of the base model"),
-    ):
-        right.plot([], [], style, color=colour, mfc="white" if style == "o" else None, ms=4.5, label=text)
-    right.legend(frameon=False, fontsize=8, loc="upper right", borderaxespad=0, handlelength=1.8)
-    left.set_xscale("log", base=2)
-    left.set_xticks(BLOCKS, [str(b) for b in BLOCKS])
-    left.invert_xaxis()
-    left.set_xlabel("weights a block, B")
-    left.set_ylabel("squared error / variance")
-    left.set_yscale("log")
-    left.set_ylim(0.0023, 0.023)
-    left.set_yticks((0.003, 0.005, 0.01, 0.02), ("0.003", "0.005", "0.01", "0.02"))
-    right.set_xscale("log", base=2)
-    right.set_xticks((1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2), ("4.03", "4.06", "4.125", "4.25", "4.5", "5", "6"))
-    right.set_xlim(1 / 70, 2.3)
-    right.set_xlabel("bits a weight, constants counted")
-    for ax in (left, right):
-        ax.minorticks_off()
     return figure

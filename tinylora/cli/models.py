@@ -355,7 +355,7 @@ def merge_parser(commands):
         "dense and computes what was trained, beside the rounding of the file's dtype. With --quantize none W0 is the base's\n"
         "dense weight instead, whatever the adapter was trained on.\n\n"
         "With --quantize nf4, fp4 or int8 the base is dequantized, added to and quantized again with the same settings; what that\n"
-        "costs is printed for each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 03).",
+        "costs is printed for each layer, as |W' - W|/|W| (Frobenius). A small update hardly arrives in 4 bits (notebook 10).",
         "examples:\n"
         "  tinylora merge --adapter tinylora-run/adapter --out merged                    what was trained, dense\n"
         "  tinylora merge --model my-qwen --adapter chats/adapter --out merged           the same for a model of your own\n"

@@ -12,7 +12,7 @@ What is said: each number gets a verdict (see `verdict`). `describe()` is the au
 what does not hold; their numbers and the conditions under which they are said come from the audit's rows. Printed numbers are kept as
 printed, with their place.
 
-What is drawn: nothing here. Notebook 01 draws printed against recomputed (notebooks/drawings/nb01.py).
+What is drawn: nothing here. Notebook 11 draws printed against recomputed (notebooks/drawings/nb11.py).
 """
 
 from ..costs.parameters import (

@@ -13,7 +13,7 @@ def loftq(linear, r=16, alpha=None, steps=5, code="nf4", **options):
     alpha    None: r, so that s = 1; else the factors are divided by √s each
     options  blocksize, double_quant (False), compute_dtype and the others of Linear4bit.of
     steps    T. 1 is one quantization and the best repair of its error; each further step is a heuristic, not a descent: where the
-             spectrum of W falls steeply, many steps make it worse again (notebook 13)
+             spectrum of W falls steeply, many steps make it worse again (notebook 20)
     What changes against LoRA: the bypass starts as the quantization error's best rank r, so Q + s B A is nearer to W than
     Q is. q here is any code of `quantize`; the authors have NormalFloat tables of their own (same offset as NF4, blocks of 64);
     PEFT uses bitsandbytes' NF4 (blocks of 64, no double quantization, 1 step by default) and does not divide by s: with

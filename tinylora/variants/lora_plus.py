@@ -9,8 +9,8 @@ def lora_plus_groups(model, lr, ratio=16, weight_decay=0.0):
     The ratio: theorem 1 (informal) says that equal rates cannot be efficient as the width n grows and η_A = Θ(1/n), η_B = Θ(1) are;
     the constant is empirical. 16 is reported for RoBERTa started from a random B and A = 0; from B = 0, as here, 4 to 8; Llama 2 to
     4. The authors' code and PEFT have no default. (The theorem and these numbers were read in notes on the paper, not in the paper.)
-    What it comes to: under Adam with ε = 0 and no weight decay, ratio · α with equal rates is the same run (notebook 06), so a ratio
-    helps at an α that is too small; under gradient descent it is a larger start of A (notebook 13).
+    What it comes to: under Adam with ε = 0 and no weight decay, ratio · α with equal rates is the same run (notebook 14), so a ratio
+    helps at an α that is too small; under gradient descent it is a larger start of A (notebook 20).
     """
     if not ratio > 0:
         raise ValueError(f"lora_plus_groups: ratio = {ratio}, expected a number above 0")

@@ -59,7 +59,7 @@ class QALoRALinear(Module):
     base   an IntegerLinear with L groups; A (r, L) ~ U(−1/√L, 1/√L), B (out, r) zeros, s = α/r
     What changes against LoRA: A sees L sums instead of `in` inputs, so B A is constant within a group, which is exactly what a
     zero point can absorb: `merge` keeps the integer codes and loses nothing, as long as the zero points may be real numbers
-    (rounded to integers they lose about as much as LoRA merged and rounded anew: notebook 13). The authors' code pools means
+    (rounded to integers they lose about as much as LoRA merged and rounded anew: notebook 20). The authors' code pools means
     and divides by the group size where it merges: the same method with A that many times larger.
     """
 

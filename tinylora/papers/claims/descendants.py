@@ -193,7 +193,7 @@ def lora_plus_ratio(seed=0, widths=(32, 128), ratios=(1, 4, 16)):
     against .078 at 32, .034 against .061 at 128), a gain that differs much from seed to seed (seeds 0 to 7: .82 to 2.9
     times at 32, 1.2 to 3.1 at 128): whether it grows between these widths is not decided. And λ = 1 with α = 64 leaves the same .033
     and .034. Under Adam with ε = 0 the two are one run: α, A₀, η_A, η_B → λ α, A₀, η_A, η_B/λ changes nothing (notebook
-    06). So λ helps here because α = 4 is too small, and a search over α and a single rate finds the same.
+    14). So λ helps here because α = 4 is too small, and a search over α and a single rate finds the same.
     """
     found = {}
     for width in widths:
