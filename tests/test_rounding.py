@@ -143,10 +143,15 @@ def test_the_gpu_rule_in_8_bits_is_its_search_spelled_out(signed, rng):
 
 
 def test_ordinary_weights_are_coded_alike_by_both_rules(rng):
+    """But for one in some ten million, which lies within the rounding of a quotient of the middle between two values."""
     w = rng.standard_normal(64 * 4000).astype(f32)
     for code in ("nf4", "int4"):
         cpu, gpu = (quantize(w, code, rule=rule) for rule in ("bitsandbytes-cpu", "bitsandbytes-cuda"))
-        assert cpu.packed.tobytes() == gpu.packed.tobytes() and cpu.absmax.tobytes() == gpu.absmax.tobytes()
+        assert cpu.absmax.tobytes() == gpu.absmax.tobytes()
+        apart = np.flatnonzero(cpu.indices() != gpu.indices())
+        x, values = w[apart].astype(float) / cpu.absmax[apart // 64], np.sort(cpu.code.astype(float))
+        middles = (values[:-1] + values[1:]) / 2
+        assert len(apart) <= 5 and all(np.abs(middles - one).min() < 2.0**-22 for one in x)
 
 
 def test_where_the_rules_part():
