@@ -46,6 +46,13 @@ def split(code, solution):
     return "\n".join([*lines[:begin], *(lines[begin + 1 : end] if solution else [indent + BLANK]), *lines[end + 1 :]])
 
 
+def steps(text, solutions=False):
+    """The file of the six steps, my_qlora.py, from the text of build_it.py: with its solutions, or with BLANK instead of each."""
+    if solutions:
+        return "".join(line for line in text.splitlines(keepends=True) if line.strip() not in (BEGIN, END))
+    return re.sub(rf"^([ ]*){BEGIN}\n.*?^[ ]*{END}\n", lambda found: f"{found[1]}{BLANK}\n", text, flags=re.M | re.S)
+
+
 def make(source, solutions=False):
     """The student's or the solution version of a source, not executed. ValueError names a cell that cannot be split."""
     import nbformat

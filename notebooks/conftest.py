@@ -12,6 +12,7 @@ import pytest
 
 from tinylora.models.files import atomic, check_target
 
+SEED = pytest.StashKey()
 os.environ.setdefault("MPLBACKEND", "agg")  # a notebook's setup cell may import pyplot where there is no screen
 
 
@@ -27,6 +28,13 @@ def gigabytes(text):
     if not float(text) > 0:
         raise ValueError(text)
     return float(text)
+
+
+def whole(text):
+    """A seed, such as 7."""
+    if not text.isdecimal():
+        raise ValueError(text)
+    return int(text)
 
 
 def pytest_addoption(parser):
@@ -53,19 +61,46 @@ def pytest_addoption(parser):
         default=4,
         help="the memory that an answer may take (4); inf for no limit. It is not limited on Windows and macOS",
     )
-    parser.addoption("--table", metavar="FILE.csv", help="write the marks: a row an answer set, a column an exercise")
+    parser.addoption(
+        "--table",
+        metavar="FILE.csv",
+        help="write the marks: a row a student, the points of each exercise, their sum, and why points are missing",
+    )
+    parser.addoption(
+        "--seed",
+        metavar="N",
+        type=whole,
+        help="draw the checks' inputs from this seed: it replays a run, and gives every student the same inputs (by default a new "
+        "one, which is printed)",
+    )
+    parser.addoption(
+        "--hidden",
+        metavar="FOLDER",
+        help="a folder of checks that the teacher keeps, written as notebooks/checks is: further parts of the exercises that they name",
+    )
 
 
 @pytest.fixture
-def seed():
-    """The seed of random inputs, which differ from run to run; it is printed when a test fails."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"rng seed: {seed}")
-    return seed
+def seed(request, exercise):
+    """The seed of an exercise's random inputs."""
+    run = [request.config.stash[SEED], *(exercise or "").encode()]
+    return int(np.random.SeedSequence(run).generate_state(1)[0])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if SEED in config.stash:
+        terminalreporter.write_line(f"--seed {config.stash[SEED]} draws the checks' inputs of this run again")
 
 
 def pytest_configure(config):
-    """A table that could not be written is said before the first answer is graded."""
+    """A table that could not be written, and hidden checks that are none, are said before the first answer is graded."""
+    given = config.getoption("seed", None)
+    config.stash[SEED] = int(np.random.SeedSequence().generate_state(1)[0]) if given is None else given
+    if folder := config.getoption("hidden", None):
+        try:
+            grading.load_hidden(folder)
+        except ValueError as error:
+            raise pytest.UsageError(str(error)) from None
     if path := config.getoption("table", None):
         try:
             check_target(path, folder=False)
@@ -75,7 +110,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def marks(request):
-    """{"alice": {"05-2": "right"}}, which the tests fill; after the last of them it is written to --table.
+    """{"alice": {"05-2": Verdict}}, which the tests fill; after the last of them it is written to --table.
 
     An exercise that only others handed in counts as not answered; one that this run did not come to is not graded.
     """
@@ -84,19 +119,29 @@ def marks(request):
     for who, _, exercise in asked_for(request.session):
         row = found.setdefault(grading.row_of(who, request.config.getoption("answers")), {})
         if exercise:
-            row[exercise] = "not graded"
+            row[exercise] = grading.unseen(exercise, "not graded")
     yield found
     if path:
-        exercises = sorted({exercise for row in found.values() for exercise in row}, key=lambda e: (e[:2], int(e[3:])))
-        rows = [
-            [_cell(who), *(row.get(exercise, "not answered") for exercise in exercises)] for who, row in found.items()
-        ]
         try:
             _clear(path)
             with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([["answers", *exercises], *rows])
+                csv.writer(file, lineterminator="\n").writerows(table_of(found))
         except OSError as error:
             pytest.fail(str(error), pytrace=False)
+
+
+def table_of(found):
+    """The rows of the table of marks: who, the points of each exercise, their sum, the sum there is, and what is missing and why."""
+    exercises = sorted({exercise for row in found.values() for exercise in row}, key=grading.place)
+    rows = [["student", "id", *exercises, "points", "of", "reasons"]]
+    for who, row in found.items():
+        every = {exercise: row.get(exercise) or grading.unseen(exercise, "not answered yet") for exercise in exercises}
+        reasons = "; ".join(f"{exercise}: {one.said}" for exercise, one in every.items() if one.said != "right")
+        points = [one.points for one in every.values()]
+        rows.append(
+            [_cell(who), _cell(who.id), *points, sum(points), sum(one.of for one in every.values()), _cell(reasons)]
+        )
+    return rows
 
 
 def _cell(name):
@@ -157,4 +202,6 @@ def solved(source):
     import build  # which students do not have
     import nbformat
 
+    if source.stem == "build_it":
+        return source, build.steps(source.read_text(encoding="utf-8"), solutions=True)
     return source.with_suffix(".ipynb"), nbformat.writes(build.make(source, solutions=True))

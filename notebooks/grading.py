@@ -1,44 +1,74 @@
 """Is an answer to an exercise right? Used inside the notebooks and by `pytest notebooks`; offline, without torch.
 
-The exercise `exercise_2` of notebook 05 is called 05-2. Its check lies in checks/nb05.py:
+The exercise `exercise_2` of notebook 05 is called 05-2. Its check lies in checks/nb05.py, in one part or several:
 
-    @check("05-2")
+    @check("05-2", "a code of few values", points=2)
     def _(answer, rng):
         "What a right answer must do. The message of an assert is shown to whoever answered, so it is a sentence."
         x = rng.standard_normal(5)
         assert np.allclose(answer(x), 2 * x), "exercise_2(x) should be twice x."
 
-`_ = grade("05-2", exercise_2)` in a notebook prints the verdict. For pytest, `answer` takes the function out of a notebook by
-running only its cells tagged "setup" and "exercise", so that grading a notebook takes a second and not its whole run. There an
-answer runs in a process of its own (marking.py): a check hands it data, gets data, and asks for the rest with `there` and `peak`.
+An answer has the points of the parts that are right. `_ = grade("05-2", exercise_2)` in a notebook prints the verdict. For pytest,
+`answer` takes the function out of a notebook by running only its cells tagged "setup" and "exercise", so that grading a notebook
+takes a second and not its whole run. There an answer runs in a process of its own (marking.py): a check hands it data, gets data,
+and asks for the rest with `there` and `peak`.
+
+The steps of build_it.md are called my-1 to my-6. They are answered in one file, my_qlora.py, and their checks (checks/nbmy.py) get
+an `answer` that has the file's functions as attributes.
 """
 
+import ast
+import contextlib
 import functools
 import importlib
+import importlib.util
 import re
 import sys
 import traceback
 import tracemalloc
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
 SPACE = "answers"  # __name__ in the namespace in which a handed-in notebook's cells run
 LARGEST = 100_000_000  # bytes of a notebook; one with many figures has a few million
-CHECKS = {}  # "05-2": function(answer, rng) that asserts
+CHECKS = {}  # "05-2": [Part, …]
+OWN = "my"  # what the number of a notebook is to the file of the six steps
+OWN_FILE = "my_qlora"  # how its name begins
+OWN_MODULES = sys.stdlib_module_names | {"numpy", "scipy"}  # what it may import
 
 if str(HERE) not in sys.path:  # checks and answers import from here, wherever Python was started
     sys.path.insert(0, str(HERE))
 
 
-def check(exercise):
-    """Decorator that registers function(answer, rng) as the check of an exercise such as "05-2"."""
+class Part(NamedTuple):
+    """One part of an exercise's check."""
+
+    name: str  # what it looks at; may be empty if it is the only one
+    points: int
+    function: object  # function(answer, rng), which asserts
+    without: tuple  # functions of tinylora that are the answer itself: an answer must not call them; "*" are all
+
+
+class Verdict(NamedTuple):
+    """What the checks say of an answer."""
+
+    points: int
+    of: int
+    said: str  # "right", "not answered yet", or "not right: " and why
+    parts: tuple = ()  # (name, points, said) of each part
+
+
+def check(exercise, part="", points=1, without=()):
+    """Decorator that registers function(answer, rng) as the check, or one part of the check, of an exercise such as "05-2"."""
 
     def register(function):
-        if exercise in CHECKS:
-            raise ValueError(f"exercise {exercise} has two checks; expected one")
-        CHECKS[exercise] = function
+        parts = CHECKS.setdefault(exercise, [])
+        if part in {one.name for one in parts}:
+            raise ValueError(f"exercise {exercise} has two checks{f' of {part!r}' if part else ''}; expected one")
+        parts.append(Part(part, points, function, (without,) if isinstance(without, str) else tuple(without)))
         return function
 
     return register
@@ -51,24 +81,111 @@ def load_checks():
     return CHECKS
 
 
+def load_hidden(folder):
+    """Add the checks in a teacher's folder, files as checks/nbNN.py, as further parts of the exercises. Their number."""
+    load_checks()
+    before = {exercise: len(parts) for exercise, parts in CHECKS.items()}
+    files = sorted(Path(folder).glob("*.py"))
+    if not files:
+        raise ValueError(f"{folder} holds no .py file; expected a folder of checks, as notebooks/checks is")
+    for i, path in enumerate(files):
+        spec = importlib.util.spec_from_file_location(f"hidden_checks_{i}", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # so that a scene in it can be named
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from None
+    added = 0
+    for exercise, parts in CHECKS.items():
+        if exercise not in before:
+            raise ValueError(f"{folder} has a check of exercise {exercise}, which does not exist")
+        hidden = parts[before[exercise] :]
+        parts[before[exercise] :] = [one._replace(name=f"hidden: {one.name}".rstrip(": ")) for one in hidden]
+        added += len(hidden)
+    return added
+
+
+def number_of(name):
+    """The number of the notebook that a file's name begins with, "05", or OWN for my_qlora.py, or ""."""
+    return OWN if name.startswith(OWN_FILE) else name[:2] if re.match(r"\d\d(?!\d)", name) else ""
+
+
+def place(exercise):
+    """Where an exercise stands in the order of all: by notebook and by number."""
+    number, _, k = exercise.partition("-")
+    return number, int(k)
+
+
 class Raised(Exception):
     """What an answer in another process raised, as the sentence that `complaint` made of it there."""
 
 
+class Names:
+    """The functions of my_qlora.py as attributes. `get(name)` finds one, or None; `there` plays a scene where they are."""
+
+    def __init__(self, get, there=None):
+        self._get = get
+        if there:
+            self.there = there
+
+    def __getattr__(self, name):
+        if name == "there":  # which it has as an attribute, if at all
+            raise AttributeError(name)
+        function = self._get(name)
+        if function is None:
+            raise Raised(f"{OWN_FILE}.py defines no function {name}; was it renamed?")
+        return function
+
+
 def verdict(exercise, function, rng):
-    """What the exercise's check says of a function: "right", "not answered yet", or "not right: " and why."""
+    """The Verdict on a function, or on the Names of a file, all parts taken together."""
     if exercise not in load_checks():
-        raise ValueError(f"exercise {exercise} has no check; expected one in notebooks/checks/nb{exercise[:2]}.py")
+        raise ValueError(
+            f"exercise {exercise} has no check; expected one in notebooks/checks/nb{place(exercise)[0]}.py"
+        )
+    return together([(part, said(exercise, part, function, rng.spawn(1)[0])) for part in CHECKS[exercise]])
+
+
+def together(found):
+    """The Verdict of [(part, what was said of it), …]."""
+    of, points = sum(part.points for part, _ in found), sum(part.points for part, one in found if one == "right")
+    parts = tuple((part.name, part.points, one) for part, one in found)
+    every = {one for *_, one in parts}
+    alike = len(every) == 1 and every.copy().pop()
+    if alike and (len(parts) == 1 or alike in ("right", "not answered yet") or alike.startswith("not gradable")):
+        return Verdict(points, of, alike, parts)
+    wrong = "; ".join(f"{name}: {one.removeprefix('not right: ')}" for name, _, one in parts if one != "right")
+    return Verdict(points, of, f"not right: {points} of {of} points; {wrong}", parts)
+
+
+def unseen(exercise, why):
+    """The Verdict on an exercise of which no part was looked at."""
+    return Verdict(0, sum(part.points for part in CHECKS[exercise]), why)
+
+
+def said(exercise, part, function, rng):
+    """What one part says: "right", "not answered yet", or "not right: " and why."""
     returned = []  # what the last call gave; nothing if it raised
 
-    @functools.wraps(function)
-    def remembered(*args, **kwargs):
-        returned.clear()
-        returned.append(function(*args, **kwargs))
-        return returned[0]
+    def watch(function):
+        honest = function.without(part.without) if hasattr(function, "without") else noticed(function, part.without)
 
+        @functools.wraps(function)
+        def remembered(*args, **kwargs):
+            returned.clear()
+            returned.append(honest(*args, **kwargs))
+            return returned[0]
+
+        return remembered
+
+    there = getattr(function, "there", None)
+    if isinstance(function, Names):
+        seen = Names(lambda name: (one := function._get(name)) and watch(one), there)
+    else:
+        seen = watch(function)
     try:
-        CHECKS[exercise](remembered, rng)
+        part.function(seen, rng)
     except NotImplementedError:
         return "not answered yet"
     except KeyboardInterrupt:
@@ -80,6 +197,38 @@ def verdict(exercise, function, rng):
     return "right"
 
 
+def noticed(function, without):
+    """function, which raises Raised with a sentence if it calls what would be no answer of its own.
+
+    That is a function of the checks, or one of tinylora's in `without` ("*": any of them).
+    """
+    ours, package = str(HERE / "checks"), str(Path(importlib.import_module("tinylora").__file__).parent)
+    found = []
+
+    def notice(frame, event, _):
+        code = frame.f_code
+        if event != "call" or found or not code.co_filename.startswith((ours, package)):
+            return
+        name = code.co_qualname.split(".<")[0]
+        if code.co_filename.startswith(ours):
+            found.append(f"it calls {name} of the checks, which knows the answer; write your own")
+        elif name in without or ("*" in without and not name.startswith("<")):
+            found.append(f"it calls tinylora's {name}, which is what is to be built here; write it yourself")
+
+    def honest(*args, **kwargs):
+        before = sys.getprofile()
+        sys.setprofile(notice)
+        try:
+            value = function(*args, **kwargs)
+        finally:
+            sys.setprofile(before)
+        if found:
+            raise Raised(found.pop())
+        return value
+
+    return honest
+
+
 def complaint(exercise, function, error, returned=(), memory=None):
     """A sentence on the error with which a check ended, or one in a call of the answer; `memory` is the limit in GB, if any."""
     if isinstance(error, SystemExit):
@@ -89,20 +238,21 @@ def complaint(exercise, function, error, returned=(), memory=None):
     if isinstance(error, MemoryError) and memory:
         return f"it {beyond(memory)}"
     frames = traceback.extract_tb(error.__traceback__)
-    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    own = exercise.startswith(OWN)
+    file = f"{OWN_FILE}.py" if own else getattr(getattr(function, "__code__", None), "co_filename", None)
     lines = [at.lineno for at in frames if at.filename == file]
-    checks = isinstance(error, AssertionError) and (
-        not lines or frames[-1].filename == CHECKS[exercise].__code__.co_filename
-    )
+    ours = {part.function.__code__.co_filename for part in CHECKS[exercise]}
+    checks = isinstance(error, AssertionError) and (not lines or frames[-1].filename in ours)
     if checks and str(error).strip():
         return str(error).strip()
     if returned and returned[0] is None:
-        return f"exercise_{exercise[3:]} returned None; is a `return` missing?"
+        name = "a function of the step" if own else f"exercise_{exercise[3:]}"
+        return f"{name} returned None; is a `return` missing?"
     if checks:
         return f"`{frames[-1].line}` does not hold"
     if isinstance(error, AssertionError) and frames[-1].filename == file:
-        return own_assert(error, lines[-1])
-    where = f", in line {lines[-1]} of its cell" if lines else ""
+        return own_assert(error, lines[-1], file if own else "the cell")
+    where = f", in line {lines[-1]} of {file if own else 'its cell'}" if lines else ""
     graded = getattr(function, "__globals__", {}).get("__name__") == SPACE  # in a notebook all its cells have run
     return f"it raised {type(error).__name__}: {error}{where}{hint(error) if graded else ''}"
 
@@ -112,10 +262,10 @@ def beyond(memory):
     return f"needs more than {memory:g} GB of memory"
 
 
-def own_assert(error, line):
+def own_assert(error, line, where):
     """The sentence on an assert of the answer's own that failed."""
     said = f": {error}" if str(error).strip() else ""
-    return f"your assert in line {line} of the cell fails{said}"
+    return f"your assert in line {line} of {where} fails{said}"
 
 
 def hint(error):
@@ -151,9 +301,19 @@ def _peak(answer, *args):
 
 def grade(exercise, function):
     """Print the verdict on an answer, as in `_ = grade("05-2", exercise_2)` in a notebook. Returns whether it is right."""
-    said = verdict(exercise, function, np.random.default_rng())
-    print(f"exercise {exercise}: {said}")
-    return said == "right"
+    found = verdict(exercise, function, np.random.default_rng())
+    print(f"exercise {exercise}: {shown(found)}")
+    return found.said == "right"
+
+
+def shown(found):
+    """A Verdict as text: one line, and one more for each of several parts of which not all are alike."""
+    if len(found.parts) == 1 or not found.said.startswith("not right: "):
+        return found.said
+    lines = [f"{found.points} of {found.of} points"]
+    for name, points, one in found.parts:
+        lines.append(f"    {points if one == 'right' else 0} of {points}  {name}{'' if one == 'right' else f': {one}'}")
+    return "\n".join(lines)
 
 
 def sources():
@@ -234,8 +394,11 @@ class Cells:
         self.space, self.memory = {"__name__": SPACE}, memory
 
     def run(self, i, code, whose):
-        """Run cell i; None, or a sentence on its error. `whose` is "setup", "mine", or "other": another exercise's."""
-        file = f"cell {i}"
+        """Run cell i, or a whole file of the name i; None, or a sentence on its error.
+
+        `whose` is "setup", "mine", or "other": another exercise's.
+        """
+        file = f"cell {i}" if isinstance(i, int) else i
         try:
             exec(compiled(code, file), self.space)
         except NotImplementedError:
@@ -243,7 +406,7 @@ class Cells:
         except BaseException as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
             if isinstance(error, AssertionError) and at.filename == file and whose == "mine":
-                return own_assert(error, at.lineno)
+                return own_assert(error, at.lineno, "the cell" if isinstance(i, int) else file)
             what = f"raises {type(error).__name__}: {error}{hint(error) if whose == 'mine' else ''}"
             if isinstance(error, SyntaxError):
                 what = f"does not compile: {error}"
@@ -251,13 +414,17 @@ class Cells:
                 what = "calls exit(), which ends Python"
             if isinstance(error, MemoryError) and self.memory:
                 what = beyond(self.memory)
-            return f"{called(code)} {what}"
+            return f"{called(code) if isinstance(i, int) else file} {what}"
         return None
 
     def function(self, name):
         """What is called so, if it can be called, and else None."""
         found = self.space.get(name)
         return found if callable(found) else None
+
+    def names(self):
+        """All of them, as the check of a step gets them."""
+        return Names(self.function)
 
 
 def called(code):
@@ -287,33 +454,118 @@ def answer(notebook, k, cells=None):
     return function
 
 
+def own_answer(text, cells=None):
+    """The Names of a my_qlora.py with this text. ValueError says what it must not import, or on what it fails."""
+    cells, file = cells or Cells(), f"{OWN_FILE}.py"
+    with contextlib.suppress(SyntaxError):  # of which running it says more
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                if name.split(".")[0] not in OWN_MODULES:
+                    raise ValueError(
+                        f"{file} imports {name} in line {node.lineno}, and what it does is to be built here: "
+                        "use NumPy and Python's own library"
+                    )
+    if error := cells.run(file, text, "mine"):
+        raise ValueError(error)
+    return cells.names()
+
+
+class Student(str):
+    """The name of a row of marks; `id` is the number that Canvas or Moodle gives the student, or ""."""
+
+    id = ""
+
+    @classmethod
+    def of(cls, name, number=""):
+        """The student of this name and number."""
+        student = cls(name)
+        student.id = number
+        return student
+
+
 def row_of(who, path):
     """How the table of marks calls an answer set that `collect` found; one without a name is called as its folder or file is."""
-    return who or Path(path or HERE).resolve().name
+    return who or Student(Path(path or HERE).resolve().name)
+
+
+# A name as a learning platform writes it: of a file that Canvas hands out (lovelaceada_LATE_4217_99_05_mine-1.ipynb, where -1 is the
+# second attempt), and of a folder or a file that Moodle does (Ada Lovelace_4217_assignsubmission_file_).
+CANVAS = re.compile(r"(?P<name>[^_]+)_(?:LATE_)?(?P<id>\d+)_\d+_(?P<file>.+)")
+MOODLE = re.compile(r"(?P<name>[^_]+)_(?P<id>\d+)_assignsubmission_(?:file|onlinetext)_?(?P<file>.*)")
+
+
+def handed_in(name):
+    """(Student, the name that the student gave the file) of a file's or a folder's name; the student is None if it names none."""
+    for platform in (MOODLE, CANVAS):
+        if found := platform.fullmatch(name):
+            return Student.of(found["name"].strip(), found["id"]), found["file"]
+    return None, name
 
 
 def collect(path, numbers):
-    """{who: {"08": file}}, the answers in a notebook or a folder: .ipynb or .py files whose names begin with a number.
+    """{who: {"05": file}}, the answers in a notebook or a folder: .ipynb or .py files whose names begin with a number, or my_qlora.
 
     One notebook, or a folder that holds each number once, is one answer set, called "". A folder with several files of
-    one number is one set a file, called as the file is: "05_alice". A folder without answers of its own holds one folder
+    one number holds several students: files as Canvas or Moodle names them belong to whom they name, and others to what follows the
+    number: 05_alice.ipynb and 06_alice.ipynb to alice. A folder without answers of its own holds one folder
     a student; a student's folder in which there is nothing to grade is an empty set.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a notebook, or a folder of them")
 
+    def answers(path):
+        """[(student or None, number, file, order of attempts)]"""
+        found = []
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            student, name = handed_in(file.name)
+            number = number_of(name)
+            if file.suffix in (".ipynb", ".py") and number in numbers and not file.is_dir():
+                attempt = re.search(r"-(\d+)\.\w+$", name) if student else None
+                found.append((student, number, file, int(attempt[1]) if attempt else 0))
+        return [
+            one
+            for one in found
+            if one[2].suffix == ".ipynb" or one[2].with_suffix(".ipynb") not in [o[2] for o in found]
+        ]
+
     def sets(path):
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        files = [f for f in files if f.suffix in (".ipynb", ".py") and f.name[:2] in numbers and not f.is_dir()]
-        files = [f for f in files if f.suffix == ".ipynb" or f.with_suffix(".ipynb") not in files]
-        one = {f.name[:2]: f for f in files}
-        return {"": one} if len(one) == len(files) else {f.stem: {f.name[:2]: f} for f in files}
+        found = answers(path)
+        if not any(student for student, *_ in found):
+            one = {number: file for _, number, file, _ in found}
+            if len(one) == len(found):
+                return {"": one}
+        own, result = [file for student, _, file, _ in found if not student], {}
+        for student, number, file, _ in sorted(found, key=lambda one: one[3]):  # the last attempt counts
+            result.setdefault(student or of_file(file, number, own), {})[number] = file
+        return dict(sorted(result.items()))
 
     found = sets(path)
     if found == {"": {}} and path.is_dir():
-        folders = [f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] not in "._"]
-        found = {f"{f.name}/{who}".rstrip("/"): files for f in folders for who, files in sets(f).items()}
+        found = {}
+        for folder in (f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] not in "._"):
+            student = handed_in(folder.name)[0] or Student(folder.name)
+            for who, files in sets(folder).items():
+                if who in ("", student):
+                    found[distinct(student, found)] = files
+                else:
+                    found[f"{student}/{who}"] = files
     if not any(found.values()):
-        raise ValueError(f"{path} holds no answers; expected .ipynb or .py files whose names begin as 08_ does")
+        raise ValueError(
+            f"{path} holds no answers; expected .ipynb or .py files whose names begin as 05_ does, or my_qlora.py"
+        )
     return found
+
+
+def distinct(student, others):
+    """The student, with the number in the name if another one is called so."""
+    return student if student not in others else Student.of(f"{student} ({student.id or len(others)})", student.id)
+
+
+def of_file(file, number, others):
+    """Whose file it is, by its name: what follows the number, if two files of one number have it not; else the whole name."""
+    rest = lambda f: f.stem.removeprefix(OWN_FILE if number_of(f.name) == OWN else number_of(f.name)).strip(" _-")  # noqa: E731
+    same = [f for f in others if number_of(f.name) == number and rest(f) == rest(file)]
+    return Student(rest(file) if rest(file) and len(same) == 1 else file.stem)

@@ -65,26 +65,32 @@ class Student:
         self.process = None
 
     def mark(self, path, text, exercise, seed):
-        """The verdict: "right", "not answered yet", "not right: …" or "not gradable: …", for the notebook with this path and text."""
-        skip = self.passed_over.setdefault(str(path), [])
-        while True:
+        """The Verdict on an exercise of the notebook with this path and text."""
+        parts, skip, found = grading.CHECKS[exercise], self.passed_over.setdefault(str(path), []), []
+        while len(found) < len(parts):
             new = self.process is None
             try:
-                return plain(self._ask((str(path), text, exercise, seed, skip)))
+                self._ask((str(path), text, exercise, seed, len(found), skip), found)
             except Ended as ended:
                 self.close()
                 kind, *of = ended.step
                 if kind == "reading" and not new:
                     continue  # something that an earlier exercise left behind has ended them
-                if kind != "cell":
-                    return f"not right: it {ended}" if kind == "check" else f"not gradable: it {ended}"
-                i, whose, name = of
-                if whose != "other" or i in skip:
-                    return plain(f"not gradable: {name} {ended}")
-                skip.append(i)
+                if kind == "check":  # the parts after it are graded in new processes
+                    found.append(f"not right: it {ended}")
+                    continue
+                said = f"not gradable: it {ended}"
+                if kind == "cell":
+                    i, whose, name = of
+                    if whose == "other" and i not in skip:
+                        skip.append(i)
+                        continue
+                    said = f"not gradable: {name} {ended}"
+                found += [said] * (len(parts) - len(found))
+        return grading.together([(part, plain(one)) for part, one in zip(parts, found, strict=True)])
 
-    def _ask(self, job):
-        """Send a job, follow its steps, and return the verdict."""
+    def _ask(self, job, found):
+        """Send a job, follow its steps, and add what is said of each part that is left."""
         step, seconds = ("reading",), READING
         try:
             if self.process is None:
@@ -95,7 +101,10 @@ class Student:
                     raise Ended(step, f"takes more than {seconds:g} seconds")
                 what, *of = json.loads(self.connection.recv_bytes(LONGEST))
                 if what == "said":
-                    return of[0]
+                    found.append(of[0])
+                    if len(found) == len(grading.CHECKS[job[2]]):
+                        return
+                    continue
                 if what == "ended":
                     raise Ended(step, ENDED)
                 if what == "started":
@@ -183,19 +192,25 @@ def checker(connection, memory):
     remote, parsed = Remote(ours, process, say), functools.cache(grading.parsed)
     while True:
         try:
-            path, text, exercise, seed, skip = connection.recv()
+            path, text, exercise, seed, done, skip = connection.recv()
         except EOFError:  # pytest is gone
             process.kill()
             return
+        parts, cells = grading.CHECKS[exercise], RemoteCells(remote, exercise, skip)
+        rngs = np.random.default_rng(seed).spawn(len(parts))
         try:
-            function = grading.answer(parsed(path, text), int(exercise[3:]), RemoteCells(remote, exercise, skip))
-            say("check")
-            said = grading.verdict(exercise, function, np.random.default_rng(seed))
+            if exercise.startswith(grading.OWN):
+                function = grading.own_answer(text, cells)
+            else:
+                function = grading.answer(parsed(path, text), int(exercise[3:]), cells)
         except (ValueError, ImportError, grading.Raised) as error:
-            said = f"not gradable: {error}"
+            function, wrong = None, f"not gradable: {error}"
         except (MemoryError, RecursionError) as error:
-            said = f"not gradable: reading it raised {type(error).__name__}"
-        say("said", said)
+            function, wrong = None, f"not gradable: reading it raised {type(error).__name__}"
+        for part, rng in list(zip(parts, rngs, strict=True))[done:]:
+            if function:
+                say("check")
+            say("said", grading.said(exercise, part, function, rng) if function else wrong)
 
 
 class Remote:
@@ -245,12 +260,17 @@ class RemoteCells:
     def function(self, name):
         return remote_function(self.remote, self.exercise, name) if self.remote.ask("has", name)[0] is True else None
 
+    def names(self):
+        return grading.Names(
+            self.function, lambda scene, *args: self.remote.ask("scene", self.exercise, None, scene, args)[0]
+        )
 
-def remote_function(remote, *of):
-    """A student's function as a check calls it, `of` an exercise and a name. An array that it changes in place is changed here."""
+
+def remote_function(remote, exercise, name, without=()):
+    """A student's function as a check calls it. An array that it changes in place is changed here."""
 
     def call(*args, **kwargs):
-        value, changed = remote.ask("call", *of, args, kwargs)
+        value, changed = remote.ask("call", exercise, name, without, args, kwargs)
         for i, new in changed.items():
             old = arrays((args, kwargs))[i]
             if (getattr(new, "shape", None), getattr(new, "dtype", None)) != (old.shape, old.dtype):
@@ -258,7 +278,8 @@ def remote_function(remote, *of):
             old[...] = new
         return value
 
-    call.there = lambda scene, *args: remote.ask("scene", *of, scene, args)[0]
+    call.there = lambda scene, *args: remote.ask("scene", exercise, name, scene, args)[0]
+    call.without = lambda names: remote_function(remote, exercise, name, names)
     return call
 
 
@@ -294,20 +315,22 @@ def answers(connection, memory):
                 value = cells.function(*of) is not None
             else:
                 exercise, name, *of = of
-                function = cells.function(name)
+                function = cells.function(name) if name else cells.names()
                 value, changed = called(function, *of) if what == "call" else (of[0](function, *of[1]), ())
             reply = ["returned", encoded(value), [[i, encoded(new)] for i, new in changed]]
         except NotImplementedError:
             reply = ["unanswered"]
+        except grading.Raised as error:
+            reply = ["raised", str(error)]
         except BaseException as error:
             reply = ["raised", grading.complaint(exercise, function, error, memory=memory)]
         connection.send_bytes(json.dumps(reply).encode())
 
 
-def called(function, args, kwargs):
+def called(function, without, args, kwargs):
     """What function(*args, **kwargs) returns, and [(i, new)] for the arrays among its arguments that it changed."""
     before = [array.copy() for array in arrays((args, kwargs))]
-    value = function(*args, **kwargs)
+    value = grading.noticed(function, without)(*args, **kwargs)
     after = enumerate(zip(before, arrays((args, kwargs)), strict=False))
     return value, [(i, new) for i, (old, new) in after if old.tobytes() != new.tobytes()]
 

@@ -4,7 +4,10 @@ pytest notebooks                      the notebooks in this folder, answered in 
 pytest notebooks --answers PATH       a notebook, a folder of them, or a folder with one folder a student
 pytest notebooks --answers solutions  the solutions in the sources, as CI does
 pytest notebooks -k 05                only notebook 05; -k 05-2 only its exercise 2
+pytest notebooks -k my                the six steps of build_it.md, in my_qlora.py; -k my-1 only the first
 pytest notebooks --table marks.csv    write the marks, too
+pytest notebooks --seed 7             the same random inputs as the last time; a run prints its seed
+pytest notebooks --hidden FOLDER      with further checks, which the teacher keeps
 pytest notebooks --limit 60           stop an answer that runs for a minute, an endless loop perhaps; by default, for ten
 pytest notebooks --memory 2           stop an answer that needs more than 2 GB; by default, 4
 
@@ -21,8 +24,8 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 
 def chosen(where, numbers):
-    """{who: {"08": file}}, what --answers names."""
-    sources = {source.name[:2]: source for source in grading.sources()}
+    """{who: {"05": file}}, what --answers names."""
+    sources, steps = {source.name[:2]: source for source in grading.sources()}, grading.HERE / "build_it.py"
     if where == "solutions":
         if Path(where).exists():
             raise ValueError(
@@ -31,24 +34,25 @@ def chosen(where, numbers):
             )
         if not sources:
             raise ValueError("there are no sources here, which hold the solutions; expected a notebook or a folder")
-        return {"": sources}
+        return {"": sources | ({grading.OWN: steps} if steps.exists() else {})}
     if where is None and sources:
-        return {"": {number: source.with_suffix(".ipynb") for number, source in sources.items()}}
+        own = {grading.OWN: grading.HERE / f"{grading.OWN_FILE}.py"} if steps.exists() else {}
+        return {"": {number: source.with_suffix(".ipynb") for number, source in sources.items()} | own}
     return grading.collect(where or grading.HERE, numbers)
 
 
 def pytest_generate_tests(metafunc):
     """One test for each exercise of each notebook of which there are answers, and one for each set without any."""
-    exercises = sorted(grading.load_checks(), key=lambda exercise: (exercise[:2], int(exercise[3:])))
+    exercises = sorted(grading.load_checks(), key=grading.place)
     try:
-        sets = chosen(metafunc.config.getoption("answers"), {exercise[:2] for exercise in exercises})
+        sets = chosen(metafunc.config.getoption("answers"), {grading.place(exercise)[0] for exercise in exercises})
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     cases = [
-        pytest.param(who, files[exercise[:2]], exercise, id=f"{who}/{exercise}".lstrip("/"))
+        pytest.param(who, files[number], exercise, id=f"{who}/{exercise}".lstrip("/"))
         for who, files in sets.items()
         for exercise in exercises
-        if exercise[:2] in files
+        if (number := grading.place(exercise)[0]) in files
     ]
     cases += [pytest.param(who, None, None, id=who) for who, files in sets.items() if not files]
     metafunc.parametrize("who, file, exercise", cases)
@@ -56,14 +60,16 @@ def pytest_generate_tests(metafunc):
 
 def test_exercise(who, file, exercise, seed, request, marks, texts, student_of):
     if file is None:
-        pytest.fail(f"{who} holds no answers; expected files whose names begin as 08_ does", pytrace=False)
-    found = texts[file]
-    unread = isinstance(found, Exception)
+        pytest.fail(
+            f"{who} holds no answers; expected files whose names begin as 05_ does, or my_qlora.py", pytrace=False
+        )
     try:
-        said = f"not gradable: {found}" if unread else student_of(who).mark(*found, exercise, seed)
+        if isinstance(texts[file], Exception):
+            raise texts[file]
+        found = student_of(who).mark(*texts[file], exercise, seed)
     except Exception as error:  # whatever an answer did to its processes, it has a mark
-        said = f"not gradable: {type(error).__name__}: {error}"
-    row = marks[grading.row_of(who, request.config.getoption("answers"))]
-    row[exercise] = {"right": "right", "not answered yet": "not answered"}.get(said, "not right")
-    if said != "right":
-        pytest.fail(f"exercise {exercise} is {said}", pytrace=False)
+        kind = "" if isinstance(error, ValueError | ImportError) else f"{type(error).__name__}: "
+        found = grading.unseen(exercise, f"not gradable: {kind}{error}")
+    marks[grading.row_of(who, request.config.getoption("answers"))][exercise] = found
+    if found.said != "right":
+        pytest.fail(f"exercise {exercise} is {grading.shown(found)}", pytrace=False)
