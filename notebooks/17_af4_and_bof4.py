@@ -1,27 +1,37 @@
-# ---
-# jupyter:
-#   jupytext:
-#     text_representation:
-#       extension: .py
-#       format_name: percent
-# ---
+# %% [markdown]
+# # 17 · AF4 and BOF4 (appendix)
+#
+# [← 16 What is NF4 optimal for?](16_what_is_nf4_optimal_for.ipynb) · [All notebooks](README.md) · [18 Int4 and NF4 at equal bits →](18_int4_and_nf4_at_equal_bits.ipynb)
+#
+# **Question.** Which error does each of the codes after NF4 minimize, and do the published
+# tables minimize it?
+#
+# **You will be able to**
+#
+# - write down the condition that every free value of an optimal code obeys;
+# - check a published table against its condition, and find a boundary that lies elsewhere;
+# - say what a pinned value costs, and what the sign of the largest weight gains.
+#
+# **Needs:** [16](16_what_is_nf4_optimal_for.ipynb), sections 1 to 4 (the densities $g_k$
+# of a block, Lloyd's iteration); the derivative of an integral with respect to its ends;
+# means and medians.
+#
+# **Hours:** 5½ (3 to read and run, 2½ for the exercises).
+#
+# **Papers:** Yoshida 2023, "NF4 Isn't Information Theoretically Optimal (and that's Good)"
+# (arXiv 2306.06965), which proposes AF4; of this note, the abstract, the released tables
+# and the released generator were compared, not its prose. Blumenberg, Graave, Fingscheidt
+# 2025 (arXiv 2505.06653), which proposes BOF4: eq. 2, 3, 5 and 7, tables 1 and 5 to 8.
+#
+# Folded cells measure, check or draw. Click ••• to open one.
 
 # %% [markdown]
-# # 17 · AF4 and BOF4: the codes that came after
-#
-# **A code is optimal for an error that somebody wrote down.** NF4 was followed by AF4, which minimizes the mean
-# absolute error (MAE) of the scaled weight $X = W/M$, and by BOF4, which minimizes the mean absolute or the mean
-# squared error (MSE) of the weight $W$ itself. Each value of such a code obeys a condition that fits on one line. So
-# a published table can be checked, and one boundary that lies elsewhere can be found.
-#
-# Hours: 5½ (3 to read and run, 2½ for the exercises). Prerequisites: notebook 16 (the densities $g_k$ of a block);
-# calculus up to the derivative of an integral with respect to its ends; means and medians.
-#
-# Accompanies Yoshida 2023, "NF4 Isn't Information Theoretically Optimal (and that's Good)" (arXiv 2306.06965, AF4),
-# and Blumenberg, Graave, Fingscheidt 2025 (arXiv 2505.06653, BOF4: eq. 2, 3, 5 and 7, tables 1 and 5 to 8). Of the
-# AF4 note, its abstract, the released tables and the released generator were compared, not its prose.
-#
-# Code that only measures, checks or draws is folded where the editor can fold it; its output is not.
+# **The answer in short.** A code is optimal for an error that somebody wrote down. AF4 is
+# meant to minimize the mean absolute error (MAE) of the scaled weight $X = W/M$, where $M$
+# is the block's largest magnitude. BOF4 minimizes the mean absolute or the mean squared
+# error (MSE) of the weight $W$ itself. Each free value of such a code obeys a condition
+# that fits on one line. BOF4's tables obey theirs. AF4's released tables obey theirs
+# except at two boundaries, the two beside 0.
 
 # %% tags=["setup"]
 import numpy as np
@@ -37,22 +47,24 @@ from tinylora.numerics.optimality import block_law, expected_error, expected_max
 NF4 = codebooks.nf4()
 
 
-def mae_of_x(code, blocksize):
-    return expected_error(code, blocksize, 1, of="normalized")  # E|X − q(X)|, the criterion of AF4
-
-
 def cell_ends(q):
     """−1, half-way between neighbours, 1."""
     return np.concatenate([[-1], (q[1:] + q[:-1]) / 2, [1]])
 
 
 # %% [markdown]
-# The tables as published. AF4: the tables released with the note, by block size. BOF4: table 8 (theoretical solution,
-# MSE, blocks of 64), table 6 (Monte Carlo, blocks of 64, by criterion; `s_` is BOF4-S) and table 7 (Monte Carlo,
-# BOF4-S with MSE, by block size), cut to seven to nine digits.
+# The next cell holds the published tables, cut to seven to nine digits.
+#
+# - AF4's tables were released with the note, one for each block size.
+# - BOF4's table 8 was solved from theory, for the MSE and blocks of 64.
+# - BOF4's table 6 is a Monte Carlo result for blocks of 64, one row for each criterion.
+#   `s_` marks BOF4-S.
+# - BOF4's table 7 is a Monte Carlo result for BOF4-S with MSE, one row for each block
+#   size.
 
 
 # %% tags=["hide-input"]
+# Checks: the published tables, which the sections below compare with
 def table(text):
     """{name: its 16 values} of rows of a name and 16 numbers."""
     words = text.split()
@@ -107,19 +119,24 @@ BOF4_TABLE_1 = {  # BOF4, table 1, over NF4: MAE, MSE
 # %% [markdown]
 # ## 1 · Which error?
 #
-# A block of $I$ weights is divided by its largest magnitude $M$, and $X = W/M$ is replaced by the nearest code value
-# $q(X)$. Afterwards $\hat W = M\,q(X)$. AF4's criterion is the error of $X$; what a layer feels is the error of $W$:
+# A block of $I$ weights is divided by its largest magnitude $M$. The scaled weight
+# $X = W/M$ is replaced by the nearest code value $q(X)$. Afterwards $\hat W = M\,q(X)$.
+# AF4's criterion is the error of $X$. What a layer computes with is $W$, and BOF4's
+# criterion is the error of $W$ (BOF4 eq. 2 and 3):
 #
-# $$\mathrm E\,|X - q(X)| \qquad\text{or}\qquad \mathrm E\,|W - \hat W|^p = \mathrm E\,M^p\,|X - q(X)|^p \quad\text{(BOF4 eq. 2 and 3)}.$$
+# $$\text{AF4:}\quad \mathrm E\,|X - q(X)| \qquad\qquad \text{BOF4:}\quad \mathrm E\,|W - \hat W|^p = \mathrm E\,M^p\,|X - q(X)|^p .$$
 #
-# The cells are the same in both: nearest is nearest. Only the weight with which a block counts differs: $M^0$, $M^1$
-# or $M^2$. Notebook 16 collected that weight in the densities on $-1 < x < 1$
+# The cells are the same in both, since both replace $X$ by its nearest value. What differs
+# is how much a block counts: $M^0$, $M^1$ or $M^2$. Notebook 16 collected that factor
+# $M^k$ in the densities on $-1 < x < 1$
 #
 # $$g_k(x) = 2(I-1)\int_0^\infty m^{k+1}\,\varphi(m)\,\varphi(mx)\,\big(2\Phi(m)-1\big)^{I-2}\,dm .$$
 #
-# The code below sums this on a plain grid, compares with `block_law(64)`, and prints how much of each weight lies beyond
-# $|x| = ½$. In blocks with a large $M$ the other weights are small compared with it, so the larger $k$, the more the
-# weight gathers near 0.
+# The code below sums this integral on a plain grid of $m$, and compares it with the
+# library's `block_law(64)`. (Here $2\Phi(m)-1$ is $\mathrm{erf}(m/\sqrt2)$.) It also
+# prints which share of each density lies beyond $|x| = ½$. The share falls as $k$ grows.
+# In a block with a large $M$ the other weights are small compared with $M$, and a larger
+# $k$ counts such blocks more.
 
 # %%
 block = block_law(64)
@@ -130,16 +147,25 @@ for k in (0, 1, 2):
     g = 2 * 63 * np.trapezoid(m ** (k + 1) * phi_phi * erf(m / 2**0.5) ** 62, dx=0.001, axis=0)
     assert np.abs(g - block.density(x, k)).max() < 1e-9
     outside.append(1 - block.moments(0.5, k)[0] / block.moments(1, k)[0])
-    print(f"g_{k}: {outside[-1]:.1%} of the weight beyond |x| = 1/2")
+    print(f"g_{k}: {outside[-1]:.1%} of it beyond |x| = 1/2")
 assert np.round(outside, 4).tolist() == [0.1919, 0.1827, 0.1732]
 
 # %% [markdown]
-# Does the choice between $X$ and $W$ matter? The two best codes for the absolute error ($p = 1$; both with the values
-# −1, 0 and 1) differ by at most 0.0074 in their values, and each is within 0.04 % of the other on the other's own
-# criterion. The power $p$ matters far more: measured by squared error, `bof4(64, "mae")` costs 5.0 % more than
-# `bof4(64, "mse")`. Keep this for section 3.
+# Does the choice between $X$ and $W$ matter? Take the best code for the MAE of $X$ and the
+# best code for the MAE of $W$, both with the values −1, 0 and 1. Their values differ by at
+# most 0.0074. On either criterion, the code that is best for the other one costs at most
+# 0.04 % more.
+#
+# The power $p$ matters far more. Measured by squared error, `bof4(64, "mae")` costs 5.0 %
+# more than `bof4(64, "mse")`. Section 3 comes back to this.
+
 
 # %% tags=["hide-input"]
+# Measures: the best codes for the MAE of X and of W, each on both criteria
+def mae_of_x(code, blocksize):
+    return expected_error(code, blocksize, 1, of="normalized")  # E|X − q(X)|, the criterion of AF4
+
+
 best_of_x, best_of_w = optimal_code(64, 1, of="normalized"), optimal_code(64, 1)
 for name, q in (("best for X", best_of_x), ("best for W", best_of_w)):
     print(f"{name}: MAE of X {mae_of_x(q, 64):.6f}   MAE of W {expected_error(q, 64, 1):.6f}")
@@ -152,36 +178,56 @@ assert round(expected_error(best_of_w, 64) / expected_error(codebooks.bof4(64), 
 # %% [markdown]
 # ## 2 · What an optimum obeys
 #
-# Write the error as a sum over cells $[\xi_i, \xi_{i+1}]$ and differentiate with respect to one value $q_i$. The ends
-# of its cell move too, but half-way between two values both are equally far, so what one cell loses there the other
-# gains, and the ends contribute nothing. What remains is
+# Write the error as a sum over cells $[\xi_i, \xi_{i+1}]$, and differentiate it with
+# respect to one value $q_i$. The ends of the cell move too. At an end, half-way between
+# two values, both values are equally far. So what one cell loses there its neighbour
+# gains, and the moving ends contribute nothing. The derivative vanishes where
 #
 # $$p = 2:\quad q_i = \frac{\int x\,g_2}{\int g_2}\ \text{(a centroid, BOF4 eq. 5)} \qquad\qquad
 #   p = 1:\quad \int_{\xi_i}^{q_i} g_1 = \int_{q_i}^{\xi_{i+1}} g_1\ \text{(a weighted median, BOF4 eq. 7)},$$
 #
-# with $\xi_i = ½(q_{i-1}+q_i)$. For AF4's criterion, the error of $X$, it is the median with $g_0$. The values −1, 0
-# and 1 are pinned: they stay where they are, and obey nothing. `block.moments(x, k)` holds $\int_0^x y^n g_k(y)\,dy$
-# for $n = 0, 1, 2$.
+# with $\xi_i = ½(q_{i-1}+q_i)$. For AF4's criterion, the error of $X$, the condition is
+# the median with $g_0$ in the place of $g_1$.
+#
+# An optimal code is a root of its condition. `off_centroid` is zero for a code that obeys
+# the first, and `off_median` for one that obeys the second. `block.moments(x, k)` holds
+# $\int_0^x y^n g_k(y)\,dy$ for $n = 0, 1, 2$.
+
 
 # %%
-q = codebooks.bof4(64, "mse", dtype=np.float64)
-free = ~np.isin(q, (-1, 0, 1))
-mass, first, _ = np.diff(block.moments(cell_ends(q), 2), axis=1)
-print("value   ", *(f"{v:8.4f}" for v in q[free][:7]))
-print("centroid", *(f"{v:8.4f}" for v in (first / mass)[free][:7]))
-assert np.abs(q - first / mass)[free].max() < 1e-7
+def off_centroid(q, ends, block):
+    mass, first, _ = np.diff(block.moments(ends, 2), axis=1)
+    return first / mass - q
 
-q = codebooks.bof4(64, "mae", dtype=np.float64)
-G, G_at_q = block.moments(cell_ends(q), 1)[0], block.moments(q, 1)[0]
-assert np.abs((G_at_q - G[:-1]) - (G[1:] - G_at_q))[free].max() < 1e-7  # left half = right half
+
+def off_median(q, ends, block, k):
+    G, G_at_q = block.moments(ends, k)[0], block.moments(q, k)[0]
+    return (G[1:] - G_at_q) - (G_at_q - G[:-1])  # right half less left half
+
 
 # %% [markdown]
-# All 13 free values obey their condition to 1e-7. Are they the paper's? Its table 8 was solved from the theory,
-# tables 6 and 7 by a Monte Carlo simulation. The former agrees to 1.6e-6; of the latter a value lies up to 7e-5 to
-# 3.3e-4 away, depending on the row. That is noise without consequence: at an optimum the error is flat, and every row
-# costs less than one part in a million more than the exact solution.
+# The values −1, 0 and 1 are pinned: they stay where they are, so no optimality condition
+# applies to them. The other 13 are free. In each of the three optimal codes all 13 free
+# values obey their condition to 1e-10.
+
+# %%
+free = ~np.isin(NF4, (-1, 0, 1))
+mse, mae = (codebooks.bof4(64, criterion, dtype=np.float64) for criterion in ("mse", "mae"))
+assert np.abs(off_centroid(mse, cell_ends(mse), block))[free].max() < 1e-10
+assert np.abs(off_median(mae, cell_ends(mae), block, 1))[free].max() < 1e-10
+assert np.abs(off_median(best_of_x, cell_ends(best_of_x), block, 0))[free].max() < 1e-10
+print("value   ", *(f"{v:8.4f}" for v in mse[free][:7]))
+print("centroid", *(f"{v:8.4f}" for v in (mse + off_centroid(mse, cell_ends(mse), block))[free][:7]))
+
+# %% [markdown]
+# Are these codes the paper's? BOF4's table 8 was solved from the theory. It agrees with
+# the library's code to 1.6e-6. Tables 6 and 7 come from a Monte Carlo simulation. In each
+# of their rows the largest distance to the library's code is between 7e-5 and 3.3e-4. This
+# noise has no consequence, since the error is flat at an optimum. Every row costs less
+# than one part in a million more than the exact solution.
 
 # %% tags=["hide-input"]
+# Checks: every row of tables 6, 7 and 8 against the library's code
 rows = [("table 8", q, 64, "mse", False) for q in BOF4_TABLE_8.values()]
 rows += [("table 6", q, 64, name.split("_")[-1], "s_" in name) for name, q in BOF4_TABLE_6.items()]
 rows += [("table 7", q, int(I), "mse", True) for I, q in BOF4_TABLE_7.items()]
@@ -198,14 +244,15 @@ assert round(far[0], 7) == 1.6e-6 and min(far[1:]) > 6.9e-5 and max(far[1:]) < 3
 # %% [markdown]
 # ## 3 · AF4 as released
 #
-# AF4 is to minimize $\mathrm E\,|X - q(X)|$ with −1, 0 and 1 in the code. Its median condition needs only
-# $F(x) = \int_0^x g_0$:
+# AF4 is meant to minimize $\mathrm E\,|X - q(X)|$ with −1, 0 and 1 in the code. With
+# $F(x) = \int_0^x g_0$ its median condition is
 #
 # $$2F(q_i) = F(\xi_i) + F(\xi_{i+1}).$$
 #
-# Solve it by the plainest iteration there is: with the boundaries as they are, move each free value towards its
-# cell's median by Newton's step for $F(q) = ½(F(\xi_i)+F(\xi_{i+1}))$, then put the boundaries half-way again.
-# `zero_is_a_boundary` changes one thing: the cells of 0's two neighbours end at 0, and not half-way to it.
+# The plainest iteration solves it. First put the boundaries half-way between the values.
+# Then move each free value towards the median of its cell by one Newton step: `off_median`
+# divided by $2g_0(q_i)$. Repeat both. The switch `zero_is_a_boundary` changes one thing:
+# the cells of the two neighbours of 0 end at 0, and not half-way to it.
 
 
 # %%
@@ -215,8 +262,7 @@ def medians(blocksize, zero_is_a_boundary, steps=700):
         ends = cell_ends(q)
         if zero_is_a_boundary:
             ends[[7, 8]] = 0
-        F, F_at_q = block.moments(ends, 0)[0], block.moments(q, 0)[0]
-        q[free] += ((F[:-1] + F[1:] - 2 * F_at_q) / (2 * block.density(q, 0)))[free]
+        q[free] += (off_median(q, ends, block, 0) / (2 * block.density(q, 0)))[free]
     return q
 
 
@@ -228,13 +274,20 @@ assert np.abs(halfway - best_of_x).max() < 1e-9 and round(float(np.abs(halfway -
 assert np.abs(with_zero - codebooks.af4(64, np.float64)).max() < 1e-9 and np.abs(with_zero - AF4["64"]).max() <= 5e-9
 
 # %% [markdown]
-# With every boundary half-way the solution misses the released table by up to 0.0426. With 0 as a boundary it is the
-# released table to 5e-9, which is half of its last printed digit. The released generator, `generate_af4.py`, says the same: it builds
-# each side of the code from its pinned end inwards by the median condition, and its last equation is, in the notation
-# here, $2F(q) - F(\xi) = F(0)$ for the value $q$ next to 0, where half-way would be $F(½q)$. It holds for all eight
-# block sizes. Beside it stands what this costs, in AF4's own criterion.
+# With every boundary half-way, the solution differs from the released table by up to
+# 0.0426. With 0 as a boundary, it is the released table to 5e-9, which is half of its last
+# printed digit.
+#
+# The released generator, `generate_af4.py`, confirms this. It builds each side of the code
+# from its pinned end inwards, by the median condition. Let $q$ be the value next to 0, and
+# $\xi$ the other end of its cell. The generator's last equation is, in the notation here,
+# $2F(q) - F(\xi) = F(0)$. Half-way would be $F(½q)$ on the right.
+#
+# The same holds for all eight block sizes, as the next cell shows. It also shows what the
+# two boundaries cost in AF4's own criterion.
 
 # %% tags=["hide-input"]
+# Measures: AF4 as released, half-way and NF4, for the eight released block sizes
 print("   I   table   to best | MAE of X: NF4   AF4        half-way")
 for name, released in AF4.items():
     I, proper = int(name), optimal_code(int(name), 1, of="normalized")
@@ -248,21 +301,30 @@ ahead = [mae_of_x(codebooks.af4(I), I) < mae_of_x(NF4, I) for I in (642, 643)]
 assert ahead == [False, True]
 
 # %% [markdown]
-# So the released tables obey the median condition everywhere except at the two boundaries beside 0. Their MAE of $X$
-# is larger than NF4's up to blocks of 512 (0.029299 against 0.028368 at 64) and smaller from 1024 on; between the
-# released sizes, the two would be equal between 642 and 643. This fits the note's abstract, which reports an
-# improvement for larger blocks and similar performance for smaller ones. With all boundaries half-way the code is
-# ahead of NF4 at all eight sizes (0.028345 at 64), and the released one lies 3.4 % above it at each of them.
+# So the released tables obey the median condition everywhere except at the two boundaries
+# beside 0. This has three consequences for the MAE of $X$.
+#
+# - **Released AF4 against NF4.** AF4 is behind NF4 in blocks of up to 512 (0.029299
+#   against 0.028368 at 64). It is ahead from 1024 on. Codes made in the same way for the
+#   sizes between draw level between 642 and 643. This fits the note's abstract, which
+#   reports an improvement for larger blocks and similar performance for smaller ones.
+# - **Half-way boundaries against NF4.** That code is ahead of NF4 at all eight sizes
+#   (0.028345 at 64).
+# - **Released against half-way.** The released code costs 3.4 % more at each of the eight
+#   sizes.
 
 # %% tags=["hide-input"]
+# Draws: the MAE of X of AF4 and NF4 above the best code's, against the block size
 af4_against_blocksize()
 
 # %% [markdown]
-# This also answers the question of section 1. In the MAE of $W$ the released AF4 lies 3.26 % above BOF4 (MAE) at 64.
-# Of that difference, 99 % disappears when the boundaries beside 0 are put half-way, and the remaining 1 % is due to
-# the choice of $X$ instead of $W$.
+# This also answers the question of section 1, in numbers. In the MAE of $W$ at 64, the
+# released AF4 lies 3.26 % above BOF4 (MAE). If the boundaries beside 0 are put half-way,
+# 99 % of that difference disappears. The remaining 1 % is due to the choice of $X$ instead
+# of $W$.
 
 # %% tags=["hide-input"]
+# Measures: the MAE of W of AF4 as released, half-way and BOF4
 af4, proper, bof4 = (expected_error(q, 64, 1) for q in (AF4["64"], best_of_x, best_of_w))
 print(f"MAE of W: AF4 {af4:.6f}, half-way {proper:.6f}, BOF4 {bof4:.6f}")
 assert f"{af4 / bof4 - 1:.2%}" == "3.26%" and f"{(af4 - proper) / (af4 - bof4):.0%}" == "99%"
@@ -270,13 +332,17 @@ assert f"{af4 / bof4 - 1:.2%}" == "3.26%" and f"{(af4 - proper) / (af4 - bof4):.
 # %% [markdown]
 # ## 4 · The sign of the largest: BOF4-S
 #
-# Divide by the signed maximum, the weight of largest magnitude with its sign. Then it always becomes +1, and −1 needs
-# no code value. In `bof4(64)` the value −1 serves 1.6 % of the weights, and half of them are the maxima themselves.
-# Without that pin the negative side has seven free values instead of six. The expected squared error at 64: NF4
-# 0.008460, BOF4 0.007992, BOF4-S 0.007352. A seeded draw of a million weights through `quantize` confirms it, to five
-# standard errors of the mean over its blocks.
+# BOF4-S divides a block by its signed maximum, which is the weight of largest magnitude
+# with its sign. That weight then always becomes +1, and the code needs no −1. In
+# `bof4(64)` the value −1 serves only 1.6 % of the weights, and half of these are maxima.
+# Without that pin the negative side has seven free values instead of six.
+#
+# The expected squared error at 64 is 0.008460 σ² for NF4, 0.007992 σ² for BOF4 and
+# 0.007352 σ² for BOF4-S. A seeded draw of a million weights through `quantize` agrees, to
+# five standard errors of the mean over its blocks.
 
 # %% tags=["hide-input"]
+# Measures: three codes on a million drawn weights, and how often BOF4 uses −1
 w = np.random.default_rng(0).standard_normal((1 << 14, 64)).astype(np.float32)
 cost = {}
 for name, code, signed in (
@@ -295,13 +361,16 @@ print(f"BOF4: {usage(codebooks.bof4(), 64)[0]:.2%} of the weights use the value 
 assert round(usage(codebooks.bof4(), 64)[0], 3) == 0.016
 
 # %% [markdown]
-# What does it cost? One sign for each block, which is 1/64 bit a weight. A float32 constant has a sign bit that
-# absmax leaves unused, so there it is free. With double quantization it is not: the constants now lie around $-M$ and
-# $+M$, and subtracting their mean no longer helps. On this draw 8-bit constants make BOF4-S 0.6 % worse and NF4
-# 0.05 %; notebook 06 explains why. BOF4-S stays ahead.
+# What does the sign cost? It is one bit for each block, 1/64 bit a weight. A float32
+# constant has a sign bit that absmax leaves unused, so there the sign is free. With double
+# quantization it is not free. The constants then lie around $-M$ and $+M$, and subtracting
+# their mean no longer helps ([06](06_double_quantization.ipynb) explains why). On this
+# draw 8-bit constants raise the squared error of BOF4-S by 0.6 %, and that of NF4 by
+# 0.05 %. BOF4-S stays ahead.
 
 
 # %% tags=["hide-input"]
+# Measures: what 8-bit constants cost NF4 and BOF4-S
 def double_quantized(code, signed):
     exact, nested = (quantize(w, code, 64, dq, signed=signed).dequantize() - w for dq in (False, True))
     return np.square(nested).mean(dtype=np.float64) / np.square(exact).mean(dtype=np.float64) - 1
@@ -315,11 +384,13 @@ assert cost["BOF4-S"] * (1 + for_bof4_s) < cost["BOF4"]
 # %% [markdown]
 # ## 5 · What the pins cost
 #
-# Why should 0, −1 and 1 be in the code? They make zeros and maxima exact, and each takes a value away from the rest.
-# The code below prints the squared error of the best code with fewer pins over that with all three, beside the ratios that
-# BOF4's table 5 reports for real weights.
+# The pins 0, −1 and 1 make zeros and maxima exact. Each of them takes a value away from
+# the rest. The next cell prints the squared error of the best code with fewer pins,
+# divided by that of the best code with all three. Beside it stands the ratio that BOF4's
+# table 5 reports for real weights.
 
 # %% tags=["hide-input"]
+# Measures: the squared error with fewer pins, and that of Lloyd-Max values
 all_pins = expected_error(optimal_code(64), 64)
 PUBLISHED = {None: 0.962, (0,): 0.968, (-1, 1): 0.993}  # BOF4, table 5
 for (pins, published), expected in zip(PUBLISHED.items(), (0.954, 0.966, 0.987), strict=True):
@@ -332,23 +403,25 @@ print(f"Lloyd-Max values / {lloyd_max.max():.4f}: {naive:.6f}   NF4: {expected_e
 assert round(lloyd_max.max(), 4) == 2.7326 and round(naive, 6) == 0.007896 < all_pins < expected_error(NF4, 64)
 
 # %% [markdown]
-# A surprise: the 16 values that are best for a normal weight as it is (Max 1960), divided by the largest of them,
-# 2.7326, with no zero and no thought of blocks, cost 0.007896. That is less than NF4 (0.008460), and less than the
-# best code with all three pins (0.007992).
+# One result is a surprise. Take the 16 values that are best for a normal weight as it is
+# (Max 1960), and divide them by the largest, 2.7326. They have no zero, and were chosen
+# without any blocks. Their squared error is 0.007896 σ². NF4's is larger (0.008460 σ²),
+# and so is that of the best code with all three pins (0.007992 σ²).
 #
-# **And yet.** BOF4's table 5 also measures perplexity: 8.51 with all pins, 8.81 with none. The code with the larger
-# squared error gave the better model. Squared error is not perplexity, and a code that is best in the one need not be
-# best in the other.
-
-# %% [markdown]
+# **But squared error is not perplexity.** BOF4's table 5 also measures perplexity: 8.51
+# with all pins, 8.81 with none. The code with the larger squared error gave the better
+# model.
+#
 # ## 6 · Theory against real models
 #
-# The theory knows nothing but "normal weights, blocks of 64". BOF4's table 1 gives errors for three models with
-# billions of weights, here as ratios to NF4. The embedded base model has 2 million weights in its linear layers; the
-# code below measures the same ratios, MAE and MSE, on it. The column `t_30` is the theory once more, for weights from
-# Student's law with 30 degrees of freedom instead of the normal law.
+# The theory assumes normal weights in blocks of 64, and nothing else. BOF4's table 1 gives
+# errors for three models with billions of weights, here as ratios to NF4's error. The
+# embedded base model has 2 million weights in its linear layers. The next cell measures
+# the same ratios on it, for MAE and MSE. The column `t_30` is the theory once more, for
+# weights from Student's law with 30 degrees of freedom instead of the normal law.
 
 # %% tags=["hide-input"]
+# Measures: AF4 and BOF4-S over NF4, in theory, on the base model and as published
 HEAVY = StudentT(30)
 EXPECTED = {"AF4": [1.032, 1.082, 1.030, 1.080], "BOF4-S": [0.973, 0.869, 0.981, 0.889]}
 model = tl.Llama.from_pretrained("base")
@@ -369,56 +442,67 @@ for name, code, signed in (("AF4", codebooks.af4(), False), ("BOF4-S", codebooks
     assert np.append(theory, heavy).round(3).tolist() == EXPECTED[name]
 
 # %% [markdown]
-# Theory and the embedded model agree to 0.1 %, theory and the three published models to 2.5 %. In the large models
-# each of the two ratios is a little nearer to 1 than in theory. Tails a little heavier than the normal law's act in
-# that direction: for weights from Student's law with 30 degrees of freedom the ratios are 1.030|1.080 and
-# 0.981|0.889. That is a possible reason, not one that was tested on those models.
+# Theory and the embedded model agree to 0.1 %. Theory and the three published models agree
+# to 2.5 %. In the large models each ratio is a little nearer to 1 than in theory. Tails
+# that are a little heavier than the normal law's would do this. Under Student's law with
+# 30 degrees of freedom AF4's ratios are 1.030 and 1.080, and BOF4-S's are 0.981 and 0.889.
+# This is a possible reason. It was not tested on those models.
 #
-# To close, the codes beside each other, at 64. Black are −1, 0 and 1: pinned in the solutions, and in NF4 by its
-# recipe.
+# The figure shows all the codes at 64. The black ticks are −1, 0 and 1.
 
 # %% tags=["hide-input"]
+# Draws: the values of seven codes, with their errors
 code_values(64)
 
 # %% [markdown]
 # ## Where paper and code differ
 #
-# - **AF4's criterion and its tables.** The released tables are up to 0.0426 (at 64) from the code that minimizes
-#   $\mathrm E|X - q(X)|$ with −1, 0 and 1. They obey the median condition with 0 as a boundary of its neighbours'
-#   cells, to 5e-9 at all eight sizes. `codebooks.af4` follows the released tables;
-#   `optimal_code(I, 1, of="normalized")` is the optimum of the criterion.
-# - **AF4 and NF4.** By that criterion, AF4 as released is behind NF4 for blocks up to 512 (0.029299 and 0.028368 at
-#   64), and ahead from 1024.
-# - **BOF4's tables.** `codebooks.bof4` solves the equations. It agrees with table 8 to 1.6e-6, and with the Monte
-#   Carlo tables 6 and 7 to 7e-5 to 3.3e-4, which costs less than one part in a million.
-# - **BOF4-S and 8-bit constants.** The gain above is that of float32 constants. With `double_quant=True` the sign
-#   costs 0.6 % of the squared error.
-# - **Real weights are not normal.** The published ratios to NF4 differ from the theory's by up to 2.5 %, and the
-#   pins' ratios by up to 0.008.
-
-# %% [markdown]
+# - **AF4's criterion and its tables.** The released table for 64 lies up to 0.0426 from
+#   the code that minimizes $\mathrm E|X - q(X)|$ with −1, 0 and 1. The released tables
+#   take 0 as a boundary of its neighbours' cells, to 5e-9 at all eight sizes (section 3).
+#   `codebooks.af4` follows the released tables. `optimal_code(I, 1, of="normalized")` is
+#   the optimum of the criterion.
+# - **AF4 and NF4.** By AF4's criterion, AF4 as released is behind NF4 in blocks of up to
+#   512, and ahead from 1024 on (section 3).
+# - **BOF4's tables.** `codebooks.bof4` solves the equations. It agrees with table 8 to
+#   1.6e-6, and with the Monte Carlo tables 6 and 7 to 3.3e-4 (section 2).
+# - **BOF4-S and 8-bit constants.** The gain of BOF4-S is that with float32 constants. With
+#   `double_quant=True` the sign costs 0.6 % of the squared error (section 4).
+# - **Real weights are not normal.** The published ratios to NF4 differ from the theory's
+#   by up to 2.5 % (section 6). The pins' ratios differ by up to 0.008 (section 5).
+#
 # ## Exercises
 #
-# For grading only the setup cell and the exercise cells are run: put helpers inside the exercise's cell.
+# Grading runs only the setup cell and the exercise cells: put helpers inside the
+# exercise's cell.
 #
-# ### 17-1 The gradient of the absolute error
+# ### 17-1 The gradient of the cubed error
+#
+# The library computes errors with the powers 1 and 2. Derive the gradient for the power 3:
+# the derivatives of $\mathrm E|W - \hat W|^3$ with respect to each value of a code.
+#
+# - **Given:** `q` (n,) float64, 3 to 16 ascending values strictly between −1 and 1;
+#   `blocksize`, of normal weights; `signed`. `block_law(blocksize)` has `.moments(x, 3)`,
+#   which is $\int_0^x y^n g_3(y)\,dy$ for $n = 0, 1, 2$, and `.atom(3)`, the weight of the
+#   maximum itself. Without `signed` the maximum lies at +1 and at −1, with half the weight
+#   each; with `signed` all of it lies at +1.
+# - **Return** the (n,) derivatives.
+# - **Checked:** to 1e-9, against a quadrature in $x$.
+# - **Hint:** do the moving ends of the cells contribute? The derivative of $|x - q|^3$
+#   with respect to $q$ is $-3\,(x - q)\,|x - q|$. Open the square on each side of $q$.
 
 
 # %% tags=["exercise"]
 def exercise_1(q, blocksize, signed=False):
-    """The gradient of E|W − Ŵ|, to see which code is at rest.
-
-    q (n,) float64: a code of any 3 to 16 ascending values strictly between −1 and 1, so that no value is pinned. Return the (n,)
-    derivatives of expected_error(q, blocksize, 1, signed) with respect to each value, for normal weights, from block_law(blocksize)
-    alone: .moments(x, 1)[0] is ∫₀ˣ g₁, and .atom(1) is the weight of the maximum itself. Without `signed` the maximum lies at +1
-    and at −1 with half the weight each, with `signed` all of it at +1. Compared with central differences, to 1e-6.
-    """
+    """Return the (n,) derivatives of E|W − Ŵ|³ with respect to the values of q."""
     # BEGIN SOLUTION
     law = block_law(blocksize)
-    at_ends, at_q = law.moments(cell_ends(q), 1)[0], law.moments(q, 1)[0]
-    slope = (at_q - at_ends[:-1]) - (at_ends[1:] - at_q)
-    slope[-1] -= law.atom(1) if signed else law.atom(1) / 2
-    slope[0] += 0 if signed else law.atom(1) / 2
+    at_ends, at_q = law.moments(cell_ends(q), 3), law.moments(q, 3)
+    left, right = at_q - at_ends[:, :-1], at_ends[:, 1:] - at_q
+    mass, first, second = left - right  # the ends contribute nothing
+    slope = 3 * (second - 2 * q * first + q * q * mass)
+    slope[-1] -= 3 * (1 - q[-1]) ** 2 * law.atom(3) / (1 if signed else 2)
+    slope[0] += 0 if signed else 3 * (1 + q[0]) ** 2 * law.atom(3) / 2
     return slope
     # END SOLUTION
 
@@ -428,18 +512,26 @@ _ = grade("17-1", exercise_1)
 
 # %% [markdown]
 # ### 17-2 The boundaries that moved
+#
+# Somebody solved the median condition of $\mathrm E|X - q(X)|$ for blocks of normal
+# weights, but put some boundaries elsewhere than half-way. Find them.
+#
+# - **Given:** `q` (16,) float64: seven negative values from −1, then 0, then eight
+#   positive values up to 1; `blocksize`. The 13 free values obey the median condition to
+#   better than 1e-9 in $F$, with the boundaries that were used. On each side of 0 at most
+#   one boundary lies elsewhere than half-way, by at least a tenth of the gap between its
+#   two values.
+# - **Return** a dict {i: where} of these boundaries. Boundary i lies between q[i] and q[i
+#   + 1].
+# - **Checked:** the boundaries, and `where` to 1e-6. For AF4 as released the answer is {6:
+#   0.0, 7: 0.0}; for an optimum it is {}.
+# - **Hint:** a boundary between two free values breaks two conditions, and one beside a
+#   pin breaks one.
 
 
 # %% tags=["exercise"]
 def exercise_2(q, blocksize):
-    """Find the boundaries that were not half-way.
-
-    q (16,) float64: seven negative values from −1, then 0, then eight positive ones up to 1. The 13 free values obey the median condition
-    of E|X − q(X)| for blocks of `blocksize` normal weights, to better than 1e-9 in F, but on each side of 0 at most one boundary between
-    neighbours was put elsewhere than half-way when it was solved, at least a tenth of the gap away from it. Return {i: where} for these
-    boundaries, with boundary i between q[i] and q[i + 1], and `where` to 1e-6. For AF4 as released the answer is {6: 0.0, 7: 0.0}; for an
-    optimum it is {}.
-    """
+    """Return {i: where} for the boundaries that are not half-way."""
     # BEGIN SOLUTION
     from scipy.optimize import brentq
 
@@ -449,10 +541,10 @@ def exercise_2(q, blocksize):
     middle = (q[:-1] + q[1:]) / 2
     residual = 2 * F(q)[1:-1] - F(middle)[:-1] - F(middle)[1:]  # F(its boundary) − F(half-way), for both neighbours
     found = {}
-    for free in (range(1, 7), range(8, 15)):
-        bad = [i for i in free if abs(residual[i - 1]) > 1e-6]
+    for side in (range(1, 7), range(8, 15)):
+        bad = [i for i in side if abs(residual[i - 1]) > 1e-6]
         if bad:
-            i = bad[0] - 1 if len(bad) == 1 and bad[0] == free[0] else bad[0]
+            i = bad[0] - 1 if len(bad) == 1 and bad[0] == side[0] else bad[0]
             found[i] = brentq(lambda x, i=i, r=residual[bad[0] - 1]: F(x) - F(middle[i]) - r, -1, 1, xtol=1e-12)
     return found
     # END SOLUTION
@@ -462,25 +554,43 @@ def exercise_2(q, blocksize):
 _ = grade("17-2", exercise_2)
 
 # %% [markdown]
-# ### 17-3 BOF4-S from scratch
+# ### 17-3 One code for two block sizes
+#
+# Half of a model's weights lie in blocks of one size, and half in blocks of another. Find
+# the BOF4-S code (MSE) that is best for all of them together, for any split of its 16
+# values.
+#
+# - **Given:** `sizes`, two block sizes, of normal weights; `below`, 4 to 10.
+# - **Return** the (16,) ascending values that minimize the mean of the two
+#   $\mathrm E(W - \hat W)^2$ under the signed maximum: `below` negative values, an exact
+#   0, and 15 − `below` positive values of which the last is 1. For equal sizes and 7 this
+#   is `bof4(size, "mse", True)`.
+# - **Checked:** every free value obeys its condition to 1e-7.
+# - **Hint:** which condition does a sum of two errors give? Use `block_law(size).moments`,
+#   evenly spaced values as the start, and Lloyd's iteration
+#   ([16](16_what_is_nf4_optimal_for.ipynb), section 4) or `scipy.optimize.root`. Lloyd's
+#   iteration alone takes several hundred steps.
 
 
 # %% tags=["exercise"]
-def exercise_3(blocksize, below):
-    """BOF4-S (MSE) from scratch, for any split of the 16 values.
-
-    Return the (16,) ascending values that minimize E(W − Ŵ)² under signed absmax, for blocks of `blocksize` normal weights: `below`
-    negative values (4 to 10), an exact 0, and 15 − below positive values of which the last is 1. For 7 this is
-    bof4(blocksize, "mse", True). Use block_law(blocksize).moments and your own iteration (or scipy.optimize), starting from evenly
-    spaced values; checked to 1e-6. Lloyd's iteration is slow here: about a thousand steps.
-    """
+def exercise_3(sizes, below):
+    """Return the BOF4-S code (MSE) that is best for blocks of two sizes together."""
     # BEGIN SOLUTION
-    law = block_law(blocksize)
+    from scipy.optimize import root
+
+    laws = [block_law(I) for I in sizes]
     q = np.concatenate([np.linspace(-0.9, 0, below + 1), np.linspace(0, 1, 16 - below)[1:]])
-    fixed = np.isin(q, (0, 1))
-    for _ in range(1500):
-        g, xg, _x2g = np.diff(law.moments(cell_ends(q), 2), axis=1)
-        q = np.where(fixed, q, xg / g)
+    loose = ~np.isin(q, (0, 1))
+
+    def off(values):
+        q[loose] = values
+        mass, first, _ = np.diff(sum(law.moments(cell_ends(q), 2) for law in laws), axis=1)
+        return (first / mass)[loose] - values
+
+    values = q[loose]
+    for _ in range(40):  # Lloyd's iteration, until a root is near
+        values = values + off(values)
+    q[loose] = root(off, values, tol=1e-12).x
     return q
     # END SOLUTION
 
@@ -490,16 +600,22 @@ _ = grade("17-3", exercise_3)
 
 # %% [markdown]
 # ### 17-4 The price of an exact zero
+#
+# When is the pin at 0 worth its price? Compare the best codes for the MSE with the pins
+# (−1, 0, 1) and with the pins (−1, 1). On normal weights the second costs less. Now let a
+# share z of all weights be exactly 0.
+#
+# - **Given:** `blocksize`: each block holds that many normal weights, beside its zeros. So
+#   the zeros change no maximum.
+# - **Return** the z at which both codes have the same expected squared error.
+# - **Checked:** to 1e-9.
+# - **Hint:** which value does the second code give to a zero, and what does that cost?
+#   Guess before you compute: 0.1 %, 1 % or 10 %?
 
 
 # %% tags=["exercise"]
 def exercise_4(blocksize):
-    """When is the pin at 0 worth its price?
-
-    Compare the best codes for the MSE with pins (−1, 0, 1) and with pins (−1, 1). On normal weights the second costs less. Now let a share
-    z of all weights be exactly 0, and let each block hold `blocksize` normal weights beside its zeros, so that the zeros change no
-    maximum. Return the z at which both codes have the same expected squared error, to 1e-9. Guess before you compute: 0.1 %, 1 %, 10 %?
-    """
+    """Return the share z of zeros at which both codes cost the same."""
     # BEGIN SOLUTION
     # the guess: 0.69 % at 64, and 0.61 % at 16, so 1 % is the nearest
     with_0, without = optimal_code(blocksize), optimal_code(blocksize, pins=(-1, 1))
@@ -515,13 +631,16 @@ _ = grade("17-4", exercise_4)
 # %% [markdown]
 # ## Summary
 #
-# - Optimal codes obey a centroid ($p = 2$) or a median ($p = 1$) condition with weight $g_0$, $g_1$ or $g_2$;
-#   `optimality.optimal_code` solves it, and reproduces BOF4's table 8 to 1.6e-6.
-# - AF4's released tables obey the median condition with 0 as a boundary, to 5e-9 at eight sizes (`codebooks.af4`). As
-#   released, AF4 is ahead of NF4 in its own criterion from blocks of 643 on; with all boundaries half-way it would be
-#   ahead at all eight sizes.
-# - BOF4-S needs no −1: squared error 0.007352 at 64, against 0.007992 (BOF4) and 0.008460 (NF4). Without pins the
-#   squared error would be 4.6 % smaller, and perplexity still prefers the pins. The embedded model follows the theory
-#   to 0.1 %.
-# - Beside the asserts here, `tests/test_optimality.py` holds the codes and what they cost, and
-#   `tests/test_rounding.py` the 8-bit constants. Notebook 06 puts the constants themselves into 8 bits.
+# - The free values of an optimal code obey a centroid condition ($p = 2$) or a median
+#   condition ($p = 1$), with the weight $g_0$, $g_1$ or $g_2$. `optimal_code` in
+#   `tinylora/numerics/optimality.py` solves it, and reproduces BOF4's table 8 to 1.6e-6.
+# - AF4's released tables obey the median condition with 0 as a boundary, to 5e-9 at eight
+#   sizes (`codebooks.af4`). As released, AF4 is ahead of NF4 in its own criterion in
+#   blocks of 643 and more. With all boundaries half-way it would be ahead at all eight
+#   sizes.
+# - BOF4-S needs no −1. Its squared error at 64 is 0.007352 σ², against 0.007992 σ² (BOF4)
+#   and 0.008460 σ² (NF4).
+# - Without pins the squared error would be 4.6 % smaller, but in the paper the perplexity
+#   is better with the pins. The embedded model follows the theory to 0.1 %.
+# - `tests/test_optimality.py` holds the codes and what they cost. `tests/test_rounding.py`
+#   holds the 8-bit constants.

@@ -2,7 +2,8 @@
 
     python notebooks/build.py              every NN_name.ipynb from its NN_name.py, executed, with its outputs
     python notebooks/build.py 05           only notebook 05
-    python notebooks/build.py --check      what CI runs: do both versions run, and is each .ipynb what its source gives?
+    python notebooks/build.py my_qlora     only my_qlora.py, the file of the six steps, from build_it.py
+    python notebooks/build.py --check      what CI runs: do they run, and is each .ipynb what its source gives?
     python notebooks/build.py --solutions FOLDER   the solution versions, executed, for a teacher
     python notebooks/build.py --student FOLDER     what students need to answer and to grade, without the sources
 
@@ -133,6 +134,23 @@ def plain(text):
     return re.sub(r"\bat 0x[0-9a-f]{6,}", "at 0x…", text)
 
 
+def build_steps(check):
+    """Write the file of the six steps, my_qlora.py, from build_it.py, or check that it is what that gives. Answers are not overwritten."""
+    target = HERE / "my_qlora.py"
+    old, new = (
+        target.read_text(encoding="utf-8") if target.exists() else "",
+        steps((HERE / "build_it.py").read_text(encoding="utf-8")),
+    )
+    if check and old != new:
+        raise ValueError("my_qlora.py is not what build_it.py gives; run `python notebooks/build.py my_qlora`")
+    if old and old.count(BLANK) < new.count(BLANK):
+        raise ValueError("my_qlora.py holds answers, which would be lost; move it away first")
+    if not check:
+        with atomic(target) as temporary:
+            Path(temporary).write_text(new, encoding="utf-8", newline="\n")
+    return f"{new.count(BLANK)} functions to write"
+
+
 def form(notebook):
     """What two versions of a notebook must share: type, source and tags of every cell."""
     return [(cell.cell_type, cell.source, tags(cell)) for cell in notebook.cells]
@@ -168,12 +186,17 @@ def stale(target, student):
 
 
 def check(source, limit):
-    """Execute both versions without writing, and compare the notebook beside the source with its student version."""
+    """Execute both versions without writing, and compare the notebook beside the source with its student version.
+
+    Of the solution version only what differs is run: its exercises, what they need, and their grades.
+    """
     target, student = source.with_suffix(".ipynb"), make(source)
     redo = f"run `python notebooks/build.py notebooks/{source.name}`"
     if why := stale(target, student):
         raise ValueError(f"{why}; {redo}")
-    seconds = [execute(version, limit) for version in (student, make(source, solutions=True))]
+    solved = make(source, solutions=True)
+    solved.cells = [cell for cell in solved.cells if {"setup", "exercise"} & set(tags(cell)) or "grade(" in cell.source]
+    seconds = [execute(version, limit) for version in (student, solved)]
     took = "student {:.1f} s, solutions {:.1f} s".format(*seconds)
     margins = {i: cell.metadata["margin"] for i, cell in enumerate(read(source).cells) if "margin" in cell.metadata}
     if found := outputs.differences(read(target), student, margins):
@@ -191,6 +214,15 @@ def hand_out(source, folder):
     rooms = [room for room in ("checks", "drawings") if (HERE / room / own).exists()]
     beside = [f"{room}/{name}" for room in rooms for name in ("__init__.py", own)]
     for name in (target.name, "grading.py", "marking.py", "conftest.py", "test_exercises.py", *beside):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(HERE / name, folder / name)
+    return f"copied to {folder}"
+
+
+def hand_out_steps(folder):
+    """Copy the file of the six steps, their page, their checks and the finale into a folder."""
+    build_steps(check=True)
+    for name in ("my_qlora.py", "build_it.md", "finale.py", "checks/__init__.py", "checks/nbmy.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / name, folder / name)
     return f"copied to {folder}"
@@ -226,10 +258,20 @@ def main(argv=None):
     if args.student and args.student.exists() and (not args.student.is_dir() or any(args.student.iterdir())):
         parser.error(f"--student would overwrite what is in {args.student}; name a new folder")
     stems = tuple(Path(name).stem for name in args.names)
+    own = (HERE / "build_it.py").exists() and not args.solutions and (not stems or "my_qlora" in stems)
     for stem in stems:
-        if not any(source.stem.startswith(stem) for source in sources()):
+        if stem != "my_qlora" and not any(source.stem.startswith(stem) for source in sources()):
             parser.error(f"no source begins with {stem!r}; expected one of {[s.stem for s in sources()]}")
     failed = False
+    if own:
+        try:
+            said = hand_out_steps(args.student) if args.student else build_steps(args.check)
+            print(f"my_qlora: {said}", flush=True)
+        except (ValueError, OSError) as error:
+            print(f"my_qlora: {error}", file=sys.stderr, flush=True)
+            failed = True
+    if stems == ("my_qlora",):
+        return int(failed)
     for source in (source for source in sources() if source.stem.startswith(stems or "")):
         try:
             if args.student:

@@ -162,7 +162,10 @@ def _clear(path):
 def texts(request):
     """{file: its text, or why there is none}, read before the first answer runs, which could change the others' files."""
     found, solution = {}, request.config.getoption("answers") == "solutions"
-    for _, file, _ in asked_for(request.session):
+    for _, file, exercise in asked_for(request.session):
+        for part in grading.CHECKS.get(exercise, ()):
+            if part.before:
+                part.before()  # forks inherit it
         if file and file not in found:
             try:
                 found[file] = solved(file) if solution else (file, grading.text_of(file))

@@ -50,6 +50,7 @@ class Part(NamedTuple):
     points: int
     function: object  # function(answer, rng), which asserts
     without: tuple  # functions of tinylora that are the answer itself: an answer must not call them; "*" are all
+    before: object = None  # called once before the first answer runs, if what the check compares with takes long
 
 
 class Verdict(NamedTuple):
@@ -61,14 +62,14 @@ class Verdict(NamedTuple):
     parts: tuple = ()  # (name, points, said) of each part
 
 
-def check(exercise, part="", points=1, without=()):
+def check(exercise, part="", points=1, without=(), before=None):
     """Decorator that registers function(answer, rng) as the check, or one part of the check, of an exercise such as "05-2"."""
 
     def register(function):
         parts = CHECKS.setdefault(exercise, [])
         if part in {one.name for one in parts}:
             raise ValueError(f"exercise {exercise} has two checks{f' of {part!r}' if part else ''}; expected one")
-        parts.append(Part(part, points, function, (without,) if isinstance(without, str) else tuple(without)))
+        parts.append(Part(part, points, function, (without,) if isinstance(without, str) else tuple(without), before))
         return function
 
     return register
@@ -130,7 +131,7 @@ class Names:
             self.there = there
 
     def __getattr__(self, name):
-        if name == "there":  # which it has as an attribute, if at all
+        if name == "there" or name.startswith("__"):  # which it has as an attribute, if at all
             raise AttributeError(name)
         function = self._get(name)
         if function is None:
@@ -174,16 +175,18 @@ def said(exercise, part, function, rng):
         @functools.wraps(function)
         def remembered(*args, **kwargs):
             returned.clear()
-            returned.append(honest(*args, **kwargs))
-            return returned[0]
+            value = honest(*args, **kwargs)
+            returned[:] = [value]  # a call within this one has left its own
+            return value
 
         return remembered
 
-    there = getattr(function, "there", None)
-    if isinstance(function, Names):
-        seen = Names(lambda name: (one := function._get(name)) and watch(one), there)
-    else:
-        seen = watch(function)
+    seen = (
+        Names(lambda name: (one := function._get(name)) and watch(one))
+        if isinstance(function, Names)
+        else watch(function)
+    )
+    seen.there = getattr(function, "there", None) or (lambda scene, *args: scene(function, *args))
     try:
         part.function(seen, rng)
     except NotImplementedError:
@@ -281,15 +284,16 @@ def there(answer, scene, *args):
     A check asks for what cannot be seen from outside: memory, what is alive, what becomes of objects that are not data. The scene
     is a function at the top of a checks/nbNN.py. An answer could cheat in it, since it runs beside it, so a check judges here.
     """
-    return answer.there(scene, *args) if hasattr(answer, "there") else scene(answer, *args)
+    return answer.there(scene, *args)
 
 
 def peak(answer, *args):
     """The most bytes that answer(*args) takes at once. A first call warms up what is imported or cached once."""
-    return there(answer, _peak, *args)
+    return there(answer, most_bytes, *args)
 
 
-def _peak(answer, *args):
+def most_bytes(answer, *args):
+    """The scene of `peak`."""
     answer(*args)
     tracemalloc.start()
     try:

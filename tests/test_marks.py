@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("jupytext", reason="the notebooks need jupytext: pip install -e '.[notebooks]'")
 
-from test_notebooks import CHECKS, TINY, build, grading, linux, source  # noqa: E402, F401: source is a fixture
+from test_notebooks import CHECKS, TINY, build, grading, linux, source  # noqa: F401 (source is a fixture)
 
 PARTS = """
 @check("99-3", "positive numbers", points=2)

@@ -26,7 +26,7 @@ import grading  # noqa: E402
 import marking  # noqa: E402
 import outputs  # noqa: E402
 
-FOLDED = {"setup", "exercise", "hide-input"}
+LAST_OF_THE_CORE = "10"
 REGISTRIES = r"https?://[^\s)]*(pypi|pythonhosted|npmjs|crates\.io|golang|anaconda|debian|docker|huggingface|hf\.co)"
 ABSOLUTE = r"(?<![\w.~:/])/(home|root|tmp|usr|opt|var|work|mnt|etc|Users|private)/|\b[A-Z]:\\(Users|Windows|Program)"
 
@@ -38,6 +38,16 @@ def exercises_of(source):
 
 
 each = pytest.mark.parametrize("source", grading.sources(), ids=lambda source: source.stem)
+
+
+def shown_open(source):
+    """The names of functions and classes that are defined in cells which are not folded, exercises aside."""
+    code = [
+        c.source
+        for c in grading.read(source).cells
+        if c.cell_type == "code" and not {"hide-input", "exercise"} & set(grading.tags(c))
+    ]
+    return set(re.findall(r"^(?:def|class) (\w+)", "\n".join(code), re.M))
 
 
 def complaints(source):
@@ -52,25 +62,42 @@ def complaints(source):
         return any(re.search(pattern, cell.source, re.M) for cell in cells if cell.cell_type == kind)
 
     markdown = [cell.source for cell in cells if cell.cell_type == "markdown"]
-    title = f"# {source.name[:2]} · "
-    want(cells[0].cell_type == "markdown" and re.match(title + r"\S", cells[0].source), f"It begins with {title!r}.")
-    for word in ("Hours", "Prerequisites"):
-        want(word in "\n".join(markdown[:2]), f"The word {word} stands in the first two markdown cells.")
-    want(holds(r"^#+ Where paper and code differ$", "markdown"), "A heading says: Where paper and code differ.")
+    core, head = source.name[:2] <= LAST_OF_THE_CORE, cells[0].source
+    want(
+        cells[0].cell_type == "markdown" and head.startswith(f"# {source.name[:2]} · "),
+        f"It begins with '# {source.name[:2]} · '.",
+    )
+    want(core != head.splitlines()[0].endswith("(appendix)"), "An appendix, and no other, says so in its title.")
+    want("[All notebooks](README.md)" in head, "The head links to the list of all notebooks.")
+    want(
+        re.search(r"\*\*Question\.\*\* [^?]*\?(\n\n|$)", head),
+        "The head has one Question, which ends in a question mark.",
+    )
+    able = head.partition("**You will be able to**")[2].partition("**Needs")[0]
+    want(len(re.findall(r"^- ", able, re.M)) == 3, "You will be able to: 3 things.")
+    for word in ("Needs", "Hours", "Papers"):
+        want(f"**{word}:** " in head, f"The head says {word}.")
+    words, hours = sum(len(text.split()) for text in markdown), re.search(r"\*\*Hours:\*\* (\d*)(½?)", head)
+    if core:
+        want(words <= 1500, f"It has 1,500 words at most; these are {words:,}.")
+        want(hours and int(hours[1] or 0) + len(hours[2]) / 2 <= 2, "It takes two hours at most.")
+    if "05" <= source.name[:2] <= LAST_OF_THE_CORE:
+        want(holds(r"\]\(build_it\.md", "markdown"), "It leads to a step of build_it.md.")
+    for heading in ("Where paper and code differ", "Exercises", "Summary"):
+        want(holds(rf"^## {heading}$", "markdown"), f"A heading says: {heading}.")
     want(holds(r"^\s*assert\b", "code"), "A code cell asserts something.")
     exercises = [cell for cell in cells if "exercise" in grading.tags(cell)]
     want(len(exercises) >= 2, "There are at least two exercises.")
-    shown = [
-        c.source
-        for c in cells
-        if c.cell_type == "code" and not FOLDED & set(grading.tags(c)) and "grade(" not in c.source
-    ]
-    lines = [line.strip() for source in shown for line in source.splitlines()]
-    derivation = [line for line in lines if line and not line.startswith(("#", '"""', "assert", "print"))]
-    want(
-        len(derivation) <= 25,
-        "The visible derivation has about twenty lines, 25 at most; tag what measures or checks hide-input.",
-    )
+    for i, cell in enumerate(cells, 1):
+        if "hide-input" in grading.tags(cell):
+            first = cell.source.splitlines()[0]
+            want(
+                re.match(r"# (Measures|Checks|Draws): \S", first),
+                f"Cell {i} is folded; it says first what it measures, checks or draws.",
+            )
+        if cell.cell_type == "markdown" and re.search(rf"^### {source.name[:2]}-\d", cell.source, re.M):
+            wide = max(len(line) for line in cell.source.partition("### ")[2].splitlines())
+            want(wide <= 90, f"Cell {i} states an exercise in lines of at most 90 columns, not {wide}.")
     for i, cell in enumerate(cells, 1):
         want(not re.search(REGISTRIES, cell.source), f"Cell {i} names no package registry.")
         want(not re.search(ABSOLUTE, cell.source), f"Cell {i} holds no absolute path.")
@@ -82,8 +109,11 @@ def complaints(source):
         return [*found, str(error)]
     for k, cell in enumerate(exercises, 1):
         functions = [node for node in ast.parse(cell.source).body if isinstance(node, ast.FunctionDef)]
-        right = len(functions) == 1 and functions[0].name == f"exercise_{k}" and ast.get_docstring(functions[0])
-        want(right, f"Exercise cell {k} defines one function, exercise_{k}, with a docstring.")
+        said = ast.get_docstring(functions[0]) if len(functions) == 1 and functions[0].name == f"exercise_{k}" else None
+        want(
+            said and "\n" not in said,
+            f"Exercise cell {k} defines one function, exercise_{k}, with a docstring of one line.",
+        )
         lines = cell.source.splitlines()
         begin, end = ([line.strip() for line in lines].index(mark) for mark in (build.BEGIN, build.END))
         given = student[cells.index(cell)]
@@ -131,7 +161,9 @@ def test_the_built_notebook_is_that_of_its_source(source):
 
 
 def test_every_exercise_has_a_check_and_every_check_an_exercise():
-    exercises = {f"{s.name[:2]}-{k}" for s in grading.sources() for k in exercises_of(s)}
+    exercises = {f"{s.name[:2]}-{k}" for s in grading.sources() for k in exercises_of(s)} | {
+        f"my-{k}" for k in range(1, 7)
+    }
     checks = set(grading.load_checks())
     assert exercises - checks == set(), "exercises without a check"
     assert checks - exercises == set(), "checks without an exercise"
@@ -141,9 +173,23 @@ def test_every_exercise_has_a_check_and_every_check_an_exercise():
 
 TINY = '''\
 # %% [markdown]
-# # 99 · Tiny
+# # 99 · Tiny (appendix)
 #
-# Hours: 1. Prerequisites: none.
+# [← 98 Small](98_small.ipynb) · [All notebooks](README.md)
+#
+# **Question.** What is twice x?
+#
+# **You will be able to**
+#
+# - double;
+# - square;
+# - add.
+#
+# **Needs:** nothing.
+#
+# **Hours:** 1.
+#
+# **Papers:** none.
 
 # %% tags=["setup"]
 import numpy as np
@@ -163,9 +209,17 @@ warnings.warn("careful")
 print(np.__file__, object())
 
 # %% tags=["hide-input"]
+# Draws: a line
 import matplotlib.pyplot as plt
 
 plt.plot([0, 1])
+
+# %% [markdown]
+# ## Exercises
+#
+# ### 99-1 Twice
+#
+# Double it.
 
 
 # %% tags=["exercise"]
@@ -191,6 +245,10 @@ def exercise_2(x):
         total = total + square
         # END SOLUTION
     return total
+
+
+# %% [markdown]
+# ## Summary
 '''
 CHECKS = """\
 import numpy as np
@@ -214,7 +272,9 @@ def _(answer, rng):
 def source(tmp_path, monkeypatch):
     """The source of a tiny notebook 99, in a folder that holds the machinery and nothing else."""
     folder = tmp_path / "notebooks"
-    shutil.copytree(NOTEBOOKS, folder, ignore=shutil.ignore_patterns("[0-9][0-9]_*", "nb*.py", "__pycache__", ".*"))
+    shutil.copytree(
+        NOTEBOOKS, folder, ignore=shutil.ignore_patterns("[0-9][0-9]_*", "nb*.py", "build_it.py", "__pycache__", ".*")
+    )
     (folder / "99_tiny.py").write_text(TINY, encoding="utf-8")
     (folder / "checks" / "nb99.py").write_text(CHECKS)
     shutil.copy(NOTEBOOKS.parent / "pyproject.toml", tmp_path)
@@ -236,15 +296,15 @@ def test_student_and_solution_versions(source):
     solution, student = (build.make(source, solutions).cells for solutions in (True, False))
     assert [cell.id for cell in student] == [f"cell-{i:03d}" for i in range(len(student))]
     assert [cell.metadata for cell in student][:2] == [{}, {"tags": ["setup"]}]
-    assert solution[5].source.splitlines()[2:] == ["    y = TWO * x", "    return y"]
-    assert student[5].source.splitlines()[2:] == ['    raise NotImplementedError("your answer")']
-    assert student[7].source.splitlines()[4:] == [
+    assert solution[6].source.splitlines()[2:] == ["    y = TWO * x", "    return y"]
+    assert student[6].source.splitlines()[2:] == ['    raise NotImplementedError("your answer")']
+    assert student[8].source.splitlines()[4:] == [
         "    for square in squares:",
         '        raise NotImplementedError("your answer")',
         "    return total",
     ]
     different = [i for i in range(len(student)) if student[i] != solution[i]]
-    assert different == [5, 7] and exercises_of(source) == [1, 2]
+    assert different == [6, 8] and exercises_of(source) == [1, 2]
 
 
 def test_a_source_in_good_form_has_no_complaints(source):
@@ -255,7 +315,14 @@ def test_a_source_in_good_form_has_no_complaints(source):
     "old, new, sentence",
     [
         ("# # 99 · Tiny", "# # Tiny", "begins with"),
+        (" (appendix)", "", "An appendix, and no other"),
         ("Hours", "Days", "Hours"),
+        ("twice x?", "twice x.", "question mark"),
+        ("# - add.", "# and add.", "You will be able to: 3 things"),
+        ("[All notebooks](README.md)", "", "list of all"),
+        ("# Draws: a line", "# a line", "is folded"),
+        ("# Double it.", "# Double" + " it" * 40, "at most 90 columns"),
+        ('"""Return twice x."""', '"""Return twice x.\n\n    x   a number\n    """', "a docstring of one line"),
         ("# ## Where paper and code differ", "# Where", "Where paper"),
         ("assert TWO", "TWO", "asserts"),
         ('# %% tags=["exercise"]\ndef exercise_1', "# %%\ndef exercise_1", "two exercises"),
@@ -265,7 +332,7 @@ def test_a_source_in_good_form_has_no_complaints(source):
         ("    # END SOLUTION\n\n\n# %%\n_", "\n\n# %%\n_", "END SOLUTION"),
         ("total = 0", "total = 0\n    # BEGIN SOLUTION", "BEGIN SOLUTION"),
         ('"""Return twice x."""', '"""\n    y = TWO * x\n    """', "the solution's line"),
-        ("Prerequisites: none", "Prerequisites: https://pypi.org/simple", "registry"),
+        ("**Needs:** nothing", "**Needs:** https://pypi.org/simple", "registry"),
         ("TWO = 2", 'TWO = len("/home")\nopen("/home/me/x")', "absolute path"),
     ],
 )
@@ -307,7 +374,7 @@ def test_only_setup_and_exercise_cells_run(source):
         (
             "    return y",
             "    return y)",
-            "the cell 'def exercise_1(x):' does not compile: unmatched ')' (cell 6, line 5)",
+            "the cell 'def exercise_1(x):' does not compile: unmatched ')' (cell 7, line 5)",
         ),
         ("def exercise_1", "1 / 0\n\n\ndef exercise_1", "the cell '1 / 0' raises ZeroDivisionError: division by zero"),
         ("TWO = 2", "TWO = two", "the cell 'import numpy as np' raises NameError: name 'two' is not defined"),

@@ -58,16 +58,3 @@ def _(answer, rng):
             f"For {what}, made from o = {offset:.7f}, the answer is {float(found):.7f}. The probabilities run from o to ½ in as many "
             "equal steps as there are values on that side, since the value at ½ is the zero."
         )
-
-
-@check("05-3")
-def _(answer, rng):
-    for n in (2, 4, 16, 64, *(2 * rng.integers(3, 32, 3)).tolist()):
-        call = f"exercise_3({n})"
-        q = _vector(answer(n), n, call)
-        shares = np.diff([0.0, *(NORMAL.cdf(x) for x in (q[1:] + q[:-1]) / 2), 1.0])
-        worst = int(np.abs(shares - 1 / n).argmax())
-        assert abs(shares[worst] - 1 / n) < 1e-9, (
-            f"{call}: value {worst} is the nearest one to {shares[worst]:.4%} of N(0, 1), and should be to {1 / n:.4%}. "
-            "A bin ends at the midpoint between two values."
-        )

@@ -1,7 +1,7 @@
-"""Checks of notebook 10, merging and switching."""
+"""Checks of notebook 10, merging."""
 
 import numpy as np
-from grading import check, peak
+from grading import check
 
 
 def _exponents(x):
@@ -9,20 +9,21 @@ def _exponents(x):
 
 
 def _normal_pair(rng, ratio):
-    w = rng.standard_normal(400_000).astype(np.float32)
-    return w, (ratio * rng.standard_normal(w.size)).astype(np.float32), f"w ~ N(0, 1) and d ~ N(0, {ratio:.3g}²)"
+    w, d = rng.standard_normal((2, 80_000), dtype=np.float32)
+    return w, np.float32(ratio) * d, f"w ~ N(0, 1) and d ~ N(0, {ratio:.3g}²)"
 
 
 def _binade_pair(rng, j):
-    w, d = (rng.choice((-1, 1), 400_000) * rng.uniform(1, 2, 400_000) for _ in range(2))
+    w, d = rng.uniform(1, 2, (2, 80_000)) * (1 - 2 * rng.integers(0, 2, (2, 80_000)))
     what = f"w in ±[1, 2) and d in ±[2^{-j}, 2^{1 - j})"
     return w.astype(np.float32), np.ldexp(d, -j).astype(np.float32), what
 
 
 @check("10-1")
 def _(answer, rng):
-    cases = [_normal_pair(rng, float(r)) for r in (0.003, 0.1, 30, *np.exp(rng.uniform(-5, 3, 3)))]
-    cases += [_binade_pair(rng, int(j)) for j in (1, 3, -2, *rng.integers(-4, 7, 2))]
+    # the share in 80,000 entries is off by 0.0017 at most (one standard deviation, measured)
+    cases = [_normal_pair(rng, float(r)) for r in (0.003, 0.1, 30, *np.exp(rng.uniform(-5, 3, 1)))]
+    cases += [_binade_pair(rng, int(j)) for j in (1, 3, -1, rng.integers(-4, 7))]
     for w, d, what in cases:
         keep = (w != 0) & (d != 0) & (w + d != 0)
         w, d = w[keep], d[keep]
@@ -33,93 +34,56 @@ def _(answer, rng):
             f"exercise_1 should return a share between 0 and 1, not {found!r}."
         )
         grown = float((given[2] > given[0]).mean())
-        assert abs(found - share) < 0.006, (
+        assert abs(found - share) < 0.008, (
             f"For {what}, {share:.1%} of the entries survive and exercise_1 predicts {float(found):.1%}. The exponent grows for "
             f"{grown:.1%} of them. Look at the entries with a given e_sum − e_w and a given e_w − e_d separately."
         )
 
 
-def _combined(found, out, n_in, r, call):
-    assert isinstance(found, tuple | list) and len(found) == 3, f"{call} should return (B, A, error)."
-    b, a, error = np.asarray(found[0]), np.asarray(found[1]), found[2]
-    assert b.shape == (out, r) and a.shape == (r, n_in), (
-        f"{call}: expected B {(out, r)} and A {(r, n_in)}, got {b.shape} and {a.shape}. If r is larger than the rank, zeros fill up."
-    )
-    assert np.ndim(error) == 0 and np.isfinite(error), (
-        f"{call}: the error should be one finite number; it is {error!r}."
-    )
-    return b, a, float(error)
+def _stored(rng, size):
+    """A code of that many values, and blocks of 64 stored weights with an update: (code, index, scale, D)."""
+    code = np.cumsum(rng.uniform(0.02, 0.3, size)) - rng.uniform(0.5, 2)
+    blocks = int(rng.integers(2, 6))
+    D = rng.standard_normal((blocks, 64)) * 10 ** rng.uniform(-3, 3)
+    D[rng.random(D.shape) < 0.1] = 0
+    index = rng.integers(0, size, D.shape)
+    index[0, :4], D[0, :4] = (0, 0, size - 1, size - 1), (-1, 1, -1, 1)  # both ends, outward and inward
+    return code, index, 10 ** rng.uniform(-2, 2, (blocks, 1)), D
+
+
+def _nearest(code, scale, w):
+    return np.abs(w[..., None] - code * scale[..., None]).argmin(-1)
 
 
 @check("10-2")
 def _(answer, rng):
-    for case in range(8):
-        out, n_in = int(rng.integers(12, 30)), int(rng.integers(12, 30))
-        ranks = rng.integers(1, 4, int(rng.integers(2, 4))).tolist()
-        parts = [
-            (float(rng.uniform(0.3, 2)), rng.standard_normal((out, q)), rng.standard_normal((q, n_in))) for q in ranks
-        ]
-        r = int(rng.integers(1, sum(ranks) + 1))
-        if case % 2:
-            parts[0] = (-parts[0][0], *parts[0][1:])
-        if case == 6:  # one A for all: the rank of the sum is that of one
-            ranks = [2, 2, 2]
-            a = rng.standard_normal((2, n_in))
-            parts, r = [(float(rng.uniform(0.3, 2)), rng.standard_normal((out, 2)), a) for _ in ranks], 2
-        if case == 7:
-            r = sum(ranks) + 3
-        wanted = sum(c * (b @ a) for c, b, a in parts)
-        sigma = np.linalg.svd(wanted, compute_uv=False)
-        least, size = float(np.sqrt((sigma[r:] ** 2).sum())), float(np.linalg.norm(wanted))
-        call = f"exercise_2 with ranks {ranks}, c = {[round(c, 2) for c, *_ in parts]} and r = {r}"
-        given = [(c, b.copy(), a.copy()) for c, b, a in parts]
-        b, a, error = _combined(answer(parts, r), out, n_in, r, call)
-        for (_, b0, a0), (_, b1, a1) in zip(parts, given, strict=True):
-            assert (b0 == b1).all() and (a0 == a1).all(), (
-                "exercise_2 changes its arguments; they should stay as they are."
+    for size in (16, 2, int(rng.integers(3, 30)), 21):
+        code, index, scale, D = given = _stored(rng, size)
+        copies = [v.copy() for v in given]
+        found = np.asarray(answer(*copies))
+        for v, before in zip(copies, given, strict=True):
+            assert (v == before).all(), "exercise_2 changes an argument; they should stay as they are."
+        assert found.shape == D.shape and found.dtype.kind == "f", (
+            f"exercise_2 should return floats of the shape {D.shape}; it returned {found.dtype} of {found.shape}."
+        )
+        assert not np.isnan(found).any() and (found > 0).all(), "Every size should be positive or np.inf, and none NaN."
+        # what an update with kept scales does: nothing, just below the size; another code, just above it
+        w, finite = code[index] * scale, np.isfinite(found)
+        t = np.where(finite, found, 0.0)
+        for by, changes in ((1 - 1e-9, False), (1 + 1e-9, True)):
+            wrong = finite & ((_nearest(code, scale, w + by * t * D) != index) != changes)
+            if wrong.any():
+                b, i = np.argwhere(wrong)[0]
+                raise AssertionError(
+                    f"With {size} values, entry {i} of block {b} has the code {index[b, i]} and D = {D[b, i]:.3g}. At "
+                    f"{'1 + ' if changes else '1 − '}1e-9 times your size {found[b, i]:.6g} its code should "
+                    f"{'have changed' if changes else 'not have changed yet'}."
+                )
+        far = (np.ptp(code) + 1) * scale / np.where(D, np.abs(D), 1)  # across the whole code
+        missed = ~finite & (_nearest(code, scale, w + far * D) != index)
+        if missed.any():
+            b, i = np.argwhere(missed)[0]
+            raise AssertionError(
+                f"Entry {i} of block {b} has the code {index[b, i]} of {size} and D = {D[b, i]:.3g}: a large update "
+                "changes it, so its size is finite."
             )
-        missed = float(np.linalg.norm(b @ a - wanted))
-        assert missed < least + 1e-9 * size, (
-            f"{call}: B A misses the sum by {missed:.4g}, and {least:.4g} is possible"
-            f"{' (it is exact: these adapters share their A)' if case == 6 else ''}."
-        )
-        assert abs(error - least) < 1e-7 * size, f"{call}: the error returned is {error:.4g}; it should be {least:.4g}."
-    n = 900
-    parts = [(1.0, rng.standard_normal((n, 3)), rng.standard_normal((3, n))) for _ in range(2)]
-    taken = peak(answer, parts, 3)
-    assert taken < n * n * 8 // 2, (
-        f"For {n} × {n} the call takes {taken:,} bytes; one matrix of that shape has {8 * n * n:,}. It should not be formed."
-    )
-
-
-@check("10-3")
-def _(answer, rng):
-    for case in range(6):
-        rows, tokens, n_in, n_out, r, n = (int(v) for v in rng.integers(2, 8, 6))
-        A, B = rng.standard_normal((n, r, n_in)), rng.standard_normal((n, n_out, r))
-        x, W0, s = rng.standard_normal((rows, tokens, n_in)), rng.standard_normal((n_out, n_in)), rng.uniform(0.3, 3, n)
-        which = rng.integers(-1, n, rows)
-        which[0] = -1 if case % 2 == 0 else n - 1
-        which = np.full(rows, -1) if case == 4 else which
-        given = [v.copy() for v in (x, W0, A, B, s, which)]
-        wanted = np.stack(
-            [v @ W0.T + (s[t] * (v @ A[t].T) @ B[t].T if t >= 0 else 0) for v, t in zip(x, which, strict=True)]
-        )
-        found = np.asarray(answer(x, W0, A, B, s, which))
-        call = f"exercise_3 with which = {which.tolist()} and {n} adapters"
-        assert found.shape == wanted.shape, f"{call} should return the shape {wanted.shape}; it returned {found.shape}."
-        for v, before in zip((x, W0, A, B, s, which), given, strict=True):
-            assert (v == before).all(), "exercise_3 changes an argument; they should stay as they are."
-        off = np.abs(found - wanted).max(axis=(1, 2))
-        worst = int(off.argmax())
-        assert off[worst] < 1e-10 * max(1, np.abs(wanted).max()), (
-            f"{call}: row {worst} (which = {which[worst]}) is off by {off[worst]:.2g} from the same row alone."
-        )
-    rows, n, d, r = 12, 6, 256, 2
-    x, W0 = rng.standard_normal((rows, 2, d)), rng.standard_normal((d, d))
-    A, B, s = rng.standard_normal((n, r, d)), rng.standard_normal((n, d, r)), rng.uniform(0.3, 3, n)
-    which = rng.integers(-1, n, rows)
-    taken = peak(answer, x, W0, A, B, s, which)
-    assert taken < 8 * d * d - 1, (
-        f"With W0 {d} × {d} the call takes {taken:,} bytes, and W0 has {W0.nbytes:,}: a ΔW is formed. Go through the rank instead."
-    )

@@ -1,5 +1,7 @@
 """Checks of notebook 11, counting LoRA."""
 
+import math
+
 import numpy as np
 from grading import check
 
@@ -237,3 +239,29 @@ def _(answer, rng):
         assert found == sorted(expected), (
             f'For {what} and "{printed}": right pairs, but not sorted, or one is there twice.'
         )
+
+
+def _peak(blocks, k, a, c):
+    """Bytes held at most, by walking through the step."""
+    groups = [range(start, min(start + k, blocks)) for start in range(0, blocks, k)]
+    return max(len(groups) * a + len(group) * c for group in groups)
+
+
+@check("11-4")
+def _(answer, rng):
+    "The peak of the answer's k against that of every other k, for inputs that are small, large, or as large as a tape."
+    cases = [(32, 1, 19), (36, 10, 10), (80, 100, 7), (1, 3, 5), (30, 1000, 1), (4, 2, 4)]
+    cases += [tuple(int(n) for n in rng.integers([2, 1, 1], [150, 1000, 1000])) for _ in range(40)]
+    for blocks, a, c in cases:
+        peaks = {k: _peak(blocks, k, a, c) for k in range(1, blocks + 1)}
+        best = min(peaks, key=lambda k: (peaks[k], k))
+        got = answer(blocks, a, c)
+        assert isinstance(got, (int, np.integer)) and got in peaks, (
+            f"L = {blocks}: expected an int from 1 to {blocks}, and got {got!r}."
+        )
+        groups = math.ceil(blocks / int(got))
+        assert peaks[int(got)] == peaks[best], (
+            f"L = {blocks}, a = {a}, c = {c}: with k = {got}, {groups} groups hold up to {peaks[int(got)]:,} bytes at once; "
+            f"there is a k with {peaks[best]:,}."
+        )
+        assert got == best, f"L = {blocks}, a = {a}, c = {c}: a smaller k than {got} has the same peak."

@@ -123,9 +123,9 @@ def _(answer, rng):
             f"{call} ({what}): with random U and V the factor is {values[0] / random:.4f}, and you return {float(random_factor):.4f}. "
             "U averages over d_out dimensions, V over d_in."
         )
-        blind = values[1] * np.sqrt(r / min(d, k))
-        expected = "random" if projected <= 2 * random else "between" if projected < blind else "strong"
+        pairs = values[1] * np.sqrt(r / min(d, k))
+        expected = "random" if projected <= 2 * random else "between" if projected < pairs else "strong"
         assert word == expected, (
-            f"{call} ({what}): the word is {expected!r}, and you return {word!r}. ‖W‖² is the sum of σ² over W's singular pairs; blindly "
-            "chosen pairs have r times its mean."
+            f"{call} ({what}): the word is {expected!r}, and you return {word!r}. ‖W‖² is the sum of σ² over W's singular pairs; r "
+            "pairs drawn at random have r times its mean."
         )

@@ -138,3 +138,19 @@ def _(answer, rng):
                 f"With its {here.sum()} weights kept, value {i} should not be able to lower Σ (w − ŵ)² any more, but a move by "
                 f"{slope:.2e} would.{hint}"
             )
+
+
+@check("16-5")
+def _(answer, rng):
+    for n in (2, 4, 16, 64, *(2 * rng.integers(3, 32, 3)).tolist()):
+        call = f"exercise_5({n})"
+        q = np.asarray(answer(n), np.float64)
+        assert q.shape == (n,), f"{call} should return {n} values; it returned an array of shape {q.shape}."
+        assert np.isfinite(q).all(), f"{call} should return finite values; {q[~np.isfinite(q)][0]} is not."
+        assert (np.diff(q) > 0).all(), f"{call} should return ascending values, each larger than the one before."
+        shares = np.diff([0.0, *(NormalDist().cdf(x) for x in (q[1:] + q[:-1]) / 2), 1.0])
+        worst = int(np.abs(shares - 1 / n).argmax())
+        assert abs(shares[worst] - 1 / n) < 1e-9, (
+            f"{call}: value {worst} is the nearest one to {shares[worst]:.4%} of N(0, 1), and should be to {1 / n:.4%}. "
+            "A bin ends at the midpoint between two values."
+        )

@@ -1,17 +1,45 @@
-"""Figures of notebook 04: the law of a block's maximum, and what blocks cost and buy."""
+"""Figures of notebook 04: whom one outlier damages, and the law of a block's maximum."""
 
 import numpy as np
 
-from tinylora import codebooks
+from tinylora import quantize
 from tinylora.figures.style import COLOURS, SMALL, canvas
-from tinylora.numerics import distributions, optimality
+from tinylora.numerics import optimality
 
-#: layers of the base model far from the curve: which point is labelled, and where the label goes
-NAMED = (
-    ("layers.3.self_attn.k_proj", 1, "k_proj of layer 3", (-32, 6)),
-    ("layers.4.mlp.down_proj", 1, "down_proj\nof layer 4", (-26, 6)),
-    ("layers.0.mlp.up_proj", 2, "gate, up of layer 0", (7, -3)),
-)
+
+def one_outlier(w, place=207, marked=(10, 50)):
+    """NF4's squared error in the block that holds one outlier and in all others, with one absmax and in blocks of 64."""
+    figure, ax = canvas(8, 3.3)
+    k = np.unique(np.concatenate([np.geomspace(4, 150, 25), np.array(marked, float)]))
+    inside = np.arange(w.size // 64) == place // 64
+
+    def errors(blocksize):
+        for size in k:
+            hurt = w.copy().reshape(-1)
+            hurt[place] = size
+            error = np.square(quantize(hurt, "nf4", blocksize).dequantize() - hurt).reshape(-1, 64).mean(axis=1)
+            yield error[inside].mean(), error[~inside].mean()
+
+    whole, blocks = np.array(list(errors(None))), np.array(list(errors(64)))
+    n = (~inside).sum()
+    lines = (
+        (whole[:, 1], f"the {n} other blocks, one absmax for the tensor", COLOURS[2], "-", "o", 6, -14),
+        (blocks[:, 0], "the outlier's own block, in blocks of 64", COLOURS[0], "--", "^", -6, 8),
+        (blocks[:, 1], f"the {n} other blocks, in blocks of 64", COLOURS[1], "-.", "s", 0, 7),
+    )
+    at = {x: int(np.flatnonzero(k == x)[0]) for x in marked}
+    for error, label, colour, style, marker, right, up in lines:
+        ax.loglog(k, error, style, color=colour, lw=1.8, marker=marker, markevery=list(at.values()), ms=6, label=label)
+        for i in at.values():
+            side = "left" if right > 0 else "right" if right < 0 else "center"
+            ax.annotate(f"{error[i]:.3g}", (k[i], error[i]), (right, up), color=colour, ha=side, **SMALL)
+    ax.legend(frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(0.42, 0.4), handlelength=3.4)
+    ax.set(xlim=(3.8, 160), xlabel="size of the one outlier, in σ")
+    ax.set(ylim=(0.005, 2.2), ylabel="mean squared error, in σ²")
+    ax.set_xticks(ticks := [4, 6, 10, 20, 50, 100, 150], map(str, ticks))
+    ax.minorticks_off()
+    ax.set_title("With one absmax every block pays for one outlier; with blocks only its own block does", fontsize=10)
+    return figure
 
 
 def block_maximum(draws=20_000, seed=0):
@@ -31,58 +59,7 @@ def block_maximum(draws=20_000, seed=0):
         ax.annotate(label, (m[peak], density[peak]), (shift, 4), color=colour, ha="center", **SMALL)
     ax.set(xlim=(0.8, 5.6), xlabel="largest magnitude M of a block of I weights, in σ")
     ax.set(ylim=(0, 1.75), ylabel="density")
-    ax.set_title("absmax divides by a random number: mean ± standard deviation, in % of the mean", fontsize=10)
-    return figure
-
-
-def price_and_gain(layers, outliers=(3, 4, 6, 10, 20)):
-    """Left: NF4's error against the size k of one outlier a block of 64. Right: one quantizer for the tensor against blocks, by spread τ.
-
-    layers    {name: (τ, ratio with 16 values, with 22)} as measured; the curves are theory (log-normal scales)
-    """
-    figure, (left, right) = canvas(8, 3.6, ncols=2)
-    nf4 = codebooks.nf4()
-    undisturbed = optimality.expected_error(nf4, 64)
-
-    def with_outlier(k):
-        return optimality.expected_error(nf4, 64, law=distributions.Outlier(float(k)))
-
-    k = np.geomspace(1.5, 150, 60)
-    left.loglog(k, [with_outlier(x) for x in k], color=COLOURS[0], lw=1.8)
-    left.axhline(undisturbed, color="0.4", lw=1, ls="--")
-    left.annotate(f"no outlier: {undisturbed:.6f}", (155, undisturbed), (0, 4), ha="right", **SMALL)
-    left.axhline(63 / 64, color="0.4", lw=1, ls=":")
-    left.annotate("all others coded as 0: 63/64", (1.5, 63 / 64), (0, 4), **SMALL)
-    for x in outliers:
-        left.plot(x, with_outlier(x), "o", color=COLOURS[0], ms=5)
-        factor = f"×{with_outlier(x) / undisturbed:.2f}"
-        left.annotate(factor, (x, with_outlier(x)), (-5, 3), ha="right", **SMALL)
-    left.set(xlim=(1.4, 160), xlabel="size k of one outlier in each block of 64, in σ")
-    left.set(ylim=(0.005, 2.2), ylabel="mean squared error, in σ²")
-    left.set_xticks(ticks := [2, 3, 4, 6, 10, 20, 50, 100], map(str, ticks))
-    left.minorticks_off()
-    left.set_title("NF4: the price of an outlier", fontsize=10)
-
-    tau = np.array([0, 0.06, 0.12, 0.18, 0.24, 0.3, 0.35, 0.38, 0.39, 0.44, 0.5])
-    spread = [distributions.ScaleMixture.lognormal(t) for t in tau]
-    points = np.array(list(layers.values())).T
-    kinds = ((16, points[1], COLOURS[2], "^", 1.6), (22, points[2], COLOURS[0], "o", 0.72))
-    for levels, measured, colour, marker, height in kinds:
-        cost = [optimality.distortion(optimality.optimal_levels(levels, 2, law), 2, law) for law in spread]
-        ratio = np.array(cost) / undisturbed
-        right.plot(tau, ratio, color=colour, lw=1.8)
-        right.plot(points[0], measured, marker, color=colour, ms=4.5, mec="white", mew=0.4)
-        label = f"{levels} values, {np.log2(levels):.3g} bits"
-        right.annotate(label, (0.51, height), color=colour, ha="right", fontsize=8.5)
-    even = float(np.interp(1, ratio, tau))
-    right.axhline(1, color="0.4", lw=1, ls="--")
-    right.annotate("blocks: 4.5 bits", (0.51, 1), (0, -11), ha="right", color="0.3", **SMALL)
-    right.plot(even, 1, "s", color=COLOURS[0], ms=5)
-    right.annotate(f"τ = {even:.3f}", (even, 1), (-5, 4), ha="right", color=COLOURS[0], **SMALL)
-    for path, point, label, place in NAMED:
-        for row in (row for name, row in layers.items() if path in name):
-            right.annotate(label, (row[0], row[point]), place, color="0.3", **SMALL)
-    right.set(xlim=(-0.015, 0.515), xlabel="spread τ of the blocks' scales (sd of log σ)")
-    right.set(ylim=(0.4, 2.45), ylabel="squared error, one quantizer / blocks")
-    right.set_title("curves: log-normal scales; points: 35 layers", fontsize=10)
+    ax.set_title(
+        "The absmax of a block is a random number: its mean ± its standard deviation, in % of the mean", fontsize=10
+    )
     return figure

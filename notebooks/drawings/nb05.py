@@ -43,7 +43,9 @@ def nf4_on_the_normal(blocksize=64):
     left.set(xlim=(-2.6, 2.6), ylim=(-0.13, 1.03), xticks=range(-2, 3), yticks=[])
     left.set_xlabel("weight, in σ", fontsize=9.5)
     left.set_ylabel("probability Φ", fontsize=9.5, labelpad=30)
-    left.set_title(f"evenly spaced probabilities, o = {offset}\nΦ⁻¹(o) = {scale:.3f} σ becomes 1", fontsize=10)
+    left.set_title(
+        f"NF4: quantiles of evenly spaced probabilities,\no = {offset}; Φ⁻¹(o) = {scale:.3f} σ becomes 1", fontsize=10
+    )
 
     share, H = optimality.usage(code, blocksize), optimality.entropy(code, blocksize)
     cells = (values[1:] + values[:-1]) / 2
@@ -64,5 +66,5 @@ def nf4_on_the_normal(blocksize=64):
     right.set(xlim=(-0.7, 16.6), ylim=(0, 10.2), xticks=range(0, 16, 3))
     right.set_xlabel("index of the value", fontsize=9.5)
     right.set_ylabel("share of the weights, %", fontsize=9.5)
-    right.set_title(f"bars: usage in blocks of {blocksize} normal weights\nH = {H:.4f} bits, not 4", fontsize=10)
+    right.set_title(f"Usage in blocks of {blocksize}: the middle values most,\nH = {H:.4f} bits, not 4", fontsize=10)
     return figure

@@ -22,20 +22,18 @@ def gradient_by_depth(off):
     for name, (colour, mark, label) in STYLES.items():
         ax.plot(blocks, off[name], "-", marker=mark, color=colour, ms=6.5, mec="white", mew=0.6, lw=1.4)
         ax.annotate(
-            label, (1, off[name][0]), (12, 0), va="center", color=colour, textcoords="offset points", fontsize=10
+            label, (1, off[name][0]), (14, -4), va="center", color=colour, textcoords="offset points", fontsize=10
         )
-        form = "{:.2%}" if max(off[name]) > 1e-4 else "{:.0e}"
-        if name == "W":
-            form = "{:.1%}"
         for block, error in zip(blocks, off[name], strict=True):
-            ax.annotate(form.format(error), (block, error), (0, 8), ha="center", color=colour, **small)
+            told = f"{100 * error:.{1 if name == 'W' else 2}f} %" if max(off[name]) > 1e-4 else f"{error:.0e}"
+            ax.annotate(told, (block, error), (0, 8), ha="center", color=colour, **small)
     ax.set(yscale="log", xlim=(len(blocks) + 0.4, -0.05), ylim=(5e-11, 3))
     ax.set_xticks(blocks, [f"{b}" for b in blocks])
-    ax.set_xlabel("block; the loss lies to the left of the last one, and the gradient travels to the right")
+    ax.set_xlabel("block (5 is next to the loss; the gradient travels from left to right)")
     ax.set_ylabel("error of the gradient of B\nover its norm")
     low, high = min(off["W"]), max(off["W"])
     ax.set_title(
-        f"Finite differences agree with Ŵ to {max(off['Ŵ']):.0e}; with W the gradient is wrong by {low:.1%} to {high:.1%}",
+        f"The measured slope agrees with Ŵ; with W the gradient is wrong by {100 * low:.1f} to {100 * high:.1f} %",
         fontsize=10,
     )
     return figure

@@ -4,7 +4,7 @@ from ..costs.memory import ROWS
 from ..costs.tables import in_units
 from .style import COLOURS, canvas
 
-#: Account's fields: (name in the figures, colour). Neighbours differ in lightness, so that the bars can be told apart in grey.
+#: Account's fields: (name in the figures, colour). Each colour has a pattern of its own, and neighbours differ in lightness.
 PARTS = {
     "weights": ("weights, 16 or 32 bits", "0.35"),
     "codes": ("4-bit codes", COLOURS[0]),
@@ -15,17 +15,29 @@ PARTS = {
     "optimizer": ("optimizer", COLOURS[1]),
     "activations": ("activations", "0.93"),
 }
-HATCH = {PARTS["activations"][1]: {"hatch": "////", "edgecolor": "0.6"}}
+#: Colour: how a patch of it is hatched, so that no figure needs its colours. The weights are plain.
+HATCH = {
+    PARTS["codes"][1]: {"hatch": "...."},
+    PARTS["codes8"][1]: {"hatch": "oo"},
+    PARTS["constants"][1]: {"hatch": "||||", "edgecolor": "0.5"},
+    PARTS["adapters"][1]: {"hatch": "xxxx"},
+    PARTS["gradients"][1]: {"hatch": "----", "edgecolor": "0.5"},
+    PARTS["optimizer"][1]: {"hatch": "\\\\\\\\"},
+    PARTS["activations"][1]: {"hatch": "////", "edgecolor": "0.6"},
+}
 GB = 1e9
+
+
+def look(colour):
+    """How a patch of one of PARTS' colours is drawn: its face, its edge, and its pattern, which has the edge's colour."""
+    return {"facecolor": colour, "edgecolor": "white", **HATCH.get(colour, {})}
 
 
 def stacked_bar(ax, y, parts, height):
     """One horizontal bar of (value, colour), from the left; returns its length."""
     left = 0.0
     for value, colour in parts:
-        ax.barh(
-            y, value, height, left=left, facecolor=colour, lw=0.7, **{"edgecolor": "white", **HATCH.get(colour, {})}
-        )
+        ax.barh(y, value, height, left=left, lw=0.7, **look(colour))
         left += value
     return left
 
@@ -56,11 +68,13 @@ def account_bars(accounts, title=None):
         )
         ax.annotate(said, (0, y - 0.27), (2, 0), textcoords="offset points", fontsize=7.5, color="0.25", va="bottom")
     for name, colour in map(PARTS.get, shown):
-        ax.barh(0, 0, facecolor=colour, label=name, **HATCH.get(colour, {}))
+        ax.barh(0, 0, label=name, lw=0.7, **look(colour))
     ax.legend(
         frameon=False,
         fontsize=8,
         ncols=len(shown),
+        handlelength=2.4,
+        handleheight=1.2,
         loc="upper center",
         bbox_to_anchor=(0.45, -0.1 - 0.24 / len(accounts)),
     )

@@ -37,7 +37,7 @@ from .. import backend, codebooks, nn
 from ..costs.memory import MODELS, PAPER, block_tape, codes_bytes, parameters, predict
 from ..costs.parameters import llama_shapes, lora_on
 from ..costs.tables import aligned, in_units
-from ..figures.memory import GB, HATCH, PARTS, stacked_bar
+from ..figures.memory import GB, PARTS, look, stacked_bar
 from ..figures.style import SMALL, canvas
 from ..kernels import rounding
 from ..lora import LoRALinear
@@ -871,7 +871,7 @@ def _write_over_bar(ax, y, text):
 def _legend(ax):
     for part in ("codes", "adapters", "gradients", "optimizer", "activations"):
         name, colour = PARTS[part]
-        ax.barh(0, 0, facecolor=colour, label=_SHORT.get(part, name), **HATCH.get(colour, {}))
+        ax.barh(0, 0, label=_SHORT.get(part, name), **look(colour))
     ax.barh(0, 0, **_OUTLINE, label="not labelled in the paper")
     white = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line at 48 GB ends at it
     ax.legend(**white, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.62))

@@ -163,7 +163,7 @@ def amplification(seed=0, ranks=(2, 4, 64)):
     Expected: above 5 at r = 2 and 4, below 1 at 64. The control is the point: a ΔW in random directions has a factor of 8
     to 11 at r = 4, more than one in weak directions, since ‖W₀‖ r/d is small whatever the directions. What is evidence in
     the paper's table is 0.32 against 0.02, 16 times chance, and not the factor 21.5; and 0.32 is still less than the 1.12 =
-    ‖W‖ √(r/d) that r singular pairs of W would give, chosen blindly (notebook 13), so ΔW's directions are not W's main ones.
+    ‖W‖ √(r/d) that r singular pairs of W would give, drawn at random (notebook 13), so ΔW's directions are not W's main ones.
     """
     out = {"ranks": list(ranks)}
     for place in ("weak", "random"):

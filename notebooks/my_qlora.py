@@ -1,0 +1,147 @@
+"""QLoRA in NumPy, in six steps, in one file of your own.
+
+build_it.md says what each function is for, and has hints that can be opened. Write your answer in place of each
+`raise NotImplementedError`. Later steps call the functions of earlier ones, so take them in order. In a terminal,
+
+    pytest notebooks -k my-1
+
+grades step 1, and says what is off. NumPy and Python's own library are enough; what tinylora has ready is what you build.
+"""
+
+import numpy as np
+
+#: The 16 values of NF4 (QLoRA, appendix E). Notebook 05 computes them.
+NF4 = np.array([
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+], np.float32)  # fmt: skip
+
+# ----------------------------------------------------------------------------------------- step 1: quantize to NF4
+
+
+def nearest(x):
+    """The index of the value of NF4 that is nearest to each x.
+
+    x         float32, any shape, between -1 and 1
+    returns   uint8, of the shape of x
+    """
+    raise NotImplementedError("your answer")
+
+
+def quantize(w, blocksize=64):
+    """(packed, absmax): a weight in 4 bits, and the largest magnitude of each block.
+
+    w         float32, any shape; its n elements are read row by row. The last block may be shorter
+    packed    uint8, ⌈n/2⌉: two indices in a byte, the first of them in the high four bits; an odd last one has its byte alone
+    absmax    float32, ⌈n/blocksize⌉
+    """
+    raise NotImplementedError("your answer")
+
+
+def dequantize(packed, absmax, shape, blocksize=64):
+    """The weight that the bits stand for: the value of each index times its block's absmax, float32, of the given shape."""
+    raise NotImplementedError("your answer")
+
+
+# ------------------------------------------------------------------------------------------ step 2: double-quantize
+
+
+def double_quantize(absmax, blocksize=256):
+    """(codes, nested, mean): the constants of the blocks in 8 bits, around their mean.
+
+    codes     int8, one a constant: round(127 (absmax - mean) / nested), between -127 and 127
+    nested    float32, the largest |absmax - mean| of each `blocksize` constants
+    mean      float32, of all constants
+    """
+    raise NotImplementedError("your answer")
+
+
+def restore(codes, nested, mean, blocksize=256):
+    """The constants that the 8 bits stand for, float32."""
+    raise NotImplementedError("your answer")
+
+
+def store(w):
+    """All that is kept of a weight: a dict of "shape", "packed", "codes", "nested" and "mean". Its arrays hold 4.127 bits a weight."""
+    raise NotImplementedError("your answer")
+
+
+def rebuild(stored):
+    """The weight Ŵ that a dict of `store` stands for, float32 (eq. 6: first the constants, then the weights)."""
+    raise NotImplementedError("your answer")
+
+
+# ------------------------------------------------------ step 3: a frozen linear layer with LoRA, forward and backward
+
+
+def new_layer(w, r, alpha, rng):
+    """A layer over the weight w (out × in): a dict of "stored" (see `store`), "A", "B" and "s".
+
+    A   float32 (r × in), uniform between ±1/√in, drawn from rng        B   float32 (out × r), zeros        s   alpha / r, a float
+    """
+    raise NotImplementedError("your answer")
+
+
+def forward(layer, x):
+    """(y, saved): y = x Ŵᵀ + s (x Aᵀ) Bᵀ, and what `backward` needs beside the layer.
+
+    x       float32 (tokens × in)        y   float32 (tokens × out)
+    saved   a tuple of arrays. Not Ŵ: it is rebuilt when it is needed, or 4 bits would save nothing
+    """
+    raise NotImplementedError("your answer")
+
+
+def backward(layer, saved, g):
+    """(x̄, Ā, B̄): the gradients for the input, A and B, of the shapes of these, where g = ȳ (tokens × out)."""
+    raise NotImplementedError("your answer")
+
+
+# ---------------------------------------------------------------------------------------------- step 4: AdamW, paged
+
+
+def adamw(p, g, m, v, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0):
+    """One step of AdamW, number t = 1, 2, …, which changes p, m and v in place. All are float32 vectors of one length.
+
+    m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²
+    p ← p − lr λ p               p ← p − lr m̂ / (√v̂ + ε),    m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
+    """
+    raise NotImplementedError("your answer")
+
+
+def paged_adamw(p, g, m, v, t, lr, memory, page, **options):
+    """The same step where m and v lie in a slow memory, and only a few pages of them fit into the fast one.
+
+    memory.fetch(a, start, stop)        a copy of a[start:stop] in the fast memory; an error if it does not fit
+    memory.put_back(a, start, copy)     writes the copy back to a[start:…], and frees its place
+    page                                elements of m, and as many of v, that are treated at a time
+    """
+    raise NotImplementedError("your answer")
+
+
+# ---------------------------------------------------------------------------------------- step 5: the training loop
+
+
+def train(parameters, loss_of, batches, lr, max_norm, memory, page):
+    """Train on each batch once, in order; returns the losses, a list of floats.
+
+    parameters        a list of objects with .data (float32, changed in place) and .grad (None, or an array of that shape)
+    loss_of(batch)    computes a loss: an object with .item() and with .backward(), which *adds* to each parameter's .grad
+
+    Of T batches, number t = 1 … T: clear the gradients; compute the loss; go backward; if the norm of all gradients together
+    exceeds max_norm, scale all of them to it; one step of `paged_adamw` for each parameter, at the rate lr (1 − (t − 1)/T).
+    """
+    raise NotImplementedError("your answer")
+
+
+# -------------------------------------------------------------------------------------------------- step 6: merge
+
+
+def merge(layer):
+    """The one weight that does what the layer does: Ŵ + s B A, float32 (out × in). The layer stays as it is."""
+    raise NotImplementedError("your answer")
+
+
+def merge_into_nf4(layer):
+    """(stored, error): the merged weight in 4 bits again, and ‖Ŵ′ − (Ŵ + s B A)‖ / ‖Ŵ + s B A‖ (Frobenius), what that loses."""
+    raise NotImplementedError("your answer")

@@ -1,0 +1,106 @@
+"""The six steps: the file that students get, its solution, and what the checks say of usual mistakes."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("jupytext", reason="the notebooks need jupytext: pip install -e '.[notebooks]'")
+
+from test_notebooks import NOTEBOOKS, build, grading
+
+TEXT = (NOTEBOOKS / "build_it.py").read_text(encoding="utf-8")
+SOLVED = build.steps(TEXT, solutions=True)
+STEPS = [f"my-{k}" for k in range(1, 7)]
+
+
+def verdict(text, exercise, rng, parts=slice(None)):
+    """The Verdict on some parts of a step."""
+    grading.load_checks()
+    names = grading.own_answer(text)
+    return grading.together(
+        [(part, grading.said(exercise, part, names, rng)) for part in grading.CHECKS[exercise][parts]]
+    )
+
+
+@pytest.mark.parametrize("exercise", STEPS)
+def test_the_solution_is_right(exercise, rng):
+    assert verdict(SOLVED, exercise, rng, slice(2) if exercise == "my-5" else slice(None)).said == "right"
+
+
+@pytest.mark.parametrize("exercise", STEPS)
+def test_the_file_that_students_get_is_not_answered_yet(exercise, rng):
+    text = (NOTEBOOKS / "my_qlora.py").read_text(encoding="utf-8")
+    assert text == build.steps(TEXT), "run `python notebooks/build.py my_qlora`"
+    assert verdict(text, exercise, rng).said == "not answered yet"
+
+
+MISTAKES = [  # step, what stands in the solution, what a student writes, what the check says
+    ("my-1", "(NF4[:-1] + NF4[1:]) / 2", "NF4[1:]", "indices are not those of the nearest value"),
+    ("my-1", "index[0::2] << 4 | index[1::2]", "index[1::2] << 4 | index[0::2]", "the two halves of each byte are swapped"),
+    ("my-1", "np.where(absmax > 0, absmax, 1)", "absmax", "block"),
+    ("my-1", "np.abs(rows).max(axis=1)", "rows.max(axis=1)", "the largest magnitude of block"),
+    ("my-1", "np.repeat(absmax, blocksize)[:n])", "np.resize(absmax, n))", "weights are wrong; the first is element"),
+    ("my-1", "np.searchsorted(middles, x).astype", "np.abs(x[..., None] - NF4).argmin(-1).astype", "The values are sorted"),
+
+    ("my-2", "np.round(127 * rows", "np.trunc(127 * rows", "Is it cut instead?"),
+    ("my-2", "absmax - mean\n", "absmax\n", "nested[0] should be the largest"),
+    ("my-2", "blocksize)[: codes.size] + mean", "blocksize)[: codes.size]", "restore is off by"),
+    ("my-2", '"codes": codes', '"codes": codes.astype(np.int32)', "bits a weight; 4.1270 are enough"),
+    ("my-3", "s * (u @ layer", "(u @ layer", "the scale s is missing"),
+    ("my-3", " + v @ layer[\"A\"], v.T", ", v.T", "goes through the bypass is missing"),
+
+    ("my-3", "np.zeros((d_out, r), np.float32)", "np.ones((d_out, r), np.float32)", "B should be 0 at the start"),
+    ("my-4", "(m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)", "m / (np.sqrt(v) + eps)", "m and v are not divided"),
+    ("my-4", "np.sqrt(v / (1 - beta2**t)) + eps", "np.sqrt(v / (1 - beta2**t) + eps)", "stands inside the root"),
+    ("my-4", "    m *= beta1\n", "    g = g + weight_decay * p\n    weight_decay = 0\n    m *= beta1\n", "in Adam with L2"),
+    ("my-4", "        memory.put_back(v, start, fast_v)\n", "", "do not fit"),
+    ("my-5", "            p.grad = None\n", "            pass\n", "the gradients of the steps before are not cleared"),
+    ("my-5", "(t - 1) / len(batches)", "t / len(batches)", "one step too early"),
+    ("my-5", "lr * (1 - (t - 1) / len(batches))", "lr", "the rate does not fall"),
+    ("my-5", "np.float32(min(1.0, max_norm / norm)) if norm > 0 else np.float32(1)", "np.float32(1)", "not scaled to max_norm"),
+
+    ("my-6", "np.float32(layer[\"s\"]) * (layer[\"B\"] @", "(layer[\"B\"] @", "the scale s is missing"),
+    ("my-6", "/ np.linalg.norm(merged))", ")", "was returned"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("exercise, old, new, sentence", MISTAKES)
+def test_a_usual_mistake_is_explained(exercise, old, new, sentence, rng):
+    assert old in SOLVED
+    found = verdict(SOLVED.replace(old, new), exercise, rng, slice(2) if exercise == "my-5" else slice(None))
+    assert found.said.startswith("not right") and sentence in found.said, found.said
+    assert found.points < found.of
+
+
+def test_memory_that_is_kept_is_found(rng):
+    kept = SOLVED.replace("(x, u)\n", "(x, u, rebuild(layer['stored']))\n").replace("x, u = saved", "x, u, _ = saved")
+    assert "`saved` holds" in verdict(kept, "my-3", rng).said
+    hidden = (
+        SOLVED.replace("    u = x @ layer", "    KEPT.append(rebuild(layer['stored']))\n    u = x @ layer")
+        + "\nKEPT = []\n"
+    )
+    assert "is it kept somewhere?" in verdict(hidden, "my-3", rng).said
+    tapes = SOLVED.replace("    losses = []\n", "    losses, kept = [], []\n")
+    tapes = tapes.replace("loss.backward()\n", "loss.backward(); kept.append(loss)\n")
+    assert "Keep the number, loss.item(), and not the loss" in verdict(tapes, "my-5", rng, slice(2)).said
+
+
+def test_what_the_library_has_ready_is_no_answer(rng):
+    call = "    q = __import__('tinylora').quantize(w, 'nf4', blocksize)\n    return q.packed, q.absmax\n"
+    sneaky = SOLVED.replace("    n = w.size\n", f"{call}    n = w.size\n")
+    assert "it calls tinylora's quantize, which is what is to be built here" in verdict(sneaky, "my-1", rng).said
+
+
+def test_the_finale_says_what_is_missing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(NOTEBOOKS / "finale.py")], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert (
+        done.returncode == 1
+        and "my_qlora.py: a step is not answered yet; `pytest notebooks -k my` says which" in done.stderr
+    )
+    (tmp_path / "mine.py").write_text("import peft")
+    command = [sys.executable, str(NOTEBOOKS / "finale.py"), "mine.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "mine.py: my_qlora.py imports peft in line 1" in done.stderr
