@@ -6,6 +6,7 @@
     python notebooks/build.py --check      what CI runs: do they run, and is each .ipynb what its source gives?
     python notebooks/build.py --solutions FOLDER   the solution versions, executed, for a teacher
     python notebooks/build.py --student FOLDER     what students need to answer and to grade, without the sources
+    python notebooks/build.py --html FOLDER        pages for a browser (what is typeset in them loads MathJax from its server)
 
 A source is a Python file in jupytext's percent format. A code cell tagged "exercise" defines one function exercise_K, in
 which the solution lies between the lines "# BEGIN SOLUTION" and "# END SOLUTION". Two versions are made from it: the
@@ -219,6 +220,30 @@ def hand_out(source, folder):
     return f"copied to {folder}"
 
 
+FOLDED = """\
+{%- extends "lab/index.html.j2" -%}
+{%- block input -%}
+{%- if cell.metadata.get("jupyter", {}).get("source_hidden") -%}
+<details class="jp-Cell-inputWrapper"><summary>••• {{ cell.source.splitlines()[0].lstrip("# ") }}</summary>{{ super() }}</details>
+{%- else -%}{{ super() }}{%- endif -%}
+{%- endblock input -%}
+"""
+
+
+def page(source, folder):
+    """Write a built notebook as a page for a browser, in which folded cells can be opened."""
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(extra_loaders=[DictLoader({"folded.html.j2": FOLDED})], template_file="folded.html.j2")
+    body, _ = exporter.from_notebook_node(read(source.with_suffix(".ipynb")))
+    links = re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', body)
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / f"{source.stem}.html") as temporary:
+        Path(temporary).write_text(links, encoding="utf-8", newline="\n")
+    return f"written to {folder}"
+
+
 def hand_out_steps(folder):
     """Copy the file of the six steps, their page, their checks and the finale into a folder."""
     build_steps(check=True)
@@ -248,6 +273,9 @@ def main(argv=None):
     way.add_argument("--solutions", type=Path, metavar="FOLDER", help="write solution versions into FOLDER instead")
     way.add_argument("--student", type=Path, metavar="FOLDER", help="copy what students need into FOLDER, a new one")
     way.add_argument(
+        "--html", type=Path, metavar="FOLDER", help="write pages for a browser into FOLDER, from what is built"
+    )
+    way.add_argument(
         "--check",
         action="store_true",
         help="write nothing; run both versions, compare each .ipynb with its source and with what it prints now",
@@ -258,7 +286,9 @@ def main(argv=None):
     if args.student and args.student.exists() and (not args.student.is_dir() or any(args.student.iterdir())):
         parser.error(f"--student would overwrite what is in {args.student}; name a new folder")
     stems = tuple(Path(name).stem for name in args.names)
-    own = (HERE / "build_it.py").exists() and not args.solutions and (not stems or "my_qlora" in stems)
+    own = (
+        (HERE / "build_it.py").exists() and not args.solutions and not args.html and (not stems or "my_qlora" in stems)
+    )
     for stem in stems:
         if stem != "my_qlora" and not any(source.stem.startswith(stem) for source in sources()):
             parser.error(f"no source begins with {stem!r}; expected one of {[s.stem for s in sources()]}")
@@ -276,6 +306,8 @@ def main(argv=None):
         try:
             if args.student:
                 said = hand_out(source, args.student)
+            elif args.html:
+                said = page(source, args.html)
             else:
                 said = check(source, args.limit) if args.check else build(source, args.limit, args.solutions)
             print(f"{source.stem}: {said}", flush=True)

@@ -203,13 +203,22 @@ def said(exercise, part, function, rng):
 def noticed(function, without):
     """function, which raises Raised with a sentence if it calls what would be no answer of its own.
 
-    That is a function of the checks, or one of tinylora's in `without` ("*": any of them).
+    That is a function of the checks, or one of tinylora's in `without` ("*": any of them), or a look at the frame of its caller.
     """
     ours, package = str(HERE / "checks"), str(Path(importlib.import_module("tinylora").__file__).parent)
-    found = []
+    file, found = getattr(getattr(function, "__code__", None), "co_filename", None), []
 
-    def notice(frame, event, _):
+    def notice(frame, event, called):
         code = frame.f_code
+        if (
+            event == "c_call"
+            and called is sys._getframe
+            and frame.f_back
+            and file in (code.co_filename, frame.f_back.f_code.co_filename)
+        ):
+            found.append(
+                "it looks at the frame of its caller, which knows the answer; the arguments are all that is needed"
+            )
         if event != "call" or found or not code.co_filename.startswith((ours, package)):
             return
         name = code.co_qualname.split(".<")[0]
@@ -222,12 +231,11 @@ def noticed(function, without):
         before = sys.getprofile()
         sys.setprofile(notice)
         try:
-            value = function(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             sys.setprofile(before)
-        if found:
-            raise Raised(found.pop())
-        return value
+            if found:  # whatever it returned or raised
+                raise Raised(found.pop())
 
     return honest
 

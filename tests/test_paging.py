@@ -261,6 +261,8 @@ def test_a_page_of_a_file_takes_no_memory_of_ours():
 
 # ---------------------------------------------------------------------------------------------------------------- whole tensors
 def test_whole_tensors_pages_what_bitsandbytes_pages():
+    """What is paged, and what is not? (bitsandbytes issues 801 and 962; notebooks/08_paged_optimizers.py, section 6)"""
+    assert WHOLE_TENSORS_FROM == 100_000
     pager = Pager(budget=1 << 20, page_bytes=4096, whole_tensors=True)
     small, large = pager.allocate(2, WHOLE_TENSORS_FROM - 1), pager.allocate(2, WHOLE_TENSORS_FROM)
     assert len(small) == len(large) == 1

@@ -24,6 +24,7 @@ def same(a, b):
 # ------------------------------------------------------------------------------------------------------------- what a GPU wrote
 @pytest.mark.parametrize("place", range(len(INDEX["cases"])), ids=[case["name"] for case in INDEX["cases"]])
 def test_the_gpu_rule_is_what_a_gpu_wrote(place):
+    """Can 4-bit weights be dequantized on a CPU? (bitsandbytes issues 1311 and 1551; notebooks/04_blockwise_absmax.py, section 3)"""
     given, case = INDEX["cases"][place], INDEX_CUDA["cases"][place]
     assert [case[name] for name in ("kind", "code", "blocksize", "dtype", "shape", "nested")] == [
         given[name] for name in ("kind", "code", "blocksize", "dtype", "shape", "nested")

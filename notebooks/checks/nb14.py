@@ -1,4 +1,4 @@
-"""Checks of notebook 14, scaling, learning rates, invariances."""
+"""Checks of notebook 14, scaling and learning rates."""
 
 import math
 

@@ -552,7 +552,7 @@ def _(mine, rng):
     batches = [(rng.standard_normal((5, 6)).astype(F), rng.standard_normal((5, 3)).astype(F)) for _ in range(5)]
     seen = there(mine, _trained, np.zeros((6, 3), F), np.zeros(3, F), batches, 0.01, 1.0)
     assert seen["alive"] <= 1, (
-        f"When a loss is computed, {seen['alive']} earlier ones are alive, with their tapes. Keep the number, loss.item(), and not the loss."
+        f"When a loss is computed, {seen['alive']} earlier ones are alive, with their tapes. Keep the number loss.item(), not the loss."
     )
 
 
