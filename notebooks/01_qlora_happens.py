@@ -38,14 +38,13 @@ from tinylora import ops
 # %% [markdown]
 # ## 1 · A model and a text
 #
-# tinylora contains a small Llama, a language model of five blocks.
+# tinylora contains a small Llama, a language model of five layers.
 # `from_pretrained("base")` loads it. It was trained on Shakespeare, the Bible and the
 # CIA World Factbook. It reads a text byte by byte and gives each of the 256 possible
 # next bytes a probability.
 #
 # `named_weights` lists its arrays with their names. `size` counts an array's numbers,
-# and `nbytes` its bytes in memory. (The file on disk holds 16 bits a number; loading
-# widens them, exactly.)
+# and `nbytes` its bytes in memory. (The file on disk holds 16 bits a number.)
 
 # %%
 model = tl.Llama.from_pretrained("base")
@@ -55,8 +54,8 @@ print(f"{numbers:,} numbers of 4 bytes each: {dense_bytes:,} bytes")
 
 # %% [markdown]
 # The model has never seen the Jargon File, a dictionary of hackers' slang.
-# `tl.data.jargon` gives it as bytes, in two parts: one to train on, and one that is
-# held out, to measure on. Here is an entry of the held-out part, and below it what the
+# `tl.data.jargon` gives it as bytes, in two parts: one to train on, and a held-out one
+# to measure on. Here is an entry of the held-out part, and below it what the
 # model writes after the same beginning. `generate` draws one byte after the other from
 # the model's probabilities.
 
@@ -74,12 +73,12 @@ print(prompt + model.generate(prompt, 160, temperature=0.6, seed=1))
 # $-\log_2 p$ *bits*. A model that knows nothing gives each byte $p = 1/256$, which
 # costs 8 bits. The mean over many bytes is called bits per byte. Lower is better.
 #
-# `windows` cuts `count` pieces of 129 bytes at random places out of the text. In each
-# piece the first 128 bytes are the model's input, and the last 128 are the answers: the
-# byte after each input. `model(…)` returns 256 scores for every place, and
+# `windows` cuts pieces of 129 bytes at random places out of the text. In each piece the
+# first 128 bytes are the model's input. The last 128 are the answers: the byte after
+# each input. `model(…)` returns 256 scores for every place, and
 # `softmax_cross_entropy` turns scores and answers into the mean of $-\ln p$. That is
 # the *loss*. `item` takes the number out of it, and division by $\ln 2$ makes it bits.
-# `no_grad` says that no gradients will be asked for.
+# `no_grad` says that no gradients are wanted.
 
 
 # %%
@@ -105,10 +104,13 @@ print(f"held-out text, as loaded: {measured['as loaded']:.3f} bits per byte")
 # %% [markdown]
 # ## 3 · Four bits
 #
-# `quantize_linears` replaces all 35 weight matrices by a form in 4 bits, and freezes
-# the model: no number in it will ask for a gradient. Each run of 64 weights forms a
-# block. A block stores its largest magnitude, and each weight stores which of 16 fixed
-# values, times that magnitude, is nearest. The 16 values are called NF4.
+# `quantize_linears` replaces 35 weight matrices, seven in each layer, by a form in 4
+# bits. The embedding and the norms stay in 32 bits. All are frozen: no number will ask
+# for a gradient.
+#
+# Each run of 64 weights forms a *block*, which stores its largest magnitude. There are
+# 16 fixed values from −1 to 1, called NF4. Divide a weight by the magnitude of its
+# block; the nearest of the 16 values is its *choice*, and only that is stored.
 #
 # `get` finds a part of the model by its path, and `dequantize` gives the rounded
 # weights back. Here are five weights of one matrix, before and after:
@@ -147,13 +149,13 @@ assert 0 < lost < 0.03 and dense_bytes > 2 * 3.3 * small_bytes
 assert (tl.dtypes.round_to(before, "bfloat16") == before).all()  # as it was loaded, it fits into 16 bits
 
 # %% [markdown]
-# So rounding costs little. But the rounded weights cannot be trained as they are. A
-# training step moves a weight by about the learning rate, 0.001 say. The next of the 16
-# values is much farther away, so rounding after the step undoes it. `indices` gives
-# each weight's choice among the 16:
+# So rounding costs little. But the rounded weights cannot be trained as they are. When
+# all weights are trained, a step moves each by about the learning rate, 0.001 say. The
+# next of the 16 values is farther away, so rounding after the step undoes it.
+# `indices` gives each weight's choice:
 
 # %%
-stepped = tl.quantize(q.dequantize() + 0.001, double_quant=True)
+stepped = tl.quantize(q.dequantize() + 0.001, double_quant=True)  # a step, then rounding
 back = (stepped.indices() == q.indices()).sum()
 print(f"{back:,} of {q.size:,} weights are rounded back to where they were")
 assert back == q.size
@@ -161,14 +163,15 @@ assert back == q.size
 # %% [markdown]
 # ## 4 · The bypass
 #
-# LoRA leaves each matrix $W$ (out × in) frozen and adds a path beside it, with two
-# small matrices $A$ (r × in) and $B$ (out × r) in float32. For an input $x$ the layer
-# now computes
+# LoRA leaves each matrix $W$ (out × in) frozen and adds a path beside it: two small
+# matrices $A$ (r × in) and $B$ (out × r) in float32. For an input $x$ the output
+# is now
 #
 # $$h = W x + s\,B A x, \qquad s = \alpha / r .$$
 #
-# $A$ starts with random numbers, which `seed` makes the same in every run. $B$ starts
-# with zeros, so at first the bypass adds nothing. Only $A$ and $B$ are trained.
+# The *rank* $r$ is small, here 8. $α$ is a constant, here 16, so $s = 2$. $A$ starts
+# with random numbers, which `seed` makes the same in every run. $B$ starts with zeros,
+# so at first the bypass adds nothing. Only $A$ and $B$ are trained.
 
 # %%
 tl.seed(0)
@@ -235,9 +238,9 @@ print("\n" + prompt + model.generate(prompt, 160, temperature=0.6, seed=3))
 # The sentences make no sense: the model is tiny, and 60 steps are few. But it no longer
 # writes a play. It writes about software, and begins a new entry.
 #
-# Memory is the reason for all this. Training holds 16 bytes for every number that is
-# trained: 4 for the number, 4 for its gradient, 8 for the two averages of `AdamW`. A
-# frozen 4-bit weight takes 4.13 bits and nothing else.
+# Memory is the reason for all this. A trained number takes 16 bytes: 4 for itself, 4
+# for its gradient, 8 for the two averages of `AdamW`. A frozen 4-bit weight takes 4.13
+# bits and nothing else.
 
 # %% tags=["hide-input"]
 # Draws: the loss at each step, and the memory of training all numbers beside that of QLoRA.
@@ -257,11 +260,11 @@ learning_and_memory(losses, checks, memory)
 # %% [markdown]
 # (What the forward pass keeps for the backward pass comes on top of both; notebook
 # [09](09_where_did_the_memory_go.ipynb) counts it.) For 65 billion weights QLoRA's
-# abstract says more than 780 GB and less than 48 GB.
+# introduction gives more than 780 GB if all are trained, and less than 48 GB for QLoRA.
 #
 # ## 7 · Three ideas, and a fourth
 #
-# - **LoRA** trains 138,240 numbers instead of 2,078,784, and gradients and averages are
+# - **LoRA** trains 138,240 numbers instead of 2,078,784. Gradients and averages are
 #   held for those only. Notebook [02](02_a_small_autograd.ipynb) writes the `backward`
 #   that you saw, and [03](03_the_bypass.ipynb) derives from it why $B$ starts with
 #   zeros.
@@ -271,8 +274,8 @@ learning_and_memory(losses, checks, memory)
 # - **Double quantization** stores the blocks' magnitudes in 8 bits instead of 32. That
 #   takes a weight from 4.5 bits to 4.13, and [06](06_double_quantization.ipynb) says
 #   what it costs.
-# - **Paged optimizers** are the fourth idea: the averages of `AdamW` move out of a
-#   GPU's memory while they are not needed. This small run does without;
+# - **Paged optimizers** are the fourth idea: the averages of `AdamW` leave a GPU's
+#   memory while they are not needed. This run does without;
 #   [08](08_paged_optimizers.ipynb) builds one.
 #
 # Notebook [07](07_the_qlora_layer.ipynb) puts the first three into one layer, and
@@ -283,26 +286,26 @@ learning_and_memory(losses, checks, memory)
 # - QLoRA computes in bfloat16, numbers of 16 bits; this notebook computes in float32.
 # - QLoRA's equation 5 leaves out the scale $s$. The authors' code has it, and so has
 #   tinylora.
-# - LoRA's paper adapts two matrices of each block in most experiments. QLoRA, and this
-#   notebook, adapt all of them.
+# - LoRA's paper adapts two matrices of each layer in most experiments. QLoRA and this
+#   notebook adapt all.
 #
 # ## Exercises
 #
-# Put helpers into the exercise's cell: grading runs only those and the setup.
+# Grading runs only the setup and the exercises' cells: put helpers there.
 #
 # ### 01-1 Predict the counts
 #
 # Given:
 #
 # - `shapes`: a list of pairs (out, in), the shapes of a model's weight matrices
-# - `r`: the rank of their bypasses, an int
+# - `r`: the rank, an int
 # - `blocksize`: the weights in a block, an int
 #
 # Return two ints: how many numbers LoRA trains in all, and how many bytes the 4-bit
 # matrices take in all, with double quantization (section 3 lists the four parts).
 #
-# Checked: against the library, on fresh shapes. Hint: a last block may be shorter than
-# the others and takes as much as a whole one; `-(-a // b)` is a / b, rounded up.
+# Checked: against the library, on fresh shapes. Hint: each matrix is cut by itself.
+# Whatever does not come out even is rounded up; `-(-a // b)` is a / b, rounded up.
 
 
 # %% tags=["exercise"]
@@ -368,8 +371,7 @@ _ = grade("01-2", exercise_2)
 #   `tinylora/lora.py`, `tests/test_lora.py`.
 # - Double-quantized NF4 takes 4.13 bits a weight: `tinylora/quant.py`,
 #   `tests/test_quant.py`.
-# - 60 steps moved no byte of the 4-bit base, and the held-out text became easier to
-#   predict by more than 0.4 bits per byte: `tinylora/training/train.py`,
-#   `tests/test_train.py`.
-# - The real command does the same with paging, checkpoints and a report: `tinylora
-#   finetune`, in `tinylora/training/finetune.py`.
+# - 60 steps moved no byte of the 4-bit base. The held-out text costs over 0.4 bits
+#   per byte less: `tinylora/training/train.py`, `tests/test_train.py`.
+# - The command `tinylora finetune` adds paging, checkpoints and a report:
+#   `tinylora/training/finetune.py`.

@@ -55,16 +55,19 @@ rng = np.random.default_rng(0)
 # *pullback* of $f$. A pullback never needs to form $J$.
 #
 # The linear layer $y = xW^{\top}$ is an example. Each row of $x$ is one token, and $W$
-# is (out × in). A small change $dy$ of the output changes the loss by
+# is (out × in). Small changes $dx$ and $dW$ change the output by
+# $dy = dx\,W^{\top} + x\,dW^{\top}$. Let $\langle a, b\rangle$ be the sum of entrywise
+# products. The loss changes by
 #
-# $$dL = \langle\bar y, dy\rangle = \langle\bar y, dx\,W^{\top} + x\,dW^{\top}\rangle .$$
+# $$dL = \langle\bar y, dy\rangle
+# = \langle\bar y\,W, dx\rangle + \langle\bar y^{\top}x, dW\rangle .$$
 #
-# The factor of $dx$ is $\bar x$, and the factor of $dW$ is $\bar W$:
+# What stands beside $dx$ is $\bar x$, and what stands beside $dW$ is $\bar W$:
 #
 # $$\bar x = \bar y\,W, \qquad \bar W = \bar y^{\top} x .$$
 #
-# A value remembers its parents, which are the inputs that it was computed from. With
-# each parent it keeps the pullback that leads there. A parent that needs no gradient is
+# A value remembers its parents, the inputs that it was computed from. With each parent
+# it keeps the pullback that leads there. A parent that needs no gradient is
 # dropped, together with its pullback and all that the pullback captured. `wanted` says
 # whether a value needs a gradient. `born` numbers the values in the order in which they
 # are made.
@@ -90,9 +93,8 @@ def linear(x, w):
 
 
 # %% [markdown]
-# Two more operations are written in the same way. The sum $z = x + y$ has
-# $\bar x = \bar y = \bar z$. The rectifier $z = \max(x, 0)$ has $\bar x = \bar z$ where
-# $x > 0$, and 0 elsewhere.
+# Two more operations: the sum $z = x + y$ has $\bar x = \bar y = \bar z$. The rectifier
+# $z = \max(x, 0)$ has $\bar x = \bar z$ where $x > 0$, and 0 elsewhere.
 
 
 # %%
@@ -127,8 +129,8 @@ def backward(y, g):
 
 # %% [markdown]
 # The order is right for this reason: a value is always younger than its parents. So
-# everything that used $x$ is younger than $x$, and has had its turn when the turn of
-# $x$ comes. At that moment $\bar x$ is complete.
+# everything that used $x$ has had its turn when the turn of $x$ comes. At that moment
+# $\bar x$ is complete.
 #
 # The small network below uses $h$ twice: $y = h + W_2\max(h, 0)$ with $h = W_1x$.
 
@@ -148,8 +150,8 @@ print(f"gradients: x {x.grad.shape}, W1 {W1.grad.shape}, W2 {W2.grad.shape}")
 
 # %% [markdown]
 # The output and the three gradients equal tinylora's in every entry, because both make
-# the same products in the same order. Central differences agree to a relative error of
-# 1e-7.
+# the same products in the same order. Central differences,
+# $(L(+ε) - L(-ε))/2ε$ along a random direction, agree to a relative error of 1e-7.
 
 # %% tags=["hide-input"]
 # Checks: output and gradients against tinylora's, and against central differences.
@@ -183,8 +185,8 @@ def doublings(n, walk):
     """The gradients of all values, the first one's first, and the number of pullbacks called."""
     values, calls = [Value(1.0, wanted=True)], []
     for _ in range(n):
-        pair = (values[-1], lambda g: calls.append(1) or g)  # the pullback of a sum is g itself; the call is counted
-        values.append(Value(2 * values[-1].data, pair, pair))
+        pair = (values[-1], lambda g: calls.append(1) or g)  # counts the call (append gives None), then returns g
+        values.append(Value(2 * values[-1].data, pair, pair))  # a + a: the same parent twice
     walk(values[-1], 1.0)
     return [v.grad for v in values], len(calls)
 
@@ -206,7 +208,7 @@ def overwrite(y, g):
 # %% [markdown]
 # **Accumulate, and go on at once.** The second walk adds, and at once passes the sum
 # on, although more may still come. The first contribution is then passed on twice:
-# alone, and again as a part of the sum.
+# alone, and as a part of the sum.
 
 
 # %%
@@ -262,9 +264,9 @@ except RecursionError:
 # twice, and the second visit passes the sum 2 on twice. One path at a time gives 4, but
 # ten doublings take 2,046 pullbacks, where 20 are enough.
 #
-# So there are two rules. Accumulate. Visit a value only after everything that used it.
-# The age is one way to follow the second rule, and exercise 1 finds another. Besides, a
-# loop cannot hit Python's recursion limit.
+# So there are two rules: accumulate, and visit a value only after everything that used
+# it. The age is one way to follow the second rule; exercise 1 finds another. A loop
+# also cannot hit Python's recursion limit.
 
 # %% tags=["hide-input"]
 # Draws: the gradients that the four walks give, and the pullbacks that they call.
@@ -283,16 +285,19 @@ def held(y):
     arrays, waiting, seen = {}, [y], set()
     while waiting:
         y = waiting.pop()
-        for x, pull in y.parents if y not in seen else ():
-            cells = [c.cell_contents for c in pull.__closure__ or ()]
-            arrays |= {id(a): a.nbytes for a in cells if isinstance(a, np.ndarray)}
-            waiting.append(x)
+        if y in seen:
+            continue
         seen.add(y)
+        for x, pull in y.parents:
+            captured = [cell.cell_contents for cell in pull.__closure__ or ()]  # None if it captured nothing
+            arrays |= {id(a): a.nbytes for a in captured if isinstance(a, np.ndarray)}
+            waiting.append(x)
     return sum(arrays.values())
 
 
 # %% [markdown]
-# What is held depends on which gradients are wanted. For the network of section 2:
+# What is held depends on which gradients are wanted. For the network of section 2, with
+# 8 bytes for a number and 1 for an entry of the mask:
 #
 # | gradients wanted | captured | bytes |
 # |---|---|---|
@@ -302,7 +307,7 @@ def held(y):
 # | $x$ | the mask, $W_1$, $W_2$ | 714 |
 #
 # The gradient of a weight needs the layer's input. The gradient of the input needs the
-# weight. If $W_2$ alone is trained, nothing is kept below $W_2$. tinylora's
+# weight. If only $W_2$ is trained, nothing is kept of what came before. tinylora's
 # `tl.tape_bytes` finds the same four numbers.
 
 # %% tags=["hide-input"]
@@ -324,15 +329,13 @@ assert table[0, 0, 1] == 8 * 42 and table[1, 0, 0] == sizes[1] + sizes[2] + 42
 #
 # - **Rows and columns.** The LoRA paper writes tokens as columns, $h = W_0x$. tinylora,
 #   PEFT and torch write tokens as rows, $y = xW^{\top}$. $W$ is (out × in) in both.
-# - **The order.** micrograd sorts the graph before it walks. The sort is a recursion,
-#   which fails on a deep graph. tinylora visits the youngest operation first.
-# - **What is left out here.** tinylora also undoes broadcasting, and releases each
-#   pullback after its use.
+# - **The order.** micrograd, a well-known small autograd, sorts the graph first. The
+#   sort is a recursion, which fails on a deep graph. tinylora visits the youngest first.
+# - **Left out here.** tinylora also undoes broadcasting, and releases used pullbacks.
 #
 # ## Exercises
 #
-# For grading only the setup cell and the exercise cells are run. Put helpers inside the
-# exercise's cell.
+# Grading runs only the setup and the exercises' cells: put helpers there.
 #
 # ### 02-1 Repair a backward that counts twice
 #
@@ -343,6 +346,8 @@ assert table[0, 0, 1] == 8 * 42 and table[1, 0, 0] == sizes[1] + sizes[2] + 42
 #         for x, pull in y.parents:
 #             total[x] = total.get(x, 0.0) + pull(total[y])
 #             visit(x, total)
+#
+#     total = {root: g}; visit(root, total)
 #
 # Given:
 #

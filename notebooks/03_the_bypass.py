@@ -16,19 +16,19 @@
 #
 # **You will be able to**
 #
-# - derive the gradients of $A$ and $B$ without the gradient of the dense weight;
+# - derive the gradients of $A$ and $B$ without that of the dense weight;
 # - explain why exactly one of the two starts at 0;
-# - count what LoRA saves in memory and in work, and what it does not.
+# - count what LoRA saves in memory and in work.
 #
 # **Needs:** pullbacks and the tape ([02](02_a_small_autograd.ipynb), sections 1 and 4);
-# that Adam keeps two moments for each weight.
+# Adam's two moments for each number (01's "running averages").
 #
 # **Hours:** 2 (1 to read and run, 1 for the exercises).
 #
 # **Papers:** LoRA (arXiv 2106.09685) §2, equations 1 and 2, and §4.1, equation 3; "LoRA
-# Without Regret" (Thinking Machines Lab 2025) on FLOPs. Settled: whether A and B are
-# swapped (LoRA issues 42, 98, 121, 142, peft 983; section 4), and why LoRA is not
-# faster (LoRA 24, peft 2063, bitsandbytes 605; section 6).
+# Without Regret" (2025) on FLOPs. Settled: whether A and B are swapped (LoRA issues 42,
+# 98, 121, 142, peft 983; section 4), and why LoRA is not faster (LoRA 24, peft 2063,
+# bitsandbytes 605; section 6).
 #
 # Folded cells measure, check or draw. Click ••• to open one.
 
@@ -56,16 +56,16 @@ def normal(*shape):
 # %% [markdown]
 # ## 1 · What LoRA trains
 #
-# Full fine-tuning starts at the pretrained weights $Φ_0$ and moves all of them
-# (equation 1). LoRA trains far fewer parameters $Θ$, which encode an update $ΔΦ$
-# (equation 2):
+# The data are pairs of a prompt $x$ and a target $y$ with the tokens $y_t$. Full
+# fine-tuning starts at the pretrained weights $Φ_0$ and moves all of them (equation 1).
+# LoRA trains far fewer parameters $Θ$, which encode an update $ΔΦ$ (equation 2):
 #
 # $$\max_Φ\sum_{(x,y)}\sum_t\log P_Φ(y_t\mid x,y_{<t})\quad(1)\qquad
-# \max_Θ\sum_{(x,y)}\sum_t\log p_{Φ_0+ΔΦ(Θ)}(y_t\mid x,y_{<t})\quad(2)$$
+# \max_Θ\sum_{(x,y)}\sum_t\log P_{Φ_0+ΔΦ(Θ)}(y_t\mid x,y_{<t})\quad(2)$$
 #
-# Both sums are over the targets $y$. The tokens of the prompt $x$ are read, not
-# learned; in code a mask leaves them out. The paper says that $|Θ|$ can be 0.01 % of
-# $|Φ_0|$. This is rank $r=4$ on the query and value matrices of GPT-3.
+# The tokens of the prompt are read, not learned; in code a mask leaves them out. The
+# paper says that $|Θ|$, the count of parameters, can be 0.01 % of $|Φ_0|$. This is rank
+# $r=4$ on the query and value matrices of GPT-3.
 
 # %% tags=["hide-input"]
 # Checks: the masked sum by hand, and the share of parameters on GPT-3 (96 layers of width 12,288).
@@ -83,7 +83,7 @@ for r in (4, 1):
 # ## 2 · The bypass and its gradients
 #
 # $Θ$ consists of two matrices, $A$ ($r$ × in) and $B$ (out × $r$), for each adapted
-# weight $W_0$ (out × in). The scale $s$ is in the text below the paper's equation 3:
+# weight $W_0$ (out × in):
 #
 # $$h=W_0x+s\,BA\,x,\qquad s=\frac{α}{r},\qquad r≪\min(\text{in},\text{out}).$$
 #
@@ -96,7 +96,8 @@ def bypass(x, W0, A, B, s):
 
 
 # %% [markdown]
-# $W_0$ is frozen, so the backward pass computes three gradients.
+# $W_0$ is frozen, so the backward pass computes three gradients. `flops.counting`
+# records the shapes of all matrix products that are made.
 
 # %%
 d_in, d_out, r, tokens, s = 48, 40, 4, 9, 4.0
@@ -108,14 +109,15 @@ with flops.counting() as count:
 print("products:", *(f"{p.left}·{p.right}" for p in count.products))
 
 # %% [markdown]
-# Full fine-tuning would need the dense gradient $G=g^{\top}x$ (out × in). In terms of
-# $G$,
+# Full fine-tuning would need the dense gradient $G=g^{\top}x$ (out × in). The bypass acts
+# like the dense weight $W_0+sBA$. A small change of $A$ and $B$ changes that weight by
+# $s(B\,dA+dB\,A)$ and the loss by $\langle G,s(B\,dA+dB\,A)\rangle$. So
 #
 # $$\bar A=s\,B^{\top}G,\qquad\bar B=s\,G\,A^{\top}.$$
 #
-# None of the eight products above has the shape of $G$. The autograd computes
-# $B^{\top} (g^{\top}x)$ in the other order, as $(gB)^{\top}x$, where $gB$ is only
-# (tokens × $r$). With $u=gB$ the gradients are
+# But none of the eight products printed above results in the shape of $G$. The autograd
+# computes $B^{\top} (g^{\top}x)$ in the other order, as $(gB)^{\top}x$, where $gB$ is
+# only (tokens × $r$). With $u=gB$ the gradients are
 #
 # $$\bar A=s\,u^{\top}x,\qquad\bar B=s\,g^{\top}(xA^{\top}),\qquad\bar x=g\,W_0+s\,u\,A.$$
 
@@ -147,9 +149,9 @@ assert layer.base_layer.weight.grad is None
 # ## 3 · Why B starts at 0
 #
 # "We use a random Gaussian initialization for A and zero for B, so ΔW = BA is zero at
-# the beginning of training" (§4.1). The output is then the base's bit for bit, since
-# zeros are added. $\bar A=s\,B^{\top}G$ is 0, so the first step moves only $B$. The
-# four possible starts:
+# the beginning of training" (§4.1). With $B=0$ the output is that of the base $W_0$, bit
+# for bit. $\bar A=s\,B^{\top}G$ is 0, so the first step moves only $B$. The four possible
+# starts:
 
 # %%
 for kind_a, kind_b in itertools.product(("random", "0"), repeat=2):
@@ -163,8 +165,8 @@ for kind_a, kind_b in itertools.product(("random", "0"), repeat=2):
     print(f"  gradient of A {'≠' if A.grad.any() else '='} 0, of B {'≠' if B.grad.any() else '='} 0")
 
 # %% [markdown]
-# Either factor may be the zero one. With both at 0 neither ever has a gradient, and the
-# layer never learns. With both random the model changes before the first step.
+# Either factor may be 0. With both at 0 neither ever gets a gradient. With both random
+# the output changes before the first step.
 #
 # ## 4 · Are A and B swapped?
 #
@@ -173,13 +175,12 @@ for kind_a, kind_b in itertools.product(("random", "0"), repeat=2):
 # - **$A$ acts first and is written last:** $BAx=B(Ax)$. $A$ reads the input, $B$ writes
 #   the output.
 # - **QLoRA writes rows:** $Y=XW+s\,XL_1L_2$ (its equation 3), with $L_1=A^{\top}$ and
-#   $L_2=B^{\top}$. There the first factor is written first.
-# - **loralib's comments disagree with its code:** on the linear layer in the
-#   repository, on the embedding in 0.1.2. Its linear layer draws $A$ and zeroes $B$, as
-#   the paper says. The draw is uniform on $±1/\sqrt{\text{in}}$, not Gaussian. PEFT
-#   does the same by default.
-# - **The embedding of loralib and PEFT is reversed:** $A$ is 0 and $B$ is normal. The
-#   first step there moves $A$ alone.
+#   $L_2=B^{\top}$. The first factor is written first.
+# - **A comment in loralib, the authors' code, disagrees with the code:** in the
+#   repository on the linear layer, in release 0.1.2 on the embedding. The linear layer
+#   draws $A$ and zeroes $B$, as the paper says. The draw is uniform between
+#   $±1/\sqrt{\text{in}}$, not Gaussian. PEFT, Hugging Face's library, does so by default.
+# - **The embedding of loralib and PEFT is reversed:** $A$ is 0 and $B$ is normal.
 
 # %% tags=["hide-input"]
 # Checks: the distribution of A, the first step of two embeddings, rows against columns.
@@ -200,9 +201,9 @@ assert np.abs(rows - columns.T).max() < 1e-12
 # %% [markdown]
 # ## 5 · What is saved in memory
 #
-# Take $T$ tokens, in = out = $N$, float32, and an $x$ that needs a gradient. A
-# step holds three things beside the weights: the tape, the gradients, and the two
-# moments of Adam.
+# Take $T$ tokens, in = out = $N$, float32, and an $x$ that needs a gradient. Beside the
+# weights, which `exclude` leaves out, a step holds the tape, the gradients, and Adam's
+# two moments.
 
 
 # %%
@@ -217,16 +218,17 @@ def in_memory(layer):
 
 
 # %% [markdown]
-# The pullback of $\bar W$ keeps $x$. The pullback of $\bar A$ keeps the same $x$, and
-# that of $\bar B$ keeps $xA^{\top}$. A frozen weight without a bypass keeps nothing.
+# To compute $\bar W$, $x$ is kept. To compute $\bar A$ the same $x$ is kept, and for
+# $\bar B$ also $xA^{\top}$. If only $B$ is trained, $x$ is not needed. A frozen layer
+# keeps nothing. A trained number takes 4 bytes for its gradient and 8 for its moments.
 
 # %%
 N, T, r = 256, 64, 8
-layers = {"full": Linear(N, N), "no bypass": Linear(N, N).requires_grad_(False)}
-layers |= {name: tl.LoRALinear(Linear(N, N), r=r) for name in ("LoRA", "A frozen")}
-layers["A frozen"].lora_A.requires_grad_(False)
-formula = {"full": (4 * T * N, 12 * N**2), "no bypass": (0, 0)}
-formula |= {"LoRA": (4 * T * (N + r), 24 * N * r), "A frozen": (4 * T * r, 12 * N * r)}
+layers = {"full": Linear(N, N), "frozen": Linear(N, N).requires_grad_(False)}
+layers |= {name: tl.LoRALinear(Linear(N, N), r=r) for name in ("LoRA", "only B")}
+layers["only B"].lora_A.requires_grad_(False)
+formula = {"full": (4 * T * N, 12 * N**2), "frozen": (0, 0)}
+formula |= {"LoRA": (4 * T * (N + r), 24 * N * r), "only B": (4 * T * r, 12 * N * r)}
 bytes_of = {name: in_memory(layer) for name, layer in layers.items()}
 assert bytes_of == formula
 for name, (tape, rest) in bytes_of.items():
@@ -234,9 +236,8 @@ for name, (tape, rest) in bytes_of.items():
 
 # %% [markdown]
 # So an adapted layer holds a *larger* tape than a trained one, by the factor $1+r/N$.
-# What shrinks is the gradient and the moments, from $12N^2$ to $24Nr$ bytes.
-#
-# The same for a whole network, the base model that ships with tinylora:
+# Gradients and moments shrink from $12N^2$ to $24Nr$ bytes. Now the whole base model of
+# notebook 01:
 
 # %% tags=["hide-input"]
 # Measures: tape, states and multiply-adds of one step of the base model (2 million weights, 2 × 256 bytes of text).
@@ -255,13 +256,19 @@ for name, targets in ways.items():
     print(f"{name:16} tape {tape[name] / 1e6:5.2f} MB ({tape[name] / tape['full']:6.1%})   ", end="")
     print(f"gradients and Adam {3 * trained[name] / 1e6:5.2f} MB ({trained[name] / trained['full']:.1%})")
 assert [f"{tape[n] / tape['full']:.1%}" for n in ways] == ["100.0%", "99.5%", "77.0%"]
+# why 99.5 %: LoRA freezes the first norm and the embedding, which is the output layer too
+model = tl.Llama.from_pretrained("base")
+for path in ("model.embed_tokens", "model.layers.0.input_layernorm"):
+    model.get(path).requires_grad_(False)
+loss = ops.softmax_cross_entropy(model(text[:, :-1]), text[:, 1:])
+assert tl.tape_bytes(loss, exclude=model.parameters()) + 35 * 4 * 512 * 8 == tape["LoRA on all 35"]  # + 35 of xAᵀ
 assert [f"{trained[n] / trained['full']:.1%}" for n in ways] == ["100.0%", "6.7%", "1.3%"]
 
 # %% [markdown]
-# With a bypass on all 35 layers the tape is 99.5 % of full fine-tuning's, and the
-# gradients and moments are 6.7 %. With a bypass on query and value only, the tape is
-# 77.0 %. So LoRA saves what belongs to the weights. What belongs to the tokens can be
-# saved by checkpointing (`tl.checkpoint`).
+# With a bypass on all 35 matrices, gradients and moments are 6.7 % of full
+# fine-tuning's, but the tape is 99.5 %. (It is below 100 % because the frozen output
+# layer and first norm keep nothing.) With a bypass on query and value only, the tape is
+# 77.0 %. LoRA saves what belongs to the weights, hardly what belongs to the tokens.
 #
 # ## 6 · Why isn't LoRA faster?
 #
@@ -272,9 +279,8 @@ assert [f"{trained[n] / trained['full']:.1%}" for n in ways] == ["100.0%", "6.7%
 # | full | $N^2$ | $N^2$ | $N^2$ | $3N^2$ |
 # | LoRA | $N^2+2Nr$ | $N^2+2Nr$ | $2Nr$ | $2N^2+6Nr$ |
 #
-# Only the product for $\bar W$ is saved, at most a third of the work. $W_0x$ must still
-# be computed, and the gradient must still pass through $W_0$ to the layers below.
-# `flops.counting()` watches the products that are really made:
+# Only the product for $\bar W$ is saved, at most a third of the work. $W_0x$ is still
+# computed, and the gradient still passes back through $W_0$. Counted:
 
 
 # %%
@@ -303,12 +309,12 @@ assert [f"{adds[n] / adds['full']:.3f}" for n in ways] == ["1.000", "0.757", "0.
 
 # %% [markdown]
 # The two are equal at $r=N/6$. For ranks 16 to 256 at $N=4096$ the ratio is 0.67 to 0.79.
-# On the base model a step takes 0.757 of the multiply-adds with a bypass on all layers,
-# and 0.706 with one on query and value.
+# On the base model it is 0.757 with a bypass on all matrices, and 0.706 with one on
+# query and value.
 #
-# A count is not yet a time. LoRA makes eight products where full fine-tuning makes
-# three, and six of the eight do little work on much data. Suppose that every product
-# reads its operands once and writes its result once:
+# A count is not a time. LoRA makes eight products where full fine-tuning makes three,
+# and six of the eight do little work on much data. Suppose that every product reads its
+# two factors once and writes its result once:
 
 
 # %%
@@ -352,10 +358,13 @@ print(f"4-bit base: dequantized {stored.times} times in one forward and one back
 assert stored.times == 2
 
 # %% [markdown]
-# LoRA makes two thirds of the multiply-adds and moves four thirds of the numbers. A
-# small product makes 8 multiply-adds for each number that it moves, a large one 341.
-# Where memory is the limit, the small products cost far more than their share. A 4-bit
-# base is moreover dequantized twice a step, once forward and once for $\bar x$.
+# At $T=N=1024$ and $r=8$ LoRA makes 0.68 of the multiply-adds and moves 1.34 times the
+# numbers. A small product makes 8 multiply-adds for each number that it moves, a large
+# one 341. Where moving is the limit, the small products cost far more than their share.
+# A 4-bit base is also dequantized twice a step: forward, and for $\bar x$.
+#
+# In the figure, the squares are a first layer, whose $\bar x$ nobody needs. m and v are
+# Adam's moments.
 
 # %% tags=["hide-input"]
 # Draws: multiply-adds against the rank, counted (marks) and by formula (lines); the bytes of one step.
@@ -364,15 +373,15 @@ bypass_costs()
 # %% [markdown]
 # ## Where paper and code differ
 #
-# - **A is not Gaussian in the authors' code.** Its variance is 1/(3 in), and its
-#   kurtosis 1.8 instead of 3. PEFT and tinylora have `init="gaussian"` as well.
-# - **Equation 3 has no scale.** QLoRA's equation 3 has the $s$, its equation 5 leaves
-#   it out. Its code has α = 16 and r = 64, so $s=0.25$.
+# - **A is not Gaussian in the authors' code.** Uniform as it is, its variance is
+#   1/(3 in). PEFT and tinylora have `init="gaussian"` as well.
+# - **LoRA's equation 3 has no $s$**; the text below it does. QLoRA's equation 3 has it,
+#   and its equation 5 does not. QLoRA's code has α = 16 and r = 64, so $s=0.25$.
 # - **"25 % speedup"** (LoRA §4.2, footnote 5: 32.5 against 43.1 tokens a second) is
 #   24.6 % less time, or 32.6 % more tokens a second. The count allows at most 33.3 %
 #   less time.
-# - **Memory.** §4.2 explains the saving by the optimizer states, rightly. The tape
-#   grows, here by r/N = 3.1 %.
+# - **Memory.** §4.2 rightly explains the saving by the optimizer states. The tape of a
+#   layer grows, here by r/N = 3.1 %.
 
 # %% tags=["hide-input"]
 # Checks: the numbers of the list.
@@ -387,13 +396,11 @@ assert abs((gaussian**4).mean() / (gaussian**2).mean() ** 2 - 3) < 0.15
 # %% [markdown]
 # ## Exercises
 #
-# For grading only the setup cell and the exercise cells are run. Put helpers inside the
-# exercise's cell.
+# Grading runs only the setup and the exercises' cells: put helpers there.
 #
 # ### 03-1 The bypass as one operation
 #
-# Write the pullbacks of $h=xW_0^{\top}+s\,(xA^{\top})B^{\top}$ in one function, which
-# can share work between them.
+# Write the pullbacks of $h=xW_0^{\top}+s\,(xA^{\top})B^{\top}$ in one function.
 #
 # Given, all float64:
 #
@@ -423,9 +430,9 @@ _ = grade("03-1", exercise_1)
 # %% [markdown]
 # ### 03-2 Predict the work of a step
 #
-# A network has two layers: `x → linear → max(·, 0) → linear`. Its input needs no
-# gradient. A pullback whose result nobody needs is not called. Who needs what depends
-# on what is trained below.
+# A network has two layers without bias: `x → linear → max(·, 0) → linear`. Its input
+# needs no gradient. A gradient that nobody needs is not computed. Whether one is needed
+# depends on what is trained before it.
 #
 # Given:
 #
@@ -438,7 +445,7 @@ _ = grade("03-1", exercise_1)
 # an int.
 #
 # Checked: all eight pairs, at small random sizes against `flops.counting()`, and at
-# sizes above a million, where no network can be built.
+# sizes above a million.
 #
 # Hint: where is $\bar x$ needed?
 
@@ -463,9 +470,9 @@ _ = grade("03-2", exercise_2)
 # %% [markdown]
 # ## Summary
 #
-# - The gradients of $A$ and $B$ are $G$ times the other factor, and the backward pass
-#   never forms $G$. With $B=0$ the output is the base's bit for bit, and only $B$
-#   moves: `tinylora/lora.py`, `tests/test_lora.py`.
+# - The gradients of $A$ and $B$ are $s\,G$ times the other factor, and the backward pass
+#   never forms $G$. With $B=0$ the output is the base's, and only $B$ moves:
+#   `tinylora/lora.py`, `tests/test_lora.py`.
 # - LoRA saves the gradients and Adam's moments, $12N^2$ bytes that become $24Nr$. It
 #   does not save the tape: `tinylora/tape.py`, `tests/test_tensor.py`.
 # - LoRA saves at most a third of the multiply-adds, and moves more numbers:

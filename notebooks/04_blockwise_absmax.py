@@ -41,9 +41,9 @@ from tinylora.numerics import optimality
 # = \mathrm{round}(c\,X)\quad(1)\qquad \hat X = X^{\mathrm{Int8}} / c\quad(2)$$
 #
 # absmax(X) is the largest magnitude in $X$, and $c$ is the *quantization constant*.
-# Rounding moves $cX$ by at most ½, so it moves a weight by at most absmax/254. The
-# weights here are drawn from N(0, 1). Their standard deviation σ is 1, and squared errors
-# are given in σ².
+# Rounding moves $cX$ by at most ½, so it moves a weight by at most $½/c$ = absmax/254.
+# The weights here are drawn from N(0, 1). Their standard deviation σ is 1, and squared
+# errors are given in σ².
 
 # %%
 W = np.random.default_rng(0).standard_normal((96, 200)).astype(np.float32)
@@ -60,18 +60,19 @@ assert np.abs(back - W).max() <= m / 254 * (1 + 1e-6)
 #
 # A *code* is any list of up to 16 numbers in [−1, 1]. To quantize, store the index of the
 # code value nearest to $w/\mathrm{absmax}$. To dequantize, multiply that value by absmax.
-# The integers are the code $i/7$. Another code is NF4, which
+# The integers are the code $i/7$, called Int4 here. Another code is NF4, which
 # [notebook 05](05_building_nf4.ipynb) builds.
 
 # %%
 nf4, int4 = codebooks.nf4(), np.arange(-7, 8) / 7
 index = {}
 for name, code in (("nf4", nf4), ("int4", int4)):
-    index[name] = np.abs(W[..., None] / m - code).argmin(axis=-1)
+    distance = np.abs(W[..., None] / m - code)  # of each weight to each code value: (96, 200, 16 or 15)
+    index[name] = distance.argmin(axis=-1)
     assert (index[name] == tl.quantize(W, name, blocksize=None).indices()).all()
 
 # %% tags=["hide-input"]
-# Measures: the squared error of the three codes with one absmax
+# Measures: the squared error of Int8, Int4 and NF4 with one absmax
 mse = {}
 for name, w_hat in (("Int8", back), ("Int4", int4[index["int4"]] * m), ("NF4", nf4[index["nf4"]] * m)):
     mse[name] = np.square(w_hat - W).mean()
@@ -83,14 +84,16 @@ assert mse["Int8"] < 1e-4 < 0.012 < mse["NF4"] < 0.014 < 0.025 < mse["Int4"] < 0
 # ## 2 · One absmax for each block of 64
 #
 # QLoRA flattens the tensor row by row and cuts it into contiguous *blocks* of $B$
-# weights. Block $b$ has its own absmax $m_b$. The rows here have 200 weights, so a block
-# may run from one row into the next.
+# weights. (In this notebook $B$ is this number, as in the paper, not LoRA's matrix.)
+# Block $b$ has its own absmax $m_b$. The rows here have 200 weights, so a block may run
+# from one row into the next.
 #
-# The cell quantizes $W$ by hand, with the rounding of bitsandbytes:
+# The cell quantizes $W$ by hand, with the rounding of bitsandbytes, the library of
+# QLoRA's authors:
 #
-# - A block is multiplied by the float32 reciprocal of $m_b$.
-# - The index of the nearest value is the number of midpoints below $x$. A tie goes to the
-#   lower value.
+# - A block is multiplied by the float32 reciprocal of $m_b$. The products are called $x$.
+# - Between each two neighbouring code values lies a midpoint. The index of the value
+#   nearest to $x$ is the number of midpoints below $x$. A tie goes to the lower value.
 # - Two indices share a byte. The even element is in the high half.
 
 # %%
@@ -98,8 +101,8 @@ middle = (nf4[:-1] + nf4[1:]) / np.float32(2)
 blocks = W.reshape(-1, 64)  # row-major
 absmax = np.abs(blocks).max(axis=1)
 x = blocks * (np.float32(1) / absmax)[:, None]
-q_i = np.searchsorted(middle, x).astype(np.uint8).reshape(-1)
-packed = q_i[0::2] << 4 | q_i[1::2]
+q_i = np.searchsorted(middle, x).astype(np.uint8).reshape(-1)  # how many midpoints are below
+packed = (q_i[0::2] << 4) | q_i[1::2]
 
 q = tl.quantize(W)  # NF4 in blocks of 64
 assert packed.tobytes() == q.packed.tobytes() and absmax.tobytes() == q.absmax.tobytes()
@@ -116,20 +119,21 @@ assert w_hat.tobytes() == q.dequantize().tobytes()
 assert 0.0083 < in_blocks < 0.0087 and round(mse["NF4"] / in_blocks, 1) == 1.5
 
 # %% [markdown]
-# All weights here have one scale. Even so, the squared error of one absmax for the tensor
-# is 1.5 times that of blocks. At equal bits, a quantizer fitted to such a tensor errs
-# less than blocks ([notebook 22](22_what_blocks_buy.ipynb)).
+# All weights here have the same σ. Even so, the squared error of one absmax for the
+# tensor is 1.5 times that of blocks. But blocks take more bits (section 5). At equal
+# bits, a code of more values that is fitted to such a tensor errs less than blocks
+# ([notebook 22](22_what_blocks_buy.ipynb)).
 #
 # ## 3 · Can 4-bit weights be dequantized on a CPU?
 #
-# **Yes, and bit for bit.** bitsandbytes issues 1311 and 1551 ask this. Issue 1311
-# reports an AssertionError with version 0.43.3 on a CPU; version 0.50.2 dequantizes
-# there. The way back is one float32 product for each weight, and a CPU rounds a product
-# as a GPU does.
+# **Yes, and bit for bit.** The way back is one float32 product for each weight, and a
+# CPU rounds a product as a GPU does. bitsandbytes issues 1311 and 1551 ask this. Issue
+# 1311 reports an AssertionError with version 0.43.3 on a CPU; version 0.50.2 dequantizes
+# there.
 #
 # Below are two blocks of 32 normal weights. bitsandbytes 0.50.2 quantized them to NF4 on
-# an NVIDIA H200, and dequantized them there to float32 and to bfloat16. Everything is
-# written as hexadecimal bits.
+# an NVIDIA H200, and dequantized them there to float32 and to bfloat16. The next cell
+# only holds the recorded bits, in hexadecimal. The cell after it computes them again.
 
 # %%
 gpu_packed = "51c7c86e8a76327a82565204893564897b7485a6ad45e609d7596b6e69ab3665"
@@ -151,23 +155,24 @@ gpu_bfloat16 = """
 
 # %% [markdown]
 # Each 4-bit index is one hexadecimal digit. A bfloat16 is the upper half of a float32,
-# rounded to nearest with ties to even.
+# rounded to nearest with ties to even. To round a whole number so, add 0x7FFF, and 1 more
+# if the upper half is odd; then drop the lower half.
 
 # %%
 digits = [int(digit, 16) for digit in gpu_packed]
 m_b = np.array([int(word, 16) for word in gpu_absmax.split()], np.uint32).view(np.float32)
 on_cpu = (nf4[digits].reshape(2, 32) * m_b[:, None]).reshape(-1)  # the whole dequantization
 bits = on_cpu.view(np.uint32)
-bfloat16 = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+bfloat16 = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
 assert [f"{word:08x}" for word in bits] == gpu_float32.split()
 assert [f"{word:04x}" for word in bfloat16] == gpu_bfloat16.split()
 print(f"{len(bits)} weights equal in float32 and in bfloat16, the first: {on_cpu[:4]}")
 
 # %% [markdown]
-# `test_the_gpu_rule_is_what_a_gpu_wrote` in `tests/test_rounding.py` holds this for every
-# case that was recorded on that GPU. The GPU writes 0 where the magnitude of a product is
-# below 1.2 · 10⁻³⁸. Scales that are double-quantized must be restored first
-# ([notebook 06](06_double_quantization.ipynb)).
+# `test_the_gpu_rule_is_what_a_gpu_wrote` in `tests/test_rounding.py` holds this for
+# every case that was recorded on that GPU. There is one exception: the GPU writes 0
+# where the magnitude of a product is below 1.2 · 10⁻³⁸. Scales that are
+# double-quantized must be restored first ([notebook 06](06_double_quantization.ipynb)).
 #
 # ## 4 · What an outlier does
 #
@@ -180,6 +185,7 @@ hurt[1, 7] = 50  # element 207 of the flattened tensor; block 3 holds elements 1
 
 
 def block_errors(w, blocksize):
+    """The mean squared error of each run of 64 weights."""
     return np.square(tl.quantize(w, "nf4", blocksize).dequantize() - w).reshape(-1, 64).mean(axis=1)
 
 
@@ -203,10 +209,10 @@ assert (before == after)[others].all()  # with blocks, the errors of the others 
 one_outlier(W)
 
 # %% [markdown]
-# ## 5 · What the constants cost
+# ## 5 · What the scales cost
 #
-# $n$ weights in blocks of $B$ take $\lceil n/2\rceil$ bytes and $\lceil n/B\rceil$
-# float32 numbers:
+# $n$ weights in blocks of $B$ take $\lceil n/2\rceil$ bytes for the indices, and
+# $\lceil n/B\rceil$ float32 numbers for the absmax of each block:
 #
 # $$\text{bits per weight} = \frac{8\lceil n/2\rceil + 32\lceil n/B\rceil}{n}
 # = 4 + \frac{32}{64} = 4.5 \text{ for whole blocks of 64.}$$
@@ -225,9 +231,13 @@ assert held[96, 200] == held[1024, 1024] == 4.5 and held[5, 133] == 8 * (333 + 4
 # %% [markdown]
 # ## 6 · The law of the block's maximum
 #
-# Let $M$ be the largest of $I$ independent magnitudes of normal weights. ($I$ is the
-# block size, in the letter of the BOF4 paper and of `tinylora.numerics.optimality`.) $M$
-# is at most $m$ if each of them is. So its distribution function and its mean are
+# How large is the absmax of a block? The next notebook needs the answer, because NF4 is
+# used on weights that were divided by it.
+#
+# Let $M$ be the largest of $I$ independent magnitudes of N(0, 1) weights. ($I$ is the
+# block size in `tinylora.numerics.optimality`.) $M$ is at most $m$ if each of them is,
+# and each is with probability $2Φ(m)-1$. So the distribution function of $M$, and its
+# mean, since $M$ is not negative, are
 #
 # $$F_M(m) = (2Φ(m) − 1)^I,\qquad E[M] = \int_0^\infty (1 − F_M(m))\,dm.$$
 
@@ -251,23 +261,25 @@ assert abs(M.mean() - mean[64]) < 4 * M.std() / np.sqrt(len(M)) and abs(M.std() 
 block_maximum()
 
 # %% [markdown]
-# The mean grows with the block. At 64 the standard deviation of $M$ is 16 % of its mean,
-# although σ is the same in all blocks.
+# The mean grows with the block. For 64 weights it is 2.6 σ. There the standard deviation
+# of $M$ is 16 % of its mean, although σ is the same in all blocks: absmax is a noisy
+# measure of the scale.
 #
 # ## Where paper and code differ
 #
-# - **Equation 2 divides by $c$; the code multiplies a code value by absmax.** In float32
-#   22 % of the values differ, in their last bits.
-# - **QLoRA counts $(b\cdot h)/B$ blocks for $b\cdot h$ weights; the code rounds up.** 5 ×
-#   133 weights in blocks of 64 have 10.39 blocks, stored as 11.
+# - **Equation 2 divides by $c$; the code multiplies a code value by absmax.** In
+#   float32 22 % of the values differ, in their last bits.
+# - **QLoRA counts $(b\cdot h)/B$ blocks for $b\cdot h$ weights; the code rounds up.** 5
+#   × 133 weights in blocks of 64 have 10.39 blocks, stored as 11.
 # - **bitsandbytes has another rule for a partial last block** (on a CPU). There it
-#   divides by absmax instead of multiplying by the reciprocal. On $W$ the two rules agree
-#   everywhere. They disagree on 13 % of weights that are put on a boundary, up to a
-#   rounding: such a weight gets one index in a whole block and another in a partial one.
+#   divides by absmax instead of multiplying by the reciprocal. On $W$ both rules give
+#   the same indices. On weights that lie on a midpoint, up to a rounding, 13 % of the
+#   indices differ.
 # - **A block of zeros** stores the absmax 0 if it is whole, and $10^{-38}$ if it is
 #   partial.
 # - **QLoRA §3 calls the division by absmax equivalent to rescaling σ.** It would be if
-#   $M$ were a constant. [Notebook 22](22_what_blocks_buy.ipynb) measures the difference.
+#   $M$ were the same in all blocks. [Notebook 22](22_what_blocks_buy.ipynb) measures
+#   the difference.
 
 # %% tags=["hide-input"]
 # Checks: equation 2 against the code; 11 blocks; what a block of zeros stores
@@ -297,11 +309,11 @@ assert (whole, partial) == (product[i, j], quotient[i, j]) and whole != partial
 # %% [markdown]
 # ## Exercises
 #
-# Grading runs only the setup cell and the exercise cells: put helpers inside the latter.
+# Grading runs only the setup and the exercises' cells: put helpers there.
 #
 # ### 04-1 Coming back from 4 bits
 #
-# Dequantize, for any block size and any shape.
+# Dequantize, for any block size and any shape. Given:
 #
 # - `packed`: uint8, (⌈n/2⌉,), packed as in section 2; if n is odd, the last low half is a
 #   filler
@@ -310,8 +322,10 @@ assert (whole, partial) == (product[i, j], quotient[i, j]) and whole != partial
 # - `blocksize`: a whole number from 1 on, possibly odd or larger than n
 # - `shape`: that of the weight, with n elements
 #
-# Return the weight, float32, of that shape. Checked: every value equals the library's.
-# Hint: a block may end inside a byte, so unpack first.
+# Return the weight, float32, of that shape.
+#
+# Checked: every value equals the library's. Hint: a block may end inside a byte, so
+# unpack first.
 
 
 # %% tags=["exercise"]
@@ -332,16 +346,18 @@ _ = grade("04-1", exercise_1)
 # %% [markdown]
 # ### 04-2 Going to 4 bits
 #
-# Quantize, for any code, block size and shape.
+# Quantize, for any code, block size and shape. Given:
 #
 # - `w`: float32, any shape, n elements
 # - `code` and `blocksize`: as in 04-1
 #
 # Return `(index, absmax)`: whole numbers (n,), in row-major order, and float32
 # (⌈n/blocksize⌉,). An all-zero block has absmax 0 and the index of a value nearest to 0.
-# Checked: absmax equals that of `tl.quantize`; each index belongs to a value as near to
-# $w/m_b$ as the nearest, to $10^{-6}$. Hint: give each element its own divisor, and avoid
-# 0/0.
+# (Do not pack the indices.)
+#
+# Checked: absmax is that of the block; each index belongs to a value whose distance to
+# $w/m_b$ is the smallest, to $10^{-6}$; `w` is not changed. Hint: give each element its
+# own divisor, and avoid 0/0.
 
 
 # %% tags=["exercise"]
@@ -368,6 +384,6 @@ _ = grade("04-2", exercise_2)
 # - A CPU dequantizes what a GPU wrote to the same bits (`tinylora/kernels/rounding.py`,
 #   `tests/test_rounding.py`).
 # - With one absmax an outlier damages the whole tensor; with blocks only its own block.
-# - Blocks of 64 with float32 scales take 4 + 32/64 = 4.5 bits.
+# - Blocks of 64 with float32 scales take 4 + 32/64 = 4.5 bits a weight.
 # - The absmax of 64 normal weights has the mean 2.596 σ and a spread of 16 %
 #   (`tinylora/numerics/optimality.py`, `tests/test_optimality.py`).

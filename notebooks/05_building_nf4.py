@@ -8,7 +8,7 @@
 # **You will be able to**
 #
 # - build NF4 from normal quantiles, so that all 16 bit patterns are the published ones;
-# - say where 0.9677083 comes from, and why equation 4 gives another code;
+# - say where its 0.9677083 comes from, and why equation 4 gives another code;
 # - compute how often each of the 16 values is used.
 #
 # **Needs:** NumPy; the normal distribution function Φ and its inverse Φ⁻¹; that a float32
@@ -17,7 +17,7 @@
 #
 # **Hours:** 2 (1 to read and run, 1 for the exercises).
 #
-# **Papers:** QLoRA §3 (equation 4) and appendix E. Readers' questions settled: equation 4
+# **Papers:** QLoRA §3 (equation 4) and appendix E. Settled: equation 4
 # gives −∞ (qlora issue 94; sections 1, 2); where 0.9677083 comes from (bitsandbytes 440,
 # 938, 968; section 3); NF4 step by step (bitsandbytes 543, 1283; qlora 299; section 4);
 # the exact values (bitsandbytes 1772; sections 4, 5).
@@ -47,8 +47,8 @@ published = np.array([
 # %% [markdown]
 # ## 1 · Equation 4, read literally
 #
-# QLoRA §3 wants a code whose 16 values are used equally often by normal weights. With
-# $Q = Φ^{-1}$ it gives the $2^k$ values of a $k$-bit code as
+# QLoRA §3 wants a code whose 16 values are used equally often by normal weights. With the
+# normal quantile $Q = Φ^{-1}$ it gives the $2^k$ values of a $k$-bit code as
 #
 # $$q_i = \tfrac12\Big(Q\big(\tfrac{i}{2^k+1}\big) + Q\big(\tfrac{i+1}{2^k+1}\big)\Big).\qquad(4)$$
 #
@@ -60,13 +60,13 @@ Q = np.array([-np.inf, *map(Φ_inverse, np.arange(1, 17) / 17)])  # Q(0/17) … 
 q = (Q[:-1] + Q[1:]) / 2
 print(q.round(3))
 assert q[0] == -np.inf and np.isfinite(q[1:]).all() and round(q[15], 3) == 1.376
-assert np.abs(q[1:] + q[:0:-1]).max() < 1e-15 and abs(q[8]) < 1e-15
+assert np.abs(q[1:] + q[:0:-1]).max() < 1e-15 and abs(q[8]) < 1e-15  # symmetric, with a 0
 
 # %% [markdown]
-# The other 15 values are symmetric, run from −1.376 to 1.376, and contain an exact 0. The
-# paper cannot mean them: its next sentence says that a symmetric $k$-bit code has no exact
-# zero. Nor are they appendix E. Both codes have 7 negative values. Divided by the largest
-# value, these differ by up to 0.075.
+# The other 15 values are symmetric and contain an exact 0. The paper cannot mean them:
+# its next sentence says that a symmetric $k$-bit code has no exact zero. Nor are they
+# the 16 values that the paper prints in its appendix E. After division by the largest
+# value, the 7 negative values differ by up to 0.075.
 
 # %% tags=["hide-input"]
 # Checks: equation 4 against appendix E, value by value
@@ -80,14 +80,14 @@ assert round(gap, 3) == 0.075 and (literal < 0).sum() == (published < 0).sum() =
 # ## 2 · The two ranges
 #
 # To get a zero and use all 16 patterns, the paper estimates quantiles of two ranges:
-# $2^{k-1} = 8$ for the negative part and $2^{k-1}+1 = 9$ for the positive part. One of the
-# two zeros is removed. So 7 negative values, one 0 and 8 positive values remain. The paper
-# does not say how equation 4 enters. Two readings:
+# $2^{k-1} = 8$ for the negative part and $2^{k-1}+1 = 9$ for the positive part. One of
+# the two zeros is removed. So 7 negative values, one 0 and 8 positive values remain.
+# The paper does not say how equation 4 enters. Here are two readings, each for the
+# $n - 1$ positive values of a range of $n$:
 #
-# - *halves*: equation 4 with $2n + 1$ in the denominator, from 0 upwards, for $n = 8$ and
-#   9;
-# - *bins*: the means of neighbouring quantiles of $|W|$ at $i/n$, without the infinite
-#   one.
+# - *halves*: the positive half of equation 4, with $2n + 1$ in the denominator;
+# - *bins*: ½ to 1 is cut into $n$ equal bins, and the quantiles at the two ends of a bin
+#   are averaged. The last bin is left out, since it ends at $Q(1) = ∞$.
 
 
 # %%
@@ -96,17 +96,19 @@ def halves(n):
 
 
 def bins(n):
-    return [(Φ_inverse(0.5 + i / 2 / n) + Φ_inverse(0.5 + (i + 1) / 2 / n)) / 2 for i in range(n - 1)]
+    end = [Φ_inverse(0.5 + 0.5 * i / n) for i in range(n)]
+    return [(end[i] + end[i + 1]) / 2 for i in range(n - 1)]
 
 
 def two_ranges(negative, positive, joint):
+    """Mirror the negative part, add the 0, divide: both parts by b's largest value (joint), or each by its own."""
     a, b = np.array(negative), np.array(positive)
-    return np.array([*-a[::-1] / max(a.max(), b.max() * joint), 0, *b / b.max()])
+    return np.array([*-a[::-1] / (b.max() if joint else a.max()), 0, *b / b.max()])
 
 
 # %% [markdown]
-# Each side can be divided by its own largest value, or both by the larger of the two. That
-# makes four codes. None comes nearer to appendix E than 0.05.
+# Each side can be divided by its own largest value, or both by the larger of the two. Of
+# the four codes none comes nearer to appendix E than 0.05.
 
 # %% tags=["hide-input"]
 # Measures: how far the four codes lie from appendix E
@@ -128,10 +130,10 @@ assert len(code) == 16 and [f"{g:.4f}" for g in gap.values()] == ["0.0668", "0.0
 # probabilities, from ½ to an outermost $o = 0.9677083$. Its docstring calls $o$
 # "empirically optimized", but the seven digits are those of a formula.
 #
-# Cut the probability 1 into 16 equal bins, and put a value in the middle of each. Half a
-# bin, $1/32$, is left at either end, but no value lies at ½, where the zero would be. With
-# 15 bins one does, and half a bin is $1/30$. NF4 has 16 values and a zero. Its tail is the
-# mean, cut to seven digits:
+# Cut the probability 1 into 16 equal bins, and put a value in the middle of each. Half
+# a bin, $1/32$, is left beyond the outermost value, as its *tail*. But no value lies at
+# ½, where the zero would be. With 15 bins one does, and the tail is $1/30$. NF4 has 16
+# values and a zero. Its tail is the mean of the two:
 #
 # $$o = 1 - \tfrac12\big(\tfrac1{32} + \tfrac1{30}\big) = \tfrac{929}{960} = 0.96770833…$$
 
@@ -153,11 +155,12 @@ assert (round(gap["1/32"], 4), round(gap["1/30"], 4), gap["their mean"]) == (0.0
 #
 # ## 4 · The recipe, step by step
 #
-# **Step 1, the probabilities.** `torch.linspace` works in float32, and rounds the step
-# $h = (b-a)/(n-1)$. The first half of the grid counts up from $a$, the second half down
-# from $b$. Each $a + h\,i$ is a fused multiply-add, which rounds once. NumPy has none. A
-# float64 sum, rounded to float32, gives the same, unless it falls within $2^{-53}$ of a
-# tie.
+# **Step 1, the probabilities.** One grid from $o$ to ½ has 9 points, for the 8 positive
+# values and the zero. The other has 8 points, for the 7 negative ones. bitsandbytes
+# takes them from `torch.linspace`, which rounds the step $h = (b-a)/(n-1)$ to float32.
+# It counts up from $a$ in the first half, and down from $b$ in the second. $a + h\,i$
+# is rounded once (a *fused multiply-add*). In NumPy a float64 sum, rounded to float32,
+# does the same here.
 
 
 # %%
@@ -173,9 +176,9 @@ for n in (9, 8):
     assert grid(n).tobytes() == codebooks.linspace_f32(0.9677083, 0.5, n).tobytes()
 
 # %% [markdown]
-# **Step 2, the quantiles,** rounded to float32; those of the grid of 8 get a minus sign.
-# The last of either grid is $Q(½) = 0$ and is left out. **Step 3:** put in one 0, and
-# sort. **Step 4:** divide by the largest, in float32.
+# **Step 2:** take the quantiles and round them to float32. The last of either grid is
+# $Q(½) = 0$ and is left out. Those of the grid of 8 get a minus sign. **Step 3:** put in
+# one 0, and sort. **Step 4:** divide by the largest, in float32.
 
 # %%
 positive = np.array([Φ_inverse(float(p)) for p in grid(9)[:-1]], np.float32)
@@ -193,14 +196,13 @@ for i, (p, z, c) in enumerate(zip(probabilities, values, nf4, strict=True)):
 assert ((nf4 < 0).sum(), (nf4 == 0).sum(), (nf4 > 0).sum()) == (7, 1, 8) and f"{values.max():.7f}" == "1.8481308"
 
 # %% [markdown]
-# **All 16 bit patterns are the published ones.** There are 7 negative values, one 0 and 8
-# positive values. (The answer to qlora issue 299 lists 15 values, mirrored around 0. That
-# is not NF4.) The library has them as `tinylora.codebooks.nf4()`.
+# **All 16 bit patterns are the published ones.** (The answer to qlora issue 299 lists 15
+# mirrored values. That is not NF4.)
 #
 # ## 5 · What breaks it
 #
-# Here is the recipe again, with the grid and the division's precision left open.
-# `rounded_twice` is a grid that rounds the product before the sum.
+# Which details decide the last bits? Here is the recipe with the grid and the precision
+# of the division left open. `rounded_twice` is a grid that rounds $h\,i$ before the sum.
 
 
 # %%
@@ -217,8 +219,8 @@ def rounded_twice(n, a=0.9677083, b=0.5):
 
 
 # %% [markdown]
-# Each row below changes one thing, and shows how many ULPs (units in the last place, steps
-# from one float32 to the next) each value is off.
+# Each row below changes one thing. It shows by how many ULPs (steps from one float32 to
+# the next) each value is off.
 
 # %% tags=["hide-input"]
 # Measures: the ULPs by which the 16 values are off, for five changes
@@ -243,9 +245,8 @@ assert off["929/960, not its 7 digits"] == [0, 2, 4, 3, 4, 0, 6, 0, 7, 5, 8, 5, 
 
 # %% [markdown]
 # So the seven digits belong to the definition. So does float32, for the grid and for the
-# division. The fused multiply-add does not matter for these two grids. It matters for 4 of
-# the 7 grids of double quantization's 8-bit map ([06](06_double_quantization.ipynb)).
-# `np.linspace(…, dtype=float32)` rounds only at the end; torch rounds $h$ first.
+# division. The fused multiply-add does not matter for these two grids, but for 4 of the 7
+# grids of the 8-bit map in notebook [06](06_double_quantization.ipynb).
 #
 # These are last bits. Averaging neighbouring quantiles of the *same* two grids, as
 # equation 4 does, moves a value by up to 0.038.
@@ -262,11 +263,14 @@ assert len(different) == 4 and round(np.abs(averaged - published).max(), 3) == 0
 # %% [markdown]
 # ## 6 · "Equal expected number of values in each bin"
 #
-# QLoRA §3 says this of its code, and therefore calls it information-theoretically optimal:
-# 16 values used equally often carry $H = -\sum_j p_j \log_2 p_j = 4$ bits. Test it first
-# where it should hold best. Let $W ∼ N(0,1)$, *not* divided by an absmax, be coded by the
-# nearest of $s\,c_j$: $c_j$ are NF4's values, and $s = Φ^{-1}(o) = 1.848$ is the recipe's
-# scale. A value is used when $W$ falls between the midpoints to its neighbours:
+# QLoRA §3 says this of its code, and therefore calls it information-theoretically
+# optimal. If value $j$ is used with probability $p_j$, a choice carries the entropy
+# $H = -\sum_j p_j \log_2 p_j$, which is 4 bits if all 16 are used equally often.
+#
+# Test it first where it should hold best. Let $W ∼ N(0,1)$ *not* be divided by an absmax.
+# It is coded by the nearest of $s\,c_j$: $c_j$ are NF4's values, and
+# $s = Φ^{-1}(o) = 1.848$ undoes the recipe's division. A value is used when $W$ falls
+# between the midpoints to its neighbours (±∞ at the ends):
 #
 # $$p_j = Φ\big(s\tfrac{c_j+c_{j+1}}2\big) - Φ\big(s\tfrac{c_{j-1}+c_j}2\big).$$
 
@@ -278,13 +282,13 @@ assert round(s, 3) == 1.848 and f"{-(ideal @ np.log2(ideal)):.4f}" == "3.9962"
 assert (f"{ideal.min():.4f}", f"{ideal.max():.4f}") == ("0.0557", "0.0710")
 
 # %% [markdown]
-# The shares run from .0557 to .0710; 1/16 is .0625. The probability $o - ½ = .4677$ is
-# shared by 7 steps below zero (.0668 each) and by 8 above (.0585 each). A cell also ends
-# midway between two *quantiles*, not midway in probability.
+# The shares run from .0557 to .0710; 1/16 is .0625. One reason: the probability
+# $o - ½ = .4677$ is cut into 7 steps below zero (.0668 each) and 8 above (.0585 each).
 #
-# NF4 is not used in this way. Weights are divided by the largest of their block, which for
-# 64 weights lies at 2.6 σ on average, not at 1.848 σ. This stretches the code, and the
-# middle values get more weights. `optimality.usage` integrates over the law of the maximum
+# NF4 is not used in this way. Weights are divided by the absmax of their block, which
+# for 64 weights is 2.6 σ on average ([04](04_blockwise_absmax.ipynb), section 6), not
+# 1.848 σ. This stretches the code, and the middle values get more weights.
+# `optimality.usage` integrates over the law of the maximum
 # ([16](16_what_is_nf4_optimal_for.ipynb) derives it). 16,384 drawn blocks must agree
 # within four standard errors.
 
@@ -299,10 +303,10 @@ assert (share.argmin(), f"{share.min():.2%}") == (15, "1.73%") and round(optimal
 assert (share.argmax(), f"{share.max():.2%}") == (6, "9.24%")
 
 # %% [markdown]
-# The rarest value, 1, gets 1.73 % of the weights. The commonest value, −0.09, gets 9.24 %.
-# The entropy is 3.8847 bits, not 4.
+# The rarest value, 1, gets 1.73 % of the weights. The commonest,
+# −0.09, gets 9.24 %. The entropy is 3.8847 bits, not 4.
 #
-# The figure shows the 16 probabilities and their values (left), and both usages (right):
+# The figure shows the 16 probabilities and their values (left), and the usages (right):
 # bars for blocks of 64, diamonds for the undivided $N(0,1)$.
 
 # %% tags=["hide-input"]
@@ -313,24 +317,23 @@ nf4_on_the_normal()
 # ## Where paper and code differ
 #
 # - **Equation 4 did not make the table** (section 1).
+# - **The bins are not used equally** (section 6).
 # - **0.9677083 is not in QLoRA §3.** bitsandbytes' docstring puts it at 1.845 standard
 #   deviations; it lies at 1.848 (section 6).
 # - **"$2^{k-1}$ for the negative part, $2^{k-1} + 1$ for the positive"** counts the zero
-#   twice. So does bitsandbytes' docstring: "8 negative and 9 positive values (including
-#   zero), for 15 non-zero values total" (section 4).
-# - **"Equal expected number of values in each bin"** does not hold (section 6).
+#   twice. So does bitsandbytes' docstring.
 #
 # ## Exercises
 #
-# Grading runs only the setup cell and the exercise cells: put helpers inside the latter.
+# Grading runs only the setup and the exercises' cells: put helpers there.
 #
 # ### 05-1 Repair equation 4
 #
-# The paper says that its symmetric code has $2^k$ values and no zero. Equation 4 gives
-# $2^k - 1$ finite values, one of them 0. One number in it has to change.
+# The paper says that a symmetric code has $2^k$ values and no zero. Equation 4 gives
+# $2^k - 1$ finite values, one of them 0. Its denominator $D$ has to change.
 #
 # - **Given:** `k`, 2 to 8, and `Φ_inverse(p)` for 0 < p < 1.
-# - **Return** the $2^k$ means ½ (Q(i/D) + Q((i+1)/D)), all finite, divided by the largest.
+# - **Return** the $2^k$ means ½ (Q(i/D) + Q((i+1)/D)), divided by the largest.
 # - **Checked:** $2^k$ floats, ascending, to 1e-9.
 # - **Hint:** which D, and which i, give exactly $2^k$ finite means?
 
@@ -352,13 +355,15 @@ _ = grade("05-1", exercise_1)
 # %% [markdown]
 # ### 05-2 Read the offset off a table
 #
-# How would you find 0.9677083 if you had nothing but appendix E?
+# How would you find 0.9677083 if you had only appendix E?
 #
-# - **Given:** `code`, float32, ascending, made by section 4's recipe: some negative
-#   values, 0, and 2 to 20 positive values. Its o lies between 0.8 and 0.999.
-# - **Return** o, a float.
-# - **Checked:** to 5e-6, for random o and random numbers of values.
-# - **Hint:** the largest value is 1 whatever o was. What about its neighbour? Bisect.
+# - **Given:** `code`, float32, ascending, made by section 4's recipe with another $o$ and
+#   other grids: negative values, 0, and 2 to 20 positive values. $o$ lies between 0.8 and
+#   0.999.
+# - **Return** $o$, a float.
+# - **Checked:** to 5e-6, for random $o$ and random numbers of values.
+# - **Hint:** the largest value is 1 whatever $o$ was. How does its neighbour depend on
+#   $o$? Bisect.
 
 
 # %% tags=["exercise"]
@@ -387,8 +392,7 @@ _ = grade("05-2", exercise_2)
 # - NF4 is $Φ^{-1}$ at evenly spaced probabilities from ½ to $o$, 8 steps up and 7 steps
 #   down, divided by $Φ^{-1}(o) = 1.848$. `tinylora/codebooks.py` builds it, and
 #   `tests/test_codebooks.py` holds all 16 bit patterns.
-# - $o = 0.9677083$ is $1 - ½(1/32 + 1/30) = 929/960$ cut to seven digits. The float32
-#   grid, the seven digits and the float32 division each decide last bits.
+# - $o = 0.9677083$ is $1 - ½(1/32 + 1/30) = 929/960$ cut to seven digits.
 # - The values are not used equally: 3.8847 of 4 bits in blocks of 64
 #   (`tinylora/numerics/optimality.py`, `tests/test_optimality.py`).
 #

@@ -66,10 +66,12 @@ assert (after, before - after) == (0.126953125, 0.373046875) and round(saved / 1
 # A real tensor holds one more number, which the formula leaves out: the mean of its
 # constants.
 
+# %%
+W = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)  # σ = 1
+q = quantize(W, double_quant=True)
+
 # %% tags=["hide-input"]
 # Measures: the bytes of each part of a double-quantized tensor.
-W = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
-q = quantize(W, double_quant=True)
 held = {"weights": q.packed, "constants": q.absmax_codes, "their constants": q.nested_absmax, "mean": q.offset}
 for name, part in held.items():
     print(f"{name:16}{part.nbytes:10,} bytes {8 * part.nbytes / W.size:12.9f} bits a weight")
@@ -90,8 +92,8 @@ assert q.bits_per_param == 4 + after + 32 / W.size == 4.126955032348633
 # arithmetic is float32.
 #
 # **Step 1: the constants and their mean.** A float32 sum depends on the order of its
-# terms. `torch_mean` adds in torch's order. A float64 mean, rounded to float32, is at
-# most one unit in the last place away.
+# terms. `torch_mean` adds in torch's order. A float64 mean, rounded to float32, differs
+# from it by at most one unit in the last place.
 
 # %%
 w = W[:256]  # 2^20 weights, 16,384 constants, 64 blocks of 256 of them
@@ -109,8 +111,8 @@ n = np.abs(rows).max(axis=1)
 x = rows * (np.float32(1) / n)[:, None]
 
 # %% [markdown]
-# **Step 3: 8 bits and back.** Find the nearest of the 256 values, and restore. The
-# results are the library's, under the rule of bitsandbytes' GPU kernels.
+# **Step 3: 8 bits and back.** Find the nearest of the 256 values, and restore. All
+# parts equal the library's, if it rounds as bitsandbytes does on a GPU (`rule`).
 
 # %%
 d = codebooks.dynamic8()  # section 3
@@ -124,7 +126,7 @@ assert (gpu.absmax_codes == k).all() and gpu.absmax.tobytes() == restored.tobyte
 
 # %% [markdown]
 # Eq. 6 first restores the constants, and then the weights. Eq. 5 multiplies with the
-# result (in bfloat16; here all stays in float32):
+# result, and adds the bypass $X L_1 L_2$:
 #
 # $$\mathrm{doubleDequant}(c_1, c_2, W) =
 # \mathrm{dequant}(\mathrm{dequant}(c_1, c_2),\, W^{4bit}) = \hat W,
@@ -163,17 +165,18 @@ assert 0.0015 < share < 0.0025
 # - **The dynamic map** has seven decades for each sign. Each has twice as many evenly
 #   spaced values as the decade below it. From 0.1 to 1 its step is the same.
 #
-# Two more codes serve as comparison: E5M2, with 4 values in each power of two, and
-# Int8, which is evenly spaced.
+# The cell builds both. Two more codes serve as comparison: E5M2, with 4 values in each
+# power of two, and Int8, which is evenly spaced.
 
 # %%
+# decade i: the middles of 2^i equal pieces of (0.1, 1) times 10^(i - 6)
 decades = [10.0 ** (i - 6) * (0.1 + 0.9 * (np.arange(2**i) + 0.5) / 2**i) for i in range(7)]
 positive = np.concatenate([*decades, [1.0]])
 assert np.allclose(np.sort([*-positive[:-1], 0, *positive]), d, rtol=3e-7, atol=0)
 
 small = np.arange(8) * 2.0**-9  # E4M3 below its smallest power of two
 large = np.concatenate([2.0**e * (1 + np.arange(8) / 8) for e in range(-6, 9)])[:-1]  # the last is NaN
-positive = np.concatenate([small, large]) / 448
+positive = np.concatenate([small, large]) / 448  # the largest becomes 1
 e4m3 = codebooks.get_nested("fp8_e4m3")
 assert (np.float32([*-positive[:0:-1], *positive]) == e4m3).all()
 
@@ -193,7 +196,7 @@ assert steps["fp8_e4m3"] == [0.0714, 0.0179] and steps["fp8_e5m2"] == [0.1429, 0
 # ## 4 · What it costs
 #
 # The cost is the squared error of the weights, divided by that with exact constants,
-# less 1. `offset=0.0` subtracts nothing, which the text calls "without the mean".
+# minus 1. With `offset=0.0` nothing is subtracted: "without the mean".
 
 # %%
 w = W[:1024]  # 2^22 weights
@@ -231,29 +234,30 @@ constants_and_errors(exact.absmax, {name: (a, b) for name, (a, _, b, _) in COST.
 #
 # ## 5 · Why the mean goes first
 #
-# The constants are positive. Around their mean they are centred at 0, and a symmetric
-# code fits: this is the paper's reason. How much it saves follows from the code's step.
+# The constants are positive. Once the mean is subtracted they are centred at 0, and a
+# symmetric code fits: this is the paper's reason. The code's step says what it saves.
 #
-# **E4M3.** Its step is 1/8 of the power of two below the number, so its error is at
-# most 1/17 of the number. Without the mean, that is a share of the whole constant
-# $m_b$. With the mean, it is a share of the deviation $m_b - \mu$. Let $M$ be a random
-# block's absmax. Of its mean square, the deviation is a small part:
+# **E4M3.** Its step is 1/8 of the power of two below the number. Half a step is at most
+# 1/17 of the number. Without the mean, that is a share of the whole constant $m_b$.
+# With the mean, it is a share of the deviation $m_b - \mu$. The cost is quadratic in
+# the error. Let $M$ be a random block's absmax. The deviation's share of its square is
 #
 # $$\frac{\mathrm E M^2 - (\mathrm E M)^2}{\mathrm E M^2} = 2.5\ \% .$$
 
 # %%
-left = 1 - optimality.expected_max(64) ** 2 / optimality.expected_max(64, 2)
+EM, EM2 = optimality.expected_max(64), optimality.expected_max(64, 2)  # of 64 normal weights
+left = 1 - EM**2 / EM2
 print(f"predicted: 1/{1 / left:.0f}; measured: 1/{COST['fp8_e4m3'][2] / COST['fp8_e4m3'][0]:.0f}")
 assert round(left, 3) == 0.025
 
 # %% [markdown]
-# The cost is predicted to fall to 1/40, and measured to fall to 1/46. The reason is
-# that E4M3 is coarsest, relative to the number, just above a power of two. Its values
-# are divided by 448, so one power of two lies at $256/448 = 4/7$. Without the mean 61 %
-# of the quotients lie between 4/7 and 0.8.
+# The cost should fall to 1/40. It falls to 1/46, because E4M3 is coarsest, relative to
+# the number, just above a power of two. Its values are divided by 448, so one power of
+# two lies at $256/448 = 4/7$. Without the mean 61 % of the quotients lie between 4/7
+# and 0.8.
 #
-# **Int8.** Its step is $n/127$ everywhere. The mean lowers $n$ from 4.14 to 1.54. The
-# cost should fall to $(1.54/4.14)^2 = 1/7.2$, and it does.
+# **Int8.** Its step is $n/127$ everywhere. Subtracting the mean lowers $n$ from 4.14 σ
+# to 1.54 σ. The cost should fall to $(1.54/4.14)^2 = 1/7.2$, and it does.
 
 # %% tags=["hide-input"]
 # Checks: E4M3's largest relative error, the quotients above 4/7, and n.
@@ -319,9 +323,9 @@ assert abs(fine / base - 1) < 0.005 and 0.1 < coarse / base - 1 < 0.2
 assert 0.0003 < more < 0.0009 and -2 * se < less < 0
 
 # %% [markdown]
-# The divergence follows the error: double quantization changes it by less than 0.5 %,
-# E4M3 without the mean raises it by more than 10 %. The loss does not follow. Double
-# quantization raises it by 0.0006 bits, and the coarsest constants lower it, by 1.3
+# The divergence follows the error. Double quantization changes it by less than 0.5 %.
+# E4M3 without the mean raises it by more than 10 %. The loss does not follow: double
+# quantization raises it by 0.0006 bits, and E4M3 without the mean lowers it, by 1.3
 # standard errors. A loss on a small text shows neither harm nor its absence.
 #
 # ## Where paper and code differ
@@ -355,7 +359,7 @@ assert round((before - after) * linear / 8e9, 2) == 3.02
 #
 # ### 06-1 Smaller blocks
 #
-# At equal memory, double quantization buys smaller blocks. Which ones?
+# At equal memory, double quantization allows smaller blocks. How small? Given:
 #
 # - `size`: an int, the number of weights, up to $10^{12}$
 # - `budget`: an int, the bytes that may be held
@@ -366,10 +370,9 @@ assert round((before - after) * linear / 8e9, 2) == 3.02
 #
 # Return the smallest block size that fits, an int; or None if not even one block for
 # the whole tensor fits. It is checked on small tensors, and on sizes that no array can
-# hold.
+# hold, so that block sizes cannot be tried one by one.
 #
-# Hint: `-(-a // b)` is $\lceil a/b \rceil$. Afterwards, compare the blocks that
-# $2^{20}$ weights get at 4.5 bits a weight: here, and with a float32 absmax.
+# Hint: `-(-a // b)` is $\lceil a/b \rceil$. Larger blocks never take more bytes.
 
 
 # %% tags=["exercise"]
@@ -393,7 +396,7 @@ _ = grade("06-1", exercise_1)
 #
 # Section 4 measured how far inexact constants raise the squared error. Predict it
 # without the weights $W$. Let $\hat W$ have the exact constants and $\hat W'$ the
-# inexact ones.
+# inexact ones. Given:
 #
 # - `q`: a `QuantizedTensor` with exact constants `q.absmax`, in whole blocks of
 #   `q.blocksize`; `q.dequantize()` gives $\hat W$
@@ -434,5 +437,5 @@ _ = grade("06-2", exercise_2)
 #
 # ## Build it
 #
-# Step 2 of [build_it.md](build_it.md) adds double quantization to your `my_qlora.py`.
-# `pytest notebooks -k my-2` grades it.
+# Step 2 of [build_it.md](build_it.md) adds double quantization to your `my_qlora.py`,
+# with Int8 in place of the dynamic map. `pytest notebooks -k my-2` grades it.

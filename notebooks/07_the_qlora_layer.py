@@ -38,7 +38,7 @@ from drawings.nb07 import gradient_by_depth
 from grading import grade
 
 import tinylora as tl
-from tinylora import backend, codebooks, ops, quantize
+from tinylora import codebooks, ops, quantize
 from tinylora.adapters import kbit
 from tinylora.costs import memory, parameters
 from tinylora.dtypes import round_to
@@ -68,8 +68,8 @@ X, G = (rng.standard_normal((256, 512)).astype(np.float32) for _ in range(2))
 # Quantized, $W$ is stored as 4-bit codes $q_i$, two in a byte, the even one in the high
 # half. Each block of 64 weights has a constant in one byte, $k_b$. Each 256 of these
 # bytes share a float32 $n$. One float32, $\mu$, is the mean of all constants. Equation
-# 6, `doubleDequant`, restores first the constants and then the weights. $d$ is the
-# 8-bit code and $c$ is NF4:
+# 6 restores first the constants and then the weights. $d$ is the 8-bit code and $c$ is
+# NF4:
 #
 # $$\tilde m_b = d[k_b]\, n_{\lfloor b/256 \rfloor} + \mu, \qquad
 # \hat w_i = c[q_i]\, \tilde m_{\lfloor i/64 \rfloor} .$$
@@ -100,7 +100,7 @@ assert round(apart(W_hat, W), 3) == 0.092
 # $B^{\top}$. With the paper's $\alpha = 16$ and $r = 64$, $s$ is 1/4.
 
 # %%
-backend.seed(0)
+tl.seed(0)
 layer = tl.LoRALinear(Linear4bit(q), r=64, alpha=16)
 A, B, s = layer.lora_A.weight.data, layer.lora_B.weight.data, np.float32(layer.scaling)
 B += (0.05 * rng.standard_normal(B.shape)).astype(np.float32)  # as if it had been trained
@@ -168,8 +168,8 @@ assert all(a.tobytes() == b.tobytes() for a, b in zip((X_bar, A_bar, B_bar), fou
 assert [name.split(".")[-2] for name, _ in layer.trainable()] == ["lora_A", "lora_B"] and not hasattr(q, "grad")
 
 # %% [markdown]
-# No straight-through estimator is involved. It would stand in for
-# $\partial \hat W / \partial W$, which only training $W$ needs.
+# No *straight-through estimator*, a made-up derivative of rounding, is involved: only
+# training $W$ would need one.
 #
 # ## 4 · Ŵ or W? Ask the loss
 #
@@ -179,7 +179,8 @@ assert [name.split(".")[-2] for name, _ in layer.trainable()] == ["lora_A", "lor
 #
 # `ops.linear_frozen` calls a weight's `dequantize(dtype)` twice: in the forward pass
 # with the dtype of the computation, in the backward pass with the weight's own `dtype`.
-# A weight whose own dtype is called "backward" can answer with two matrices:
+# If the weight names its own dtype "backward", it can tell the two calls apart and
+# answer with two matrices:
 
 
 # %%
@@ -203,7 +204,7 @@ class TwoWeights:
 # %%
 def adapted(choose):
     """The model in NF4 with bypasses; choose(W, Ŵ) is the weight of the backward pass."""
-    backend.seed(0)
+    tl.seed(0)
     model = tl.Llama.from_pretrained("base")
     original = {name: part.weight.data for name, part in model.named_modules() if isinstance(part, Linear)}
     tl.add_lora(tl.quantize_linears(model), r=8, alpha=16)
@@ -246,10 +247,10 @@ def claims(model):
 
 # %%
 def slope(model, block, v, eps=1e-3):
-    """(E(εv) − E(−εv)) / 2ε, the loss E as a function of the B of one block."""
+    """(L(εv) − L(−εv)) / 2ε, the loss L as a function of the B of one block."""
 
     def loss_at(b):
-        for p in factors(model, block):
+        for p in factors(model, block):  # each of the seven B takes its part of the vector b
             p.data, b = b[: p.size].reshape(p.shape), b[p.size :]
         with tl.no_grad():
             return loss_of(model).item()
@@ -329,8 +330,8 @@ assert (kept, again, extra, bypass) == (1_048_576, 136_320, 0, 4 * 8 * (512 + 64
 # 12.95 GB. The price is a second dequantization in each step. This is one reason why
 # 4 bits are not faster.
 #
-# Must one dequantize at all? Yes: codes are names of values, and names cannot be
-# multiplied. But $\hat W$ need not exist as a whole (exercise 1).
+# Must one dequantize at all? Yes: a code is an index into a table, and products need
+# the values. But $\hat W$ need not exist as a whole (exercise 1).
 
 # %% tags=["hide-input"]
 # Checks: the bytes of LLaMA-7B's linear layers
@@ -374,14 +375,14 @@ assert abs((other != W_hat).mean() - 0.92) < 0.01 and abs(apart(other, W) / apar
 # %% [markdown]
 # ## Exercises
 #
-# Put helpers inside the exercise's cell: grading runs only it and the setup.
+# Put helpers inside the exercise's cell.
 #
 # ### 07-1 Never the whole Ŵ
 #
 # Compute both products with at most `rows` rows of $\hat W$ in memory. Given:
 #
-# - `q`: a quantized weight of shape (out, in), in even. Use `q.packed`, `q.code` (the
-#   values by code), `q.absmax` (one float32 a block, already restored) and
+# - `q`: a quantized weight of shape (out, in), where `in` is even. Use `q.packed` (flat),
+#   `q.code` (the 16 values), `q.absmax` (one float32 a block, already restored) and
 #   `q.blocksize`. Blocks run along the flattened weight, so a block may begin in one
 #   row and end in the next.
 # - `x` (tokens, in) and `g` (tokens, out), float32
@@ -460,11 +461,6 @@ def exercise_2(pairs):
 _ = grade("07-2", exercise_2)
 
 # %% [markdown]
-# ## Build it
-#
-# Step 3 of [build_it.md](build_it.md) is this layer in your own `my_qlora.py`: a frozen
-# linear layer with LoRA, forward and backward. `pytest notebooks -k my-3` grades it.
-#
 # ## Summary
 #
 # - A QLoRA layer is LoRA on a dense $\hat W$, to the bit (`Linear4bit` in
@@ -474,3 +470,8 @@ _ = grade("07-2", exercise_2)
 #   gradient is wrong by 6 to 16 % (`ops.linear_frozen`; `tests/test_lora.py`).
 # - The pullback holds the bytes and not $\hat W$: 136,320 bytes instead of 1,048,576
 #   (`tinylora/tensor.py`; `tests/test_tensor.py`).
+#
+# ## Build it
+#
+# Step 3 of [build_it.md](build_it.md) is this layer in your own `my_qlora.py`: a frozen
+# linear layer with LoRA, forward and backward. `pytest notebooks -k my-3` grades it.

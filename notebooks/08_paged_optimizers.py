@@ -49,7 +49,7 @@ f32 = np.float32
 # ## 1 · AdamW treats every element by itself
 #
 # For each parameter $p$ with gradient $g$, AdamW keeps a running mean $m$ of $g$ and a
-# running mean $v$ of $g^2$. In float32 this state takes 8 bytes a parameter. At step
+# running mean $v$ of $g^2$. In float32 this state takes 8 bytes an element. At step
 # $t$, with the learning rate $\eta$ and constants $\beta_1$, $\beta_2$ and $\epsilon$
 # (weight decay is left out):
 #
@@ -74,7 +74,7 @@ def adamw(p, g, m, v, t, lr=1e-2, b1=0.9, b2=0.999, eps=1e-8):
 
 # %%
 x = np.random.default_rng(0).standard_normal((4, 10_000), f32)
-x[3] **= 2
+x[3] **= 2  # v is a mean of squares
 p, g, m, v = x
 
 whole = adamw(p, g, m, v, t=3)
@@ -271,9 +271,9 @@ def yielding(evict_all, f, *args):
 #
 # The folded cell trains the embedded model: 2 million weights in NF4, with adapters of
 # rank 64 on all linear layers. A step takes a sequence of 64 bytes, but the sixth takes
-# 256 bytes. The *tape* is what the forward pass keeps for the backward pass. The device
-# is imitated: it has room for 30 MB of tape and resident pages, and the forward pass
-# raises `MemoryError` beyond that.
+# 256 bytes. The *tape* is what the forward pass keeps for the backward pass. The
+# imitated device has room for 30 MB of tape and resident pages. Beyond that, the forward
+# pass raises `MemoryError`.
 
 # %% tags=["hide-input"]
 # Measures: tape, bytes moved and final bits of a QLoRA run with one long sequence
@@ -333,9 +333,9 @@ timeline(pager.trace, pager.budget, tape=tape, room=ROOM, title="Pages move at t
 # $2\cdot\text{state}$, 17.7 MB. After the first step no other step moves anything. The
 # adapters end with the bits of a run with room for all.
 #
-# The alternative is a budget that always leaves room: $30-23.3=6.7$ MB. It moves 4.2 MB
-# in every step. Waiting for the failure moves less if fewer than one step in 4.2 has a
-# long sequence.
+# The alternative is a budget that always leaves room: $30-23.3=6.7$ MB. It moves
+# $2\,(8.8-6.7)=4.2$ MB in every step. Waiting for the failure moves 17.7 MB for each
+# long sequence, so it moves less if fewer than one step in 4.2 has one.
 
 # %% tags=["hide-input"]
 # Measures: the run whose budget always leaves room for the long sequence
@@ -350,8 +350,7 @@ assert round(2 * state / 1e6 / np.mean(always), 1) == 4.2 and round((tape[6] + s
 # %% [markdown]
 # ## 6 · What bitsandbytes pages, and what it costs
 #
-# Readers ask: "What do paged optimizers cost, and what is paged?" (bitsandbytes issues
-# 962 and 801).
+# bitsandbytes issues 962 and 801 ask for both.
 #
 # **What is paged.** bitsandbytes pages the states of a parameter with **100,000 elements
 # or more**, and no others. (The source of version 0.50 was read; its paging needs a GPU
@@ -404,11 +403,11 @@ assert 8 * max(adapters(64)) == 5_636_096 and state_65 == 6_396_313_600
 #
 # - §3 pages "the optimizer states". bitsandbytes pages only states of 100,000 elements
 #   or more.
-# - §4 reports the speed of regular optimizers at batch size 16, without numbers. The
-#   count agrees: where no sequence is long, nothing moves. The speed was not measured.
-# - After a failure all pages go here: 17.7 MB in section 5. CUDA's driver evicts before
-#   an allocation fails: at best only the missing 2.1 MB. How it chooses pages was not
-#   measured.
+# - §4 reports "the same training speed" at batch size 16, without numbers. The count
+#   agrees: where no sequence is long, nothing moves. The speed was not measured.
+# - After a failure tinylora evicts all pages, 8.8 MB in section 5. CUDA's driver evicts
+#   before an allocation fails, at best only the missing 2.1 MB. How it chooses pages
+#   was not measured.
 # - The paper's code takes `paged_adamw_32bit`. Notebook [19](19_states_in_8_bits.ipynb)
 #   has 8 bits.
 #
@@ -418,7 +417,7 @@ assert 8 * max(adapters(64)) == 5_636_096 and state_65 == 6_396_313_600
 #
 # ### 08-1 The best that can be done
 #
-# LRU looks back. How many faults has a rule that knows all later uses?
+# LRU looks back. How many faults has a rule that knows all later uses? Given:
 #
 # - `uses`: a list of page numbers, in the order of their use
 # - `frames`: an int, 1 or more
@@ -454,19 +453,19 @@ _ = grade("08-1", exercise_1)
 # ### 08-2 The bill
 #
 # How many bytes does a whole run of the library's `AdamW` (back and forth) move, in and
-# out together?
+# out together? Given:
 #
 # - `state`: bytes, a multiple of `page_bytes`
 # - `page_bytes`: bytes
 # - `budget`: bytes, at least one page; perhaps no multiple of `page_bytes`, or more than
 #   the state
 # - `steps`: an int; before the first step nothing is resident
-# - `spikes`: in so many steps, never the first, all resident pages are evicted before
-#   the update
+# - `spikes`: the number of steps, never the first, before whose update all resident
+#   pages are evicted
 #
 # Return an int. Checked against real runs.
 #
-# Hint: count pages; treat the first step alone.
+# Hint: count pages; treat the first step alone, whose faults are copies too.
 
 
 # %% tags=["exercise"]

@@ -61,8 +61,8 @@ from tinylora.training import finetune
 
 # %%
 d, m, kv, L, V, r = 192, 512, 96, 5, 256, 16
-q_o, k_v, gate_up, down = 2 * [(d, d)], 2 * [(kv, d)], 2 * [(m, d)], [(d, m)]
-shapes = L * (q_o + k_v + gate_up + down)  # (out, in)
+q_o, k_v, gate_up, down = 2 * [(d, d)], 2 * [(kv, d)], 2 * [(m, d)], [(d, m)]  # (out, in)
+shapes = L * (q_o + k_v + gate_up + down)  # all 35 linear layers
 sizes = [out * inner for out, inner in shapes]
 by_hand = {
     "embedding, norms": 4 * (V * d + (2 * L + 1) * d),
@@ -83,7 +83,7 @@ assert sum(by_hand.values()) == 5_674_876 and 16 * trained == 4_423_680
 
 # %% [markdown]
 # 78 % of these bytes belong to the trained numbers. The linear layers cost 4.128 bits a
-# weight, and 4.127 in Llama-7B, as the paper says:
+# weight. In Llama-7B they cost 4.127, as the paper says:
 #
 # $$4 + \frac{8}{64} + \frac{32}{64 \cdot 256} = 4.126953\ldots$$
 
@@ -110,12 +110,13 @@ assert round(16 * trained / sum(by_hand.values()), 2) == 0.78
 # | bypasses | $x$ of qkv (one), of o, of gate and up (one), of down | $n\,(3d + m)$ |
 # | bypasses | $A x$, seven times | $7\,n\,r$ |
 # | attention | $q, k, v$ | $n\,(d + 2\,d_{kv})$ |
-# | attention | $P$: 64 queries keep the $e$ keys they see | $b \cdot heads \sum 64\,e$ |
+# | attention | $P$, for 64 queries at a time | $b \cdot heads \sum 64\,e$ |
 # | $\mathrm{silu}(g) \odot u$ | $\sigma(g)$, $\mathrm{silu}(g)$ and $u$ | $3\,n\,m$ |
 #
-# Here $\rho$ is $1/\sqrt{\text{mean}(x^2)}$, $P$ holds the attention's probabilities,
-# and $g$ and $u$ come from gate and up. Frozen layers keep only their own weights,
-# which are counted already.
+# Here $\rho$ is $1/\sqrt{\text{mean}(x^2)}$, and $g$ and $u$ come from gate and up. $P$
+# holds the attention's probabilities: the first 64 queries see at most $e = 64$ keys,
+# the next 64 see at most 128, and so on up to $t$. Frozen layers keep only their own
+# weights, which are counted already.
 
 # %%
 b, t, heads = 1, 256, 4
@@ -131,13 +132,14 @@ block = {
 one_block = 4 * sum(block.values())
 
 # %% [markdown]
-# Outside the blocks lie the rotary table, the last norm, and the loss's arrays. The
-# first block's first norm keeps nothing, because no gradient goes to the frozen
-# embedding.
+# Outside the blocks lie the rotary table (the positions' sines and cosines), the last
+# norm, and the loss's arrays. The first block's first norm keeps nothing, because no
+# gradient goes to the frozen embedding.
 
 # %%
 rotary = 4 * 48 * t  # a head is 48 wide
-loss_keeps = 4 * n * (V + 1) + 2 * 8 * n  # probabilities, a weight a row; two int64
+loss_keeps = 4 * n * (V + 1)  # float32: for each row V probabilities and a weight
+loss_keeps += 2 * 8 * n  # int64: the rows' numbers and the targets
 outside = rotary + 4 * n * (d + 1) + loss_keeps
 by_hand["tape"] = L * one_block - 4 * n * (d + 1) + outside
 print(f"tape {by_hand['tape']:,} bytes, of which a block has {one_block:,}")
@@ -152,7 +154,8 @@ assert round(4 * block["MLP: σ, silu, u"] / one_block, 2) == 0.37
 # %% [markdown]
 # ## 3 · The same bytes, measured
 #
-# Now one step runs on 256 bytes of text. The next cells add up the arrays that exist.
+# Now one step runs on 256 bytes of text. The next two cells add up the arrays that
+# exist.
 
 
 # %%
@@ -300,9 +303,9 @@ assert 0.7 < ratios["full fine-tuning"][1] < 0.8 and all(1.03 < second < 1.25 fo
 # ## 6 · Why 5 GB and not 3.5?
 #
 # Half a byte for each of 7 billion weights is 3.5 GB; Llama-7B has 6.74 billion. It has
-# $L = 32$ blocks of width $h = 4096$, MLPs of width $f = 11008$, and embedding and head
-# of 32,000 tokens each. The paper keeps in 16 bits what is not in 4, and AdamW's moments
-# in 32 bits.
+# 32 blocks of width $h = 4096$, MLPs of width $f = 11008$, and embedding and head of
+# 32,000 tokens each. The paper keeps in 16 bits what is not in 4, and AdamW's moments in
+# 32 bits.
 
 # %%
 h, f, deep, r64 = 4096, 11008, 32, 64
@@ -311,7 +314,7 @@ dense = 2 * 32000 * h + (2 * deep + 1) * h  # embedding, head, norms
 bypasses = deep * r64 * (4 * 2 * h + 3 * (h + f))
 steps = {
     "half a byte a weight": (linear + dense) // 2,
-    "embedding, head and norms in 16 bits": 2 * dense - dense // 2,
+    "embedding, head and norms in 16 bits": 2 * dense - dense // 2,  # in place of half a byte
     "constants": linear // 64 + 4 * linear // (64 * 256) + 4 * 7 * deep,
     "adapters of r = 64": 2 * bypasses,
     "their gradients": 2 * bypasses,
@@ -326,7 +329,7 @@ assert list(so_far) == [size for _, size in qlora_numbers.five_gigabytes("7b")[:
 # - Loading takes 3.87 GB and not 3.37. Embedding and head are not quantized, which adds
 #   0.39 GB. The constants add 0.10 GB.
 # - Training adds the adapters, their gradients and their moments, which makes 5.78 GB.
-#   So 5 GB lies between loading and training.
+#   The 5 GB that readers see lie between loading and training.
 # - 512 tokens under checkpointing make it 6.05 GB.
 #
 # The same sum for 65B gives the paper's two bounds, "more than 780 GB" for full
@@ -372,9 +375,9 @@ assert round((big[2].total - big[2].activations) / 1e9, 1) == 44.1
 #
 # Given:
 #
-# - `budget`: bytes; activations are not counted
+# - `budget`: bytes; the tape is not counted
 # - `method`: `"full"`, `"lora"` (linear layers frozen in 16 bits) or `"qlora"` (in NF4)
-# - `h`, `f`: a block has four linear layers h × h, three h × f, and two norms of h
+# - `h` (even), `f`: a block has four linear layers h × h, three h × f, two norms of h
 # - `vocabulary`: embedding and head are apart, vocabulary × h each; there is a last norm
 # - `r`: the rank of the bypasses on all linear layers
 #

@@ -27,8 +27,8 @@
 #
 # **Hours:** 2 (1 to read and run, 1 for the exercises).
 #
-# **Papers:** LoRA §4.1 ("No Additional Inference Latency"). Readers' questions settled
-# here: how to merge into a 4-bit base (peft issue 2321; qlora 28 and 29).
+# **Papers:** LoRA §4.1 ("No Additional Inference Latency"). Settled: how to merge into a
+# 4-bit base (peft issue 2321; qlora 28 and 29).
 #
 # Folded cells measure, check or draw. Click ••• to open one.
 
@@ -71,8 +71,7 @@ assert np.linalg.norm(two_paths - one_path) < 1e-13 * np.linalg.norm(one_path)
 
 # %% [markdown]
 # A layer holds float32. There `layer.merge()` makes the same sum, bit for bit, in a
-# *new* layer. The merged layer makes one product for each token instead of three. This
-# is all that merging gives.
+# *new* layer. The merged layer makes one product for each token instead of three.
 
 # %% tags=["hide-input"]
 # Checks: the library's merge against the sum, and the products that each layer makes
@@ -96,9 +95,8 @@ for name, net in (("base", layer.base_layer), ("adapted", layer), ("merged", mer
 # ## 2 · Float32: the way back
 #
 # To change the task, says §4.1, "we can recover $W_0$ by subtracting $BA$". In exact
-# arithmetic we can. In float32 the addition rounds and the subtraction rounds. Here is
-# one entry in hexadecimal: a digit after the point is four bits, and `p-5` means
-# $2^{-5}$.
+# arithmetic we can. In float32 both operations round. Here is one entry in hexadecimal:
+# a digit after the point is four bits, and `p-5` means $2^{-5}$.
 
 # %%
 w, d = (f32(float.fromhex(text)) for text in ("-0x1.b39936p-5", "0x1.67326ap-6"))
@@ -113,9 +111,9 @@ assert (back != w) and (merged_twice != merged_once) and (back_twice == back)
 # %% [markdown]
 # The lines are $W$, $W + Δ$, $(W + Δ) - Δ$, and once more $+ Δ$ and $- Δ$. The exact
 # sum, `-0x1.000001p-5`, has 25 bits. Its last bit is rounded away, and the subtraction
-# returns a neighbour of $W$. Merged a second time, this neighbour gives another weight
-# than the first merge. So $((W + Δ) - Δ) + Δ = W + Δ$ is *false* in floating point. The
-# theorem of Reiser and Knuth (1975; Knuth, *The Art of Computer Programming* 2, §4.2.2,
+# returns a neighbour of $W$. Merged again, this neighbour gives another weight than the
+# first merge. So $((W + Δ) - Δ) + Δ = W + Δ$ is *false* in floating point. The
+# theorem of Reiser and Knuth (Knuth, *The Art of Computer Programming* 2, §4.2.2,
 # theorem D) subtracts once more:
 #
 # $$x_0 = W,\quad x_{n+1} = (x_n + Δ) - Δ \quad\Rightarrow\quad x_2 = x_1,\qquad
@@ -202,13 +200,14 @@ assert np.allclose(by_ratio, [0.977, 0.883, 0.653, 0.460, 0.259], atol=0.005)
 
 # %% [markdown]
 # The size of the matrix does not matter. The ratio $‖ΔW‖/‖W_0‖$ does, which is
-# $\sqrt{r}$ for factors from $\mathcal N(0, 1)$. At the ratio of GPT-3 in LoRA's table
-# 7, which is 0.11, 88 % of the entries come back.
+# $\sqrt{r}$ for factors from $\mathcal N(0, 1)$. At 0.11, the ratio of GPT-3 in LoRA's
+# table 7, 88 % of the entries come back.
 #
 # Write ulp(·) for the distance to the next float. The sum is $S = W_0 + ΔW + ε$ with
 # $|ε| \le ½\,\mathrm{ulp}(S)$. Subtracting ΔW leaves $W_0 + ε$, rounded to the floats
-# around $W_0$. If the exponent of $S$ is $k$ larger than that of $W_0$, then ε is
-# spread over $2^k$ ulps of $W_0$. One entry in $2^k$ should come back.
+# around $W_0$. If the exponent of $S$ is $k > 0$ larger than that of $W_0$, then ε is
+# spread over $2^k$ ulps of $W_0$. One entry in $2^k$ should come back. If $k < 0$, then
+# $|ε|$ is at most a quarter of an ulp of $W_0$, and all should.
 
 # %%
 W0, Δ = drawn(0)
@@ -250,10 +249,12 @@ def arrives(before, after, Δ):
 # The stored weight is a bfloat16 already, so an entry changes only if its ΔW exceeds
 # half an ulp, which is 0.2 to 0.4 % of the entry.
 
+# %%
+W0, Δ = drawn(0, n=512, ratio=1)
+w16, q = to_bfloat16(W0), quantize(W0, double_quant=True)  # q is for section 4
+
 # %% tags=["hide-input"]
 # Measures: what a merge into bfloat16 changes, and checks it against layer.merge()
-W0, Δ = drawn(0, n=512, ratio=1)
-w16, q = to_bfloat16(W0), quantize(W0, double_quant=True)
 u, sigma, vt = np.linalg.svd(Δ, full_matrices=False)
 
 
@@ -305,8 +306,9 @@ print(f"half of NF4's smallest gap: {half_gap:.4f} of the block's absmax, which 
 assert round(sigmas, 2) == 0.10
 
 # %% [markdown]
-# The stored weights sit exactly on their values. At a given scale, a code changes only
-# where ΔW carries its weight over half a gap.
+# The stored weights sit exactly on their values. If the block's scale stays, a code
+# changes only where ΔW carries its weight over half a gap. The smallest half gap is
+# 0.10 σ, so updates far below a tenth of the weight should be lost.
 
 # %% tags=["hide-input"]
 # Measures: what a merge into NF4 changes, and checks it against layer.merge()
@@ -330,13 +332,13 @@ assert round(own, 3) == 0.092 and abs(error4[0.3] - own) < 0.002
 assert all(error4[size] > size for size in (0.003, 0.01, 0.03))
 
 # %% [markdown]
-# If ΔW is 1 % of the weight, 1.5 % of ΔW arrives, all by the scales: no code changes.
-# If it is 3 %, 5 % arrives; the error is then larger than ΔW. If it is 30 %, 99 %
-# arrives, with an error of 9.2 % of the weight, which is that of quantizing any weight.
+# If ΔW is 1 % of the weight, no code changes. Only the scales do, and 1.5 % of ΔW
+# arrives. If ΔW is 3 %, then 5 % of it arrives, and the error is larger than ΔW. If ΔW
+# is 30 %, then 99 % of it arrives. The error is 9.2 % of the weight, that of quantizing
+# any weight.
 #
-# The figure repeats the measurement for all three formats. Float32 and bfloat16 have
-# the same curve, a factor of $2^{16}$ apart, since their significands differ by 16
-# bits.
+# In the figure float32 and bfloat16 have the same curve, a factor of $2^{16}$ apart,
+# since their significands differ by 16 bits.
 
 # %% tags=["hide-input"] margin=0.03
 # Draws: the share that arrives against the size of ΔW
@@ -357,8 +359,8 @@ what_arrives(curves)
 # %% [markdown]
 # ## 5 · A trained adapter
 #
-# The model that ships with tinylora is trained for 20 steps of QLoRA, and its adapter
-# is merged. `adapters.merge_errors(model)` lists the error of each layer.
+# The embedded model is trained for 20 steps of QLoRA, and its adapter is merged.
+# `adapters.merge_errors(model)` lists the error of each layer.
 
 
 # %% tags=["hide-input"]
@@ -417,7 +419,7 @@ assert gain > 0.2 and 0.1 < lost / gain < 0.3 and abs(lost16) < 0.01 * gain
 # In 16 bits the merge loses less than 1 % of the gain. In 4 bits it loses between 10
 # and 30 %. To merge into a 4-bit base, then: dequantize, add, and *stay* in 16 bits if
 # memory allows, at nearly four times the bytes. Otherwise keep the adapter beside the
-# base, or look at the error before you trust the result.
+# base, or look at the error first.
 #
 # ## Where paper and code differ
 #
@@ -432,8 +434,7 @@ assert gain > 0.2 and 0.1 < lost / gain < 0.3 and abs(lost16) < 0.01 * gain
 #
 # ## Exercises
 #
-# Only the setup cell and the exercise cells are graded: put helpers inside the
-# exercise's cell.
+# Put helpers inside the exercise's cell.
 #
 # ### 10-1 Which entries come back?
 #
@@ -444,10 +445,11 @@ assert gain > 0.2 and 0.1 < lost / gain < 0.3 and abs(lost16) < 0.01 * gain
 #   one shape. No entry is 0, and the last bits are random.
 # - Return: the mean of the entries' probabilities, a float.
 # - Checked: within 0.008 of the share in 80,000 fresh entries, for $‖d‖/‖w‖$ from 0.003
-#   to 30 and for $d$ within one binade.
-# - Hint: section 2 has the entries with $k > 0$. Where $k = 0$, only ties are lost. If
-#   $d$ is finer by $j \ge 1$ exponents, how many of its remainders below ulp($w$) are
-#   ties, and where do two ties in a row lead?
+#   to 30, and for $|d|$ between two neighbouring powers of two.
+# - Hint: section 2 has the entries with $k \ne 0$. Where $k = 0$, only ties are lost:
+#   sums halfway between two floats. With $j = e_w - e_d \ge 1$, the last $j$ bits of $d$
+#   lie below ulp($w$). How often do they make a tie? The difference is then a tie too.
+#   For which $w$ does it round back?
 
 
 # %% tags=["exercise"]
@@ -508,5 +510,5 @@ _ = grade("10-2", exercise_2)
 #
 # ## Build it
 #
-# Step 6 of [build_it.md](build_it.md) merges your adapter into your 4-bit weight, and
-# measures the error. Write it in `my_qlora.py`; `pytest notebooks -k my-6` grades it.
+# Step 6 of [build_it.md](build_it.md) merges your adapter into your 4-bit weight, in
+# `my_qlora.py`. `pytest notebooks -k my-6` grades it.

@@ -247,7 +247,7 @@ def page(source, folder):
 def hand_out_steps(folder):
     """Copy the file of the six steps, their page, their checks and the finale into a folder."""
     build_steps(check=True)
-    for name in ("my_qlora.py", "build_it.md", "finale.py", "checks/__init__.py", "checks/nbmy.py"):
+    for name in ("README.md", "my_qlora.py", "build_it.md", "finale.py", "checks/__init__.py", "checks/nbmy.py"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / name, folder / name)
     return f"copied to {folder}"

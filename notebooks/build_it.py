@@ -5,7 +5,8 @@ build_it.md says what each function is for, and has hints that can be opened. Wr
 
     pytest notebooks -k my-1
 
-grades step 1, and says what is off. NumPy and Python's own library are enough; what tinylora has ready is what you build.
+grades step 1, and says what is off (my-5 takes half a minute). NumPy and Python's own library are enough; what tinylora has ready
+is what you build.
 """
 
 import numpy as np
@@ -37,7 +38,7 @@ def quantize(w, blocksize=64):
 
     w         float32, any shape; its n elements are read row by row. The last block may be shorter
     packed    uint8, ⌈n/2⌉: two indices in a byte, the first of them in the high four bits; an odd last one has its byte alone
-    absmax    float32, ⌈n/blocksize⌉
+    absmax    float32, ⌈n/blocksize⌉. In a block of zeros it is 0, and each index is 7, that of the value 0
     """
     # BEGIN SOLUTION
     n = w.size
@@ -65,9 +66,9 @@ def dequantize(packed, absmax, shape, blocksize=64):
 def double_quantize(absmax, blocksize=256):
     """(codes, nested, mean): the constants of the blocks in 8 bits, around their mean.
 
-    codes     int8, one a constant: round(127 (absmax - mean) / nested), between -127 and 127
-    nested    float32, the largest |absmax - mean| of each `blocksize` constants
-    mean      float32, of all constants
+    codes     int8, one a constant: round(127 (absmax - mean) / nested), between -127 and 127; 0 where nested is 0
+    nested    float32, the largest |absmax - mean| of each `blocksize` constants. The last group may be shorter
+    mean      a float32 number, the mean of all constants
     """
     # BEGIN SOLUTION
     mean = absmax.mean(dtype=np.float32)
@@ -80,7 +81,7 @@ def double_quantize(absmax, blocksize=256):
 
 
 def restore(codes, nested, mean, blocksize=256):
-    """The constants that the 8 bits stand for, float32."""
+    """The constants that the 8 bits stand for, codes/127 · nested + mean, float32. (In NumPy int8 / 127 is float64.)"""
     # BEGIN SOLUTION
     return codes / np.float32(127) * np.repeat(nested, blocksize)[: codes.size] + mean
     # END SOLUTION
@@ -122,7 +123,7 @@ def forward(layer, x):
     """(y, saved): y = x Ŵᵀ + s (x Aᵀ) Bᵀ, and what `backward` needs beside the layer.
 
     x       float32 (tokens × in)        y   float32 (tokens × out)
-    saved   a tuple of arrays. Not Ŵ: it is rebuilt when it is needed, or 4 bits would save nothing
+    saved   a tuple of arrays, at most x and x Aᵀ. Not Ŵ: it is rebuilt when it is needed, or 4 bits would save nothing
     """
     # BEGIN SOLUTION
     u = x @ layer["A"].T  # (tokens × r)
@@ -148,7 +149,7 @@ def adamw(p, g, m, v, t, lr, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
     """One step of AdamW, number t = 1, 2, …, which changes p, m and v in place. All are float32 vectors of one length.
 
     m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²
-    p ← p − lr λ p               p ← p − lr m̂ / (√v̂ + ε),    m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ)
+    p ← p − lr λ p               p ← p − lr m̂ / (√v̂ + ε),    m̂ = m/(1 − β₁ᵗ),  v̂ = v/(1 − β₂ᵗ), in this order
     """
     # BEGIN SOLUTION
     m *= beta1
@@ -165,7 +166,7 @@ def paged_adamw(p, g, m, v, t, lr, memory, page, **options):
 
     memory.fetch(a, start, stop)        a copy of a[start:stop] in the fast memory; an error if it does not fit
     memory.put_back(a, start, copy)     writes the copy back to a[start:…], and frees its place
-    page                                elements of m, and as many of v, that are treated at a time
+    page                                elements of m, and as many of v, that are treated at a time; there is room for both
     """
     # BEGIN SOLUTION
     for start in range(0, len(p), page):
@@ -187,7 +188,8 @@ def train(parameters, loss_of, batches, lr, max_norm, memory, page):
     loss_of(batch)    computes a loss: an object with .item() and with .backward(), which *adds* to each parameter's .grad
 
     Of T batches, number t = 1 … T: clear the gradients; compute the loss; go backward; if the norm of all gradients together
-    exceeds max_norm, scale all of them to it; one step of `paged_adamw` for each parameter, at the rate lr (1 − (t − 1)/T).
+    exceeds max_norm, scale all of them to it; one step of `paged_adamw` for each parameter, at the rate lr (1 − (t − 1)/T) and
+    without weight decay. m and v of each parameter are float32 vectors, zeros before the first step.
     """
     # BEGIN SOLUTION
     states = [(np.zeros(p.data.size, np.float32), np.zeros(p.data.size, np.float32)) for p in parameters]

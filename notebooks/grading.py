@@ -37,6 +37,7 @@ LARGEST = 100_000_000  # bytes of a notebook; one with many figures has a few mi
 CHECKS = {}  # "05-2": [Part, …]
 OWN = "my"  # what the number of a notebook is to the file of the six steps
 OWN_FILE = "my_qlora"  # how its name begins
+BLANK = "not answered yet"  # what is said of an answer that raises NotImplementedError
 OWN_MODULES = sys.stdlib_module_names | {"numpy", "scipy"}  # what it may import
 
 if str(HERE) not in sys.path:  # checks and answers import from here, wherever Python was started
@@ -153,9 +154,11 @@ def together(found):
     of, points = sum(part.points for part, _ in found), sum(part.points for part, one in found if one == "right")
     parts = tuple((part.name, part.points, one) for part, one in found)
     every = {one for *_, one in parts}
-    alike = len(every) == 1 and every.copy().pop()
-    if alike and (len(parts) == 1 or alike in ("right", "not answered yet") or alike.startswith("not gradable")):
-        return Verdict(points, of, alike, parts)
+    first = parts[0][2]
+    if all(one.startswith(BLANK) for one in every) or (
+        len(every) == 1 and (len(parts) == 1 or not first.startswith("not right"))
+    ):
+        return Verdict(points, of, first, parts)
     wrong = "; ".join(f"{name}: {one.removeprefix('not right: ')}" for name, _, one in parts if one != "right")
     return Verdict(points, of, f"not right: {points} of {of} points; {wrong}", parts)
 
@@ -189,8 +192,8 @@ def said(exercise, part, function, rng):
     seen.there = getattr(function, "there", None) or (lambda scene, *args: scene(function, *args))
     try:
         part.function(seen, rng)
-    except NotImplementedError:
-        return "not answered yet"
+    except NotImplementedError as error:
+        return unanswered(exercise, error)
     except KeyboardInterrupt:
         raise
     except Raised as error:
@@ -198,6 +201,13 @@ def said(exercise, part, function, rng):
     except BaseException as error:
         return f"not right: {complaint(exercise, function, error, returned)}"
     return "right"
+
+
+def unanswered(exercise, error):
+    """The sentence on a NotImplementedError; of a step it names the function, which may be one of an earlier step."""
+    names = [at.name for at in traceback.extract_tb(error.__traceback__) if at.filename == f"{OWN_FILE}.py"]
+    name = names[-1] if names else getattr(error, "function", None)
+    return f"{BLANK} ({name})" if exercise.startswith(OWN) and name else BLANK
 
 
 def noticed(function, without):

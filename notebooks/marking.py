@@ -237,7 +237,9 @@ class Remote:
         except Exception:  # whatever: these bytes are a stranger's
             kind, of = "raised", ["what it returns cannot be read"]
         if kind == "unanswered":
-            raise NotImplementedError
+            error = NotImplementedError()
+            error.function = re.sub(r".*\((\w+)\)|.*", r"\1", plain(of[0]))
+            raise error
         raise grading.Raised(str(of[0]))
 
 
@@ -318,8 +320,8 @@ def answers(connection, memory):
                 function = cells.function(name) if name else cells.names()
                 value, changed = called(function, *of) if what == "call" else (of[0](function, *of[1]), ())
             reply = ["returned", encoded(value), [[i, encoded(new)] for i, new in changed]]
-        except NotImplementedError:
-            reply = ["unanswered"]
+        except NotImplementedError as error:
+            reply = ["unanswered", grading.unanswered(exercise or "", error)]
         except grading.Raised as error:
             reply = ["raised", str(error)]
         except BaseException as error:

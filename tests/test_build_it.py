@@ -32,7 +32,7 @@ def test_the_solution_is_right(exercise, rng):
 def test_the_file_that_students_get_is_not_answered_yet(exercise, rng):
     text = (NOTEBOOKS / "my_qlora.py").read_text(encoding="utf-8")
     assert text == build.steps(TEXT), "run `python notebooks/build.py my_qlora`"
-    assert verdict(text, exercise, rng).said == "not answered yet"
+    assert verdict(text, exercise, rng).said.startswith("not answered yet (")
 
 
 MISTAKES = [  # step, what stands in the solution, what a student writes, what the check says
@@ -44,6 +44,7 @@ MISTAKES = [  # step, what stands in the solution, what a student writes, what t
     ("my-1", "np.searchsorted(middles, x).astype", "np.abs(x[..., None] - NF4).argmin(-1).astype", "The values are sorted"),
 
     ("my-2", "np.round(127 * rows", "np.trunc(127 * rows", "Is it cut instead?"),
+    ("my-2", "np.round(127 * rows", "np.round(128 * rows", "128 wraps around"),
     ("my-2", "absmax - mean\n", "absmax\n", "nested[0] should be the largest"),
     ("my-2", "blocksize)[: codes.size] + mean", "blocksize)[: codes.size]", "restore is off by"),
     ("my-2", '"codes": codes', '"codes": codes.astype(np.int32)', "bits a weight; 4.1270 are enough"),
@@ -54,14 +55,24 @@ MISTAKES = [  # step, what stands in the solution, what a student writes, what t
     ("my-4", "(m / (1 - beta1**t)) / (np.sqrt(v / (1 - beta2**t)) + eps)", "m / (np.sqrt(v) + eps)", "m and v are not divided"),
     ("my-4", "np.sqrt(v / (1 - beta2**t)) + eps", "np.sqrt(v / (1 - beta2**t) + eps)", "stands inside the root"),
     ("my-4", "    m *= beta1\n", "    g = g + weight_decay * p\n    weight_decay = 0\n    m *= beta1\n", "in Adam with L2"),
+    ("my-4", "    p *= 1 - lr * weight_decay\n", "", "the weight decay is missing"),
+    ("my-4", "(m / (1 - beta1**t))", "m", "m is not divided"),
+    ("my-4", "    m *= beta1\n", "    m = beta1 * m\n", "it should be changed in place"),
     ("my-4", "        memory.put_back(v, start, fast_v)\n", "", "do not fit"),
     ("my-5", "            p.grad = None\n", "            pass\n", "the gradients of the steps before are not cleared"),
     ("my-5", "(t - 1) / len(batches)", "t / len(batches)", "one step too early"),
+    ("my-5", "p.grad = None\n", "p.grad = None\n        [one.fill(0) for both in states for one in both]\n", "anew"),
+    ("my-5", "min(1.0, max_norm / norm)", "max_norm / norm", "although their norm is below it"),
+    ("my-5", "losses.append(loss.item())", "losses.append(loss)", "loss.item() is a float"),
+    ("my-5", "        loss.backward()\n", "        loss_of(batch)\n        loss.backward()\n", "once for each is enough"),
+    ("my-5", "p.data.reshape(-1), scale", "p.data.flatten(), scale", "is a copy trained?"),
     ("my-5", "lr * (1 - (t - 1) / len(batches))", "lr", "the rate does not fall"),
     ("my-5", "np.float32(min(1.0, max_norm / norm)) if norm > 0 else np.float32(1)", "np.float32(1)", "not scaled to max_norm"),
 
     ("my-6", "np.float32(layer[\"s\"]) * (layer[\"B\"] @", "(layer[\"B\"] @", "the scale s is missing"),
     ("my-6", "/ np.linalg.norm(merged))", ")", "was returned"),
+    ("my-6", "/ np.linalg.norm(merged))", "/ np.linalg.norm(rebuild(stored)))", "was returned"),
+    ("my-6", "    stored = store(merged)\n", "    stored = layer[\"stored\"] = store(merged)\n", "changes the layer's own arrays"),
 ]  # fmt: skip
 
 
@@ -98,7 +109,8 @@ def test_the_finale_says_what_is_missing(tmp_path):
     )
     assert (
         done.returncode == 1
-        and "my_qlora.py: a step is not answered yet; `pytest notebooks -k my` says which" in done.stderr
+        and "my_qlora.py: a step is not answered yet (new_layer); `pytest notebooks -k my-` grades them all"
+        in done.stderr
     )
     (tmp_path / "mine.py").write_text("import peft")
     command = [sys.executable, str(NOTEBOOKS / "finale.py"), "mine.py"]

@@ -121,7 +121,7 @@ def _(answer, rng):
             # x + step is rounded to 1e-13 where x is 1,000, which is 1e-8 of a step
             assert abs(numeric - claimed) < 1e-6 * max(abs(numeric), np.linalg.norm(step) * np.linalg.norm(g)), (
                 f"{call}: along a random direction the loss changes by {numeric:.3e} and x̄ says {claimed:.3e}. "
-                "Every output of a row depends on every input of that row, through the sum below the line."
+                "Every output of a row depends on every input of that row, through the sum in the denominator."
             )
     x, g = rng.standard_normal((2, 2, 1500))
     taken = peak(answer, x, g)

@@ -94,5 +94,5 @@ def _(answer, rng):
             more = "more" if found > made else "less"
             assert found == made, (
                 f"{call} is {int(found):,}, which is {abs(int(found) - made):,} {more} than the engine makes. "
-                "Ask of each value on the way back whether anything below it is trained."
+                "Ask of each value on the way back whether anything before it, towards x, is trained."
             )
