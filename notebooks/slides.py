@@ -3,10 +3,10 @@
     python notebooks/slides.py FOLDER              a deck of each of 01 to 10
     python notebooks/slides.py FOLDER 05 16        only of those that begin so, appendices too
 
-A deck has a title slide (the question, and what one will be able to do), a slide for each section, with its first two sentences and
-its figure, its displayed equation or its table, and the summary. The figures are those of the built notebook. The equations are
-drawn by matplotlib; the few that it cannot draw stand as TeX. Arrow keys, the space bar and clicks turn the page; printing gives a
-page a slide, and Ctrl + and − change the size.
+A deck has a title slide (the question, and what one will be able to do), a slide for each section, and the summary. A section's slide
+has its first two sentences and its figure; without a figure, its displayed equation or table, and its first open cell with what it
+prints. The figures are those of the built notebook. The equations are drawn by matplotlib; the few that it cannot draw stand as TeX.
+Arrow keys, the space bar and clicks turn the page; printing gives a page a slide, and Ctrl + and − change the size.
 """
 
 import argparse
@@ -16,16 +16,21 @@ import re
 import sys
 from pathlib import Path
 
-from grading import HERE, read
+from grading import HERE, read, tags
 
 from tinylora.models.files import atomic
 
 CORE = 10  # the last notebook of the core
-SENTENCES, ITEMS = 2, 5  # that a slide shows of a section and of a list
+SENTENCES, ITEMS, LINES, PRINTED = (
+    2,
+    5,
+    14,
+    4,
+)  # that a slide shows of a section, of a list, of a cell and of what it prints
 
 STYLE = """
 * { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1a1a1a; font: 2.6vmin/1.45 Georgia, "DejaVu Serif", serif; }
+body { margin: 0; background: #fff; color: #1a1a1a; font: 3.2vmin/1.45 Georgia, "DejaVu Serif", serif; }
 section { width: 100%; height: 100vh; padding: 6vmin 9vmin 8vmin; display: flex; flex-direction: column; position: relative; }
 section { break-after: page; overflow: hidden; }
 .turning section { display: none; }
@@ -35,11 +40,14 @@ h1 { font-size: 6.5vmin; margin-top: 6vmin; } h2 { font-size: 4.6vmin; border-bo
 p, ul, table { margin: 0 0 2vmin; } ul { padding-left: 4vmin; } li { margin-bottom: 1vmin; } .key { font-weight: bold; }
 figure { flex: 1; min-height: 0; margin: 0; display: flex; flex-direction: column; align-items: center; justify-content: center; }
 figure img { max-width: 100%; max-height: 100%; min-height: 0; object-fit: contain; flex: 1; }
-.equation { margin: auto; font-size: 3vmin; max-width: 100%; }
+.equation { margin: auto; font-size: 3.6vmin; max-width: 100%; }
+pre { margin: auto 0; padding: 1.5vmin 2vmin; background: #f2f2f2; overflow: hidden; }
+pre { font: 2.3vmin/1.35 Menlo, "DejaVu Sans Mono", monospace; }
+pre.said { margin: 1.5vmin 0 auto; background: none; color: #444; }
 .equation svg { max-width: 100%; } svg { fill: currentColor; overflow: visible; }
 code, .tex { font-family: Menlo, "DejaVu Sans Mono", monospace; font-size: .88em; background: #eee; }
 .tex { white-space: pre-wrap; padding: 1.5vmin; display: inline-block; }
-table { border-collapse: collapse; margin: auto; font-size: 2.4vmin; } th, td { border: 1px solid #666; padding: .6vmin 1.6vmin; }
+table { border-collapse: collapse; margin: auto; font-size: 2.8vmin; } th, td { border: 1px solid #666; padding: .6vmin 1.6vmin; }
 footer { position: absolute; bottom: 3vmin; left: 9vmin; right: 9vmin; font-size: 1.8vmin; color: #444; display: flex; }
 footer span:last-child { margin-left: auto; }
 @page { size: 297mm 167mm; margin: 0; }
@@ -205,10 +213,10 @@ def listed(items):
 
 
 class Section:
-    """What stands below one heading of a notebook: its Markdown, and its figures as (kind, data, what it draws)."""
+    """What stands below one heading of a notebook: its Markdown, its figures as (kind, data, what it draws), its first open cell."""
 
     def __init__(self, title):
-        self.title, self.text, self.figures = title, "", []
+        self.title, self.text, self.figures, self.code, self.printed = title, "", [], "", ""
 
 
 def sections(notebook):
@@ -223,6 +231,14 @@ def sections(notebook):
                 if found:
                     found[-1].text += piece + "\n\n"
         elif found:
+            if (
+                not found[-1].code
+                and not tags(cell)
+                and "grade(" not in cell.source
+                and len(cell.source.splitlines()) <= LINES
+            ):
+                found[-1].code = cell.source
+                found[-1].printed = "".join(o.text for o in cell.get("outputs", []) if o.output_type == "stream")
             comment = cell.source.partition("\n")[0].removeprefix("# Draws: ")
             for output in cell.get("outputs", []):
                 for kind in ("image/svg+xml", "image/png"):
@@ -301,7 +317,13 @@ def content(section):
             shown.append(f"<p>{inline(text)}</p>")
         else:
             shown.append(listed(map(shortened, whole[:ITEMS])) if kind == "list" else made[kind](whole))
-    return "".join(shown) + (figure(*section.figures[0]) if section.figures else "")
+    if section.figures:
+        return "".join(shown) + figure(*section.figures[0])
+    if section.code and not any(parts[i][0] == "table" for i in picked):
+        shown.append(f"<pre>{html.escape(section.code)}</pre>")
+        if section.printed:
+            shown.append(f'<pre class="said">{html.escape(chr(10).join(section.printed.splitlines()[:PRINTED]))}</pre>')
+    return "".join(shown)
 
 
 def deck(path):

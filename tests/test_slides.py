@@ -1,6 +1,7 @@
 """The slides: a slide for each section, all that is shown in the file itself, and no request that leaves the page."""
 
 import importlib
+import html
 import re
 from html.parser import HTMLParser
 
@@ -76,9 +77,14 @@ def test_a_deck(decks, path):
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
 def test_no_markdown_is_left_in_a_deck(decks, path):
-    page = Page(re.sub(r"<code>.*?</code>|<svg.*?</svg>", "", decks[path], flags=re.S))
+    page = Page(re.sub(r"<code>.*?</code>|<pre.*?</pre>|<svg.*?</svg>", "", decks[path], flags=re.S))
     text = "".join(page.text)
     assert not re.search(r"\*\*|\$|\]\(|`|\0", text), re.search(r".{30}(\*\*|\$|\]\(|`).{30}", text)
+    opened = [c.source for c in grading.read(path).cells if c.cell_type == "code" and not grading.tags(c)]
+    shown = re.findall(r"<pre>(.*?)</pre>", decks[path], re.S)
+    assert shown and {html.unescape(code) for code in shown} <= set(opened), (
+        "the code of a slide is that of an open cell"
+    )
     assert "<p></p>" not in decks[path] and "<li></li>" not in decks[path]
 
 
