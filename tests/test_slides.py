@@ -1,7 +1,7 @@
 """The slides: a slide for each section, all that is shown in the file itself, and no request that leaves the page."""
 
-import importlib
 import html
+import importlib
 import re
 from html.parser import HTMLParser
 
