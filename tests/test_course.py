@@ -143,6 +143,7 @@ def test_the_page_of_the_steps_names_every_function_and_the_points():
 
 
 def test_folded_cells_fold_in_a_page_for_a_browser(tmp_path):
+    pytest.importorskip("nbconvert", reason="pages need nbconvert, which comes with pip install -e '.[notebooks]'")
     source = next(s for s in SOURCES if s.name.startswith("05"))
     build.page(source, tmp_path)
     page = (tmp_path / f"{source.stem}.html").read_text(encoding="utf-8")
