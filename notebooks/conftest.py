@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def pytest_addoption(parser):
         type=seconds,
         default=600,
         help="when an answer that is still running is killed and counts as not right: an endless loop must not hold up the "
-        "others. Each of its cells may take so long, and its check. The slowest solution takes seconds, so 60 is enough on a "
+        "others. Each of its cells may take so long, and each part of its check. The slowest solution takes seconds, so 60 is enough on a "
         "machine that does nothing else (600)",
     )
     parser.addoption(
@@ -136,7 +137,10 @@ def table_of(found):
     rows = [["student", "id", *exercises, "points", "of", "reasons"]]
     for who, row in found.items():
         every = {exercise: row.get(exercise) or grading.unseen(exercise, "not answered yet") for exercise in exercises}
-        reasons = "; ".join(f"{exercise}: {one.said}" for exercise, one in every.items() if one.said != "right")
+        reasons = "; ".join(
+            [f"{exercise}: {one.said}" for exercise, one in every.items() if one.said != "right"]
+            + [who.note] * bool(who.note)
+        )
         points = [one.points for one in every.values()]
         rows.append(
             [_cell(who), _cell(who.id), *points, sum(points), sum(one.of for one in every.values()), _cell(reasons)]
@@ -147,7 +151,7 @@ def table_of(found):
 def _cell(name):
     """A name as the table holds it: on one line, and no formula to a spreadsheet."""
     name = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-    return f"'{name}" if name.startswith(("=", "+", "-", "@")) else name
+    return re.sub(r"(^|[;,\t|])(\s*)(?=[=+\-@])", r"\1\2'", name)  # a spreadsheet may split at a semicolon
 
 
 def _clear(path):
@@ -183,7 +187,7 @@ def student_of(request, marks, texts):
         if who not in turn:
             end()
             limit, memory = request.config.getoption("limit"), request.config.getoption("memory")
-            turn[who] = marking.Student(limit, memory)
+            turn[who] = marking.Student(limit, memory, request.config.getoption("hidden"))
         return turn[who]
 
     def end():

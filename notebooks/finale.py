@@ -9,6 +9,8 @@ tinylora's: the attention, the norms, the tape.
 """
 
 import argparse
+import copy
+import functools
 import sys
 import traceback
 from pathlib import Path
@@ -76,9 +78,25 @@ def _own(x, A, B, mine, layer, rows):
     return y.reshape(*x.shape[:-1], -1), pullbacks
 
 
+@functools.cache
+def text_of(split):
+    """The bytes of a split of the Jargon File, read once: what an answer does to the files afterwards changes nothing."""
+    return np.frombuffer(tl.data.jargon(split), np.uint8)
+
+
+@functools.cache
+def _base():
+    return tl.Llama.from_pretrained("base")
+
+
+def base():
+    """The embedded model, of which the files are read once."""
+    return copy.deepcopy(_base())
+
+
 def batches():
     """STEPS batches of rows of the Jargon File, each of one byte more than LENGTH."""
-    text = np.frombuffer(tl.data.jargon("train"), np.uint8)
+    text = text_of("train")
     starts = np.random.default_rng(0).integers(0, len(text) - LENGTH - 1, (STEPS, ROWS))
     return [np.stack([text[i : i + LENGTH + 1] for i in row]).astype(int) for row in starts]
 
@@ -90,7 +108,7 @@ def loss_on(model, rows):
 
 def bits_per_byte(model):
     """The mean on 48 rows of held-out text."""
-    text = np.frombuffer(tl.data.jargon("heldout"), np.uint8)[: 48 * (LENGTH + 1)]
+    text = text_of("heldout")[: 48 * (LENGTH + 1)]
     with tl.no_grad():
         return loss_on(model, text.reshape(48, -1).astype(int)).item() / np.log(2)
 
@@ -98,7 +116,7 @@ def bits_per_byte(model):
 def library_run():
     """(bits per byte before, after, losses) of tinylora's own QLoRA."""
     tl.seed(0)
-    model = tl.add_lora(tl.quantize_linears(tl.Llama.from_pretrained("base")), r=R, alpha=ALPHA)
+    model = tl.add_lora(tl.quantize_linears(base()), r=R, alpha=ALPHA)
     rng = np.random.default_rng(1)
     for _, layer in adapters.lora_layers(model):
         layer.lora_A.weight.data = start(rng, *layer.lora_A.weight.shape)
@@ -122,7 +140,7 @@ def start(rng, r, d_in):
 
 def own_run(mine):
     """The same of a student's functions, the merged model's bits per byte, and how many bytes of the fast memory were taken."""
-    model, rng = tl.Llama.from_pretrained("base").requires_grad_(False), np.random.default_rng(1)
+    model, rng = base().requires_grad_(False), np.random.default_rng(1)
     layers = [
         (path, layer) for path, layer in model.named_modules() if isinstance(layer, nn.Linear) and path != "lm_head"
     ]
@@ -131,6 +149,8 @@ def own_run(mine):
     before, memory = bits_per_byte(model), Memory(BUDGET)
     parameters = [p for _, p in model.trainable()]
     losses = mine.train(parameters, lambda rows: loss_on(model, rows), batches(), LR, MAX_NORM, memory, PAGE)
+    if len(losses) != STEPS:
+        raise grading.Raised(f"train returned {len(losses)} losses for {STEPS} batches")
     after = bits_per_byte(model)
     for path, _ in layers:
         own = model.get(path)
@@ -172,7 +192,7 @@ def main(argv=None):
     )
     args = parser.parse_args(argv)
     try:
-        mine = grading.own_answer(args.file.read_text(encoding="utf-8"))
+        mine = grading.own_answer(args.file.read_text(encoding="utf-8-sig"))
         own = own_run(mine)
     except NotImplementedError as error:
         said = grading.unanswered(grading.OWN, error)
@@ -182,11 +202,8 @@ def main(argv=None):
         lines = [
             at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == f"{grading.OWN_FILE}.py"
         ]
-        where, known = (
-            f", in line {lines[-1]}" if lines else "",
-            isinstance(error, OSError | grading.Raised) or not lines,
-        )
-        print(f"{args.file.name}: {'' if known else f'{type(error).__name__}: '}{error}{where}", file=sys.stderr)
+        where = f"{type(error).__name__} in line {lines[-1]}: " if lines else ""
+        print(f"{args.file.name}: {where}{error}", file=sys.stderr)
         return 1
     library = library_run()
     print(f"{STEPS} steps of {ROWS} × {LENGTH} bytes, rank {R}; bits per byte of held-out text")

@@ -22,10 +22,13 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import re
 import sys
+import threading
 import traceback
 import tracemalloc
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +38,7 @@ HERE = Path(__file__).resolve().parent
 SPACE = "answers"  # __name__ in the namespace in which a handed-in notebook's cells run
 LARGEST = 100_000_000  # bytes of a notebook; one with many figures has a few million
 CHECKS = {}  # "05-2": [Part, …]
+FILES = set()  # in which checks are defined
 OWN = "my"  # what the number of a notebook is to the file of the six steps
 OWN_FILE = "my_qlora"  # how its name begins
 BLANK = "not answered yet"  # what is said of an answer that raises NotImplementedError
@@ -67,6 +71,7 @@ def check(exercise, part="", points=1, without=(), before=None):
     """Decorator that registers function(answer, rng) as the check, or one part of the check, of an exercise such as "05-2"."""
 
     def register(function):
+        FILES.add(getattr(getattr(function, "__code__", None), "co_filename", ""))
         parts = CHECKS.setdefault(exercise, [])
         if part in {one.name for one in parts}:
             raise ValueError(f"exercise {exercise} has two checks{f' of {part!r}' if part else ''}; expected one")
@@ -84,28 +89,35 @@ def load_checks():
 
 
 def load_hidden(folder):
-    """Add the checks in a teacher's folder, files as checks/nbNN.py, as further parts of the exercises. Their number."""
-    load_checks()
-    before = {exercise: len(parts) for exercise, parts in CHECKS.items()}
+    """Add the checks in a teacher's folder, files as checks/nbNN.py, as further parts of the exercises."""
+    own = {exercise: list(parts) for exercise, parts in load_checks().items()}
     files = sorted(Path(folder).glob("*.py"))
     if not files:
         raise ValueError(f"{folder} holds no .py file; expected a folder of checks, as notebooks/checks is")
-    for i, path in enumerate(files):
-        spec = importlib.util.spec_from_file_location(f"hidden_checks_{i}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # so that a scene in it can be named
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from None
-    added = 0
-    for exercise, parts in CHECKS.items():
-        if exercise not in before:
+    CHECKS.clear()  # so that a part may be called as one of ours is
+    try:
+        for i, path in enumerate(files):
+            spec = importlib.util.spec_from_file_location(f"hidden_checks_{i}", path)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module  # so that a scene in it can be named
+            try:
+                spec.loader.exec_module(module)
+            except Exception as error:
+                raise ValueError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from None
+        hidden = {exercise: list(parts) for exercise, parts in CHECKS.items()}
+    finally:
+        CHECKS.clear()
+        CHECKS.update(own)
+    for exercise, parts in hidden.items():
+        if exercise not in own:
             raise ValueError(f"{folder} has a check of exercise {exercise}, which does not exist")
-        hidden = parts[before[exercise] :]
-        parts[before[exercise] :] = [one._replace(name=f"hidden: {one.name}".rstrip(": ")) for one in hidden]
-        added += len(hidden)
-    return added
+        CHECKS[exercise] = own[exercise] + [one._replace(name=f"hidden: {one.name}".rstrip(": ")) for one in parts]
+
+
+def ready(hidden=None):
+    """Load all checks in a process that has none yet; a fork has its parent's."""
+    if not CHECKS:
+        load_hidden(hidden) if hidden else load_checks()
 
 
 def number_of(name):
@@ -214,22 +226,22 @@ def noticed(function, without):
     """function, which raises Raised with a sentence if it calls what would be no answer of its own.
 
     That is a function of the checks, or one of tinylora's in `without` ("*": any of them), or a look at the frame of its caller.
+    What a scene (`there`) calls is not watched.
     """
-    ours, package = str(HERE / "checks"), str(Path(importlib.import_module("tinylora").__file__).parent)
+    package = str(Path(importlib.import_module("tinylora").__file__).parent)
     file, found = getattr(getattr(function, "__code__", None), "co_filename", None), []
 
+    ours = tuple({str(HERE / "checks"), str(HERE / "build_it.py"), *FILES} - {file, ""})
+
     def notice(frame, event, called):
-        code = frame.f_code
-        if (
-            event == "c_call"
-            and called is sys._getframe
-            and frame.f_back
-            and file in (code.co_filename, frame.f_back.f_code.co_filename)
-        ):
-            found.append(
-                "it looks at the frame of its caller, which knows the answer; the arguments are all that is needed"
-            )
-        if event != "call" or found or not code.co_filename.startswith((ours, package)):
+        code, before = frame.f_code, frame.f_back
+        if event == "c_call" and called is sys._getframe:
+            through = code.co_filename == inspect.__file__ and before and before.f_code.co_filename == file
+            if code.co_filename == file or through:
+                found.append(
+                    "it looks at the frame of its caller, which knows the answer; the arguments are all that is needed"
+                )
+        if event != "call" or found or not code.co_filename.startswith((*ours, package)):
             return
         name = code.co_qualname.split(".<")[0]
         if code.co_filename.startswith(ours):
@@ -239,11 +251,15 @@ def noticed(function, without):
 
     def honest(*args, **kwargs):
         before = sys.getprofile()
+        threading.setprofile(notice)
         sys.setprofile(notice)
         try:
             return function(*args, **kwargs)
         finally:
+            if sys.getprofile() is not notice:
+                found.append("it switches off what watches for calls of the library")
             sys.setprofile(before)
+            threading.setprofile(before)
             if found:  # whatever it returned or raised
                 raise Raised(found.pop())
 
@@ -262,8 +278,7 @@ def complaint(exercise, function, error, returned=(), memory=None):
     own = exercise.startswith(OWN)
     file = f"{OWN_FILE}.py" if own else getattr(getattr(function, "__code__", None), "co_filename", None)
     lines = [at.lineno for at in frames if at.filename == file]
-    ours = {part.function.__code__.co_filename for part in CHECKS[exercise]}
-    checks = isinstance(error, AssertionError) and (not lines or frames[-1].filename in ours)
+    checks = isinstance(error, AssertionError) and (not lines or frames[-1].filename in FILES)
     if checks and str(error).strip():
         return str(error).strip()
     if returned and returned[0] is None:
@@ -356,9 +371,10 @@ def text_of(path):
     try:
         if path.stat().st_size > LARGEST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, expected at most {LARGEST:,}")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a notebook: {str(error)[:200]}") from None
+        why = "it is no UTF-8 text: " if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"{path.name} cannot be read: {why}{str(error)[:200]}") from None
 
 
 def parsed(path, text):
@@ -413,7 +429,8 @@ class Cells:
     """A fresh namespace in which cells run, and from which their functions are taken."""
 
     def __init__(self, memory=None):
-        self.space, self.memory = {"__name__": SPACE}, memory
+        module = sys.modules[SPACE] = types.ModuleType(SPACE)  # in which a dataclass looks for its annotations
+        self.space, self.memory = vars(module), memory
 
     def run(self, i, code, whose):
         """Run cell i, or a whole file of the name i; None, or a sentence on its error.
@@ -451,7 +468,7 @@ class Cells:
 
 def called(code):
     """How a sentence names a cell."""
-    return f"the cell {code.strip().splitlines()[0]!r}"
+    return f"the cell {(code.strip().splitlines() or [''])[0]!r}"
 
 
 def answer(notebook, k, cells=None):
@@ -495,15 +512,15 @@ def own_answer(text, cells=None):
 
 
 class Student(str):
-    """The name of a row of marks; `id` is the number that Canvas or Moodle gives the student, or ""."""
+    """The name of a row of marks; `id` is the number that Canvas or Moodle gives the student, `note` what a teacher should know."""
 
-    id = ""
+    id = note = ""
 
     @classmethod
-    def of(cls, name, number=""):
+    def of(cls, name, number="", note=""):
         """The student of this name and number."""
         student = cls(name)
-        student.id = number
+        student.id, student.note = number, note
         return student
 
 
@@ -514,76 +531,85 @@ def row_of(who, path):
 
 # A name as a learning platform writes it: of a file that Canvas hands out (lovelaceada_LATE_4217_99_05_mine-1.ipynb, where -1 is the
 # second attempt), and of a folder or a file that Moodle does (Ada Lovelace_4217_assignsubmission_file_).
-CANVAS = re.compile(r"(?P<name>[^_]+)_(?:LATE_)?(?P<id>\d+)_\d+_(?P<file>.+)")
-MOODLE = re.compile(r"(?P<name>[^_]+)_(?P<id>\d+)_assignsubmission_(?:file|onlinetext)_?(?P<file>.*)")
+CANVAS = re.compile(r"(?P<name>[^_]+)_(?:LATE_)?(?P<id>\d+)_(?P<submission>\d+)_(?P<file>.+)")
+MOODLE = re.compile(r"(?P<name>.+?)_(?P<id>\d+)_assignsubmission_(?:file|onlinetext)_?(?P<file>.*)")
 
 
 def handed_in(name):
-    """(Student, the name that the student gave the file) of a file's or a folder's name; the student is None if it names none."""
-    for platform in (MOODLE, CANVAS):
-        if found := platform.fullmatch(name):
-            return Student.of(found["name"].strip(), found["id"]), found["file"]
-    return None, name
+    """(Student, the name that the student gave the file, which attempt) of a file's or folder's name; the student may be None."""
+    if found := MOODLE.fullmatch(name):
+        return Student.of(found["name"].strip(), found["id"]), found["file"], (0, 0)
+    found = None if number_of(name) else CANVAS.fullmatch(name)
+    if found and number_of(found["file"]):
+        again = re.search(r"-(\d+)\.\w+$", found["file"])
+        return (
+            Student.of(found["name"], found["id"]),
+            found["file"],
+            (int(again[1]) if again else 0, int(found["submission"])),
+        )
+    return None, name, (0, 0)
 
 
 def collect(path, numbers):
-    """{who: {"05": file}}, the answers in a notebook or a folder: .ipynb or .py files whose names begin with a number, or my_qlora.
+    """{who: {"05": file}}, the answers in a notebook or a folder: .ipynb or .py files whose names begin with a number, or my_qlora.py.
 
     One notebook, or a folder that holds each number once, is one answer set, called "". A folder with several files of
     one number holds several students: files as Canvas or Moodle names them belong to whom they name, and others to what follows the
     number: 05_alice.ipynb and 06_alice.ipynb to alice. A folder without answers of its own holds one folder
-    a student; a student's folder in which there is nothing to grade is an empty set.
+    a student; a student's folder in which there is nothing to grade is an empty set. Of two files of one number and one student the
+    last attempt counts, or else the newest file, and the student's note says so.
     """
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist; expected a notebook, or a folder of them")
 
     def answers(path):
-        """[(student or None, number, file, order of attempts)]"""
+        """[(student or None, number, file, attempt)], of which an .ipynb counts before the .py of its name."""
         found = []
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-            student, name = handed_in(file.name)
+            student, name, attempt = handed_in(file.name)
             number = number_of(name)
-            if file.suffix in (".ipynb", ".py") and number in numbers and not file.is_dir():
-                attempt = re.search(r"-(\d+)\.\w+$", name) if student else None
-                found.append((student, number, file, int(attempt[1]) if attempt else 0))
-        return [
-            one
-            for one in found
-            if one[2].suffix == ".ipynb" or one[2].with_suffix(".ipynb") not in [o[2] for o in found]
-        ]
+            kinds = (".py",) if number == OWN else (".ipynb", ".py")
+            if file.suffix in kinds and number in numbers and not file.is_dir():
+                found.append((student, number, file, attempt))
+        files = {file for _, _, file, _ in found}
+        return [one for one in found if one[2].suffix == ".ipynb" or one[2].with_suffix(".ipynb") not in files]
 
-    def sets(path):
-        found = answers(path)
-        if not any(student for student, *_ in found):
-            one = {number: file for _, number, file, _ in found}
-            if len(one) == len(found):
-                return {"": one}
-        own, result = [file for student, _, file, _ in found if not student], {}
-        for student, number, file, _ in sorted(found, key=lambda one: one[3]):  # the last attempt counts
-            result.setdefault(student or of_file(file, number, own), {})[number] = file
-        return dict(sorted(result.items()))
+    def last(found, student):
+        """(the student, with a note if files were passed over; {number: file}) of one student's answers."""
+        files, passed = {}, []
+        for _, number, file, _ in sorted(
+            found, key=lambda one: (one[3], one[2].stat().st_mtime if one[2].exists() else 0)
+        ):
+            if number in files and not handed_in(file.name)[0]:
+                passed.append(files[number].name)
+            files[number] = file
+        note = f"not graded, since there is a newer file: {', '.join(passed)}" if passed else ""
+        return Student.of(student, getattr(student, "id", ""), note), files
 
-    found = sets(path)
-    if found == {"": {}} and path.is_dir():
-        found = {}
+    found = answers(path)
+    result, numbered = {}, [number for _, number, _, _ in found]
+    if found and not any(student for student, *_ in found) and len(set(numbered)) == len(numbered):
+        return {"": {number: file for _, number, file, _ in found}}
+    groups = {}  # {(name, number of the platform): the answers}
+    unnamed = [file for student, _, file, _ in found if not student]
+    for one in found:
+        student = one[0] or of_file(one[2], one[1], unnamed)
+        groups.setdefault((str(student), student.id), []).append(one)
+    if not found and path.is_dir():
         for folder in (f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] not in "._"):
             student = handed_in(folder.name)[0] or Student(folder.name)
-            for who, files in sets(folder).items():
-                if who in ("", student):
-                    found[distinct(student, found)] = files
-                else:
-                    found[f"{student}/{who}"] = files
-    if not any(found.values()):
+            groups.setdefault((str(student), student.id), []).extend(answers(folder))
+    for (name, number), theirs in sorted(groups.items()):
+        student, files = last(theirs, Student.of(name, number))
+        result[
+            student if student not in result else Student.of(f"{name} ({number or len(result)})", number, student.note)
+        ] = files
+    if not any(result.values()):
         raise ValueError(
             f"{path} holds no answers; expected .ipynb or .py files whose names begin as 05_ does, or my_qlora.py"
         )
-    return found
-
-
-def distinct(student, others):
-    """The student, with the number in the name if another one is called so."""
-    return student if student not in others else Student.of(f"{student} ({student.id or len(others)})", student.id)
+    return result
 
 
 def of_file(file, number, others):

@@ -59,8 +59,8 @@ class Ended(Exception):
 class Student:
     """Grades the exercises of one answer set, one after the other. Each step may take `limit` seconds, each process `memory` GB."""
 
-    def __init__(self, limit, memory):
-        self.limit, self.memory = limit, memory
+    def __init__(self, limit, memory, hidden=None):
+        self.limit, self.memory, self.hidden = limit, memory, hidden
         self.passed_over = {}  # {notebook: its cells that ended the processes while another exercise was graded}
         self.process = None
 
@@ -118,12 +118,12 @@ class Student:
         for name in ("jupytext", "nbformat"):  # once, and not in each fork
             with contextlib.suppress(ImportError):
                 __import__(name)
-        grading.load_checks()
+        grading.ready(self.hidden)
         adopt_orphans(True)
         self.before = set(children()) if LINUX else set()
         self.connection, theirs = CONTEXT.Pipe()
         open_to_others(True)  # a fork inherits it
-        self.process = started(checker, theirs, self.memory)
+        self.process = started(checker, theirs, self.memory, self.hidden)
         open_to_others(False)
         self.pids = [self.process.pid]
         theirs.close()
@@ -174,14 +174,15 @@ def kill_children(but):
 # --- the checker's side
 
 
-def checker(connection, memory):
+def checker(connection, memory, hidden):
     """Grade jobs as they come, in a process that runs no line of a student's."""
     settle(connection)
+    grading.ready(hidden)
     if hasattr(os, "setsid"):
         os.setsid()  # a group of its own with what it starts, and no Ctrl-C
     bound(memory)
     ours, theirs = CONTEXT.Pipe()
-    process = started(answers, theirs, memory)
+    process = started(answers, theirs, memory, hidden)
     theirs.close()
 
     def say(*message):
@@ -205,8 +206,8 @@ def checker(connection, memory):
                 function = grading.answer(parsed(path, text), int(exercise[3:]), cells)
         except (ValueError, ImportError, grading.Raised) as error:
             function, wrong = None, f"not gradable: {error}"
-        except (MemoryError, RecursionError) as error:
-            function, wrong = None, f"not gradable: reading it raised {type(error).__name__}"
+        except Exception as error:
+            function, wrong = None, f"not gradable: reading it raised {type(error).__name__}: {error}"
         for part, rng in list(zip(parts, rngs, strict=True))[done:]:
             if function:
                 say("check")
@@ -253,7 +254,7 @@ class RemoteCells:
     def run(self, i, code, whose):
         if i in self.skip and whose == "other":
             return None
-        self.remote.say("cell", i, whose, grading.called(code))
+        self.remote.say("cell", i, whose, grading.called(code) if isinstance(i, int) else i)
         try:
             return self.remote.ask("run", i, code, whose)[0]
         except grading.Raised as error:
@@ -296,9 +297,10 @@ def arrays(value):
 # --- the answers' side
 
 
-def answers(connection, memory):
+def answers(connection, memory, hidden):
     """Run cells, and call the functions in them, in a process that is theirs."""
     settle(connection)
+    grading.ready(hidden)
     if LINUX:
         hide()
     cells = exercise = function = None

@@ -3,7 +3,7 @@
     python notebooks/seeds.py                 a hundred seeds for each part of each check
     python notebooks/seeds.py 2000 05 my-3    two thousand, for notebook 05 and step 3
 
-A check that takes longer than its share of --seconds is tried with fewer seeds, and the table says with how many. Exit status 1 if a
+A part of a check that takes longer than --seconds is tried with fewer seeds, and the table says with how many. Exit status 1 if a
 solution is ever not right; the seed that it prints draws the same inputs again.
 """
 
@@ -45,7 +45,7 @@ def tried(job):
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seeds", nargs="?", type=int, default=100, help="how many (100)")
+    parser.add_argument("seeds", nargs="?", type=lambda text: max(int(text), 1), default=100, help="how many (100)")
     parser.add_argument("exercises", nargs="*", metavar="NAME", help="how an exercise begins, such as 05 or my-3 (all)")
     parser.add_argument("--seconds", type=float, default=np.inf, help="the most for one part of a check (no limit)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many at a time (the cores)")

@@ -4,7 +4,7 @@ pytest notebooks                      the notebooks in this folder, answered in 
 pytest notebooks --answers PATH       a notebook, a folder of them, or a folder with one folder a student
 pytest notebooks --answers solutions  the solutions in the sources, as CI does
 pytest notebooks -k 05                only notebook 05; -k 05-2 only its exercise 2
-pytest notebooks -k my                the six steps of build_it.md, in my_qlora.py; -k my-1 only the first
+pytest notebooks -k my-               the six steps of build_it.md, in my_qlora.py; -k my-1 only the first
 pytest notebooks --table marks.csv    write the marks, too
 pytest notebooks --seed 7             the same random inputs as the last time; a run prints its seed
 pytest notebooks --hidden FOLDER      with further checks, which the teacher keeps

@@ -84,6 +84,12 @@ def test_a_usual_mistake_is_explained(exercise, old, new, sentence, rng):
     assert found.points < found.of
 
 
+@pytest.mark.parametrize("exercise", STEPS)
+def test_an_empty_answer_has_no_points(exercise, rng):
+    empty = build.steps(TEXT).replace(build.BLANK, "return None")
+    assert verdict(empty, exercise, rng).points == 0
+
+
 def test_memory_that_is_kept_is_found(rng):
     kept = SOLVED.replace("(x, u)\n", "(x, u, rebuild(layer['stored']))\n").replace("x, u = saved", "x, u, _ = saved")
     assert "`saved` holds" in verdict(kept, "my-3", rng).said

@@ -1,6 +1,9 @@
 """Marks: points for parts, seeds, checks that a teacher keeps, names as platforms write them, and what is no answer of one's own."""
 
 import csv
+import importlib.util
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -125,7 +128,7 @@ def test_a_part_in_which_an_answer_dies_costs_that_part(third, tmp_path):
 def test_a_seed_replays_a_run(third, tmp_path):
     hand_in(tmp_path / "class", {"one/99.py": answered("x"), "two/99.py": answered("x")})
     out, first = run(tmp_path, "--answers", "class", "-k", "99-3")
-    assert first[1][2:] != [] and "0 of 4 points" not in first[1][-1]
+    assert run(tmp_path, "--answers", "class", "-k", "99-3")[1] != first, "without a seed the inputs are drawn anew"
     assert first[1][1:] == first[2][1:], "two students have the same inputs"
     seed = out.split("--seed ")[1].split()[0]
     assert run(tmp_path, "--answers", "class", "-k", "99-3", "--seed", seed)[1] == first
@@ -142,6 +145,10 @@ def test_checks_that_the_teacher_keeps(third, tmp_path):
     _, rows = run(tmp_path, "--answers", "class", "-k", "99-3", "--hidden", "kept")
     assert [row[2:5] for row in rows[1:]] == [["7", "7", "7"], ["4", "4", "7"]]
     assert rows[2][5] == "99-3: not right: 4 of 7 points; hidden: large numbers: The root of 9 should be 3."
+    (tmp_path / "kept" / "mine.py").write_text(
+        'from grading import check\n@check("99-3")\ndef _(answer, rng):\n    assert answer(1.0) == 1\n'
+    )
+    assert "hidden" not in str(run(tmp_path, "--answers", "class", "-k", "99-3", "--hidden", "kept")[1])
     for text, sentence in (
         ("1 / 0", "cannot be loaded: ZeroDivisionError"),
         ('from grading import check\ncheck("98-1")(len)', "has a check of exercise 98-1, which does not exist"),
@@ -175,6 +182,15 @@ def test_checks_that_the_teacher_keeps(third, tmp_path):
             ["Jo Li_1_assignsubmission_file_/99.py", "Jo Li_2_assignsubmission_file_/99.py"],
             {("Jo Li", "1"): "99.py", ("Jo Li (2)", "2"): "99.py"},
         ),
+        (
+            ["liwei_1_10_99_a.py", "liwei_2_11_99_b.py"],
+            {("liwei", "1"): "liwei_1_10_99_a.py", ("liwei (2)", "2"): "liwei_2_11_99_b.py"},
+        ),
+        (  # an online text beside the files, and a name with an underscore
+            ["Jo_B_1_assignsubmission_file_/99.py", "Jo_B_1_assignsubmission_onlinetext_/text.html"],
+            {("Jo_B", "1"): "99.py"},
+        ),
+        (["99_2024_1_ada.py", "99_bo.py"], {("2024_1_ada", ""): "99_2024_1_ada.py", ("bo", ""): "99_bo.py"}),
     ],
 )
 def test_names_as_platforms_and_folders_give_them(tmp_path, names, found):
@@ -197,6 +213,78 @@ def test_several_notebooks_of_one_student_are_one_row(tmp_path):
         "ada": {"98": "ada_1_10_98_x.py", "my": "ada_1_11_my_qlora.py"},
         "bo": {"my": "bo_2_12_my_qlora-2.py"},
     }
+
+
+@linux
+def test_a_student_with_two_files_of_one_number_has_one_row(third, tmp_path):
+    hand_in(
+        tmp_path / "class" / "Jo_1_assignsubmission_file_",
+        {"99_a.py": answered("7"), "99_a (1).py": answered("x ** 0.5")},
+    )
+    os.utime(tmp_path / "class" / "Jo_1_assignsubmission_file_" / "99_a.py", (1, 1))
+    out, rows = run(tmp_path, "--answers", "class", "-k", "99-3")
+    assert rows[1:] == [["Jo", "1", "4", "4", "4", "not graded, since there is a newer file: 99_a.py"]], out
+
+
+def test_only_a_py_file_is_the_file_of_the_steps(tmp_path):
+    hand_in(tmp_path, {"ada/my_qlora.py": "", "ada/my_qlora.ipynb": "{}", "bo/my_qlora.ipynb": "{}"})
+    assert grading.collect(tmp_path, {"my"}) == {"ada": {"my": tmp_path / "ada" / "my_qlora.py"}, "bo": {}}
+    (tmp_path / "ada" / "my_qlora.py").write_text("def f(): return 1", encoding="utf-8-sig")
+    assert grading.own_answer(grading.text_of(tmp_path / "ada" / "my_qlora.py")).f() == 1
+    (tmp_path / "ada" / "my_qlora.py").write_bytes(b"# \xe9")
+    with pytest.raises(ValueError, match=r"my_qlora\.py cannot be read: it is no UTF-8 text"):
+        grading.text_of(tmp_path / "ada" / "my_qlora.py")
+
+
+@linux
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_the_processes_know_the_checks_however_they_start(context, monkeypatch):
+    """On Windows and macOS they start afresh; here only the checker does."""
+    import marking
+
+    grading.load_checks()
+    monkeypatch.setattr(marking, "CONTEXT", multiprocessing.get_context(context))
+    student = marking.Student(60, 4)
+    try:
+        solved = build.steps((grading.HERE / "build_it.py").read_text(encoding="utf-8"), solutions=True)
+        assert student.mark("my_qlora.py", solved, "my-1", 0)[:3] == (7, 7, "right")
+        assert student.mark("my_qlora.py", solved.replace("np.searchsorted(", "np.searchsort("), "my-1", 0).points == 1
+        assert student.mark("my_qlora.py", "", "my-1", 0).said.endswith(
+            "my_qlora.py defines no function quantize; was it renamed?"
+        )
+    finally:
+        student.close()
+
+
+@pytest.mark.parametrize(
+    "before, call, sentence",
+    [
+        (
+            "",
+            "__import__('sys').setprofile(None) or quantize(np.ones(64, 'f4')).absmax[0] * x ** 0.5",
+            "switches off what watches",
+        ),
+        ("", "[quantize(np.ones(64, 'f4')) for _ in range(2)] and x ** 0.5", "it calls tinylora's quantize"),
+        ("import collections\n", "collections.namedtuple('Pair', 'a b')(x, 1).a ** 0.5", "right"),
+        ("import dataclasses\n@dataclasses.dataclass\nclass One:\n    a: float\n\n", "One(x).a ** 0.5", "right"),
+    ],
+)
+def test_what_is_noticed_and_what_is_not(third, rng, before, call, sentence):
+    text = answered(call, f"from __future__ import annotations\n{before}" if "dataclass" in before else before)
+    text = text.replace("TWO = 2", "TWO = 2\nfrom tinylora import quantize")
+    said = grading.verdict("99-3", grading.answer(grading.parsed("99.py", text), 3), rng).said
+    assert sentence in said, said
+
+
+def test_a_cell_of_the_table_is_no_formula():
+    spec = importlib.util.spec_from_file_location("conftest_of_notebooks", grading.HERE / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (
+        module._cell('a;=HYPERLINK("x")') == 'a;\'=HYPERLINK("x")'
+        and module._cell("=1") == "'=1"
+        and module._cell("a=1") == "a=1"
+    )
 
 
 BAD = {  # what item after item has been seen to take a class run with it

@@ -137,15 +137,19 @@ def _(mine, rng):
         )
 
 
-def _most(mine, name, *args):
-    """The most bytes that one function takes at once."""
-    return most_bytes(getattr(mine, name), *args)
+def _most(mine, w):
+    """The most bytes that quantize takes at once, and the bytes that it packs."""
+    packed, _ = mine.quantize(w)
+    return most_bytes(mine.quantize, w), packed.nbytes
 
 
 @check("my-1", "memory: no table of all distances")
 def _(mine, rng):
     w = rng.standard_normal((256, 1024)).astype(F)
-    taken = there(mine, _most, "quantize", w)
+    taken, packed = there(mine, _most, w)
+    assert packed == w.size // 2, (
+        f"quantize packs {w.size:,} weights into {packed:,} bytes; two share one, so there should be {w.size // 2:,}."
+    )
     assert taken < 48 * w.size, (
         f"quantize takes {taken / w.size:.0f} bytes for each weight at its peak, and 48 are allowed. The distances to all 16 values "
         "are 64 bytes for each weight. The values are sorted: which boundaries does x lie between?"
@@ -227,6 +231,10 @@ def _(mine, rng):
     assert isinstance(stored, dict) and {"shape", "packed", "codes", "nested", "mean"} <= stored.keys(), (
         'store(w) should return a dict of "shape", "packed", "codes", "nested" and "mean".'
     )
+    error = _apart(mine.rebuild(stored), w)
+    assert error < 0.13, (
+        f"What store keeps stands for a weight that is {error:.1%} of ‖w‖ away, so its size says nothing."
+    )
     held = sum(np.asarray(part).nbytes for name, part in stored.items() if name != "shape")
     bits, expected = 8 * held / w.size, 4 + 8 / 64 + 32 / (64 * 256)
     assert bits <= expected + 1e-3, (
@@ -282,6 +290,10 @@ def _(mine, rng):
     assert np.abs(A).max() <= n_in**-0.5 * (1 + 1e-6) and abs(A.var() * 3 * n_in - 1) < 0.25, (
         f"A should be uniform between ±1/√{n_in} = ±0.1; it lies between {A.min():.3f} and {A.max():.3f}, with a variance of {A.var():.5f} "
         f"where 1/300 = 0.00333 is expected."
+    )
+    same, other = (mine.new_layer(w, r, alpha, np.random.default_rng(seed + i))["A"] for i in (0, 1))
+    assert (same == A).all() and (other != A).any(), (
+        "A should be drawn from rng: the same for one seed, and another for another."
     )
     assert abs(float(layer["s"]) - alpha / r) < 1e-6, (
         f"s should be alpha / r = {alpha / r:.4f}; it is {float(layer['s']):.4f}."
@@ -350,13 +362,15 @@ def _held(mine, w, tokens):
         for one in saved
         if isinstance(one, np.ndarray) and one.ndim and not any(np.may_share_memory(one, part) for part in own)
     ]
-    return sum(one.nbytes for one in kept), any(one.dtype == np.float64 for one in kept), alive
+    right = np.allclose(y, x @ mine.rebuild(layer["stored"]).T, atol=1e-3)
+    return sum(one.nbytes for one in kept), any(one.dtype == np.float64 for one in kept), alive, right
 
 
 @check("my-3", "memory: what is kept for the way back", points=2)
 def _(mine, rng):
     w, tokens = rng.standard_normal((400, 300)).astype(F), 5
-    kept, double, alive = there(mine, _held, w, tokens)
+    kept, double, alive, right = there(mine, _held, w, tokens)
+    assert right, "With B = 0 y should be x Ŵᵀ; it is not, so what is kept says nothing."
     allowed = 4 * tokens * (300 + 4)
     hint = (
         "Some of it is float64: are A, B and s float32?"
@@ -437,6 +451,7 @@ def _pages(mine, rng):
 @check("my-4", "paged: the same bits", points=2)
 def _(mine, rng):
     page, n, seen = _pages(mine, rng)
+    assert any(seen["plain"][1]), "adamw leaves m as it was, so there is nothing to compare with."
     for name, own, plain in zip(("p", "m", "v"), seen["own"], seen["plain"], strict=True):
         wrong = np.flatnonzero(own != plain)
         assert len(wrong) == 0, (
@@ -631,14 +646,18 @@ def _touched(mine, w, B):
         ]
 
     before = bits()
-    mine.merge(layer)
-    mine.merge_into_nf4(layer)
-    return bits() != before
+    merged, (stored, _) = mine.merge(layer), mine.merge_into_nf4(layer)
+    return bits() != before, _apart(merged, w + layer["s"] * (B @ layer["A"])) < 0.2 and _apart(
+        mine.rebuild(stored), merged
+    ) < 0.2
 
 
 @check("my-6", "the layer stays as it is")
 def _(mine, rng):
-    touched = there(mine, _touched, rng.standard_normal((20, 30)).astype(F), rng.standard_normal((20, 3)).astype(F))
+    touched, right = there(
+        mine, _touched, rng.standard_normal((20, 30)).astype(F), rng.standard_normal((20, 3)).astype(F)
+    )
+    assert right, "What is merged is far from Ŵ + s B A, so that the layer stays says nothing."
     assert not touched, (
         "merge or merge_into_nf4 changes the layer's own arrays; whoever merges may still want the adapter."
     )
