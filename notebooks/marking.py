@@ -66,6 +66,7 @@ class Student:
 
     def mark(self, path, text, exercise, seed):
         """The Verdict on an exercise of the notebook with this path and text."""
+        grading.ready(self.hidden)
         parts, skip, found = grading.CHECKS[exercise], self.passed_over.setdefault(str(path), []), []
         while len(found) < len(parts):
             new = self.process is None
@@ -118,7 +119,6 @@ class Student:
         for name in ("jupytext", "nbformat"):  # once, and not in each fork
             with contextlib.suppress(ImportError):
                 __import__(name)
-        grading.ready(self.hidden)
         adopt_orphans(True)
         self.before = set(children()) if LINUX else set()
         self.connection, theirs = CONTEXT.Pipe()
