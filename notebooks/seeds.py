@@ -3,9 +3,8 @@
     python notebooks/seeds.py                 a hundred seeds for each part of each check
     python notebooks/seeds.py 2000 05 my-3    two thousand, for notebook 05 and step 3
 
-A part of a check that takes longer than --seconds is tried with fewer seeds, and the table says with how many. A part that
-draws nothing is tried once. Exit status 1 if a
-solution is ever not right; the seed that it prints draws the same inputs again.
+A part of a check that takes longer than --seconds is tried with fewer seeds, and the table says with how many. A part that draws
+nothing is tried once. Exit status 1 if a solution is ever not right; the seed that it prints draws the same inputs again.
 """
 
 import argparse
