@@ -230,7 +230,6 @@ def noticed(function, without):
     """
     package = str(Path(importlib.import_module("tinylora").__file__).parent)
     file, found = getattr(getattr(function, "__code__", None), "co_filename", None), []
-
     ours = tuple({str(HERE / "checks"), str(HERE / "build_it.py"), *FILES} - {file, ""})
 
     def notice(frame, event, called):

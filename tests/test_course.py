@@ -84,6 +84,9 @@ def test_the_page_of_notebooks_names_each_with_its_hours_and_its_question():
         ("16", {"lloyd"}),
         ("22", {"lloyd"}),
         ("08", {"adamw"}),
+        ("12", {"train_lora"}),
+        ("14", {"adam", "adam_norm", "first_step"}),
+        ("20", {"alternate"}),  # LoftQ
     ],
 )
 def test_what_the_prose_names_stands_open(number, names):
