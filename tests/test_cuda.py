@@ -12,8 +12,10 @@ import pytest
 
 from tinylora import AdamW, Llama, Tensor, add_lora, backend, codebooks, ops, quantize, quantize_linears
 from tinylora.dtypes import round_to
-from tinylora.kernels import cuda, device, products
+from tinylora.kernels import cuda, device, fours, products
+from tinylora.lora import LoRALinear
 from tinylora.models.llama import LlamaConfig
+from tinylora.nn import Linear4bit
 from tinylora.optim import adamw_step, clip_grad_norm
 from tinylora.quant import dequantize
 from tinylora.training.adamw8bit import adamw8bit_step
@@ -275,6 +277,73 @@ def test_a_gpu_without_bfloat16_is_told_so(xp, monkeypatch):
         assert host(ops.linear(x, x, compute_dtype="float16").data)[0, 0] == 4
     finally:
         products.multiplied_in.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", products.DTYPES)
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 5, 12)])
+def test_numbers_are_rounded_and_added_four_at_a_time_in_every_bit(shape, dtype, xp, rng):
+    x = (rng.standard_normal(shape) * 10.0 ** rng.uniform(-42, 6, shape)).astype(f32)
+    x.reshape(-1)[:8] = np.nan, np.inf, -np.inf, 0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-45
+    scale = f32(rng.uniform(0.1, 3))
+    assert fours.takes(xp.asarray(x)) and not fours.takes(xp.asarray(x), 6) and not fours.takes(x)
+    with np.errstate(all="ignore"):
+        y, z = round_to(x, dtype), round_to(x * scale, dtype)
+        total = y + z * scale
+    before = launched()
+    ours = fours.rounded(xp.asarray(x), dtype, scale)
+    assert same(ours[0], y) and same(ours[1], z) and ours[0].dtype.itemsize == (4 if dtype == "float32" else 2)
+    assert same(fours.rounded(xp.asarray(x), dtype), y)
+    assert same(fours.summed(*ours, scale), total) and same(fours.summed(ours[0]), y)
+    assert xp is not fake_cupy or launched(before) == 4
+    if len(shape) == 4:
+        turn = shape[1:]
+        assert same(fours.rounded(xp.asarray(x), dtype, turn=turn).reshape(2, 5, 3, 12), y.swapaxes(1, 2))
+        assert same(fours.summed(ours[0], turn=turn).reshape(2, 5, 3, 12), y.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("dtype", products.DTYPES)
+@pytest.mark.parametrize("rows, backward", [((2, 3), "stored"), ((5,), "forward")])
+def test_a_layer_and_its_bypass_in_one_operation_are_the_two_in_every_bit(rows, backward, dtype, xp, rng, monkeypatch):
+    q = quantize(rng.standard_normal((24, 64)).astype(f32), double_quant=True)
+    x, g, b = (rng.standard_normal(shape).astype(f32) for shape in ((*rows, 64), (*rows, 24), (24, 4)))
+    found = {}
+    for name in ("in one", "composed"):
+        layer = LoRALinear(Linear4bit(q, compute_dtype=dtype, backward_weight=backward), r=4, alpha=6)
+        layer.lora_B.weight.data = b
+        layer.lora_A.weight.data = np.linspace(-1, 1, 256, dtype=f32).reshape(4, 64)
+        layer.lora_A.compute_dtype = layer.lora_B.compute_dtype = dtype
+        layer.to(xp)
+        given = Tensor(xp.asarray(x), requires_grad=True)
+        if name == "composed":
+            monkeypatch.setattr(LoRALinear, "in_one", lambda layer, x: None)
+        h = layer(given)
+        assert (h._node.name == "linear") == (name == "in one")
+        h.backward(xp.asarray(g))
+        found[name] = h.data, given.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad
+    if xp is fake_cupy:  # cuBLAS may add in another order
+        assert all(same(ours, theirs) for ours, theirs in zip(*found.values(), strict=True))
+    bound = {"float32": 1e-5, "bfloat16": 2.0**-7, "float16": 2.0**-10}[dtype]
+    for ours, theirs in zip(*(map(host, arrays) for arrays in found.values()), strict=True):
+        assert np.abs(ours - theirs).max() <= bound * np.abs(theirs).max()
+
+
+def test_what_is_not_one_operation_is_composed(xp, rng):
+    """Dropout, a bias, two adapters, two compute dtypes, DoRA: none of them is what adapters.on_device computes."""
+    x = Tensor(xp.asarray(rng.standard_normal((3, 64)).astype(f32)))
+
+    def layer(bias=None, **options):
+        q = quantize(np.ones((8, 64), f32))
+        return LoRALinear(Linear4bit(q, bias), r=2, **options).to(xp)
+
+    assert layer().in_one(x) is not None and layer(dropout=0.5).eval().in_one(x) is not None
+    other = layer()
+    other.lora_A.compute_dtype = "bfloat16"
+    two = layer()
+    two.bypasses["b"], two.active = two.bypasses["default"], ("default", "b")
+    bias = Tensor(np.ones(8, f32))
+    for one in (layer(dropout=0.5).train(), layer(bias), layer(lora_bias=True), layer(use_dora=True), other, two):
+        assert one.in_one(x) is None
+        one(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------- optimizers

@@ -15,9 +15,10 @@ import math
 import numpy as np
 
 from ..backend import array_module, move
-from . import cuda
+from . import cuda, fours
 from .attention import in_blocks
-from .products import batched, multiplied_in, two_bytes
+from .fours import multiplied_in, two_bytes
+from .products import batched
 from .scatter import scatter_add
 
 f32, i32, i64 = np.float32, np.int32, np.int64
@@ -40,12 +41,11 @@ def _each(x):
 
 # ------------------------------------------------------------------------------------------------------------------ operations
 def embedding(plain, ids, w):
-    if not compiles(w) or ids.dtype.kind not in "iu" or not ids.size or not w.flags.c_contiguous:
+    if not compiles(w) or ids.dtype.kind not in "iu" or not ids.size:
         return plain(ids, w)
     xp, (n, d) = array_module(w), w.shape
-    ids = xp.ascontiguousarray(ids.astype(i64, copy=False))
-    y = xp.empty((*ids.shape, d), f32)
-    cuda.launch(xp, "embedding", y.size, ids, w, y, i64(n), i64(d), i64(y.size))
+    known = (ids >= 0) & (ids < n)
+    y = xp.where(known[..., None], w[xp.where(known, ids, 0)], f32(np.nan))
     return y, (None, lambda g: scatter_add(g.reshape(-1, d), ids.reshape(-1), n))
 
 
@@ -143,35 +143,42 @@ def causal_attention(plain, q, k, v, window=None, compute_dtype="float32"):
 def _attend(q, k, v, window, dtype):
     """ops._attend with mask and softmax, and what their pullbacks do, in a kernel each; scores and probabilities in the compute dtype."""
     (b, t, heads, d), (s, groups) = q.shape, k.shape[1:3]
-    xp, m, scale = array_module(q), heads // groups, f32(1 / math.sqrt(d))
+    xp, scale = array_module(q), f32(1 / math.sqrt(d))
     kind = multiplied_in(xp, dtype)
 
-    def split(x):  # (b, t, heads, d) -> (b, groups, m t, d), rounded, in one piece
-        laid = x.reshape(b, t, groups, m, d).transpose(0, 2, 3, 1, 4)
-        return xp.ascontiguousarray(laid, dtype=kind).reshape(b, groups, m * t, d)
+    # (b, t, heads, d) -> (b, groups, m t, d), rounded; the pair with scale x if a scale is given
+    def split(x, scale=None):
+        if x.dtype == f32 and fours.takes(x, d):
+            found = fours.rounded(x, dtype, scale, (*x.shape[1:3], d))
+        else:
+            laid = [xp.ascontiguousarray(y.transpose(0, 2, 1, 3), dtype=kind) for y in (x, x * f32(scale or 1))]
+            found = laid[0] if scale is None else laid
+        return found.reshape(b, groups, -1, d) if scale is None else [y.reshape(b, groups, -1, d) for y in found]
 
-    def join(x):  # back to (b, t, heads, d), in float32
-        laid = x.reshape(b, groups, m, t, d).transpose(0, 3, 1, 2, 4)
-        return xp.ascontiguousarray(laid, dtype=f32).reshape(b, t, heads, d)
+    # (b, groups, n, d) back to (b, t, heads, d), in float32
+    def join(x, heads):
+        laid = x.reshape(b, heads, -1, d)
+        if fours.takes(laid, d):
+            return fours.summed(laid, turn=(*laid.shape[1:3], d)).reshape(b, -1, heads, d)
+        return xp.ascontiguousarray(laid.transpose(0, 2, 1, 3), dtype=f32)
 
-    def keys(x):  # (b, groups, s, d) -> (b, s, groups, d), in float32
-        return xp.ascontiguousarray(x.transpose(0, 2, 1, 3), dtype=f32)
-
-    k, v = (xp.ascontiguousarray(x.transpose(0, 2, 1, 3), dtype=kind) for x in (k, v))
-    p = batched(split(q * scale), k, b_t=True)  # the scores, (b, groups, m t, s); in place the probabilities
-    q, rows = split(q), p.size // s
+    (q, scaled), k, v = split(q, scale), split(k), split(v)
+    p = batched(scaled, k, b_t=True)  # the scores, (b, groups, m t, s); in place the probabilities
+    del scaled
+    rows = p.size // s
     cuda.launch(xp, f"attend_{dtype}", rows, p, i32(t), i32(s), i32(window or 0), i64(rows), threads=32)
 
     def pull(g, need):
         g = split(g)
-        gv = keys(batched(p, g, a_t=True)) if need[2] else None
+        gv = join(batched(p, g, a_t=True), groups) if need[2] else None
         if not (need[0] or need[1]):
             return None, None, gv
         gs = batched(g, v, b_t=True)
         cuda.launch(xp, f"attend_back_{dtype}", rows, p, gs, scale, i32(t), i32(s), i64(rows), threads=32)
-        return join(batched(gs, k)) if need[0] else None, keys(batched(gs, q, a_t=True)) if need[1] else None, gv
+        gk = join(batched(gs, q, a_t=True), groups) if need[1] else None
+        return join(batched(gs, k), heads) if need[0] else None, gk, gv
 
-    return join(batched(p, v)), pull
+    return join(batched(p, v), heads), pull
 
 
 _FUSED = {f.__name__: f for f in (embedding, rms_norm, rope, swiglu, softmax_cross_entropy, causal_attention)}
@@ -197,6 +204,7 @@ def dequantized(q, dtype):
         return None
     if not q.size or q.size >= 1 << 34 or q.packed.data.ptr % 4 or dtype not in cuda.DTYPES:
         return None
+    each = 4 if dtype == "float32" else 8  # weights of a thread
     w = xp.empty(q.shape, f32 if dtype == "float32" else two_bytes(dtype))
     c, absmax = q.constants, q.absmax if not q.double_quant else q.constants.absmax
     constants = (c.codes, c.absmax, c.code, f32(c.offset)) if nested else (q.packed, absmax, absmax, f32(0))
@@ -204,22 +212,16 @@ def dequantized(q, dtype):
     if len(code) < 16:
         code = xp.zeros(16, f32)
         code[: len(q.code)] = q.code
-    words, shift = q.size // 8, blocks.bit_length() - 4
-    flushed = q.rule == "bitsandbytes-cuda"
-    arguments = (
-        q.packed.view(np.uint32),
-        absmax,
-        *constants,
-        code,
-        w,
-        np.uint32(words),
-        i32(shift),
+    numbers = (
+        np.uint32(q.size // each),
+        i32((blocks // each).bit_length() - 1),
         i32(nested),
-        i32(flushed),
+        i32(q.rule == "bitsandbytes-cuda"),
     )
+    arguments = w, q.packed.view(np.uint32), absmax, *constants, code, *numbers
     cuda.launch(
-        xp, f"dequantize_{dtype}", words, *arguments, most=1056
-    )  # it loops: eight blocks for each of an H100's processors
+        xp, f"dequantize_{dtype}", q.size // each, *arguments, most=8448
+    )  # it loops: 64 blocks for each of an H100's processors
     return w
 
 

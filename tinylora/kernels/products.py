@@ -15,42 +15,31 @@ import numpy as np
 
 from ..backend import array_module
 from ..dtypes import round_to
+from . import fours
+from .fours import multiplied_in
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-
-def two_bytes(dtype):
-    """The array dtype of "float16" or "bfloat16" on a device."""
-    if dtype == "float16":
-        return np.float16
-    from ml_dtypes import bfloat16  # CuPy's own bfloat16 is this one
-
-    return bfloat16
-
-
-@cache
-def multiplied_in(xp, dtype):
-    """The array dtype in which a device's array module multiplies. ValueError for bfloat16 on a GPU that has no such products."""
-    if dtype == "bfloat16" and int(xp.cuda.Device().compute_capability) < 80:
-        raise ValueError(
-            f"compute_dtype 'bfloat16': this GPU has compute capability {xp.cuda.Device().compute_capability}, and products "
-            "of bfloat16 begin with 80 (Ampere); use 'float16' or 'float32'"
-        )
-    return np.float32 if dtype == "float32" else two_bytes(dtype)
 
 
 def held(x, dtype):
     """x rounded to a logical dtype, in the array that is multiplied: two bytes a number on a device, float32 on NumPy."""
     if dtype == "float32":
         return widened(x)
-    if array_module(x) is not np:
-        return x.astype(multiplied_in(array_module(x), dtype), copy=False)
-    return round_to(x, dtype).astype(np.float32, copy=False)
+    if array_module(x) is np:
+        return round_to(x, dtype).astype(np.float32, copy=False)
+    kind = multiplied_in(array_module(x), dtype)
+    if x.dtype == kind:
+        return x
+    if x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous:
+        return held(x.T, dtype).T
+    return fours.rounded(x, dtype) if x.dtype == np.float32 and fours.takes(x) else x.astype(kind)
 
 
 def widened(x):
     """An array of two-byte numbers as float32; any other as it is."""
-    return x.astype(np.float32) if x.dtype.itemsize == 2 else x
+    if x.dtype.itemsize != 2:
+        return x
+    return fours.summed(x) if array_module(x) is not np and fours.takes(x) else x.astype(np.float32)
 
 
 def rounded(x, dtype):
@@ -62,16 +51,26 @@ def product(a, b, dtype="float32", bias=None):
     """a b + bias as the module's equations round it. a (..., n, k), b (..., k, m), bias (m,) or None -> (..., n, m) float32"""
     a, b = held(a, dtype), held(b, dtype)
     if bias is None:
-        return rounded(a @ b, dtype)  # on a device the product is rounded already, and this widens it
-    y = a @ b if a.dtype.itemsize > 2 else _not_yet_rounded(a, b)
+        return rounded(multiplied(a, b), dtype)  # on a device the product is rounded already, and this widens it
+    y = multiplied(a, b, np.float32)
     y += rounded(bias, dtype)
     return rounded(y, dtype)
 
 
-def _not_yet_rounded(a, b):
-    """a b of two-byte matrices on a device as float32. (CuPy's matmul with dtype=float32 rounds to two bytes first.)"""
-    xp, turned = array_module(a), not b.flags.c_contiguous
-    return batched(xp.ascontiguousarray(a), xp.ascontiguousarray(b.T if turned else b), b_t=turned, out=np.float32)
+def multiplied(a, b, out=None):
+    """a b of arrays as `held` gives them; two-byte matrices on a device are rounded once to `out`, their own dtype or float32."""
+    if a.dtype.itemsize > 2 or a.ndim > 2 or not (a.size and b.size):
+        return a @ b if a.dtype.itemsize > 2 or out is None else a.astype(out) @ b.astype(out)
+    (a, a_t), (b, b_t) = (
+        _in_one_piece(x) for x in (a, b)
+    )  # CuPy's matmul with dtype=float32 rounds to two bytes first
+    return batched(a, b, a_t, b_t, out)
+
+
+def _in_one_piece(x):
+    """(a matrix or its transpose, whichever lies row by row; whether it is the transpose)"""
+    turned = x.flags.f_contiguous and not x.flags.c_contiguous
+    return (x.T, True) if turned else (array_module(x).ascontiguousarray(x), False)
 
 
 def batched(a, b, a_t=False, b_t=False, out=None):
