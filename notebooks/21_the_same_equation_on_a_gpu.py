@@ -86,30 +86,32 @@ assert equation.tobytes() == quant.dequantize(q).tobytes() == q.dequantize("floa
 
 # %%
 text = cuda.source()
-start, end = (text.index(mark) for mark in ("template <class T> __device__ void dequantize", "#define DEQUANTIZE"))
+start, end = (text.index(mark) for mark in ("#define STORED", "#define DEQUANTIZE"))
 print(text[start:end])
 
 # %% tags=["hide-input"]
 # Checks: the threads of a block, and the words that a thread takes of 67 million weights
-assert cuda.THREADS == 256 and divmod(8192**2 // 8, 1056 * 256) == (31, 8192)
+assert cuda.THREADS == 256 and 8192**2 // 8 // (8448 * 256) == 3
 
 # %% [markdown]
 # Line by line:
 #
-# - **The head.** `T` is the type of the results: float32, bfloat16 or float16. `packed`
+# - **The head.** `STORED` lists the arguments that describe the stored weights. `packed`
 #   holds the indices as 32-bit words, eight indices in a word. `k`, `n`, `d` and `mu`
 #   are those of the equation. Without double quantization `nested` is 0, and the
-#   constants are in `absmax`.
-# - **`struct Eight`** holds the results of one word. `alignas(16)` lets the thread
-#   write 16 bytes at once.
+#   constants are in `absmax`. `V<T>` is the type of the results `w`: float32, bfloat16
+#   or float16.
+# - **`EACH`** is how many results fill 16 bytes, the most that a thread can write at
+#   once: 8 of two bytes, or 4 of float32. Where it is 4, a word is 16 bits long. The
+#   rest of this text speaks of 8. `struct Some` holds them.
 # - **`__shared__`** names memory that the 256 threads of a thread block share. The
 #   first 16 threads fetch one value of the code each. Every thread fetches one of the
 #   256 values of `d`.
 # - **`__syncthreads()`** lets no thread go on before all have fetched theirs.
 # - **`for`**. A thread's number is `blockIdx.x * 256 + threadIdx.x`. It takes the word
 #   of that number, and then goes on by as many words as there are threads. The library
-#   starts 1,056 thread blocks. If there are 67 million weights, a thread takes 31 or 32
-#   words.
+#   starts at most 8,448 thread blocks. If there are 67 million weights, a thread takes 3
+#   or 4 words.
 # - **`b = i >> per_block`**. Word $i$ holds the weights $8i$ to $8i + 7$. A block of 64
 #   weights has 8 words, so $b = \lfloor i/8 \rfloor$, and `per_block` is 3.
 # - **`float m`** is the constant of the block. `b >> 8` is $\lfloor b/256 \rfloor$.

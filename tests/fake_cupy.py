@@ -20,6 +20,7 @@ from.
 
 import ctypes
 import sys
+import tempfile
 import types
 import weakref
 
@@ -34,6 +35,7 @@ float32, float64, float16, uint8, uint16, uint32, int64 = (
     np.uint32,
     np.int64,
 )
+__version__ = "14"
 newaxis, inf, nan, pi = None, np.inf, np.nan, np.pi
 
 _FUNCTIONS = [
@@ -450,6 +452,9 @@ def _gemm(
         matrices(c, c_type, m, n, ldc, c_stride)[...] = z.astype(kinds[c_type])
 
 
+_cache = tempfile.TemporaryDirectory()  # where compiled kernels are kept, as in ~/.cupy
+
+
 class _Module:
     """cupy.cuda.function.Module of what `_compile_using_nvrtc` made: the source itself, run on the host."""
 
@@ -463,7 +468,7 @@ def _compile_using_nvrtc(source, options):
 
 
 cuda = types.SimpleNamespace(
-    compiler=types.SimpleNamespace(compile_using_nvrtc=_compile_using_nvrtc),
+    compiler=types.SimpleNamespace(compile_using_nvrtc=_compile_using_nvrtc, get_cache_dir=lambda: _cache.name),
     function=types.SimpleNamespace(Module=_Module),
     device=types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
     is_available=lambda: True,

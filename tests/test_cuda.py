@@ -437,6 +437,29 @@ def test_a_step_waits_for_the_device_twice(xp, rng):
     assert fake_cupy.counters["stops"] == 1 and loss.item() > 0 and fake_cupy.counters["stops"] == 2
 
 
+def test_what_was_compiled_is_kept_for_the_next_process(xp, monkeypatch, tmp_path):
+    def kernel():
+        cuda._module.cache_clear()
+        cuda._kernel.cache_clear()
+        x = xp.ones((2, 8), f32)
+        assert same(ops.rms_norm(Tensor(x), Tensor(xp.ones(8, f32)), eps=0.0).data, np.ones((2, 8), f32))
+
+    compiler, compiled = xp.cuda.compiler, []
+    make = compiler.compile_using_nvrtc
+    monkeypatch.setattr(compiler, "compile_using_nvrtc", lambda *a: (compiled.append(1), make(*a))[1])
+    monkeypatch.setattr(compiler, "get_cache_dir", lambda: str(tmp_path / "kept"))
+    for _ in range(2):
+        kernel()
+    assert len(compiled) == 1 and [p.suffix for p in (tmp_path / "kept").iterdir()] == [".cubin"]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compiler, "get_cache_dir", lambda: str(tmp_path / "file"))  # no folder, and none can be made
+    for _ in range(2):
+        kernel()
+    assert len(compiled) == 3
+    cuda._module.cache_clear()
+    cuda._kernel.cache_clear()
+
+
 def test_a_machine_without_kernels_computes_as_before(rng):
     assert not cuda.available(np) and not cuda.available(fake_cupy)
     x = fake_cupy.asarray(rng.standard_normal((3, 8)).astype(f32))

@@ -24,6 +24,7 @@ top-level module. The tests use that to run every array test on a stand-in that 
 """
 
 import contextlib
+import functools
 import importlib
 import sys
 import threading
@@ -54,9 +55,13 @@ transfers = Transfers()  # of the whole process: memory on the device is the pro
 
 def array_module(x):
     """xp = the module whose functions accept x: numpy, or cupy for a device array."""
-    if isinstance(x, (np.ndarray, np.generic, int, float)):
-        return np
-    return sys.modules[type(x).__module__.partition(".")[0]]
+    return _module_of(type(x))
+
+
+@functools.cache
+def _module_of(kind):
+    host = issubclass(kind, (np.ndarray, np.generic, int, float))
+    return np if host else sys.modules[kind.__module__.partition(".")[0]]
 
 
 def is_array(x):

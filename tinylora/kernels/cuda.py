@@ -5,6 +5,9 @@ operations can be kept, the bits are equal; a kernel that adds up a row, or take
 `kernels.device` says which operation uses which kernel. A machine without CuPy reads none of this.
 """
 
+import contextlib
+import hashlib
+import os
 from functools import cache
 from pathlib import Path
 
@@ -35,8 +38,22 @@ def _kernel(xp, name):
 
 @cache
 def _module(xp):
-    # not by CuPy's RawModule, which adds -ftz=true to any options: denormals would be zeros, and 1e-38 a denormal
-    binary, _ = xp.cuda.compiler.compile_using_nvrtc(source(), OPTIONS)
+    """The loaded module. Its binary is kept beside CuPy's own kernels: to compile it takes two or three seconds."""
+    about = source(), OPTIONS, xp.__version__, xp.cuda.runtime.runtimeGetVersion(), xp.cuda.Device().compute_capability
+    kept = (
+        Path(xp.cuda.compiler.get_cache_dir())
+        / f"tinylora_{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.cubin"
+    )
+    try:
+        binary = kept.read_bytes()
+    except OSError:
+        # not by CuPy's RawModule, which adds -ftz=true to any options: denormals would be zeros, and 1e-38 a denormal
+        binary, _ = xp.cuda.compiler.compile_using_nvrtc(source(), OPTIONS)
+        with contextlib.suppress(OSError):  # a folder that cannot be written: it is compiled again next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            new = kept.with_suffix(f".{os.getpid()}")
+            new.write_bytes(binary)
+            new.replace(kept)
     module = xp.cuda.function.Module()
     module.load(binary)
     return module

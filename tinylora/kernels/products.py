@@ -87,17 +87,22 @@ def batched(a, b, a_t=False, b_t=False, out=None):
     n, k = a.shape[-2:][:: -1 if a_t else 1]
     m, stack = b.shape[-2 if b_t else -1], math.prod(a.shape[:-2])
     y = xp.empty((*a.shape[:-2], n, m), out)
-    kind = _KINDS[a.dtype.name]
+    kind = _kind(a.dtype)
     # cuBLAS counts down the columns: what it takes for (a b)ᵀ = bᵀ aᵀ is a b in rows
     first = b.data.ptr, kind, b.shape[-1], b.shape[-2] * b.shape[-1]
     second = a.data.ptr, kind, a.shape[-1], a.shape[-2] * a.shape[-1]
     how = stack, library.CUBLAS_COMPUTE_32F, library.CUBLAS_GEMM_DEFAULT
-    numbers = _ONE.ctypes.data, *first, *second, _ZERO.ctypes.data, y.data.ptr, _KINDS[out.name], m, n * m
+    numbers = _ONE.ctypes.data, *first, *second, _ZERO.ctypes.data, y.data.ptr, _kind(out), m, n * m
     library.gemmStridedBatchedEx(xp.cuda.device.get_cublas_handle(), int(b_t), int(a_t), m, n, k, *numbers, *how)
     return y
 
 
-_KINDS = {"float32": 0, "float16": 2, "bfloat16": 14}  # cudaDataType
+@cache
+def _kind(dtype):
+    """The cudaDataType of an array's dtype."""
+    return {"float32": 0, "float16": 2, "bfloat16": 14}[dtype.name]
+
+
 _ONE, _ZERO = np.ones(1, np.float32), np.zeros(1, np.float32)
 
 
