@@ -23,6 +23,7 @@ import sys
 import tempfile
 import types
 import weakref
+from pathlib import Path
 
 import numpy as np
 
@@ -336,13 +337,21 @@ for _name in _FUNCTIONS:
 
 
 def compile_kernels(on):
-    """Let this module compile kernels, as CuPy does, or not: RawModule is what is looked for."""
+    """Let this module compile kernels, as CuPy does, or not: RawModule is what is looked for. They are not kept among CuPy's."""
     import cuda_on_host
+
+    from tinylora.kernels import cuda
 
     if on:
         globals()["RawModule"] = cuda_on_host.RawModule
+        _folders.setdefault("cupy's", cuda.folder)
+        cuda.folder = lambda: Path(_kept.name)
     else:
         globals().pop("RawModule", None)
+        cuda.folder = _folders.get("cupy's", cuda.folder)
+
+
+_kept, _folders = tempfile.TemporaryDirectory(), {}
 
 
 def asarray(x, dtype=None):
@@ -452,9 +461,6 @@ def _gemm(
         matrices(c, c_type, m, n, ldc, c_stride)[...] = z.astype(kinds[c_type])
 
 
-_cache = tempfile.TemporaryDirectory()  # where compiled kernels are kept, as in ~/.cupy
-
-
 class _Module:
     """cupy.cuda.function.Module of what `_compile_using_nvrtc` made: the source itself, run on the host."""
 
@@ -468,7 +474,7 @@ def _compile_using_nvrtc(source, options):
 
 
 cuda = types.SimpleNamespace(
-    compiler=types.SimpleNamespace(compile_using_nvrtc=_compile_using_nvrtc, get_cache_dir=lambda: _cache.name),
+    compiler=types.SimpleNamespace(compile_using_nvrtc=_compile_using_nvrtc),
     function=types.SimpleNamespace(Module=_Module),
     device=types.SimpleNamespace(get_cublas_handle=lambda: "handle"),
     is_available=lambda: True,

@@ -447,12 +447,12 @@ def test_what_was_compiled_is_kept_for_the_next_process(xp, monkeypatch, tmp_pat
     compiler, compiled = xp.cuda.compiler, []
     make = compiler.compile_using_nvrtc
     monkeypatch.setattr(compiler, "compile_using_nvrtc", lambda *a: (compiled.append(1), make(*a))[1])
-    monkeypatch.setattr(compiler, "get_cache_dir", lambda: str(tmp_path / "kept"))
+    monkeypatch.setattr(cuda, "folder", lambda: tmp_path / "kept")
     for _ in range(2):
         kernel()
     assert len(compiled) == 1 and [p.suffix for p in (tmp_path / "kept").iterdir()] == [".cubin"]
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(compiler, "get_cache_dir", lambda: str(tmp_path / "file"))  # no folder, and none can be made
+    monkeypatch.setattr(cuda, "folder", lambda: tmp_path / "file")  # no folder, and none can be made
     for _ in range(2):
         kernel()
     assert len(compiled) == 3

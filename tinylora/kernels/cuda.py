@@ -40,10 +40,7 @@ def _kernel(xp, name):
 def _module(xp):
     """The loaded module. Its binary is kept beside CuPy's own kernels: to compile it takes two or three seconds."""
     about = source(), OPTIONS, xp.__version__, xp.cuda.runtime.runtimeGetVersion(), xp.cuda.Device().compute_capability
-    kept = (
-        Path(xp.cuda.compiler.get_cache_dir())
-        / f"tinylora_{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.cubin"
-    )
+    kept = folder() / f"tinylora_{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.cubin"
     try:
         binary = kept.read_bytes()
     except OSError:
@@ -57,6 +54,11 @@ def _module(xp):
     module = xp.cuda.function.Module()
     module.load(binary)
     return module
+
+
+def folder():
+    """Where CuPy keeps compiled kernels: CUPY_CACHE_DIR, or ~/.cupy/kernel_cache."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))
 
 
 def launch(xp, name, n, *arguments, threads=1, most=None):
