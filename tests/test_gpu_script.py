@@ -217,6 +217,55 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert all(f"    {name} " in done.stdout for name in gpu.SECTIONS)
 
 
+def test_the_readme_and_the_notebook_say_what_the_table_says():
+    """figures/gpu.md is written by the script; the sentences in prose are rows of it."""
+    table = json.loads((gpu.ROOT / "figures" / "gpu.json").read_text(encoding="utf-8"))
+    rows = {row[0]: row for section in table["sections"] for row in section["rows"]}
+    about = table["about"]["card"]
+    step, main = rows["1.1B, 4 × 1024, bfloat16"], rows["tinylora finetune --device cuda"]
+    bfloat16 = rows["dequantize NF4, double quantization, to bfloat16"]
+    assert all(c["held"] for section in table["sections"] for c in section["checks"]) and main[4:6] == [
+        "3.0710",
+        "2.1450",
+    ]
+    readme = " ".join((gpu.ROOT / "README.md").read_text(encoding="utf-8").split())
+    for said in (
+        f"On an {about} the main job prints the CPU's digits in {main[1]:.1f} s.",
+        f"in bfloat16 takes {step[1]:.0f} ms there, and {step[6]:.0f} ms with torch, PEFT and bitsandbytes",
+        f"uses {bfloat16[4]:.1f} % of the card's bandwidth and is {bfloat16[6]:.2f} times faster than bitsandbytes",
+    ):
+        assert said in readme, said
+    findings = " ".join(
+        (gpu.ROOT / "figures" / "README.md").read_text(encoding="utf-8").split("## On a GPU")[1].split()
+    )
+    plain, double = (
+        rows[f"quantize to NF4, {how}, NaN and Inf not looked for"]
+        for how in ("float32 constants", "double quantization")
+    )
+    small, paged, managed = (
+        rows["embedded, 8 × 256, bfloat16"],
+        rows["AdamW, pool 'host', prefetch on"],
+        rows["AdamW, pool 'managed'"],
+    )
+    for said in (
+        f"takes {bfloat16[1]:.4f} ms for 67 million weights in bfloat16 and is {bfloat16[6]:.2f} times faster",
+        f"takes {bfloat16[3]:.4f} ms.",
+        f"would be {bfloat16[5] / bfloat16[3]:.2f} times faster",
+        f"It takes {plain[1]:.3f} ms, {plain[6]:.2f} times faster",
+        f"it takes {double[1]:.1f} ms, and bitsandbytes takes {double[5]:.3f} ms",
+        f"takes {small[1]:.1f} ms. The host needs {small[5]:.1f} ms",
+        f"takes {step[1]:.0f} ms, {step[8]:.3f} times as long",
+        f"needs {step[3]:.1f} GB where they need {step[7]:.1f} GB",
+        f"takes {paged[1]:.1f} ms instead of {rows['AdamW, all on the device'][1]:.2f} ms",
+        f"moves {paged[2]:.2f} GB at {paged[3]:.1f} GB/s",
+        f"reaches {rows['a copy to page-locked memory'][3]:.0f} GB/s",
+        f"takes {managed[1]:.1f} ms.",
+    ):
+        assert said in findings, said
+    notebook = gpu.ROOT / "notebooks" / "21_the_same_equation_on_a_gpu.py"
+    assert f"Measured were {bfloat16[1]:.4f} ms" in notebook.read_text(encoding="utf-8")
+
+
 def test_the_names_that_cupy_has_are_the_ones_used():
     """Where CuPy is installed; a GPU is not needed for it."""
     cupy = pytest.importorskip("cupy")
