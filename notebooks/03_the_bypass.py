@@ -313,55 +313,8 @@ assert [f"{adds[n] / adds['full']:.3f}" for n in ways] == ["1.000", "0.757", "0.
 # query and value.
 #
 # A count is not a time. LoRA makes eight products where full fine-tuning makes three,
-# and six of the eight do little work on much data. Suppose that every product reads its
-# two factors once and writes its result once:
-
-
-# %%
-def moved(products):
-    """The numbers read and written."""
-    return sum(np.prod(p.left) + np.prod(p.right) + p.left[0] * p.right[1] for p in products)
-
-
-# %% tags=["hide-input"]
-# Measures: products, multiply-adds and numbers moved for T = N = 1024, r = 8, and dequantizations of a 4-bit base.
-n, r, counts = 1024, 8, {}
-for name, layer in (("full", Linear(n, n)), ("LoRA", tl.LoRALinear(Linear(n, n), r=r))):
-    with flops.counting() as count:
-        layer(tl.Tensor(np.ones((n, n), np.float32), requires_grad=True)).backward(np.ones((n, n), np.float32))
-    counts[name] = (len(count.products), count.multiply_adds, moved(count.products))
-    print(f"{name}: products {counts[name][0]}, multiply-adds {counts[name][1]:,}, numbers moved {counts[name][2]:,}")
-small, large = ([p for p in count.products if (r in (*p.left, *p.right)) == is_small] for is_small in (True, False))
-per_number = [sum(p.multiply_adds for p in products) / moved(products) for products in (small, large)]
-print(f"multiply-adds for each number moved: small products {per_number[0]:.1f}, large ones {per_number[1]:.1f}")
-times, traffic = (counts["LoRA"][i] / counts["full"][i] for i in (1, 2))
-print(f"LoRA over full: multiply-adds {times:.3f}, numbers moved {traffic:.3f}")
-assert (counts["full"][0], counts["LoRA"][0], len(small)) == (3, 8, 6)
-assert [round(v, 1) for v in per_number] == [7.9, 341.3] and (round(times, 3), round(traffic, 3)) == (0.682, 1.344)
-
-
-class Watched:
-    """A stored weight that counts how often it is dequantized."""
-
-    def __init__(self, q):
-        self.q, self.shape, self.dtype, self.times = q, q.shape, q.dtype, 0
-
-    def dequantize(self, dtype):
-        self.times += 1
-        return self.q.dequantize(dtype)
-
-
-stored = Watched(tl.quantize(normal(64, 128)))
-y = ops.linear_frozen(tl.Tensor(np.ones((3, 128), np.float32), requires_grad=True), stored)
-y.backward(np.ones((3, 64), np.float32))
-print(f"4-bit base: dequantized {stored.times} times in one forward and one backward pass")
-assert stored.times == 2
-
-# %% [markdown]
-# At $T=N=1024$ and $r=8$ LoRA makes 0.68 of the multiply-adds and moves 1.34 times the
-# numbers. A small product makes 8 multiply-adds for each number that it moves, a large
-# one 341. Where moving is the limit, the small products cost far more than their share.
-# A 4-bit base is also dequantized twice a step: forward, and for $\bar x$.
+# and six of the eight do little work on much data. Notebook
+# [11](11_counting_lora.ipynb), section 10, counts the numbers that are moved.
 #
 # In the figure, the squares are a first layer, whose $\bar x$ nobody needs. m and v are
 # Adam's moments.
@@ -475,5 +428,5 @@ _ = grade("03-2", exercise_2)
 #   `tinylora/lora.py`, `tests/test_lora.py`.
 # - LoRA saves the gradients and Adam's moments, $12N^2$ bytes that become $24Nr$. It
 #   does not save the tape: `tinylora/tape.py`, `tests/test_tensor.py`.
-# - LoRA saves at most a third of the multiply-adds, and moves more numbers:
-#   `tinylora/costs/flops.py`, `tests/test_flops.py`.
+# - LoRA saves at most a third of the multiply-adds: `tinylora/costs/flops.py`,
+#   `tests/test_flops.py`.

@@ -448,8 +448,8 @@ assert gain > 0.2 and 0.1 < lost / gain < 0.3 and abs(lost16) < 0.01 * gain
 #   to 30, and for $|d|$ between two neighbouring powers of two.
 # - Hint: section 2 has the entries with $k \ne 0$. Where $k = 0$, only ties are lost:
 #   sums halfway between two floats. With $j = e_w - e_d \ge 1$, the last $j$ bits of $d$
-#   lie below ulp($w$). How often do they make a tie? The difference is then a tie too.
-#   For which $w$ does it round back?
+#   lie below ulp($w$), and one of their $2^j$ patterns is the tie. Half of the ties come
+#   back: their difference is a tie, too.
 
 
 # %% tags=["exercise"]

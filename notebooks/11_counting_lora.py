@@ -20,7 +20,7 @@
 # - tell a rounded, a truncated and a wrong number apart
 #
 # **Needs:** matrix products and their shapes; what a linear layer, an embedding and a
-# transformer block are. Sections 8 and 9 need the account of a training step
+# transformer block are. Sections 8 to 10 need the account of a training step
 # ([09](09_where_did_the_memory_go.ipynb)).
 #
 # **Hours:** 3½ (2 to read and run, 1½ for the exercises).
@@ -38,7 +38,8 @@ from drawings.nb11 import printed_against_recomputed
 from grading import grade
 
 import tinylora as tl
-from tinylora.costs import memory, parameters
+from tinylora import ops
+from tinylora.costs import flops, memory, parameters
 from tinylora.nn import Linear, Linear4bit
 from tinylora.papers import lora_numbers, qlora_numbers, verdict
 
@@ -680,6 +681,61 @@ assert (round(whole / 1e6), round(512 * kept / 1e6)) == (2190, 134)
 #   same model is 2,190 MB at 512 tokens. torch keeps other things: no $P$ where a fused
 #   attention is used, and copies under autocast. It too keeps what norms and
 #   activations need.
+#
+# ## 10 · The numbers that are moved
+#
+# Notebook [03](03_the_bypass.ipynb), section 6, counts multiply-adds: LoRA saves at most
+# a third of them. A count is not a time. LoRA makes eight products where full
+# fine-tuning makes three, and six of the eight do little work on much data. Suppose that
+# every product reads its two factors once and writes its result once:
+
+
+# %%
+def moved(products):
+    """The numbers read and written."""
+    return sum(np.prod(p.left) + np.prod(p.right) + p.left[0] * p.right[1] for p in products)
+
+
+# %% tags=["hide-input"]
+# Measures: products, multiply-adds and numbers moved for T = N = 1024, r = 8, and dequantizations of a 4-bit base.
+n, r, counts = 1024, 8, {}
+for name, layer in (("full", Linear(n, n)), ("LoRA", tl.LoRALinear(Linear(n, n), r=r))):
+    with flops.counting() as products:
+        layer(tl.Tensor(np.ones((n, n), np.float32), requires_grad=True)).backward(np.ones((n, n), np.float32))
+    counts[name] = (len(products.products), products.multiply_adds, moved(products.products))
+    print(f"{name}: products {counts[name][0]}, multiply-adds {counts[name][1]:,}, numbers moved {counts[name][2]:,}")
+small, large = ([p for p in products.products if (r in (*p.left, *p.right)) == is_small] for is_small in (True, False))
+per_number = [sum(p.multiply_adds for p in products) / moved(products) for products in (small, large)]
+print(f"multiply-adds for each number moved: small products {per_number[0]:.1f}, large ones {per_number[1]:.1f}")
+times, traffic = (counts["LoRA"][i] / counts["full"][i] for i in (1, 2))
+print(f"LoRA over full: multiply-adds {times:.3f}, numbers moved {traffic:.3f}")
+assert (counts["full"][0], counts["LoRA"][0], len(small)) == (3, 8, 6)
+assert [round(v, 1) for v in per_number] == [7.9, 341.3] and (round(times, 3), round(traffic, 3)) == (0.682, 1.344)
+
+
+class Watched:
+    """A stored weight that counts how often it is dequantized."""
+
+    def __init__(self, q):
+        self.q, self.shape, self.dtype, self.times = q, q.shape, q.dtype, 0
+
+    def dequantize(self, dtype):
+        self.times += 1
+        return self.q.dequantize(dtype)
+
+
+stored = Watched(tl.quantize(np.eye(64, 128, dtype=np.float32)))
+y = ops.linear_frozen(tl.Tensor(np.ones((3, 128), np.float32), requires_grad=True), stored)
+y.backward(np.ones((3, 64), np.float32))
+print(f"4-bit base: dequantized {stored.times} times in one forward and one backward pass")
+assert stored.times == 2
+
+# %% [markdown]
+# At $T = N = 1024$ and $r = 8$ LoRA makes 0.68 of the multiply-adds and moves 1.34 times
+# the numbers. A small product makes 8 multiply-adds for each number that it moves, and a
+# large one makes 341. Where moving is the limit, the small products cost far more than
+# their share. A 4-bit base is also dequantized twice a step: in the forward pass, and
+# for the gradient of the layer's input.
 #
 # ## Where paper and code differ
 #
