@@ -102,8 +102,8 @@ assert cuda.THREADS == 256 and 8192**2 // 8 // (8448 * 256) == 3
 #   constants are in `absmax`. `V<T>` is the type of the results `w`: float32, bfloat16
 #   or float16.
 # - **`EACH`** is how many results fill 16 bytes, the most that a thread can write at
-#   once: 8 of two bytes, or 4 of float32. Where it is 4, a word is 16 bits long. The
-#   rest of this text speaks of 8. `struct Some` holds them.
+#   once: 8 of two bytes, or 4 of float32. Where it is 4, a thread takes
+#   half a word. The rest of this text speaks of 8. `struct Some` holds the results.
 # - **`__shared__`** names memory that the 256 threads of a thread block share. The
 #   first 16 threads fetch one value of the code each. Every thread fetches one of the
 #   256 values of `d`.

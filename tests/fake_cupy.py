@@ -484,6 +484,7 @@ cuda = types.SimpleNamespace(
     alloc_pinned_memory=bytearray,
     malloc_managed=_malloc_managed,
     Device=lambda: types.SimpleNamespace(id=0, compute_capability="90"),
+    nvrtc=types.SimpleNamespace(getVersion=lambda: (12, 9)),
     runtime=types.SimpleNamespace(
         is_hip=False,
         runtimeGetVersion=lambda: 12090,

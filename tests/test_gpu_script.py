@@ -232,15 +232,21 @@ def test_the_readme_and_the_notebook_say_what_the_table_says():
     for said in (
         f"On an {about} the main job prints the CPU's digits in {main[1]:.1f} s.",
         f"in bfloat16 takes {step[1]:.0f} ms there, and {step[6]:.0f} ms with torch, PEFT and bitsandbytes",
-        f"uses {bfloat16[4]:.1f} % of the card's bandwidth and is {bfloat16[6]:.2f} times faster than bitsandbytes",
+        f"with torch, PEFT and bitsandbytes, which need {step[7]:.1f} GB instead of {step[3]:.1f} GB",
+        f"takes {bfloat16[1] / bfloat16[3]:.2f} times as long as a copy of as many bytes, and is {bfloat16[6]:.2f} times",
+        f"in all {rows['packed and absmax'][1]} stored cases of 4 bits",
     ):
         assert said in readme, said
     findings = " ".join(
         (gpu.ROOT / "figures" / "README.md").read_text(encoding="utf-8").split("## On a GPU")[1].split()
     )
-    plain, double = (
-        rows[f"quantize to NF4, {how}, NaN and Inf not looked for"]
-        for how in ("float32 constants", "double quantization")
+    checked, plain, double = (
+        rows[f"quantize to NF4, {how} looked for"]
+        for how in (
+            "float32 constants, NaN and Inf",
+            "float32 constants, NaN and Inf not",
+            "double quantization, NaN and Inf not",
+        )
     )
     small, paged, managed = (
         rows["embedded, 8 × 256, bfloat16"],
@@ -249,11 +255,14 @@ def test_the_readme_and_the_notebook_say_what_the_table_says():
     )
     for said in (
         f"takes {bfloat16[1]:.4f} ms for 67 million weights in bfloat16 and is {bfloat16[6]:.2f} times faster",
-        f"takes {bfloat16[3]:.4f} ms.",
+        f"takes {bfloat16[3]:.4f} ms, and",
         f"would be {bfloat16[5] / bfloat16[3]:.2f} times faster",
-        f"It takes {plain[1]:.3f} ms, {plain[6]:.2f} times faster",
+        f"It takes {checked[1]:.3f} ms, {checked[6]:.2f} times faster",
+        f"it takes {plain[1]:.3f} ms, {plain[6]:.2f} times faster",
         f"it takes {double[1]:.1f} ms, and bitsandbytes takes {double[5]:.3f} ms",
-        f"takes {small[1]:.1f} ms. The host needs {small[5]:.1f} ms",
+        f"takes {small[1]:.1f} ms in bfloat16",
+        f"for nearly as long, {small[5]:.1f} ms",
+        f"the step takes {rows['embedded, 8 × 256, float32'][1]:.1f} ms",
         f"takes {step[1]:.0f} ms, {step[8]:.3f} times as long",
         f"needs {step[3]:.1f} GB where they need {step[7]:.1f} GB",
         f"takes {paged[1]:.1f} ms instead of {rows['AdamW, all on the device'][1]:.2f} ms",
@@ -262,6 +271,11 @@ def test_the_readme_and_the_notebook_say_what_the_table_says():
         f"takes {managed[1]:.1f} ms.",
     ):
         assert said in findings, said
+    report = gpu.Report("", table["about"])
+    report.sections = [gpu.Section(**section) for section in table["sections"]]
+    assert report.markdown() == (gpu.ROOT / "figures" / "gpu.md").read_text(encoding="utf-8"), (
+        "gpu.md is not gpu.json's"
+    )
     notebook = gpu.ROOT / "notebooks" / "21_the_same_equation_on_a_gpu.py"
     assert f"Measured were {bfloat16[1]:.4f} ms" in notebook.read_text(encoding="utf-8")
 

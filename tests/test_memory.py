@@ -135,8 +135,8 @@ def test_checkpointing_trades_the_tape_for_the_blocks_inputs():
     assert lines["attention: P"] == 8 * 4 * (256 * 256 // 2 + 32 * 256) * 4
 
 
-def test_the_bytes_are_the_same_on_every_device(xp, rng):
-    """All but the tape's: `predict` says what NumPy's operations keep, and a device's kernels keep something else (kernels.device)."""
+def test_all_bytes_but_the_tapes_are_the_same_on_every_device(xp, rng):
+    """`predict` says what NumPy's operations keep, and a device's kernels keep something else (kernels.device)."""
     for method in memory.METHODS:
         model = tiny.model().to(xp)
         if method != "full":

@@ -129,7 +129,6 @@ class LoRALayer(Module):
     """
 
     kind = LinearBypass  # the class of bypass that the constructor makes
-    in_one = staticmethod(lambda x: None)  # the same in fewer kernels on a device; adapters.on_device puts it here
 
     def __init__(self, base, *args, name="default", bypass=None, **options):
         """The arguments after `base` are the bypass's (r, alpha, dropout, init, …); or give one that is made already."""
@@ -137,12 +136,15 @@ class LoRALayer(Module):
         self.base_layer, self.bypasses, self.active = base.requires_grad_(False), {name: made}, (name,)
 
     def forward(self, x):
-        if (h := self.in_one(x)) is not None:
+        if (h := self.fused_forward(x)) is not None:
             return h
         y = base_output = self.base_layer(x)  # W₀ x
         for name in self.active:
             y = y + self.bypasses[name](x, self.base_layer, base_output)  # + s B A x
         return y
+
+    def fused_forward(self, x):
+        """What forward returns, in fewer kernels, or None; adapters.on_device puts its own function here."""
 
     def _only(self, what):
         """An attribute of the one active bypass."""

@@ -11,7 +11,7 @@
                    inputs of the blocks, and the tape of the one block that is being rebuilt
 
 `predict` multiplies shapes, for any Llama. `measure` adds up arrays that exist. On a model of this package the two agree in
-every row to the byte, for full fine-tuning, LoRA (on 16 or 8 bits) and QLoRA, with and without checkpointing. (In full fine-tuning
+every row to the byte on a CPU, for full fine-tuning, LoRA (on 16 or 8 bits) and QLoRA, with and without checkpointing. (In full fine-tuning
 `train.fit` reports a few bytes a token more where a batch is cut into shards: each keeps the whole batch's token ids.)
 
 What the dtypes are is a `Precision`: ENGINE is what tinylora holds, PAPER what QLoRA counts (16-bit weights and gradients, float32

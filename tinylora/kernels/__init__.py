@@ -6,6 +6,7 @@ dequantize   code[q] · absmax by tables of pairs and quadruples
 vectorwise   int8 with one scale a row, as bitsandbytes rounds it: products of whole numbers, and outlier columns apart
 attention    attention on blocks of queries, which never look at the keys after them
 products     matrices in bfloat16 and float16: rounded on NumPy, on the tensor cores of a GPU
+casts        numbers rounded to two bytes, brought back and added, on a GPU
 cuda.cu      what a GPU computes in one launch, each kernel under its equation; cuda starts them
 device       which operations and optimizer steps are such kernels where their arrays lie on a GPU
 scatter      the gradient of a table look-up

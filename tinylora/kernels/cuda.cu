@@ -37,7 +37,7 @@ __device__ float top(float x) { for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __s
 #define ELEMENT(n) long long i = blockIdx.x * 256LL + threadIdx.x; if (i >= n) return;
 #define ROW(n) long long row = blockIdx.x * 8LL + threadIdx.x / 32; int lane = threadIdx.x % 32; if (row >= n) return;
 
-// ------------------------------------------------------------------------------------------ 4 bits; a thread what fills 16 bytes
+// -------------------------------------------------------------------------------------------- 4 bits; each thread writes 16 bytes
 // w_i = code[q_i] m_b,   m_b = d[k_b] n_(b/256) + mu                                              QLoRA eq. 6; quant.dequantize, restore
 #define STORED const unsigned int* packed, const float* absmax, const unsigned char* k, const float* n, const float* d, float mu, \
     const float* code, unsigned int words, int per_block, int nested, int ftz
@@ -161,7 +161,7 @@ FOR_ALL(ATTEND)
 // ----------------------------------------------------------------------------------------------------------- a thread four numbers
 template <class T> struct alignas(4 * sizeof(T)) Four { T x[4]; };
 // where the four of number i of (batch, a, b, d) lie in (batch, b, a, d), d being counted in fours; in their own place if a is 0
-__device__ unsigned int turned(unsigned int i, unsigned int a, unsigned int b, unsigned int d) {
+__device__ unsigned int swapped(unsigned int i, unsigned int a, unsigned int b, unsigned int d) {
     return a ? ((i / d / b / a * b + i / d % b) * a + i / d / b % a) * d + i % d : i;
 }
 #define FOURS int two, int a, int b, int d, long long n
@@ -170,15 +170,15 @@ template <class T> __device__ void rounded(const float* x, float s, V<T>* y, V<T
     ELEMENT(n)
     Four<V<T>> v, w; Four<float> u = ((const Four<float>*)x)[i];
     for (int j = 0; j < 4; j++) { v.x[j] = T::put(u.x[j]); w.x[j] = T::put(u.x[j] * s); }
-    ((Four<V<T>>*)y)[turned(i, a, b, d)] = v;
-    if (two) ((Four<V<T>>*)z)[turned(i, a, b, d)] = w;
+    ((Four<V<T>>*)y)[swapped(i, a, b, d)] = v;
+    if (two) ((Four<V<T>>*)z)[swapped(i, a, b, d)] = w;
 }
 // z = x + s y, or z = x if one is asked for, in float32                                               products.widened, adapters.on_device
 template <class T> __device__ void sum(const V<T>* x, const V<T>* y, float s, float* z, FOURS) {
     ELEMENT(n)
     Four<V<T>> u = ((const Four<V<T>>*)x)[i], v = two ? ((const Four<V<T>>*)y)[i] : u;
     Four<float> w; for (int j = 0; j < 4; j++) w.x[j] = two ? T::get(u.x[j]) + T::get(v.x[j]) * s : T::get(u.x[j]);
-    ((Four<float>*)z)[turned(i, a, b, d)] = w;
+    ((Four<float>*)z)[swapped(i, a, b, d)] = w;
 }
 #define ROUND(name, T) \
     KERNEL round_##name(const float* x, float s, T::type* y, T::type* z, FOURS) { rounded<T>(x, s, y, z, two, a, b, d, n); } \

@@ -8,6 +8,7 @@ operations can be kept, the bits are equal; a kernel that adds up a row, or take
 import contextlib
 import hashlib
 import os
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -38,27 +39,48 @@ def _kernel(xp, name):
 
 @cache
 def _module(xp):
-    """The loaded module. Its binary is kept beside CuPy's own kernels: to compile it takes two or three seconds."""
-    about = source(), OPTIONS, xp.__version__, xp.cuda.runtime.runtimeGetVersion(), xp.cuda.Device().compute_capability
-    kept = folder() / f"tinylora_{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.cubin"
-    try:
-        binary = kept.read_bytes()
-    except OSError:
+    """The loaded module. Its binary is kept beside CuPy's own kernels, behind its hash, because every process would compile it again."""
+    about = source(), OPTIONS, xp.__version__, xp.cuda.nvrtc.getVersion(), xp.cuda.Device().compute_capability
+    name = f"tinylora_{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.cubin"
+    if (binary := _kept(name)) is None:
         # not by CuPy's RawModule, which adds -ftz=true to any options: denormals would be zeros, and 1e-38 a denormal
         binary, _ = xp.cuda.compiler.compile_using_nvrtc(source(), OPTIONS)
-        with contextlib.suppress(OSError):  # a folder that cannot be written: it is compiled again next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            new = kept.with_suffix(f".{os.getpid()}")
-            new.write_bytes(binary)
-            new.replace(kept)
+        _keep(name, binary)
     module = xp.cuda.function.Module()
     module.load(binary)
     return module
 
 
 def folder():
-    """Where CuPy keeps compiled kernels: CUPY_CACHE_DIR, or ~/.cupy/kernel_cache."""
+    """Where CuPy keeps compiled kernels: CUPY_CACHE_DIR, or ~/.cupy/kernel_cache; None if CUPY_CACHE_IN_MEMORY is set."""
+    if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") not in ("", "0"):
+        return None
     return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))
+
+
+def _kept(name):
+    """The bytes that were kept under a name; None if there are none, or damaged ones."""
+    try:
+        found = (folder() / name).read_bytes() if folder() else b""
+    except OSError:
+        return None
+    return found[32:] if found[32:] and hashlib.sha256(found[32:]).digest() == found[:32] else None
+
+
+def _keep(name, binary):
+    """Write a file whole, or not at all. Where nothing can be written it is compiled again next time."""
+    if not folder():
+        return
+    with contextlib.suppress(OSError):
+        folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder(), prefix=name, delete=False) as new:
+            try:
+                new.write(hashlib.sha256(binary).digest() + binary)
+                new.close()
+                os.replace(new.name, folder() / name)
+            except OSError:
+                os.unlink(new.name)
+                raise
 
 
 def launch(xp, name, n, *arguments, threads=1, most=None):

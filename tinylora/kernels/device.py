@@ -1,4 +1,4 @@
-"""The operations of `ops` and the steps of the optimizers as a GPU runs them: one or two kernels of cuda.cu each, instead of a dozen.
+"""The operations of `ops` and the steps of the optimizers as a GPU runs them, in one to four kernels instead of a dozen.
 
 A function here has the arguments of the operation that it stands for, behind `plain`, the operation itself, to which it leaves whatever the
 kernels do not know: other dtypes than float32, empty arrays, and arguments that are wrong, so that one place says what is wrong. It returns
@@ -15,9 +15,9 @@ import math
 import numpy as np
 
 from ..backend import array_module, move
-from . import cuda, fours
+from . import casts, cuda
 from .attention import in_blocks
-from .fours import multiplied_in, two_bytes
+from .casts import multiplied_in, two_bytes
 from .products import batched
 from .scatter import scatter_add
 
@@ -43,7 +43,7 @@ def _each(x):
 def embedding(plain, ids, w):
     if not compiles(w) or ids.dtype.kind not in "iu" or not ids.size:
         return plain(ids, w)
-    xp, (n, d) = array_module(w), w.shape
+    xp, (n, d), ids = array_module(w), w.shape, ids.astype(i64, copy=False)
     known = (ids >= 0) & (ids < n)
     y = xp.where(known[..., None], w[xp.where(known, ids, 0)], f32(np.nan))
     return y, (None, lambda g: scatter_add(g.reshape(-1, d), ids.reshape(-1), n))
@@ -148,18 +148,21 @@ def _attend(q, k, v, window, dtype):
 
     # (b, t, heads, d) -> (b, groups, m t, d), rounded; the pair with scale x if a scale is given
     def split(x, scale=None):
-        if x.dtype == f32 and fours.takes(x, d):
-            found = fours.rounded(x, dtype, scale, (*x.shape[1:3], d))
+        if x.dtype == f32 and casts.vectorizable(x, d):
+            found = casts.to_16bit(x, dtype, scale, (*x.shape[1:3], d))
         else:
-            laid = [xp.ascontiguousarray(y.transpose(0, 2, 1, 3), dtype=kind) for y in (x, x * f32(scale or 1))]
+            laid = [
+                xp.ascontiguousarray(y.transpose(0, 2, 1, 3), dtype=kind)
+                for y in ([x] if scale is None else [x, x * scale])
+            ]
             found = laid[0] if scale is None else laid
         return found.reshape(b, groups, -1, d) if scale is None else [y.reshape(b, groups, -1, d) for y in found]
 
     # (b, groups, n, d) back to (b, t, heads, d), in float32
     def join(x, heads):
         laid = x.reshape(b, heads, -1, d)
-        if fours.takes(laid, d):
-            return fours.summed(laid, turn=(*laid.shape[1:3], d)).reshape(b, -1, heads, d)
+        if casts.vectorizable(laid, d):
+            return casts.to_float32(laid, swap=(*laid.shape[1:3], d)).reshape(b, -1, heads, d)
         return xp.ascontiguousarray(laid.transpose(0, 2, 1, 3), dtype=f32)
 
     (q, scaled), k, v = split(q, scale), split(k), split(v)
@@ -202,7 +205,7 @@ def dequantized(q, dtype):
         or (q.double_quant and not nested)
     ):
         return None
-    if not q.size or q.size >= 1 << 34 or q.packed.data.ptr % 4 or dtype not in cuda.DTYPES:
+    if not q.size or q.size >= 1 << 33 or q.packed.data.ptr % 4 or dtype not in cuda.DTYPES:
         return None
     each = 4 if dtype == "float32" else 8  # weights of a thread
     w = xp.empty(q.shape, f32 if dtype == "float32" else two_bytes(dtype))

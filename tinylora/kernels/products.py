@@ -15,8 +15,8 @@ import numpy as np
 
 from ..backend import array_module
 from ..dtypes import round_to
-from . import fours
-from .fours import multiplied_in
+from . import casts
+from .casts import multiplied_in
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -32,14 +32,14 @@ def held(x, dtype):
         return x
     if x.ndim == 2 and x.flags.f_contiguous and not x.flags.c_contiguous:
         return held(x.T, dtype).T
-    return fours.rounded(x, dtype) if x.dtype == np.float32 and fours.takes(x) else x.astype(kind)
+    return casts.to_16bit(x, dtype) if x.dtype == np.float32 and casts.vectorizable(x) else x.astype(kind)
 
 
 def widened(x):
     """An array of two-byte numbers as float32; any other as it is."""
     if x.dtype.itemsize != 2:
         return x
-    return fours.summed(x) if array_module(x) is not np and fours.takes(x) else x.astype(np.float32)
+    return casts.to_float32(x) if array_module(x) is not np and casts.vectorizable(x) else x.astype(np.float32)
 
 
 def rounded(x, dtype):
@@ -59,7 +59,7 @@ def product(a, b, dtype="float32", bias=None):
 
 def multiplied(a, b, out=None):
     """a b of arrays as `held` gives them; two-byte matrices on a device are rounded once to `out`, their own dtype or float32."""
-    if a.dtype.itemsize > 2 or a.ndim > 2 or not (a.size and b.size):
+    if a.dtype.itemsize > 2 or not a.ndim == b.ndim == 2 or not (a.size and b.size):
         return a @ b if a.dtype.itemsize > 2 or out is None else a.astype(out) @ b.astype(out)
     (a, a_t), (b, b_t) = (
         _in_one_piece(x) for x in (a, b)
@@ -76,10 +76,15 @@ def _in_one_piece(x):
 def batched(a, b, a_t=False, b_t=False, out=None):
     """a b of two stacks of matrices on a device, (..., n, k) and (..., k, m) in one piece each, read as transposed where a_t or b_t say so.
 
-    Sums in float32, rounded once to `out`: the arrays' own dtype, or float32. CuPy's @ copies a transposed stack, and some of its versions
+    Sums in float32, rounded once to `out`: the arrays' own dtype, or float32. (Where cuBLAS splits a long sum, its default mode lets it add
+    the parts in `out`.) CuPy's @ copies a transposed stack, and some of its versions
     multiply stacks of 16 bits in float32; cuBLAS, which is called here, reads a stack as it lies.
     """
     xp, library = array_module(a), _cublas(array_module(a).__name__)
+    if a.shape[:-2] != b.shape[:-2] or a.shape[-2 if a_t else -1] != b.shape[-1 if b_t else -2] or a.dtype != b.dtype:
+        raise ValueError(
+            f"a product of {a.shape} {a.dtype}{'ᵀ' * a_t} and {b.shape} {b.dtype}{'ᵀ' * b_t}: they do not fit"
+        )
     out = np.dtype(a.dtype if out is None else out)
     if library is None:
         a, b = (x.astype(out, copy=False) for x in (a, b))

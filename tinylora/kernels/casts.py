@@ -1,10 +1,10 @@
-"""Numbers rounded to two bytes, brought back, and added, four at a time: what lies between two products of 16 bits on a device.
+"""Numbers rounded to two bytes, brought back, and added: what lies between two products of 16 bits on a device.
 
     y = round(x),  z = round(s x)          float32 -> two bytes a number
-    z = x  or  x + s y                     two bytes a number -> float32: each is one kernel of cuda.cu
+    z = x  or  z = x + s y                 two bytes a number -> float32
 
-CuPy's own conversions give the same bits at a fifth of the bandwidth. `turn` = (a, b, d) also changes the order of the axes in the same
-kernel, (…, a, b, d) -> (…, b, a, d): the heads of attention are laid so.
+Each line is one kernel of cuda.cu, whose threads take four numbers each. CuPy's conversions give the same bits and take more time.
+`swap` = (a, b, d) also exchanges two axes in the same kernel, (…, a, b, d) -> (…, b, a, d), as attention lays out its heads.
 """
 
 from functools import cache
@@ -37,17 +37,13 @@ def multiplied_in(xp, dtype):
     return np.float32 if dtype == "float32" else two_bytes(dtype)
 
 
-def takes(x, d=4):
-    """Whether the kernels take an array: on a device that compiles them, in one piece, in whole fours, d numbers of a row as well."""
-    return bool(
-        cuda.available(array_module(x))
-        and x.size
-        and not (x.size % 4 or d % 4 or x.data.ptr % 16)
-        and x.flags.c_contiguous
-    )
+def vectorizable(x, d=4):
+    """Whether the kernels take an array, whose rows have d numbers: on a device, in one piece, in whole fours, fewer than 2³⁴ numbers."""
+    whole = x.size and not (x.size % 4 or d % 4 or x.size >> 34)
+    return bool(whole and cuda.available(array_module(x)) and x.flags.c_contiguous and not x.data.ptr % 16)
 
 
-def rounded(x, dtype, scale=None, turn=None):
+def to_16bit(x, dtype, scale=None, swap=None):
     """round(x) of a float32 array, two bytes a number ("float32": four); the pair with round(scale x) if a scale is given."""
     xp = array_module(x)
     y = xp.empty(x.shape, multiplied_in(xp, dtype))
@@ -60,19 +56,19 @@ def rounded(x, dtype, scale=None, turn=None):
         f32(1 if scale is None else scale),
         y,
         z,
-        *_numbers(x, scale is not None, turn),
+        *_numbers(x, scale is not None, swap),
     )
     return y if scale is None else (y, z)
 
 
-def summed(x, y=None, scale=1, turn=None):
+def to_float32(x, y=None, scale=1, swap=None):
     """x in float32, or x + scale y; both of one dtype and shape."""
     xp, two = array_module(x), y is not None
     z = xp.empty(x.shape, f32)
-    cuda.launch(xp, f"sum_{x.dtype.name}", x.size // 4, x, y if two else x, f32(scale), z, *_numbers(x, two, turn))
+    cuda.launch(xp, f"sum_{x.dtype.name}", x.size // 4, x, y if two else x, f32(scale), z, *_numbers(x, two, swap))
     return z
 
 
-def _numbers(x, two, turn):
-    a, b, d = turn or (0, 0, 4)
+def _numbers(x, two, swap):
+    a, b, d = swap or (0, 0, 4)
     return i32(two), i32(a), i32(b), i32(d // 4), i64(x.size // 4)
