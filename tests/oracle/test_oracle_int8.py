@@ -211,6 +211,17 @@ def same_layers(ours, theirs):
         assert layer.threshold == module.state.threshold
 
 
+def agree_where_x_is_rounded(ours, theirs, not_rounded, what):
+    """In eval mode each layer rounds x to int8, and a difference in its last bit may move a code by one. That is less than rounding does.
+
+    The norm of the difference was at most 0.23 of the norm of what rounding changes in 80 draws; without any rounding it would be 1.
+    """
+    theirs, not_rounded = (array(a).astype(np.float64) for a in (theirs, not_rounded))
+    share = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs - not_rounded)
+    print(f"{what}: {share:.3f} of what rounding x changes (allowed 0.5)")
+    assert share <= 0.5, f"{what}: {share:.3f} of what rounding x changes"
+
+
 def test_the_whole_example_is_transformers_with_bitsandbytes_and_peft(rng, tmp_path, capsys):
     """An 8-bit base from a folder, prepared, an adapter on q and v trained by PEFT, its line, logits, a loss's gradients, and merged."""
     random_llama(rng).save_pretrained(tmp_path / "base", dtype="float32")
@@ -227,8 +238,8 @@ def test_the_whole_example_is_transformers_with_bitsandbytes_and_peft(rng, tmp_p
     assert parameter_line(theirs, capsys) == tl.trainable_parameters(ours)
     losses(ours, theirs, ids)
     gradients_agree(ours, theirs, in_peft)
-    # eval mode: x is rounded to int8 in each layer, and a difference in its last bit may move a code by one
-    agree(ours.eval()(ids).data, their_logits(theirs.eval(), ids), 0.02, "logits with the adapter, eval mode")
+    training = their_logits(theirs, ids)
+    agree_where_x_is_rounded(ours.eval()(ids).data, their_logits(theirs.eval(), ids), training, "logits, eval mode")
     tl.merge(ours)
     theirs = theirs.merge_and_unload()
     for path, layer in ours.named_modules():
@@ -248,7 +259,8 @@ def test_an_8_bit_folder_opens_in_transformers_with_the_same_bits(threshold, rng
     same_layers(model, theirs)
     ids = random_ids(rng)
     agree(model(ids).data, their_logits(theirs, ids), 1e-4, "logits, training mode")
-    agree(model.eval()(ids).data, their_logits(theirs.eval(), ids), 0.02, "logits, eval mode")
+    training = their_logits(theirs, ids)
+    agree_where_x_is_rounded(model.eval()(ids).data, their_logits(theirs.eval(), ids), training, "logits, eval mode")
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES))
