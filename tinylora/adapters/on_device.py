@@ -33,6 +33,7 @@ def fused_forward(layer, x):
         return None
     (one,) = made
     a, b = one.lora_A, one.lora_B
+    trained = a.weight.requires_grad or b.weight.requires_grad  # what the pullback keeps is for their gradients
     if (
         not type(a) is type(b) is Linear
         or not base.bias is a.bias is b.bias is None
@@ -40,9 +41,7 @@ def fused_forward(layer, x):
         or not compiles(x.data, a.weight.data, b.weight.data)
         or not x.shape[-1] == base.in_features == a.weight.shape[1]
         or b.weight.shape != (base.out_features, a.weight.shape[0])
-        or not (
-            a.weight.requires_grad or b.weight.requires_grad or state.mode == "off"
-        )  # what is kept is for their gradients
+        or not (trained or state.mode == "off")
         or (one.training and one.dropout)
     ):
         return None

@@ -222,9 +222,8 @@ def dequantized(q, dtype):
         i32(q.rule == "bitsandbytes-cuda"),
     )
     arguments = w, q.packed.view(np.uint32), absmax, *constants, code, *numbers
-    cuda.launch(
-        xp, f"dequantize_{dtype}", q.size // each, *arguments, most=8448
-    )  # it loops: 64 blocks for each of an H100's processors
+    # it loops: 64 blocks for each of an H100's processors
+    cuda.launch(xp, f"dequantize_{dtype}", q.size // each, *arguments, most=8448)
     return w
 
 
