@@ -58,9 +58,12 @@ def product(a, b, dtype="float32", bias=None):
 
 
 def multiplied(a, b, out=None):
-    """a b of arrays as `held` gives them; two-byte matrices on a device are rounded once to `out`, their own dtype or float32."""
-    if a.dtype.itemsize > 2 or not a.ndim == b.ndim == 2 or not (a.size and b.size):
-        return a @ b if a.dtype.itemsize > 2 or out is None else a.astype(out) @ b.astype(out)
+    """a b of arrays as `held` gives them; two-byte numbers on a device are rounded once to `out`, their own dtype or float32."""
+    if a.dtype.itemsize > 2:
+        return a @ b
+    if not a.ndim == b.ndim == 2 or not (a.size and b.size):
+        # CuPy 14.2 multiplies no stack of bfloat16 by a matrix
+        return (a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype if out is None else out, copy=False)
     # not by CuPy's matmul: with dtype=float32 it rounds to two bytes first
     (a, a_t), (b, b_t) = (_in_one_piece(x) for x in (a, b))
     return batched(a, b, a_t, b_t, out)
