@@ -265,7 +265,8 @@ class RemoteCells:
 
     def names(self):
         return grading.Names(
-            self.function, lambda scene, *args: self.remote.ask("scene", self.exercise, None, scene, args)[0]
+            self.function,
+            lambda without, scene, *args: self.remote.ask("scene", self.exercise, None, without, scene, args)[0],
         )
 
 
@@ -281,7 +282,7 @@ def remote_function(remote, exercise, name, without=()):
             old[...] = new
         return value
 
-    call.there = lambda scene, *args: remote.ask("scene", exercise, name, scene, args)[0]
+    call.there = lambda without, scene, *args: remote.ask("scene", exercise, name, without, scene, args)[0]
     call.without = lambda names: remote_function(remote, exercise, name, names)
     return call
 
@@ -320,7 +321,7 @@ def answers(connection, memory, hidden):
             else:
                 exercise, name, *of = of
                 function = cells.function(name) if name else cells.names()
-                value, changed = called(function, *of) if what == "call" else (of[0](function, *of[1]), ())
+                value, changed = called(function, *of) if what == "call" else (played(function, *of), ())
             reply = ["returned", encoded(value), [[i, encoded(new)] for i, new in changed]]
         except NotImplementedError as error:
             reply = ["unanswered", grading.unanswered(exercise or "", error)]
@@ -337,6 +338,11 @@ def called(function, without, args, kwargs):
     value = grading.noticed(function, without)(*args, **kwargs)
     after = enumerate(zip(before, arrays((args, kwargs)), strict=False))
     return value, [(i, new) for i, (old, new) in after if old.tobytes() != new.tobytes()]
+
+
+def played(function, without, scene, args):
+    """What scene(function, *args) returns."""
+    return scene(grading.in_scene(function, without), *args)
 
 
 # --- data

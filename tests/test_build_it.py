@@ -1,5 +1,7 @@
 """The six steps: the file that students get, its solution, and what the checks say of usual mistakes."""
 
+import inspect
+import re
 import subprocess
 import sys
 
@@ -98,6 +100,8 @@ def test_memory_that_is_kept_is_found(rng):
         + "\nKEPT = []\n"
     )
     assert "is it kept somewhere?" in verdict(hidden, "my-3", rng).said
+    once = SOLVED.replace("    u = x @ layer", "    layer.setdefault('W', rebuild(layer['stored']))\n    u = x @ layer")
+    assert "is it kept somewhere?" in verdict(once, "my-3", rng).said
     tapes = SOLVED.replace("    losses = []\n", "    losses, kept = [], []\n")
     tapes = tapes.replace("loss.backward()\n", "loss.backward(); kept.append(loss)\n")
     assert "Keep the number loss.item(), not the loss" in verdict(tapes, "my-5", rng, slice(2)).said
@@ -106,7 +110,33 @@ def test_memory_that_is_kept_is_found(rng):
 def test_what_the_library_has_ready_is_no_answer(rng):
     call = "    q = __import__('tinylora').quantize(w, 'nf4', blocksize)\n    return q.packed, q.absmax\n"
     sneaky = SOLVED.replace("    n = w.size\n", f"{call}    n = w.size\n")
-    assert "it calls tinylora's quantize, which is what is to be built here" in verdict(sneaky, "my-1", rng).said
+    found = verdict(sneaky, "my-1", rng)
+    assert "it calls tinylora's quantize, which is what is to be built here" in found.said
+    assert [said.startswith("not right: it calls") for *_, said in found.parts] == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "exercise, function", [("my-3", "forward"), ("my-4", "paged_adamw"), ("my-5", "train"), ("my-6", "merge")]
+)
+def test_a_call_of_the_library_is_noticed_where_the_check_plays_a_scene(exercise, function, rng):
+    sneaky = re.sub(
+        rf"^(def {function}\(.*?\n(?:    \"\"\".*?\"\"\"\n))",
+        r"\1    __import__('tinylora').quantize(np.ones(64, 'f4'))\n",
+        SOLVED,
+        flags=re.M | re.S,
+    )
+    assert sneaky.count("tinylora") == SOLVED.count("tinylora") + 1
+    plays = [
+        part
+        for part in grading.load_checks()[exercise]
+        if re.search(r"\bthere\(|_pages\(", inspect.getsource(part.function))
+    ]
+    scenes = [part for part in plays if part.without]
+    assert len(scenes) >= len(plays) - (exercise == "my-5")  # the model that is trained there is the library's
+    for part in scenes:
+        said = grading.said(exercise, part, grading.own_answer(sneaky), rng)
+        assert said == "not right: it calls tinylora's quantize, which is what is to be built here; write it yourself"
+        assert grading.said(exercise, part, grading.own_answer(SOLVED), rng) == "right"
 
 
 def test_the_finale_says_what_is_missing(tmp_path):

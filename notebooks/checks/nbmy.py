@@ -143,7 +143,7 @@ def _most(mine, w):
     return most_bytes(mine.quantize, w), packed.nbytes
 
 
-@check("my-1", "memory: no table of all distances")
+@check("my-1", "memory: no table of all distances", without="*")
 def _(mine, rng):
     w = rng.standard_normal((256, 1024)).astype(F)
     taken, packed = there(mine, _most, w)
@@ -348,14 +348,18 @@ def _(mine, rng):
 
 
 def _held(mine, w, tokens):
-    """(bytes in `saved` that the layer does not hold itself, whether some are float64, bytes alive after forward beside y)."""
-    layer = mine.new_layer(w, 4, 8.0, np.random.default_rng(0))
+    """(bytes in `saved` that the layer does not hold itself, whether some are float64, bytes alive after forward beside y).
+
+    The bytes alive are the least of three, each of a layer that is new: another thread may take memory meanwhile.
+    """
     x = np.ones((tokens, w.shape[1]), F)
-    mine.forward(layer, x)  # what is made once
-    tracemalloc.start()
-    y, saved = mine.forward(layer, x)
-    alive = tracemalloc.get_traced_memory()[0] - y.nbytes
-    tracemalloc.stop()
+    layers, found = [mine.new_layer(w, 4, 8.0, np.random.default_rng(0)) for _ in range(4)], []
+    mine.forward(layers[0], x)  # what is made once
+    for layer in layers[1:]:
+        tracemalloc.start()
+        y, saved = mine.forward(layer, x)
+        found.append(tracemalloc.get_traced_memory()[0] - y.nbytes)
+        tracemalloc.stop()
     own = [layer["A"], layer["B"], *(part for part in layer["stored"].values() if isinstance(part, np.ndarray))]
     kept = [
         one
@@ -363,10 +367,10 @@ def _held(mine, w, tokens):
         if isinstance(one, np.ndarray) and one.ndim and not any(np.may_share_memory(one, part) for part in own)
     ]
     right = np.allclose(y, x @ mine.rebuild(layer["stored"]).T, atol=1e-3)
-    return sum(one.nbytes for one in kept), any(one.dtype == np.float64 for one in kept), alive, right
+    return sum(one.nbytes for one in kept), any(one.dtype == np.float64 for one in kept), min(found), right
 
 
-@check("my-3", "memory: what is kept for the way back", points=2)
+@check("my-3", "memory: what is kept for the way back", points=2, without="*")
 def _(mine, rng):
     w, tokens = rng.standard_normal((400, 300)).astype(F), 5
     kept, double, alive, right = there(mine, _held, w, tokens)
@@ -448,7 +452,7 @@ def _pages(mine, rng):
     return page, n, there(mine, _paged, rng.standard_normal(n).astype(F), gradients, page, 8 * page)
 
 
-@check("my-4", "paged: the same bits", points=2)
+@check("my-4", "paged: the same bits", points=2, without="*")
 def _(mine, rng):
     page, n, seen = _pages(mine, rng)
     assert any(seen["plain"][1]), "adamw leaves m as it was, so there is nothing to compare with."
@@ -460,7 +464,7 @@ def _(mine, rng):
         )
 
 
-@check("my-4", "memory: two pages at a time, each in once and out once", points=2)
+@check("my-4", "memory: two pages at a time, each in once and out once", points=2, without="*")
 def _(mine, rng):
     _, n, seen = _pages(mine, rng)
     assert seen["held"] == 0, (
@@ -551,7 +555,7 @@ def _loop(W, b, batches, lr, max_norm, kind=""):
     return losses, *ps
 
 
-@check("my-5", "the loop on a small problem", points=4)
+@check("my-5", "the loop on a small problem", points=4, without="*")
 def _(mine, rng):
     n, m, T, lr = 6, 3, 8, 0.05
     W, b = rng.standard_normal((n, m)).astype(F), np.zeros(m, F)
@@ -589,7 +593,7 @@ def _(mine, rng):
         )
 
 
-@check("my-5", "memory: one tape at a time")
+@check("my-5", "memory: one tape at a time", without="*")
 def _(mine, rng):
     batches = [(rng.standard_normal((5, 6)).astype(F), rng.standard_normal((5, 3)).astype(F)) for _ in range(5)]
     seen = there(mine, _trained, np.zeros((6, 3), F), np.zeros(3, F), batches, 0.01, 1.0)
@@ -652,7 +656,7 @@ def _touched(mine, w, B):
     ) < 0.2
 
 
-@check("my-6", "the layer stays as it is")
+@check("my-6", "the layer stays as it is", without="*")
 def _(mine, rng):
     touched, right = there(
         mine, _touched, rng.standard_normal((20, 30)).astype(F), rng.standard_normal((20, 3)).astype(F)
