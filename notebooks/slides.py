@@ -17,6 +17,9 @@ import sys
 from pathlib import Path
 
 from grading import HERE, read, tags
+from markdown_it import MarkdownIt
+from markdown_it.tree import SyntaxTreeNode
+from mdit_py_plugins.dollarmath import dollarmath_plugin
 
 from tinylora.models.files import atomic
 
@@ -137,25 +140,14 @@ def displayed(tex):
     return "".join(f'<p class="equation">{line}</p>' for line in lines)
 
 
-# --- Markdown, as far as the notebooks use it
+# --- Markdown
 
 
-def inline(text):
-    """A piece of Markdown as HTML; of a link its text is left."""
-    kept = []
-
-    def keep(made):
-        kept.append(made)
-        return f"\0{len(kept) - 1}\0"
-
-    text = re.sub(r"`([^`]+)`", lambda m: keep(f"<code>{html.escape(m[1])}</code>"), text)
-    text = re.sub(r"\$([^$]+)\$", lambda m: keep(formula(m[1])), text)
-    text = html.escape(re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text), quote=False)
-    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text, flags=re.S)
-    text = re.sub(r"(?<!\w)\*([^*]+)\*(?!\w)", r"<i>\1</i>", text)
-    while "\0" in text:
-        text = re.sub("\0(\\d+)\0", lambda m: kept[int(m[1])], text)
-    return text
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable("table").use(dollarmath_plugin)
+MARKDOWN.add_render_rule("math_inline", lambda _, tokens, i, *others: formula(tokens[i].content))
+MARKDOWN.add_render_rule("link_open", lambda *_: "")
+MARKDOWN.add_render_rule("link_close", lambda *_: "")
+inline = MARKDOWN.renderInline
 
 
 LOWER = "bitsandbytes|loralib|micrograd|tinylora"  # with which a sentence may begin
@@ -171,37 +163,27 @@ def sentences(text):
     return [one + "**" if one.count("**") % 2 else one for one in found]
 
 
+def source(node):
+    """The Markdown of a paragraph, a heading or an item, on one line."""
+    return " ".join(" ".join(part.content for part in node.walk() if part.type == "inline").split())
+
+
 def blocks(text):
-    """[(kind, …)] of a section's Markdown: ("text", paragraph), ("list", [items]), ("equation", tex), ("table", lines)."""
+    """[(kind, …)] of a cell's Markdown: ("h2", title), ("text", paragraph), ("list", [items]), ("equation", tex), ("table", HTML)."""
     found = []
-    for number, piece in enumerate(re.split(r"\$\$(.+?)\$\$", text, flags=re.S)):
-        if number % 2:
-            found.append(("equation", piece.strip().rstrip(".,").strip()))
-            continue
-        for block in re.split(r"\n\s*\n", piece):
-            lines = block.strip("\n").splitlines()
-            if not lines or lines[0].startswith(("#", "    ")):
-                continue
-            mark = r"(?:-|\*|\d+\.) +"
-            first = next((i for i, line in enumerate(lines) if re.match(mark, line)), None)
-            if lines[0].startswith("|"):
-                found.append(("table", lines))
-                continue
-            if first != 0:
-                found.append(("text", " ".join(line.strip() for line in lines[:first])))
-            if first is not None:
-                items = re.split(rf"^{mark}", "\n".join(lines[first:]), flags=re.M)[1:]
-                found.append(("list", [" ".join(item.split()) for item in items]))
+    for node in SyntaxTreeNode(MARKDOWN.parse(text)).children:
+        match node.type:
+            case "paragraph":
+                found.append(("text", source(node)))
+            case "heading":
+                found.append((node.tag, source(node)))
+            case "bullet_list" | "ordered_list":
+                found.append(("list", [source(item) for item in node.children]))
+            case "math_block":
+                found.append(("equation", node.content.strip(" ,.\n")))
+            case "table":
+                found.append(("table", MARKDOWN.renderer.render(node.to_tokens(), MARKDOWN.options, {})))
     return found
-
-
-def table(lines):
-    """A Markdown table as HTML."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
-    cells = [(("th" if i == 0 else "td"), row) for i, row in enumerate(rows) if i != 1]
-    return "<table>{}</table>".format(
-        "".join(f"<tr>{''.join(f'<{tag}>{inline(cell)}</{tag}>' for cell in row)}</tr>" for tag, row in cells)
-    )
 
 
 def listed(items):
@@ -213,10 +195,10 @@ def listed(items):
 
 
 class Section:
-    """What stands below one heading of a notebook: its Markdown, its figures as (kind, data, what it draws), its first open cell."""
+    """What stands below one heading of a notebook: its blocks, its figures as (kind, data, what it draws), its first open cell."""
 
     def __init__(self, title):
-        self.title, self.text, self.figures, self.code, self.printed = title, "", [], "", ""
+        self.title, self.parts, self.figures, self.code, self.printed = title, [], [], "", ""
 
 
 def sections(notebook):
@@ -224,12 +206,11 @@ def sections(notebook):
     found = []
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            for piece in re.split(r"^(?=##? )", cell.source, flags=re.M):
-                if heading := re.match(r"##? (.+)\n?", piece):
-                    found.append(Section(heading[1].strip()))
-                    piece = piece[heading.end() :]
-                if found:
-                    found[-1].text += piece + "\n\n"
+            for kind, text in blocks(cell.source):
+                if kind in ("h1", "h2"):
+                    found.append(Section(text))
+                elif found:
+                    found[-1].parts.append((kind, text))
         elif found:
             if (
                 not found[-1].code
@@ -259,9 +240,10 @@ def figure(kind, data, what):
 
 def title_slide(section):
     """The question, and what one will be able to do."""
-    question = re.search(r"\*\*Question\.\*\*\s*(.+?\?)", section.text, re.S)
-    able = next((items for kind, items in blocks(section.text) if kind == "list"), [])
-    question = f'<p class="key">{inline(" ".join(question[1].split()))}</p>' if question else ""
+    said = " ".join(text for kind, text in section.parts if kind == "text")
+    question = re.search(r"\*\*Question\.\*\* (.+?\?)", said)
+    able = next((items for kind, items in section.parts if kind == "list"), [])
+    question = f'<p class="key">{inline(question[1])}</p>' if question else ""
     return f"<h1>{inline(section.title)}</h1>{question}<p>You will be able to</p>{listed(able)}"
 
 
@@ -300,12 +282,12 @@ def chosen(parts, figure):
 
 def content(section):
     """What a section's slide shows below its heading."""
-    parts = blocks(section.text)
     if section.title == "Exercises":
-        return listed(re.findall(r"^### (.+)$", section.text, re.M)) + "<p>Each is graded in its notebook.</p>"
+        return listed(text for kind, text in section.parts if kind == "h3") + "<p>Each is graded in its notebook.</p>"
+    parts = [(kind, whole) for kind, whole in section.parts if kind != "h3"]
     if section.title == "Summary":
         return listed(next(items for kind, items in parts if kind == "list"))
-    made, shown = {"equation": displayed, "table": table}, []
+    made, shown = {"equation": displayed, "table": str}, []
     picked = chosen(parts, section.figures)
     bold = [b for kind, text in parts if kind == "text" for b in re.findall(r"\*\*(.+?)\*\*", text)]
     key = next((b for b in bold if len(b.split()) >= 8), None)

@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 pytest.importorskip("jupytext", reason="the notebooks need jupytext: pip install -e '.[notebooks]'")
+pytest.importorskip("markdown_it", reason="the slides need markdown-it-py: pip install -e '.[notebooks]'")
 pytest.importorskip("matplotlib", reason="the formulas are drawn by matplotlib: pip install -e '.[notebooks]'")
 
 from test_notebooks import NOTEBOOKS, grading
@@ -96,6 +97,47 @@ def test_a_formula_that_cannot_be_drawn_stands_as_tex():
     assert slides.formula(r"\nosuch{x < y}") == r'<span class="tex">\nosuch{x &lt; y}</span>'
     assert slides.formula("x") == "<i>x</i>"
     assert slides.formula(r"\frac{a}{b}").startswith('<svg role="img" aria-label="\\frac{a}{b}" width="')
+
+
+@pytest.mark.parametrize(
+    ("markdown", "shown"),
+    [
+        ("***a** b*", "<em><strong>a</strong> b</em>"),
+        ("**a *b* c**", "<strong>a <em>b</em> c</strong>"),
+        (r"\*a\* and *b*", "*a* and <em>b</em>"),
+        ("``a`b`` and `$x$`", "<code>a`b</code> and <code>$x$</code>"),
+        ("[a `b`](c.md) < q[i]", "a <code>b</code> &lt; q[i]"),
+        ("a_b and $x$", "a_b and <i>x</i>"),
+    ],
+)
+def test_inline(markdown, shown):
+    assert slides.inline(markdown) == shown
+
+
+def test_blocks():
+    text = (
+        "## A *title*\n`$$` opens, `$$` closes, in blocks of\n64. So\n\n$$a =\nb.$$\n\nit is:\n- one\n  more\n- two\n\n"
+        "```\n# no title\n```\n\n    no text\n\n1. first\n"
+    )
+    assert slides.blocks(text) == [
+        ("h2", "A *title*"),
+        ("text", "`$$` opens, `$$` closes, in blocks of 64. So"),
+        ("equation", "a =\nb"),
+        ("text", "it is:"),
+        ("list", ["one more", "two"]),
+        ("list", ["first"]),
+    ]
+
+
+def test_a_table():
+    [(kind, made)] = slides.blocks("| a | $x$ |\n|---|---|\n| `p \\| q` | *2* |\n")
+    assert kind == "table"
+    assert re.findall(r"<(t[hd])>(.*?)</t[hd]>", made) == [
+        ("th", "a"),
+        ("th", "<i>x</i>"),
+        ("td", "<code>p | q</code>"),
+        ("td", "<em>2</em>"),
+    ]
 
 
 def test_sentences():
