@@ -3,22 +3,22 @@
 #
 # [← 13 Subspaces and amplification](13_subspaces_and_amplification.ipynb) · [All notebooks](README.md) · [15 Switching and combining adapters →](15_switching_and_combining.ipynb)
 #
-# **Question.** What do LoRA's scale, the size of its start and its learning rates do to
-# a run?
+# **Question.** What do LoRA's scale, the size of its initial weights and its learning
+# rates do to a run?
 #
 # **You will be able to**
 #
 # - predict how the first step grows with the rank, under SGD and under Adam
 # - exchange α, the size of $A_0$ and the learning rates without changing a run
-# - say what a published ratio of learning rates depends on
+# - say what the ratio of LoRA's best rate to full fine-tuning's depends on
 #
 # **Needs:** the gradients of the two factors ([03](03_the_bypass.ipynb), section 2);
 # Adam's update; the mean and variance of a uniform variable.
 #
 # **Hours:** 3 (1½ to read and run, 1½ for the exercises).
 #
-# **Papers:** LoRA §4.1 and Tables 11 and 12; rsLoRA (arXiv 2312.03732); "LoRA Without
-# Regret"; LoRA+ (arXiv 2402.12354). Settled: why α/r at all (LoRA issue 101,
+# **Papers:** LoRA §4.1 and Table 12; rsLoRA (arXiv 2312.03732); "LoRA Without
+# Regret"; LoRA+ (arXiv 2402.12354). Settled: why LoRA divides α by r (LoRA issue 101,
 # LLMs-from-scratch 821).
 #
 # Folded cells measure, check or draw. Click ••• to open one.
@@ -39,24 +39,24 @@ SEEDS = (0, 1, 2)
 # %% [markdown]
 # ## 1 · The first step
 #
-# LoRA computes $h = W_0x + s\,BAx$ with $s = α/r$ and starts from $B_0 = 0$. The
-# released code draws $A_0$ ($r × d$) uniformly between $±1/\sqrt d$, so each entry has
-# the variance $σ_A^2 = 1/(3d)$.
+# LoRA computes $h = Wx$ with $W = W_0 + s\,BA$ and $s = α/r$, and starts from $B_0 = 0$.
+# The released code draws $A_0$ ($r × d$) uniformly between $±1/\sqrt d$, so each entry
+# has the variance $σ_A^2 = 1/(3d)$.
 #
-# Let $G = ∂L/∂W$ and let η be the learning rate. At the first step the gradient of $A$
-# is $sB_0^\top G = 0$. Only $B$ moves, and its gradient is $g = s\,GA_0^\top$. SGD moves
-# $B$ by $-ηg$. Adam's first step is the sign of $g$:
+# Let $L$ be the loss, $G = ∂L/∂W$ and η the learning rate. At the first step the gradient
+# of $A$ is $sB_0^\top G = 0$. Only $B$ moves, and its gradient is $g = s\,GA_0^\top$. SGD
+# moves $B$ by $-ηg$, and Adam by $-η\,\mathrm{sign}(g)$:
 
 
 # %%
 def sgd(g):
-    """The first step of SGD, over −η."""
+    """The first step of SGD, divided by −η."""
     return g
 
 
 def adam(g):
-    """The first step of Adam with ε = 0, over −η."""
-    m, v = 0.1 * g, 0.001 * g * g  # the two averages, which began at 0
+    """The first step of Adam with ε = 0, divided by −η."""
+    m, v = 0.1 * g, 0.001 * g * g  # the two running averages, which start at 0
     m_hat, v_hat = m / (1 - 0.9), v / (1 - 0.999)
     return m_hat / np.sqrt(v_hat)  # g / |g|: the sign of g
 
@@ -70,7 +70,8 @@ def first_step(G, r, power, rule, alpha=16.0):
 
 
 # %% [markdown]
-# The step of $W$ is $ΔW_1 = s\,B_1A_0$. The scale enters SGD's twice, once through $g$:
+# The step of $W$ is $ΔW_1 = s\,B_1A_0$. Under SGD it contains $s$ twice, once through
+# $g$:
 #
 # $$\text{SGD: } ΔW_1 = -η\,s^2\,GA_0^\top A_0, \qquad
 # \text{Adam: } ΔW_1 = -η\,s\,\mathrm{sign}(GA_0^\top)\,A_0.$$
@@ -82,15 +83,15 @@ def first_step(G, r, power, rule, alpha=16.0):
 # \text{Adam: } η\,s\,\sum_{ik}|GA_0^\top|_{ik}.$$
 #
 # Both are sums over the $r$ rows of $A_0$, with the same expectation for every row. So
-# the gain goes as $s^2r$ under SGD and as $sr$ under Adam. With
+# the expected gain is proportional to $s^2r$ under SGD and to $sr$ under Adam. Since
 # $E[A_0^\top A_0] = rσ_A^2\,I$, SGD's is
 #
 # $$E⟨-ΔW_1, G⟩ = η\,s^2\,\frac{r}{3d}\,‖G‖_F^2.$$
 #
-# Measured for a Gaussian $G$ of 256 × 256 (means of 8 draws of $A_0$):
+# Here is the measured gain for a Gaussian $G$ of 256 × 256 (means over 8 draws of $A_0$):
 
 # %% tags=["hide-input"]
-# Measures: the gain at each rank over that at r = 1, against the predicted power of r.
+# Measures: the gain at each rank over the gain at r = 1, against the predicted power of r.
 d, ranks, draws = 256, np.array([1, 4, 16, 64, 256]), 8
 G = rng.standard_normal((d, d))
 RULES = {"SGD, α/r": (1, sgd), "SGD, α/√r": (0.5, sgd), "Adam, α/r": (1, adam), "Adam, α/√r": (0.5, adam)}
@@ -102,7 +103,7 @@ for (name, (power, rule)), theory in zip(RULES.items(), (-1, 0, 0, 0.5), strict=
     norm[name] = np.sqrt([np.mean([(D * D).sum() for D in row]) for row in steps])
     relative = gain[name] / gain[name][0]
     print(f"{name:25}" + "".join(f"{g:10.4f}" for g in relative) + f"   r^{theory:g}")
-    assert np.allclose(relative, ranks.astype(float) ** theory, rtol=0.15)  # at r = 1 a draw is a single row
+    assert np.allclose(relative, ranks.astype(float) ** theory, rtol=0.15)  # at r = 1 a draw is one row, so it is noisy
 expected = 16**2 / ranks**2 * ranks / (3 * d) * (G * G).sum()
 print(f"SGD, α/r: gain / (s² r/(3d) ‖G‖²) = {np.round(gain['SGD, α/r'] / expected, 3)}")
 assert np.allclose(gain["SGD, α/r"] / expected, 1, atol=0.12)
@@ -126,7 +127,7 @@ for power in (1, 0.5):
         else:
             tl.AdamW([B], lr=1e-3, eps=0.0).step()
         worst = max(worst, np.abs(layer.delta() - formula).max() / np.abs(formula).max())
-print(f"the layer's ΔW₁ and the formula differ by at most {worst:.0e} of its largest entry")
+print(f"the layer's ΔW₁ and the formula differ by at most {worst:.0e} of the formula's largest entry")
 assert worst < 1e-5
 
 # %% [markdown]
@@ -147,55 +148,56 @@ assert "{:.2f} {:.2f} {:.1f}".format(*sizes) == "1.08 1.28 12.6"
 dynamics.draw_first_step(results)
 
 # %% [markdown]
-# This answers "why α/r". LoRA §4.1 speaks of Adam, and **under Adam α/r makes the first
-# gain independent of r**. The gain at $r = 256$ over that at $r = 1$:
+# This answers why LoRA scales by α/r. LoRA §4.1 speaks of Adam, and **under Adam α/r
+# makes the first step's gain independent of r**. The gain at $r = 256$ over that at
+# $r = 1$ is:
 #
 # | | SGD | Adam |
 # |---|---|---|
 # | α/r | .004 | 1.02 |
 # | α/√r | 1.03 | 16.3 |
 #
-# rsLoRA's abstract says that α/r slows the learning of large ranks. By this measure that
-# is true of SGD and false of Adam.
+# rsLoRA scales by α/√r. Its abstract says that α/r slows the learning of large ranks.
+# Measured by the gain, this is true of SGD and false of Adam.
 #
-# ## 2 · The same step by its norm
+# ## 2 · The norm of the same step
 #
-# rsLoRA measures otherwise. It calls an adapter *rank-stabilized* if the moments of its
+# rsLoRA uses another measure. It calls an adapter *rank-stabilized* if the moments of its
 # outputs, and of the gradients on the way back, neither shrink nor grow with r
 # (definition 3.1, from notes on the paper). For an input $x ∼ N(0, I)$ that is
 # independent of the batch, $E‖ΔW_1x‖^2 = ‖ΔW_1‖_F^2$, so this measure is the norm.
 #
-# The $r$ random rows of $A_0$ point in $r$ directions, and only a part of their sum lies
-# along $G$. So the norm has another law than the gain.
+# $ΔW_1$ is a sum of $r$ terms, one for each random row of $A_0$, and only a part of this
+# sum lies along $G$. So the norm follows another law than the gain.
 #
 # **SGD.** $‖GA_0^\top A_0‖_F^2 = \mathrm{tr}\,G\,(A_0^\top A_0)^2\,G^\top$, so
 # $E(A_0^\top A_0)^2$ is needed. Let the vectors $a_1 … a_r$ be the rows of $A_0$. Then
-# $A_0^\top A_0 = \sum_k a_ka_k^\top$, and its square is a sum over pairs:
+# $A_0^\top A_0 = \sum_k a_ka_k^\top$, and its square is a sum over pairs $(k, l)$:
 #
-# - The $r(r-1)$ pairs with $k ≠ l$ are independent:
+# - In the $r(r-1)$ pairs with $k ≠ l$ the two vectors are independent:
 #   $E\,a_ka_k^\top a_la_l^\top = σ_A^4\,I$.
 # - The $r$ terms with $k = l$ are $‖a‖^2\,aa^\top$. Their mean off the diagonal is 0,
-#   since an entry may change its sign. On the diagonal it is
-#   $E\,a_i^4 + \sum_{j≠i}E\,a_j^2a_i^2 = \tfrac95σ_A^4 + (d-1)\,σ_A^4$. The $\tfrac95$
-#   is the uniform law's (a normal law has 3).
+#   since each entry is symmetric about 0. On the diagonal it is
+#   $E\,a_i^4 + \sum_{j≠i}E\,a_j^2a_i^2 = \tfrac95σ_A^4 + (d-1)\,σ_A^4$. The factor
+#   $\tfrac95$ belongs to the uniform law; a normal law has 3.
 #
 # Together $E(A_0^\top A_0)^2 = σ_A^4\,r\,\big[(r-1) + \tfrac95 + (d-1)\big]\,I$, which
 # gives
 #
 # $$\text{SGD: } E‖ΔW_1‖_F^2 = η^2s^4σ_A^4\,r\,(d + r - \tfrac15)\,‖G‖_F^2 .$$
 #
-# **Adam.** Let $g$ be a row of $G$. Its row of $ΔW_1$ is
-# $-ηs\sum_k \mathrm{sign}(g·a_k)\,a_k$, and the squared norm of that row is again a sum
-# over pairs:
+# **Adam.** Let $g$ now be a row of $G$. The same row of $ΔW_1$ is
+# $-ηs\sum_k \mathrm{sign}(g·a_k)\,a_k$, and its squared norm is again a sum over pairs:
 #
 # - The $r$ terms with $k = l$ have the mean $E‖a_k‖^2 = dσ_A^2$.
-# - The $r(r-1)$ others have the mean $‖c‖^2$ by independence, with
-#   $c = E[\mathrm{sign}(g·a)\,a]$.
+# - The $r(r-1)$ others have the mean $‖c‖^2$ by independence, where
+#   $c = E[\mathrm{sign}(g·a)\,a]$ for one row $a$.
 #
-# Split $a$ into its part along $g$ and the rest. For a normal $a$ the rest is
-# independent of the sign and has the mean 0. The part along $g$ has the law
-# $N(0, σ_A^2)$ and the mean magnitude $σ_A\sqrt{2/π}$. Then $c = σ_A\sqrt{2/π}\;g/‖g‖$.
-# For a uniform $a$ this holds as far as a sum of $d$ terms is normal:
+# Split $a$ into its part along $g$ and the rest. For a normal $a$ the rest is independent
+# of the sign and has the mean 0. The part along $g$ has the law $N(0, σ_A^2)$ and the
+# mean magnitude $σ_A\sqrt{2/π}$. Then $c = σ_A\sqrt{2/π}\;g/‖g‖$. For a uniform $a$ this
+# holds nearly, since $g·a$ is a sum of $d$ terms. The sum over the $d_{\text{out}}$ rows
+# of $G$ is
 #
 # $$\text{Adam: } E‖ΔW_1‖_F^2 ≈
 # η^2s^2σ_A^2\,r\,\big(d + \tfrac2π(r-1)\big)\,d_{\text{out}} .$$
@@ -245,20 +247,20 @@ assert np.allclose(quarter / quarter[0], np.sqrt((d + ranks) / (d + 1)), rtol=0.
 assert f"{flat[-2]:.2f}" == "1.09" and f"{flat[-1]:.2f}" == "1.29" and f"{1 / fall[-1]:.1f}" == "12.6"
 
 # %% [markdown]
-# For $r ≪ d$, where LoRA is used, the norm goes as $s^2\sqrt r$ under SGD and $s\sqrt r$
-# under Adam:
+# For $r ≪ d$, where LoRA is used, the norm is proportional to $s^2\sqrt r$ under SGD and
+# to $s\sqrt r$ under Adam:
 #
 # - **With α/√r the norm of Adam's first step is nearly flat.** At $r = 64$ it is 1.09
 #   times that at $r = 1$.
-# - With α/r the norm falls as $1/\sqrt r$ while $r ≪ d$. At $r = d = 256$ it is 1/12.6
-#   of that at $r = 1$, not 1/16.
+# - With α/r this norm falls as $1/\sqrt r$ while $r ≪ d$. At $r = d = 256$ it is 1/12.6
+#   of that at $r = 1$ (the power alone gives 1/16).
 # - Under SGD the cosine between $-ΔW_1$ and $G$ is $\sqrt{r/(d+r)}$. At $r = 1$ it is
 #   .06.
 #
-# Far beyond $r = d$, norm and gain go together: α/√r suits SGD's first step by either
-# measure, and α/r Adam's.
+# Far beyond $r = d$, norm and gain agree: by either measure α/√r suits SGD's first step,
+# and α/r suits Adam's.
 #
-# | flat in r at the first step | SGD | Adam |
+# | scale for a first step flat in r | SGD | Adam |
 # |---|---|---|
 # | gain ⟨−ΔW₁, G⟩ | α/√r | α/r |
 # | norm ‖ΔW₁‖, r ≪ d | α/r^¼ | α/√r |
@@ -266,13 +268,13 @@ assert f"{flat[-2]:.2f}" == "1.09" and f"{flat[-1]:.2f}" == "1.29" and f"{1 / fa
 # ## 3 · After the first step
 #
 # LoRA §4.1 scales so that hyperparameters need less retuning when r varies. Two trials
-# on regressions of width 64 with an update of full rank (Adam with $ε = 0$, α = 8, three
-# seeds):
+# test this on regressions of width 64 whose update has full rank (Adam with $ε = 0$, α =
+# 8, three seeds):
 #
-# - *A small rate.* 20 steps at the rate $2^{-10}$: which part of the loss is left?
-# - *The best rate.* 15 steps at each of the rates $2^{-7} … 2^{-2}$: which rate leaves
-#   the least loss? In brackets stand the lowest and the highest rate that the seeds
-#   cannot tell from it.
+# - *A small rate.* Which part of the loss is left after 20 steps at the rate $2^{-10}$?
+# - *The best rate.* Which of the rates $2^{-7} … 2^{-2}$ leaves the least loss after 15
+#   steps? The brackets hold the lowest and the highest rate that the seeds cannot tell
+#   from the best.
 
 # %% tags=["hide-input"]
 # Measures: what is left of the loss at a small rate, and the best rate, for four ranks and both scales.
@@ -302,7 +304,7 @@ for name, power in (("α/r", 1), ("α/√r", 0.5)):
     kept[name] = table[exponents.index(-5)] / table.min(axis=0)
     rates = "".join(f"{f'{k} [{low} … {high}]':>14}" for k, low, high in best[name])
     print(f"{name + ', r =':31}" + "".join(f"{r:>14}" for r in few))
-    print(f"{'  left at the rate 2^-10':31}" + "".join(f"{x:14.3f}" for x in early[name]))
+    print(f"{'  loss left at the rate 2^-10':31}" + "".join(f"{x:14.3f}" for x in early[name]))
     print(f"{'  best rate, 2^':31}{rates}")
     print(f"{'  loss at 2^-5 over the least':31}" + "".join(f"{x:14.2f}" for x in kept[name]))
 assert [f"{x:.3f}" for x in early["α/r"][1:]] == ["0.949", "0.944", "0.944"]
@@ -313,22 +315,21 @@ assert first["α/r"][1] < last["α/r"][0] and last["α/√r"] == (-5, -5)
 assert f"{kept['α/r'][-1]:.1f}" == "1.5" and kept["α/√r"][-1] == 1
 
 # %% [markdown]
-# - *At the small rate* α/r keeps the ranks together, as the gain's law says: at $r$ = 8,
-#   32 and 64 there are .949, .944 and .944 of the loss left. With α/√r it is .89, .75
-#   and .65.
-# - *The best rate* is kept by α/√r, as the norm's law suggests. From $r = 2$ to 64 it
-#   moves at most 2-fold with α/√r, and rises 2- to 4-fold with α/r. With α/r, a run of
-#   $r = 64$ that stays at $2^{-5}$, the best rate of $r = 2$, is left with 1.5 times the
-#   least loss.
+# - *At the small rate* α/r keeps the ranks together, as the law of the gain predicts. At
+#   $r$ = 8, 32 and 64 the part left is .949, .944 and .944. With α/√r it is .89, .75 and
+#   .65.
+# - *The best rate* is kept by α/√r, as the law of the norm suggests. From $r = 2$ to 64
+#   it moves at most 2-fold with α/√r, and rises 2- to 4-fold with α/r. The rate $2^{-5}$
+#   is the best at $r = 2$. At $r = 64$ with α/r it leaves 1.5 times the least loss.
 #
-# Why the norm should decide at the best rate was not shown, and this is one toy. What
+# This is one toy, and it does not show why the norm should decide at the best rate. What
 # holds in general is section 2's table: **neither scale keeps everything fixed, and
 # comparing ranks at one rate favors some of them.**
 #
 # ## 4 · The exchange
 #
-# Now r is fixed, and each factor has a rate, $η_A$ and $η_B$. "LoRA Without Regret"
-# states that under Adam with $ε = 0$, for any $p, q > 0$, this changes nothing:
+# Now r is fixed, and each factor has its own rate, $η_A$ or $η_B$. "LoRA Without Regret"
+# states that under Adam with $ε = 0$, for any $p, q > 0$, this exchange changes no loss:
 #
 # $$α → \frac{α}{pq},\quad A_0 → p\,A_0,\quad η_A → p\,η_A,\quad η_B → q\,η_B.$$
 #
@@ -344,9 +345,9 @@ assert f"{kept['α/r'][-1]:.1f}" == "1.5" and kept["α/√r"][-1] == 1
 # $\hat m/\sqrt{\hat v}$. So $A'$ moves by p times what $A$ moves by, and $B'$ by q times
 # what $B$ moves by. The claim holds at the next step. ∎
 #
-# The proof uses nothing about the loss, so each layer of a network may have its own p
-# and q. Adam in NumPy on a regression (the first gradient of $A$ is 0, and its step 0/0
-# is taken as 0):
+# The proof uses nothing about the loss, so each layer of a network may have its own p and
+# q. Here is Adam in NumPy on a regression. (The first gradient of $A$ is 0, and its step
+# 0/0 is taken as 0.)
 
 # %%
 task, r = toys.Planted(d=32, n=128, seed=0), 4
@@ -354,7 +355,7 @@ x, y, A0 = task.x.astype(float), task.y.astype(float), task.adapted(r, seed=0).l
 
 
 def train(alpha, A0, eta_A, eta_B, eps=(0.0, 0.0), steps=50):
-    """The losses of a run of LoRA under Adam; eps: ε for A and for B."""
+    """The losses of a run of LoRA under Adam; eps holds ε for A and for B."""
     A, B, s, losses = A0.copy(), np.zeros((len(task.w0), r)), alpha / r, []
     m, v = [0.0, 0.0], [0.0, 0.0]
     for t in range(1, steps + 2):
@@ -369,7 +370,8 @@ def train(alpha, A0, eta_A, eta_B, eps=(0.0, 0.0), steps=50):
 
 
 # %% [markdown]
-# The exchange with $p = 4, q = 8$, with $p = 3, q = 1$, and α/32 alone:
+# The four runs are the plain one, the exchanges with $(p,q)=(4,8)$ and $(3,1)$, and α/32
+# alone:
 
 # %%
 plain = train(8, A0, 0.01, 0.01)
@@ -388,9 +390,9 @@ assert 0 < largest(three, plain) < 1e-14 and largest(alone, plain) > 30
 
 # %% [markdown]
 # **For powers of two the losses are equal to the bit.** Such a factor changes only the
-# exponent of a float, and all roundings stay the same. A factor of 3 rounds differently,
-# in the 16th digit. The library's experiment finds the same in float32 and float64 with
-# three seeds.
+# exponent of a float, and all roundings stay the same. With a factor of 3 they change,
+# and the losses differ in the 16th digit. The library's experiment finds the same with
+# three seeds, for powers of two also in float32.
 
 # %% tags=["hide-input"]
 # Checks: train is the library's layer, tape and adamw_step; the library's experiment with three seeds.
@@ -402,7 +404,7 @@ results = [dynamics.invariance(seed) for seed in SEEDS]
 different, relative = (max(result[key] for result in results) for key in ("different_powers", "relative_three"))
 apart = np.mean([result["relative_alone"] for result in results])
 print(f"three seeds: {different:.0f} of {3 * 102} losses differ for p = 4, q = 8;", end=" ")
-print(f"p = 3: at most {relative:.1e}; α/32 alone: {apart:.3g}")
+print(f"relative difference: at most {relative:.1e} for p = 3, {apart:.3g} for α/32 alone")
 assert different == 0 and 0 < relative < 1e-14 and apart > 30
 
 # %% tags=["hide-input"]
@@ -412,16 +414,16 @@ exchange(results[0])
 # %% [markdown]
 # ## 5 · What the exchange settles
 #
-# Let $σ_A$ be the size of $A_0$. Of the four settings α, $σ_A$, $η_A$ and $η_B$, p and q
-# set two at will. With $ε = 0$ and no weight decay, a run depends on r, on the draw of
-# $A_0$, and on two numbers that no exchange changes:
+# The exchange takes two degrees of freedom from the settings α, $σ_A$ (section 1), $η_A$
+# and $η_B$. With $ε = 0$ and no weight decay, a run depends on r, on the draw of $A_0$,
+# and on two numbers that no exchange changes:
 #
 # $$\frac{η_A}{σ_A}\qquad\text{and}\qquad α\,σ_A\,η_B .$$
 #
 # **"Tuning α is roughly the same as tuning the learning rate if we scale the
-# initialization appropriately"** (LoRA §4.1, of Adam). With one rate for both factors
-# put $p = q = ½$: the runs $(4α, ½A_0, η)$ and $(α, A_0, 2η)$ are the same. The sentence
-# is exact if $A_0 ∝ 1/\sqrtα$, and α acts as the *square* of the rate.
+# initialization appropriately"** (LoRA §4.1, of Adam). With one rate for both factors,
+# $p = q = ½$ turns the run $(α, A_0, 2η)$ into $(4α, ½A_0, η)$. So the quoted sentence is
+# exact if $A_0 ∝ 1/\sqrtα$, and α then acts as the *square* of the rate.
 
 # %%
 assert (train(32, A0 / 2, 0.01, 0.01) == train(8, A0, 0.02, 0.02)).all()
@@ -432,7 +434,7 @@ results = [dynamics.alpha_is_like_lr(seed) for seed in SEEDS]
 same = [result["different_scaled"] for result in results]
 print(f"(4α, A₀/2, η) against (α, A₀, 2η): {sum(same):.0f} of {3 * 51} losses differ")
 apart = {}
-for key, what in (("largest_unscaled", "(4α, A₀, η), largest"), ("last_unscaled", "(4α, A₀, η), last step")):
+for key, what in (("largest_unscaled", "if A₀ stays, at most"), ("last_unscaled", "at the last step")):
     apart[key] = np.array([result[key] for result in results])
     print(f"{what + ':':24}{apart[key].mean():7.1%}  [{apart[key].min():.1%} … {apart[key].max():.1%}]")
 assert not any(same)
@@ -440,12 +442,12 @@ assert f"{apart['largest_unscaled'].mean():.0%} {apart['largest_unscaled'].max()
 assert f"{apart['last_unscaled'].mean():.0%}" == "10%"
 
 # %% [markdown]
-# If $A_0$ stays, $(4α, A_0, η)$ and $(α, A_0, 2η)$ have losses up to 59 % apart (mean of
-# three seeds; 85 % in one), and at the last step 10 %.
+# If $A_0$ stays, the losses of $(4α, A_0, η)$ and $(α, A_0, 2η)$ differ by up to 59 %
+# (mean of three seeds; 85 % in one). At the last step they differ by 10 %.
 #
 # **LoRA+** gives $B$ a rate λ times that of $A$. With $p = 1, q = λ$ the run
 # $(λα, A_0, η, η)$ becomes $(α, A_0, η, λη)$: **under Adam with $ε = 0$, LoRA+'s λ is a
-# factor λ on α.** (LoRA+'s theorem, on how the best rates go with the width, stands.)
+# factor λ on α.** (LoRA+'s theorem on the best rates at large widths is not affected.)
 # Searching α and one learning rate finds every run of LoRA+
 # ([20](20_limits_and_descendants.ipynb), section 6).
 
@@ -467,17 +469,17 @@ def run(alpha, ratio, steps=50, lr=0.01):
 exact = (dynamics.curve(task, alpha=8.0, lr_b=0.16) != dynamics.curve(task, alpha=128.0)).sum()
 plus, sixteen, without = run(8, 16), run(128, 1), run(8, 1)
 print(f"λ = 16 against 16 α, ε = 0: {exact} of 51 losses differ")
-print(f"ε = 1e-8: they differ by {largest(plus, sixteen):.0e} at most; without λ by {largest(without, plus):.3g}")
+print(f"ε = 1e-8: they differ by at most {largest(plus, sixteen):.0e}; without λ by up to {largest(without, plus):.3g}")
 assert exact == 0 and largest(plus, sixteen) < 1e-3 and largest(without, plus) > 1
 
 # %% [markdown]
 # ## 6 · With ε
 #
-# Adam divides by $\sqrt{\hat v} + ε$, and a factor on the gradient no longer cancels.
-# The gradients of $B'$ are $1/q$ times as large, so in the old units its step is
-# $η_B\,\hat m/(\sqrt{\hat v} + qε)$: ε acts q times as large on $B$, and p times on $A$.
-# With $ε/p$ for $A$ and $ε/q$ for $B$ the exchange is exact again, here for
-# $p = 4, q = 8$:
+# Adam divides by $\sqrt{\hat v} + ε$, so a factor on the gradient no longer cancels. The
+# gradients of $B'$ are $1/q$ times those of $B$, so with the averages of $B$ its step is
+# $qη_B\,\hat m/(\sqrt{\hat v} + qε)$. This is as if ε were q times as large for $B$, and
+# p times for $A$. With $ε/p$ for $A$ and $ε/q$ for $B$ the exchange is exact again, here
+# for $p = 4, q = 8$:
 
 # %%
 before, broken, repaired = {}, {}, {}
@@ -495,28 +497,28 @@ print(f"B's first gradient: median magnitude {np.median(size):.1e}, least {size.
 off = {eps: largest(broken[eps], before[eps]) for eps in before}
 for eps, far in off.items():
     ends = before[eps][-1] / before[eps][0], broken[eps][-1] / broken[eps][0]
-    print(f"ε = {eps:.0e}: at most {far:.1e} apart; left of the loss {ends[0]:.0%} before, {ends[1]:.0%} after")
+    print(f"ε = {eps:.0e}: losses at most {far:.1e} apart; {ends[0]:.0%} left before the exchange, {ends[1]:.0%} after")
 assert f"{np.median(size):.0e}" == "3e-03" and f"{7 * 1e-8 / np.median(size):.0e}" == f"{off[1e-8]:.0e}" == "2e-05"
 assert f"{off[1e-4]:.0%}" == "12%" and f"{ends[1]:.0%} {ends[0]:.0%}" == "72% 3%"
 
 # %% [markdown]
-# Without this repair, what counts is ε beside the gradients. An entry $g$ gives the
-# first step $|g|/(|g| + ε)$, and after the exchange $|g|/(|g| + qε)$. That is less by
-# about $(q - 1)\,ε/|g|$, which is $2·10^{-5}$ at the default $ε = 10^{-8}$ and this
-# toy's median $|g|$ of $3·10^{-3}$. The losses part by as much.
+# Without this repair, the error depends on ε relative to the gradients. An entry $g$
+# gives the first step $|g|/(|g| + ε)$, and after the exchange $|g|/(|g| + qε)$. The
+# second is smaller by about $(q - 1)\,ε/|g|$. At the default $ε = 10^{-8}$ and this toy's
+# median $|g|$ of $3·10^{-3}$ that is $2·10^{-5}$. The losses differ by as much.
 #
-# At $ε = 10^{-4}$ they part by 12 %. At $ε = 10^{-2}$, more than the gradients
-# themselves, the first run keeps 3 % of its loss and the second 72 %.
+# At $ε = 10^{-4}$ they differ by 12 %. At $ε = 10^{-2}$, above the median gradient, the
+# first run keeps 3 % of its loss and the second 72 %.
 #
 # ## 7 · LoRA's rate and full fine-tuning's
 #
-# GPT-3 was trained by LoRA at 2e-4 and in full at 5e-6 (LoRA Tables 11 and 12), a ratio
-# of 40. "LoRA Without Regret" finds about ten (9.8 fitted). By section 5 such a ratio
-# goes with α and $A_0$.
+# GPT-3 was trained with LoRA at 2e-4 and in full at 5e-6 (LoRA Table 12), a ratio
+# of 40. "LoRA Without Regret" finds about ten (its fit gives 9.8). By section 5 such a
+# ratio depends on α and $A_0$.
 #
-# In a toy network of three 64 × 64 layers, all adapted and trained for 80 steps at rates
-# $2^k$, the best rate is that of the least error on unseen inputs. Every rate counts
-# that three seeds cannot tell from the best one, so the ratio is an interval.
+# A toy of three 64 × 64 layers, all adapted, is trained for 80 steps at rates $2^k$. The
+# best rate is the one with the least error on unseen inputs. Rates that three seeds
+# cannot tell from the best one count too, so the ratio is an interval.
 
 # %% tags=["hide-input"]
 # Measures: LoRA's best rate over that of full fine-tuning.
@@ -534,17 +536,17 @@ assert recipes == (3e-3, 1e-3) and round(2e-4 / 5e-6) == 40
 # **The toy does not show a factor of ten.** With α = 32, which "LoRA Without Regret"
 # uses, the ratio is between 0.5 and 2. With α = 1 it is 2 to 8.
 #
-# That α/32 wants a larger rate is the exchange: $\sqrt{32} = 5.7$ times, if $A_0$ were
-# scaled with it. The embedded model's recipes have 3e-3 with LoRA and 1e-3 in full, a
-# ratio of 3 (neither was searched finely; figures/README.md).
+# By the exchange α/32 needs a larger rate: $\sqrt{32} = 5.7$ times, if $A_0$ were scaled
+# too. The embedded model's recipes use 3e-3 with LoRA and 1e-3 in full, a ratio of 3.
+# (Neither was searched finely; see figures/README.md.)
 #
 # ## Where paper and code differ
 #
 # - $A_0$ is Gaussian in LoRA §4.1, and uniform on $±1/\sqrt d$ in the released code, in
 #   PEFT and here. Its fourth moment enters the norm, as the $-1/5$ of section 2. PEFT's
-#   "gaussian" start $N(0, 1/r^2)$ changes every power of r (exercise 1).
-# - rsLoRA's "α/r slows large ranks" is true of Adam's first step by its norm, and false
-#   by its gain.
+#   "gaussian" initialization $N(0, 1/r^2)$ changes every power of r (exercise 1).
+# - rsLoRA's "α/r slows large ranks" is true of the norm of Adam's first step, and false
+#   of its gain.
 # - The exchange is stated for $ε = 0$. Section 6 repairs it for other ε, and exercise 3
 #   for weight decay, clipping and other optimizers.
 #
@@ -566,7 +568,8 @@ assert recipes == (3e-3, 1e-3) and round(2e-4 / 5e-6) == 40
 #   proportion to $r^{-a}$.
 #
 # $‖g‖$ varies little from draw to draw. Return the exponent $e$ of the gain $∝ r^e$. It
-# is checked to within 0.1 against the slope between $r = 4$ and 64 on random matrices.
+# is checked to within 0.1 against the exponent measured between $r = 4$ and 64 on random
+# matrices.
 #
 # Hint: count the powers of r in one entry of $g$, and the entries of $g$.
 
@@ -594,8 +597,8 @@ _ = grade("14-1", exercise_1)
 # - `alpha`, `eta_A`, `eta_B`: the α and the two rates of the run
 # - `new_alpha`: the α of your trainer
 #
-# Return `(f, eta)` such that your run, with $f·A_0$ and the rate `eta`, has the losses
-# of the first. Checked in float64, to a relative $10^{-9}$ at every step.
+# Return `(f, eta)` such that your run, with $f·A_0$ and the rate `eta`, has the losses of
+# the first run. Checked in float64, to a relative $10^{-9}$ at every step.
 #
 # Hint: which p and q of section 4 lead from the one run to the other?
 
@@ -623,7 +626,7 @@ _ = grade("14-2", exercise_2)
 # - decay: $w ← w - ηλw$ (`weight_decay` of AdamW)
 # - step: $w ← w - η\,\hat m/(\sqrt{\hat v} + ε)^k$, with Adam's two averages of $g$
 #
-# Here $k = 1$ is Adam, and $k = 0$ gradient descent with momentum. Given are `p`, by
+# Here $k = 1$ is Adam, and $k = 0$ is gradient descent with momentum. Given are `p`, by
 # which the exchange multiplies this factor, `k` (0 or more), and `eta`, `eps`, `decay`,
 # `l2`, `clip`, which are η, ε, λ, μ and c (all positive).
 #
@@ -653,8 +656,10 @@ _ = grade("14-3", exercise_3)
 # - Under Adam α/r keeps the first step's gain independent of r, and α/√r its norm while
 #   $r ≪ d$ (`first_step` in `tinylora/papers/claims/dynamics.py`;
 #   `tests/papers/test_experiments.py`).
-# - In a toy, α/r keeps ranks together at a small rate, and α/√r keeps the best rate.
+# - In a toy, α/r keeps the ranks together at a small rate, and α/√r keeps the best rate.
 # - Under Adam with $ε = 0$ and no decay, the exchange α/(pq), $pA_0$, $pη_A$, $qη_B$
 #   changes no bit for powers of two (`invariance` in the same file and test).
-# - LoRA+'s λ is a factor on α, and α the square of the rate if $A_0$ goes along.
-# - LoRA's best rate was 0.5 to 8 times that of full fine-tuning: the ratio goes with α.
+# - LoRA+'s λ is a factor on α. If $A_0$ is scaled by $1/\sqrtα$, α acts as the square of
+#   the rate.
+# - In a toy, LoRA's best rate was 0.5 to 8 times that of full fine-tuning, depending on
+#   α.

@@ -50,15 +50,16 @@ f32 = np.float32
 # ## 1 · What it costs not to merge
 #
 # A layer with its bypass makes three products instead of one ([10](10_merging.ipynb),
-# section 1). The work is small, and the bypass lies *beside* $W_0$. Adapter layers,
-# with which LoRA's table 1 compares, lie *behind* it, with a nonlinearity inside. They
-# cannot be merged.
+# section 1). The work is small, and the bypass lies *beside* $W_0$. LoRA's table 1
+# compares LoRA with adapter layers. These lie *behind* the weight and contain a
+# nonlinearity, so they cannot be merged.
 #
-# Table 1 gives milliseconds of a forward pass of GPT-2 medium. The next cell recomputes
-# its six percentages. Beside each it prints the adapters' share of the multiply-adds of
-# the matrices in the blocks. (Attention and the head are left out, so the true share is
-# smaller.) The sizes are 0.5M parameters in the first setting and 11M in the others.
-# The widths $r$ that fit these sizes come from `parameters`.
+# Table 1 gives the milliseconds of a forward pass of GPT-2 medium, and six percentages by
+# which adapter layers slow it. The next cell recomputes these. Beside each it prints the
+# adapters' multiply-adds, as a share of those of the matrices in the blocks. (Attention
+# and the head are left out, so the true share is smaller.) The adapters have 0.5M
+# parameters in the first setting and 11M in the others. Their widths $r$ are computed
+# from these sizes.
 
 # %% tags=["hide-input"]
 # Measures: table 1's percentages, and the work that adapter layers add
@@ -78,21 +79,21 @@ assert [f"{v:.2%}" for v in share.values()] == ["0.13%", "0.16%", "3.47%", "3.48
 
 # %% [markdown]
 # All six percentages are right, and the work does not explain them. With 3.5 % more
-# multiply-adds, adapter layers take 5.0 and 8.4 % more time on 16 sequences. On a
-# single short sequence they take 20.7 and 30.3 % more.
+# multiply-adds, adapter layers take 5.0 % (Adapter^L) and 8.4 % (Adapter^H) more time on
+# 16 sequences. On a single short sequence they take 20.7 and 30.3 % more.
 #
-# The paper's explanation (§3) is depth. A block of GPT-2 is a chain of six products,
-# each of which waits for the one before: q, k and v in one; scores; values; output; up;
-# down. An adapter layer adds two products to the chain. The model's 144 products in a
-# row become 192 (+ 33 %) or 240 (+ 67 %). With a batch of one the hardware waits for
-# each of them.
+# The paper's explanation (§3) is depth. A block of GPT-2 is a chain of six products: q, k
+# and v in one; scores; values; output; up; down. Each waits for the one before. An
+# adapter layer adds two products to the chain. The model's 144 products in a row become
+# 192 (+ 33 %) with one layer a block (Adapter^L), or 240 (+ 67 %) with two. With a batch
+# of one the hardware waits for each of them.
 #
 # ## 2 · Switching by subtraction drifts
 #
 # LoRA §4.1 switches a merged weight by subtracting $s B A$ and adding $s' B' A'$. Both
-# operations round. With the same update nothing more is lost after the first round trip
-# ([10](10_merging.ipynb), section 2). With a new update each time, every switch adds an
-# error.
+# operations round. If the update stays the same, nothing more is lost after the first
+# round trip ([10](10_merging.ipynb), section 2). If it is new each time, every switch
+# adds an error.
 
 
 # %%
@@ -101,7 +102,7 @@ def switch(W, old, new):
 
 
 def drift(rng, switches, n=256, r=8):
-    """The root mean square error of W0, if the update is subtracted after 1, 2, … switches"""
+    """The root mean square error of W0 if the update is subtracted after 1, 2, … switches."""
     A = rng.uniform(-1, 1, (r, n)).astype(f32) * f32(n**-0.5)
     W = W0 = rng.uniform(-1, 1, (n, n)).astype(f32) * f32(n**-0.5)
     old, errors = f32(0), []
@@ -117,13 +118,13 @@ print("error after 1, 10, 100 switches: " + ", ".join(f"{errors[i - 1]:.1e}" for
 assert 8.4 < errors[99] / errors[0] < 9.1
 
 # %% [markdown]
-# The error grows nearly as a random walk does, by 8.4 to 9.1 instead of $\sqrt{100} =
-# 10$.
+# The error grows nearly as a random walk does. In 100 switches it grows 8.4- to 9.1-fold,
+# not $\sqrt{100} = 10$-fold.
 #
-# loralib, the library of the paper, makes such a trip at every evaluation: `eval()`
-# adds $s B A$ into the weight, and `train()` subtracts it. `tinylora.interop.loralib`
-# reproduces it. In the next cell $W$ and $A$ are as they start, and $B$ is drawn anew
-# for each of 100 evaluations.
+# loralib, the library of the paper, makes such a trip at every evaluation: `eval()` adds
+# $s B A$ into the weight, and `train()` subtracts it. `tinylora.interop.loralib`
+# reproduces it. The next cell takes a fresh layer, and draws $B$ anew for each of 100
+# evaluations.
 
 # %% tags=["hide-input"] margin=0.02
 # Measures: the drift of loralib's weight, and checks that tinylora's does not move
@@ -141,7 +142,7 @@ for trip in range(1, 101):
         off = theirs.weight.data - before
         missed[trip] = np.sqrt(np.square(off).mean())
         print(
-            f"after {trip:3} evaluations: {(off == 0).mean():.1%} of W0 as it was, root mean square error {missed[trip]:.1e}"
+            f"after {trip:3} evaluations: {(off == 0).mean():.1%} of W0 unchanged, root mean square error {missed[trip]:.1e}"
         )
 assert 0.72 < (once == before).mean() < 0.75 and 8.4 < missed[100] / missed[1] < 9.1 and (off == 0).mean() < 0.2
 
@@ -151,11 +152,11 @@ before = ours.base_layer.weight.data.tobytes()
 for _ in range(100):
     ours.eval().train()
 assert ours.base_layer.weight.data.tobytes() == before
-print("tinylora's layer after 100 evaluations: W0 as it was")
+print("tinylora's layer after 100 evaluations: all of W0 unchanged")
 
 # %% [markdown]
-# The error is small beside what training changes. But the base is no longer the base,
-# and adapters that share it disagree about it.
+# The error is small beside what training changes. But the base is no longer the one that
+# the other adapters were trained on.
 #
 # In tinylora `eval()` changes no weight. `tl.merge(model, keep=True)` makes new layers
 # and keeps the old ones. `tl.unmerge(model)` puts the old ones back, so nothing is
@@ -187,7 +188,9 @@ drawn(model, "one", seed=1)
 one = logits(model)
 targets = sum(layer.base_layer.weight.nbytes for _, layer in adapters.lora_layers(model))
 tl.merge(model, keep=True)
-print(f"merged logits differ by {np.abs(logits(model) - one).max():.0e}, of {np.abs(one).max():.0f}")
+print(
+    f"merging moves logits by at most {np.abs(logits(model) - one).max():.0e}; the largest is {np.abs(one).max():.0f}"
+)
 print(f"W0 kept beside W: {targets:,} bytes")
 assert np.abs(logits(model) - one).max() < 1e-3 and not adapters.lora_layers(model)
 tl.unmerge(model)
@@ -199,7 +202,7 @@ assert (targets, whole) == (8_110_080, 8_315_136)
 # %% [markdown]
 # ## 3 · Switching without merging
 #
-# Unmerged, a switch moves the factors and nothing else. `tl.set_adapter` chooses among
+# If nothing is merged, a switch moves only the factors. `tl.set_adapter` chooses among
 # adapters that the model carries. `adapters.detach` and `adapters.attach` take one off
 # and put another on. Either way the base stays what it was, bit for bit, and so does an
 # adapter that comes back.
@@ -232,18 +235,18 @@ assert f"{2 * Θ / 1e6:.1f}" == "37.7" and round(350e9 / (2 * Θ), -1) == 9270
 # %% [markdown]
 # Here an adapter has 15 times fewer bytes than the model, because $r = 8$ is not small
 # beside a width of 192. For GPT-3 it has some 9,270 times fewer; the paper rounds to 35
-# MB and 10,000. A *merged* model would have to rewrite every adapted weight: 8,110,080
-# bytes instead of 552,960.
+# MB and 10,000. With our model *merged*, a switch would rewrite every adapted weight:
+# 8,110,080 bytes instead of 552,960.
 #
 # ## 4 · One batch, several adapters
 #
-# §4.2 says what merging gives up: inputs for different tasks cannot share a forward
-# pass once $A$ and $B$ are in $W$. Unmerged they can. Row $i$ of the batch goes through
+# §4.2 says what merging gives up: inputs for different tasks cannot share a forward pass
+# once $A$ and $B$ are in $W$. Without merging they can. Row $i$ of the batch goes through
 # the adapter $t(i)$:
 #
 # $$h_i = W_0 x_i + s_{t(i)}\,B_{t(i)} A_{t(i)}\,x_i .$$
 #
-# One product with $W_0$ serves all rows, and small ones serve each adapter. The loop
+# One product with $W_0$ serves all rows, and two small ones serve each adapter. The loop
 # below goes row by row.
 
 
@@ -257,7 +260,7 @@ def rows_by_hand(x, W0, bypasses, names):
 
 
 # %% [markdown]
-# `tl.adapter_rows(model, names)` makes one pair of products for each adapter instead of
+# `tl.adapter_rows(model, names)` makes one pair of products for each adapter, not for
 # each row.
 
 # %% tags=["hide-input"]
@@ -285,13 +288,13 @@ for i, name in enumerate(names):
     tl.set_adapter(model, () if name == "__base__" else name)
     assert np.abs(mixed[i] - logits(model, rows[:1])[0]).max() < 1e-3
 tl.set_adapter(model, "one")
-print("the whole model: each row as if it had been alone")
+print("the whole model: each row has the logits that it has alone")
 
 # %% [markdown]
 # ## 5 · Combining
 #
 # Several adapters can become one. Let adapter $i$ have the weight $w_i$ in the sum, and
-# $c_i = w_i s_i$. PEFT and tinylora know three ways.
+# $c_i = w_i s_i$. PEFT and tinylora offer three ways.
 #
 # **"cat"** stacks the factors. It is exact, and its rank is the sum of the ranks:
 #
@@ -317,13 +320,13 @@ def linear(parts):
 
 
 # %% [markdown]
-# The first sum was asked for, and the second was not. Of $m$ unrelated adapters with
-# equal $c$, the first sum has $m$ terms and the second has $m(m-1)$. If all $B_i A_j$
-# are of one size and nearly orthogonal, the error is $\sqrt{m - 1}$ times what was
-# asked for. For two adapters this is 100 %.
+# The first sum is what was asked for. The second, the *cross terms*, is the error. For
+# $m$ unrelated adapters with equal $c$, the first sum has $m$ terms and the second has
+# $m(m-1)$. If all $B_i A_j$ are of one size and nearly orthogonal, the error is
+# $\sqrt{m - 1}$ times what was asked for. For two adapters this is 100 %.
 #
-# **"svd"** cuts the sum to a given rank. No matrix of that rank is nearer (Eckart and
-# Young).
+# **"svd"** cuts the sum to a given rank. No matrix of that rank is nearer to the sum
+# (Eckart and Young).
 
 
 # %%
@@ -375,22 +378,23 @@ errors_of_combining((2, 3, 4), by_kind)
 # So "linear" is right for a single adapter only. For two unrelated adapters it is as
 # wrong as returning nothing.
 #
-# "svd", cut to the rank of one of $m$ adapters, keeps the largest of $m$ times as many
-# singular values. It keeps at least $1/m$ of their squares, so its error is $\sqrt{1 -
-# 1/m}$ at most. Here it is 10 to 25 % less. Exercise 1 asks when it is exact.
+# Let "svd" cut the sum of $m$ adapters of rank r to rank r. It keeps the r largest of at
+# most $mr$ singular values, and so at least $1/m$ of their squares. The error is at most
+# $\sqrt{1 - 1/m}$. Here it is 10 to 25 % less. Exercise 1 has a case in which it is
+# exact.
 #
 # ## Where paper and code differ
 #
 # 1. **"No additional inference latency"** holds for merged weights. Unmerged, as PEFT
 #    and tinylora run by default, a layer makes three products instead of one (section
 #    1).
-# 2. **loralib merges on `eval()` and subtracts on `train()`.** One trip changes 25 to
-#    28 % of the weights' last bits. A hundred trips with changing factors bring 8.4 to
-#    9.1 times that error (section 2). PEFT subtracts too when it unmerges. tinylora
+# 2. **loralib merges on `eval()` and subtracts on `train()`.** One trip changes the last
+#    bits of 25 to 28 % of the weights. A hundred trips with changing factors bring 8.4 to
+#    9.1 times the error of one (section 2). PEFT subtracts too when it unmerges. tinylora
 #    keeps $W_0$.
 # 3. **35 MB and 10,000 times** (§4.2) are 37.7 MB and 9,270 times (section 3).
-# 4. **PEFT's "linear" combination** has cross terms of $\sqrt{m-1}$ times what was
-#    asked for (section 5).
+# 4. **PEFT's "linear" combination** of unrelated adapters has cross terms of $\sqrt{m-1}$
+#    times what was asked for (section 5).
 #
 # ## Exercises
 #
@@ -407,9 +411,9 @@ errors_of_combining((2, 3, 4), by_kind)
 #   sum Σ c B A is wanted. `r` is the new rank, 1 or more; it may be larger than Σ rᵢ.
 # - Return: `(B, A, error)`: out × r, r × in, and the Frobenius norm of what is missed,
 #   which must be the least possible.
-# - Checked: shapes; the error, as returned and as it is, against Eckart and Young's;
-#   negative c; adapters that share their A, where a rank below Σ rᵢ is exact already;
-#   the memory that the call takes.
+# - Checked: shapes; the returned error and the true one, against the least possible;
+#   negative c; adapters that share their A, where a rank below Σ rᵢ is exact already; the
+#   memory that the call takes.
 # - Hint: a QR decomposition of each stack of factors leaves a small matrix in the
 #   middle.
 
@@ -433,8 +437,8 @@ _ = grade("15-1", exercise_1)
 # %% [markdown]
 # ### 15-2 A batch of many adapters at once
 #
-# Section 4 looped over rows, and `tl.adapter_rows` loops over adapters. With one
-# adapter for each row, neither is good. Do all rows at once.
+# Section 4 looped over rows, and `tl.adapter_rows` loops over adapters. With one adapter
+# for each row, both loops run once a row. Do all rows at once.
 #
 # - Given: `x` (rows, tokens, in), `W0` (out, in), `A` (n, r, in), `B` (n, out, r), `s`
 #   (n,), and `which` (rows,), ints from −1 to n − 1.
@@ -466,8 +470,8 @@ _ = grade("15-2", exercise_2)
 #   `tinylora/papers/lora_numbers.py`, `tests/papers/test_claims_lora.py`.
 # - Switching a merged weight by subtraction drifts, as loralib's `eval()` does
 #   (`tests/test_loralib.py`). Keep $W_0$: `tinylora/adapters/merge.py`.
-# - Unmerged adapters switch by moving the factors alone, 4 r (in + out) bytes a matrix
-#   in float32, and they share a batch: `tinylora/adapters/switch.py`,
+# - Unmerged adapters share a batch, and a switch moves only the factors, 4 r (in + out)
+#   bytes a matrix in float32: `tinylora/adapters/switch.py`, `tests/test_adapters.py`.
+# - Stacking combines adapters exactly, "svd" as well as a rank allows, and PEFT's
+#   "linear" with large cross terms: `tinylora/adapters/combine.py`,
 #   `tests/test_adapters.py`.
-# - Adapters combine exactly by stacking, as well as a rank allows by "svd", and not by
-#   PEFT's "linear": `tinylora/adapters/combine.py`, `tests/test_adapters.py`.

@@ -31,7 +31,8 @@
 # **The answer in short.** In blocks of 64 normal weights NF4 has nearly the least mean
 # absolute error that a code with −1, 0 and 1 can have. NF4's error is 0.0250 % above the
 # least one, which is one part in 4,000. For squared error its best block size is 453, and
-# at 64 it is 5.86 % above the least. Its values are used most equally in blocks of 12.
+# at 64 its error is 5.86 % above the least. Its values are used most equally in blocks of
+# 12.
 
 # %% tags=["setup"]
 from functools import cache
@@ -62,8 +63,9 @@ def phi(w):
 # $X = W/M$ is replaced by the nearest of 16 code values. This section derives the law of
 # $X$.
 #
-# **The maximum.** All $I$ magnitudes lie below $m$ with probability $(2\Phi(m)-1)^I$. Its
-# derivative is the density of $M$ (BOF4 eq. 12):
+# **The maximum.** Let $\Phi$ be the distribution function of N(0, 1), and $\varphi$ its
+# density. All $I$ magnitudes lie below $m$ with probability $(2\Phi(m)-1)^I$. The
+# derivative in $m$ is the density of $M$ (BOF4 eq. 12):
 #
 # $$p_M(m) = 2I\,\varphi(m)\,\big(2\Phi(m)-1\big)^{I-1}.$$
 #
@@ -72,8 +74,8 @@ def phi(w):
 # $x = w/m$ has the density $m\,\varphi(mx)/(2\Phi(m)-1)$. A weight picked at random is one
 # of the others with probability $(I-1)/I$.
 #
-# **The weight of a block.** The error of $W = MX$ is $M$ times the error of $X$. To the
-# power $k$ it therefore carries the factor $M^k$. Averaged over $M$ with this factor, the
+# **The factor of a block.** The error of $W = MX$ is $M$ times the error of $X$. Its
+# $k$-th power therefore carries the factor $M^k$. Averaged over $M$ with this factor, the
 # density of $X$ is
 #
 # $$g_k(x) = \frac{I-1}{I}\int_0^\infty m^k\,\frac{m\,\varphi(mx)}{2\Phi(m)-1}\,p_M(m)\,dm
@@ -85,8 +87,8 @@ def phi(w):
 # **The atoms.** The maximum itself lies at $x = 1$ or $x = -1$. It adds a point mass,
 # called an *atom*, of $\mathrm E[M^k]/(2I)$ at each of the two.
 #
-# **The quadrature.** Over a cell $[a, b]$ the integral over $x$ has a closed form. With
-# $w = mx$,
+# **The quadrature.** Over an interval $[a, b]$ the integral over $x$ has a closed form.
+# With $w = mx$,
 #
 # $$\int_a^b x^n\,m\,\varphi(mx)\,dx = m^{-n}\int_{ma}^{mb} w^n\varphi(w)\,dw,$$
 #
@@ -109,7 +111,7 @@ def law(I, nodes=480):
 
 # %% [markdown]
 # `moments` returns $\int y^n g_k(y)\,dy$ up to $x$, for $n = 0, 1, 2$, each up to a
-# constant. The difference between the two ends of a cell is the integral over the cell.
+# constant. The difference between the two ends of an interval is the integral over it.
 # `top` is $\mathrm E[M^k]/I$, which is both atoms together.
 
 
@@ -149,9 +151,9 @@ for I in (8, 64, 512, 4096):
 # $$\mathrm E\,|W-\hat W|^p = \mathrm E\,M^p\,|X-q(X)|^p = \sum_\ell \int_{\text{cell }\ell} |x-q_\ell|^p\,g_p(x)\,dx
 #   + \frac{\mathrm E[M^p]}{2I}\Big(|1-q(1)|^p + |1+q(-1)|^p\Big).$$
 #
-# For $p = 2$ the square is opened: $\int x^2 g_2 - 2q\int x\,g_2 + q^2\int g_2$. For
-# $p = 1$ the cell is cut at $q$, and each part has one sign. If a code has −1 and 1, the
-# atoms cost nothing.
+# For $p = 2$ the square is expanded: $\int x^2 g_2 - 2q\int x\,g_2 + q^2\int g_2$. For
+# $p = 1$ the cell is cut at $q$, and in each part the error has one sign. If a code has
+# −1 and 1, the atoms cost nothing.
 
 
 # %%
@@ -228,8 +230,8 @@ for p, cost in zip((1, 2), np.concatenate(costs, axis=1), strict=True):
 #
 # Move one value $q_\ell$ of a code. The two ends of its cell, $\xi_\ell$ and
 # $\xi_{\ell+1}$, move too. An end lies half-way between two values, so both are equally
-# far from it, and its move changes nothing. The derivative of the error therefore vanishes
-# where (BOF4 eq. 5 and 7)
+# far from it. Its move changes nothing to first order. The derivative of the error
+# therefore vanishes where (BOF4 eq. 5 and 7)
 #
 # $$p = 2:\quad q_\ell = \int x\,g_2 \Big/ \int g_2, \qquad\qquad
 #   p = 1:\quad \int_{\xi_\ell}^{q_\ell} g_1 = \tfrac12\int_{\xi_\ell}^{\xi_{\ell+1}} g_1 .$$
@@ -243,7 +245,7 @@ for p, cost in zip((1, 2), np.concatenate(costs, axis=1), strict=True):
 #
 # The centroid is a quotient of two moments. The median has no such formula, so one Newton
 # step goes towards it. The step subtracts from $q_\ell$ the excess of
-# $\int_{\xi_\ell}^{q_\ell} g_1$ over half the cell, divided by its derivative
+# $\int_{\xi_\ell}^{q_\ell} g_1$ over half the cell's mass, divided by its derivative
 # $g_1(q_\ell)$. If no value moves any more, every free value is at its median.
 
 
@@ -282,8 +284,8 @@ def lloyd(q, p, I, until=1e-12):
 # starts end at the same code, which is the library's to 1e-8. (The library finds it with
 # Newton's method.) This is to be expected: $\log g_1$ and $\log g_2$ are concave on [−1,
 # 1]. For log-concave densities Fleischer (1964, $p = 2$) and Trushkin (1982) proved that
-# only one code of a given size obeys its condition. Their theorems have no pinned values,
-# so here the random starts are the evidence.
+# only one code of a given size obeys the condition above. Their theorems have no pinned
+# values, so here the random starts are the evidence.
 
 # %% tags=["hide-input"]
 # Checks: five random starts for each error, and the library's code
@@ -297,15 +299,15 @@ for p in (1, 2):
     best[p] = found[0]
     assert np.ptp(found, axis=0).max() < 1e-8 and np.abs(best[p] - optimal_code(64, p)).max() < 1e-8
     more, away = error(NF4, p, 64) / error(best[p], p, 64) - 1, np.abs(NF4 - best[p]).max()
-    print(f"p = {p}: 5 starts, largest distance between their ends {np.ptp(found, axis=0).max():.0e}")
+    print(f"p = {p}: 5 starts, largest distance between the codes they reach {np.ptp(found, axis=0).max():.0e}")
     print(f"       least error {error(best[p], p, 64):.7f}, NF4 costs {more:.4%} more, values up to {away:.4f} away")
     assert (round(100 * more, 4), round(away, 4)) == ((0.0250, 0.0069) if p == 1 else (5.8628, 0.0574))
 
 # %% [markdown]
 # How many values should lie below zero? NF4 has six between −1 and 0, and seven between 0
 # and 1. Lloyd's iteration keeps the split it starts with, so each split from 4 to 9 is
-# tried. Six is best. Seven, its mirror image, ties. Five costs 3.7 % more in absolute
-# error, and 11.4 % more in squared error.
+# tried. Six is best. Seven, its mirror image, costs the same. Five costs 3.7 % more in
+# absolute error, and 11.4 % more in squared error.
 
 # %% tags=["hide-input"]
 # Measures: the least error for each split from 4 to 9 values below zero
@@ -344,10 +346,11 @@ for p in (1, 2):
 #
 # $$\lambda(x) \propto \exp\Big(-\frac{m^2x^2}{2(1+p)}\Big) \quad\text{on } [-1, 1].$$
 #
-# This is a normal law, cut at $m/\sqrt{1+p}$ of its standard deviations.
+# This is a normal law, cut at $m/\sqrt{1+p}$ of its standard deviations on either side.
 #
-# NF4 is also a normal law that is cut: at $s_0 = \Phi^{-1}(0.9677083) = 1.8481$ standard
-# deviations. On either side of 0 the same probability lies between any two neighbours:
+# NF4 also follows a cut normal law. Its outermost probability, the *offset* 0.9677083,
+# puts the cut at $s_0 = \Phi^{-1}(0.9677083) = 1.8481$ standard deviations. On either
+# side of 0 the same probability lies between any two neighbours:
 
 # %%
 s0 = Phi_inverse(codebooks.NF4_OFFSET)
@@ -358,8 +361,8 @@ assert round(s0, 4) == 1.8481 and np.abs(between - expected).max() < 1e-7
 
 # %% [markdown]
 # So NF4 fits the error of power $p$ in blocks where $m = s_0\sqrt{1+p}$. But $M$ varies
-# from block to block, at 64 with a standard deviation of 16 % of its mean. Put the mean in
-# its place:
+# from block to block. At 64 its standard deviation is 16 % of its mean. Put the mean of
+# $M$ in the place of $m$:
 #
 # $$\boxed{\;\mathrm E[M] = s_0\,\sqrt{1+p}\;}$$
 #
@@ -367,15 +370,15 @@ assert round(s0, 4) == 1.8481 and np.abs(between - expected).max() < 1e-7
 # $\mathrm E[M] \le s_0\sqrt{1+p}$. It is 9 for equal usage, 67 for the absolute error and
 # 434 for the squared error.
 #
-# The rule can be read in two other ways. Blocks of 64 have $\mathrm E[M] = 2.596$, for
-# which NF4 suits $p = 0.973$. And for $p = 1$ such blocks ask for the offset
+# The rule can be read in two other ways. Blocks of 64 have $\mathrm E[M] = 2.596$, so
+# there NF4 suits $p = 0.973$. And for $p = 1$ such blocks ask for the offset
 # $\Phi(2.596/\sqrt2) = 0.96680$, while NF4's is 0.96771.
 
 # %% tags=["hide-input"]
 # Measures: the three predicted block sizes, and what blocks of 64 ask for
 for p, predicted in ((0, 9), (1, 67), (2, 434)):
     fits = max(I for I in range(2, 600) if I * top(1, I) <= s0 * (1 + p) ** 0.5)
-    print(f"p = {p}: E[M] should be {s0 * (1 + p) ** 0.5:.3f}, which blocks of {fits} come closest to from below")
+    print(f"p = {p}: E[M] should be {s0 * (1 + p) ** 0.5:.3f}; the last block size with no larger E[M] is {fits}")
     assert fits == predicted
 mean = 64 * top(1, 64)
 suits, offset = (mean / s0) ** 2 - 1, Phi(mean / 2**0.5)
@@ -386,11 +389,11 @@ assert round((64 * top(2, 64) - mean**2) ** 0.5 / mean, 2) == 0.16
 # %% [markdown]
 # ## 6 · What holds
 #
-# The prediction made two replacements: infinitely many values for 16, and the mean of the
-# maximum for the maximum. This section asks the same three questions without them. For
-# every block size it computes the entropy of NF4's indices, and NF4's *excess*: what NF4
-# costs above the best code with −1, 0 and 1. Section 4 found that code in two ways, so
-# from here on the library's faster `optimal_code` finds it.
+# The prediction replaced 16 values by infinitely many, and the maximum by its mean. This
+# section asks the same three questions without these replacements. For every block size
+# it computes the entropy of NF4's indices, and NF4's *excess*: what NF4 costs above the
+# best code with −1, 0 and 1. Section 4 found that code in two ways, so from here on the
+# library's faster `optimal_code` finds it.
 
 
 # %% tags=["hide-input"]
@@ -418,20 +421,21 @@ assert [f"{excess(64, p):.3%}" for p in (1, 2)] == ["0.025%", "5.863%"]
 nf4_optimal_for()
 
 # %% [markdown]
-# | what NF4 is to be best for | block size, predicted | block size, computed | there | in blocks of 64 |
+# | what NF4 is to be best for | block size, predicted | block size, computed | NF4 at the computed size | NF4 in blocks of 64 |
 # |---|---|---|---|---|
 # | equal usage (entropy) | 9 | 12 | 3.9964 bits | 3.8847 bits |
 # | mean absolute error | 67 | 69 | 0.0194 % above the best | 0.0250 % |
 # | mean squared error | 434 | 453 | 0.0299 % above the best | 5.86 % |
 #
-# The minimum for the absolute error is broad: in blocks of 52 to 93 NF4 is within 0.1 %.
-# That 64 lies in this range may be an accident, since QLoRA argues for NF4 with usage and
-# not with absolute errors.
+# The minimum for the absolute error is broad: in blocks of 52 to 93 NF4 is within 0.1 %
+# of the best. That 64 lies in this range may be an accident, since QLoRA argues for NF4
+# with usage and not with absolute errors.
 #
-# Are −1, 0 and 1 a poor yardstick? At 64, NF4 costs 0.64 % more in absolute error than the
-# best code without any pins, and 11.0 % more in squared error. Other codes give a sense of
-# scale. In absolute error bitsandbytes' FP4 is 32.7 % above the best pinned code, and Int4
-# is 25.4 % above it. (Both have 15 different values, not 16.)
+# Is the best code with −1, 0 and 1 a fair yardstick? At 64, NF4 costs 0.64 % more in
+# absolute error than the best code without any pins, and 11.0 % more in squared error.
+# Other codes give a sense of scale. In absolute error bitsandbytes' FP4 is 32.7 % above
+# the best pinned code, and Int4 is 25.4 % above it. (Both have 15 different values, not
+# 16.)
 
 # %% tags=["hide-input"]
 # Measures: the broad minimum, the best code without pins, FP4 and Int4
@@ -464,7 +468,8 @@ cost = second - first**2 / mass  # the least ∫ (x − value)² g₂ of each ce
 # %% [markdown]
 # Every index now carries 4 bits. The squared error is 0.01713, which is 2.02 times NF4's.
 # No code whose cells are intervals and equally used can do better, since equal usage
-# leaves no choice of cells. (Exercise 5 finds such a code for the undivided normal law.)
+# leaves no choice of cells. (Exercise 5 finds a code of equal usage for the undivided
+# normal law.)
 
 # %% tags=["hide-input"]
 # Checks: the error, and how much of it is made in the two outer cells
@@ -475,7 +480,7 @@ assert (round(cost.sum(), 5), round(times, 2), round(outer, 2), round(cuts[-2], 
 
 # %% [markdown]
 # The outermost cell runs from 0.610 to 1 and holds the largest 1/16 of the weights. The
-# two outer cells together make 75 % of the squared error. Equal usage maximizes the
+# two outer cells together cause 75 % of the squared error. Equal usage maximizes the
 # information *about the index*, but a layer computes with the weight. Hence the title of
 # Yoshida's note: NF4 isn't information-theoretically optimal, and that's good.
 #
@@ -512,10 +517,10 @@ for I in (16, 32, 64, 128, 256, 512, 1024, 2048, 4096):
 assert f"{worst:.2%}" == "0.32%" and f"{max(fixed.values()):.1%}" == f"{fixed[16]:.1%}" == "17.5%"
 
 # %% [markdown]
-# **Other widths.** The paper speaks of NF$k$ for any $k$ and lists only NF4. So does
-# bitsandbytes. `codebooks.normal_float(bits)` applies NF4's rule to $k$ bits: $2^{k-1}$
-# values above zero, $2^{k-1} - 1$ below, and as the tail the mean of half a bin of $2^k$
-# and half a bin of $2^k - 1$:
+# **Other widths.** The paper speaks of NF$k$ for any $k$, but it lists only NF4.
+# bitsandbytes, too, has only NF4. `codebooks.normal_float(bits)` applies NF4's rule to
+# $k$ bits: $2^{k-1}$ values above zero and $2^{k-1} - 1$ below. The tail, the probability
+# beyond the offset, is the mean of half of $1/2^k$ and half of $1/(2^k - 1)$:
 #
 # $$o_k = 1 - \tfrac12\Big(\frac1{2\cdot 2^k} + \frac1{2(2^k-1)}\Big).$$
 #
@@ -537,11 +542,10 @@ assert (codebooks.normal_float(4) == codebooks.nf4()).all()
 # ## 9 · Limits
 #
 # So far the weights of a block were independent, normal and of one scale. Let them follow
-# Student's $t$ with 5 degrees of freedom instead, with variance 1. The ranking of the
-# codes changes. In squared error at 64, NF4 costs 0.01097. BOF4, which was solved for
-# normal weights, costs 0.01183. BOF4-S, which divides by the signed maximum, costs
-# 0.01089. In absolute error NF4 is 6.6 % above the best code for *these* weights, not
-# 0.025 %.
+# Student's $t$ with 5 degrees of freedom and variance 1 instead. The ranking of the codes
+# changes. In squared error at 64, NF4 costs 0.01097. BOF4, which was solved for normal
+# weights, costs 0.01183. BOF4-S, which divides by the signed maximum, costs 0.01089. In
+# absolute error NF4 is 6.6 % above the best code for *these* weights, not 0.025 %.
 
 # %% tags=["hide-input"]
 # Measures: three codes under Student's t with 5 degrees of freedom
@@ -559,9 +563,10 @@ print(f"absolute error under t5: NF4 is {t5_excess:.1%} above the best pinned co
 assert f"{t5_excess:.1%}" == "6.6%"
 
 # %% [markdown]
-# An expected error is also not a perplexity. In BOF4's table 5 a code without pins has a
-# smaller squared error than one with −1, 0 and 1. Its perplexity is larger: 8.81 against
-# 8.51, as published. Only experiments show what an error costs a model.
+# A smaller expected error does not mean a smaller perplexity either. In BOF4's table 5 a
+# code without pins has a smaller squared error than one with −1, 0 and 1. Yet its
+# published perplexity is larger: 8.81 against 8.51. Only experiments show what an error
+# costs a model.
 #
 # ## Where paper and code differ
 #
@@ -626,8 +631,8 @@ _ = grade("16-1", exercise_1)
 # %% [markdown]
 # ### 16-2 Another offset
 #
-# A NormalFloat code has another offset than NF4. At which block size does section 5 expect
-# it to be nearly the best code for the error of power $p$?
+# Let a NormalFloat code have another offset than NF4. At which block size does section 5
+# expect it to be nearly the best code for the error of power $p$?
 #
 # - **Given:** `offset`, the outermost probability of `normal_float(4, offset)`, between
 #   0.75 and 0.97; `p`, any number, 0 or more. `expected_max(I)` is $\mathrm E[M]$.
@@ -685,8 +690,8 @@ _ = grade("16-3", exercise_3)
 # %% [markdown]
 # ### 16-4 One step of Lloyd's iteration, on data
 #
-# Do one Lloyd step for the mean squared error of $W$, with weights in the place of the
-# integral (BOF4 eq. 5).
+# Do one Lloyd step for the mean squared error of $W$, with a sum over given weights in
+# the place of the integral (BOF4 eq. 5).
 #
 # - **Given:** `q` (n,) float64, an ascending code, not necessarily with −1, 0 or 1; `w`
 #   (blocks, I) float64, one block a row, none of them all zeros. The blocks' scales may
@@ -722,9 +727,9 @@ _ = grade("16-4", exercise_4)
 # ### 16-5 A code whose values are used equally often
 #
 # Even the undivided $N(0,1)$ does not use NF4's values equally often
-# ([05](05_building_nf4.ipynb), section 6). Is there a code of which it does? Quantiles in
-# the middle of equal bins are a tempting answer, and a wrong one, since a weight goes to
-# the *nearest* value.
+# ([05](05_building_nf4.ipynb), section 6). Is there a code whose values it does use
+# equally often? The quantiles in the middle of equal bins are a tempting answer. It is
+# wrong, since a weight goes to the *nearest* value.
 #
 # - **Given:** `n`, an even number, 2 to 64. `Phi_inverse(p)` is at hand for 0 < p < 1.
 # - **Return** n values such that $W \sim N(0,1)$, coded by the nearest one, uses each with
@@ -762,5 +767,5 @@ _ = grade("16-5", exercise_5)
 #   434.
 # - Equal usage of the values would double the squared error. `codebooks.closed_form` moves
 #   the offset to the block size, and is within 0.32 % of BOF4 from 16 to 4096.
-# - All of this is for normal weights. `tests/test_optimality.py` holds these numbers as
-#   well, and compares them with mpmath at 30 digits.
+# - All of this is for normal weights. `tests/test_optimality.py` asserts these numbers
+#   too, and compares them with mpmath at 30 digits.

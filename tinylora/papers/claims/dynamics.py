@@ -182,7 +182,7 @@ def _alpha_verdict(results):
 
 # --------------------------------------------------------------------------------------------------------------- learning rates
 def learning_rate_ratio(seed=0, rates=RATES, width=64):
-    """LoRA wants a larger rate than full fine-tuning: 40 times in LoRA (2e-4 against 5e-6, Tables 11, 12), about 10 in LoRA Without Regret.
+    """LoRA wants a larger rate than full fine-tuning: 40 times in LoRA (2e-4 against 5e-6, Table 12), about 10 in LoRA Without Regret.
 
     A ReLU network of three 64 × 64 layers is to follow one whose weights were moved by half their size; 80 steps of
     batches of 64 at a constant rate 2^k. Measured: the rate with the least error on unseen inputs, for full fine-tuning
@@ -499,7 +499,7 @@ EXPERIMENTS = {
     "learning_rate_ratio": Experiment(
         "Learning rates",
         "LoRA's best learning rate is ten or more times that of full fine-tuning",
-        "LoRA Tables 11, 12; LoRA Without Regret",
+        "LoRA Table 12; LoRA Without Regret",
         "40 times; 9.8 times fitted",
         learning_rate_ratio,
         (
