@@ -47,8 +47,8 @@ from tinylora.papers import lora_numbers, qlora_numbers, verdict
 # ## 1 · One matrix
 #
 # LoRA leaves $W_0 \in \mathbb R^{d_{out} \times d_{in}}$ as it is, and adds a product
-# of two thin matrices, the *bypass* (eq. 3, §4.1; the paper writes $d \times k$ for
-# $d_{out} \times d_{in}$):
+# of two thin matrices, the *bypass* of *rank* $r$ (eq. 3, §4.1; the paper writes
+# $d \times k$ for $d_{out} \times d_{in}$):
 #
 # $$h = W_0 x + BAx, \qquad A \in \mathbb R^{r \times d_{in}}, \quad
 # B \in \mathbb R^{d_{out} \times r}.$$
@@ -75,18 +75,18 @@ assert [count(1024, 1024, r) / 1024**2 for r in (512, 1024)] == [1, 2]
 # %% [markdown]
 # For a square matrix of width $d$ the two factors have as many numbers as $W_0$ when
 # $r = d/2$. Table 18 of the paper goes up to $r = 1024$ on GPT-2 medium, where
-# $d = 1024$. There LoRA trains twice as many numbers as the matrices have.
+# $d = 1024$. At that rank LoRA trains twice as many numbers as the matrices have.
 #
 # ## 2 · The paper's formula, and the fraction in equation 2
 #
-# §5.1 counts $\hat L$ square matrices of width $d$ at once:
+# §5.1 counts the trained numbers, $|\Theta|$, of $\hat L$ square matrices of width $d$:
 #
 # $$|\Theta| = 2\,\hat L\, d\, r .$$
 #
 # GPT-3 has $L = 96$ layers of width $d = 12288$. LoRA adapts $W_q$ and $W_v$ in each
-# layer, so $\hat L = 192$. Let $|\Phi_0|$ be the number of GPT-3's own weights, for
-# which table 4 has 175,255.8 million. Equation 2 says that $|\Theta|$ can be "as small
-# as 0.01 %" of $|\Phi_0|$.
+# layer, so $\hat L = 192$. Let $|\Phi_0|$ be the number of GPT-3's own weights, printed
+# in table 4 as 175,255.8 million. Equation 2 says that $|\Theta|$ can be "as small as
+# 0.01 %" of $|\Phi_0|$.
 
 # %%
 L, d = 96, 12288
@@ -102,7 +102,7 @@ assert all(theta[r] == 2 * L * count(d, d, r) == parameters.lora_square(2 * L, d
 assert [f"{theta[r] / full:.4%}" for r in theta] == ["0.0027%", "0.0108%"] and round(full / theta[4]) == 9285
 
 # %% [markdown]
-# So 0.01 % is $r = 4$ (0.0108 %), the setting of §4.2. With $r = 1$ it would be
+# So 0.01 % fits $r = 4$ (0.0108 %), the setting of §4.2. With $r = 1$ the share would be
 # 0.0027 %. The abstract says "10,000 times" fewer parameters; the count gives 9,285
 # times. Section 5 shows where 10,000 comes from.
 #
@@ -122,8 +122,8 @@ assert (f"{4 / (3 * 12288):.4%}", f"{4 / (3 * 1024):.2%}") == ("0.0109%", "0.13%
 # ## 3 · A real model
 #
 # The model that ships with tinylora is a Llama with 2,078,784 weights in 5 layers of
-# width 192. Few of its matrices are square: keys and values are 96 × 192, and the MLP
-# is 512 wide. All 35 matrices get a bypass with $r = 8$.
+# width 192. Few of its matrices are square: those of keys and values are 96 × 192, and
+# the MLP is 512 wide. All 35 matrices get a bypass with $r = 8$.
 
 # %%
 model = tl.add_lora(tl.Llama.from_pretrained("base"), r=8, target_modules="all-linear")
@@ -133,9 +133,9 @@ tl.print_trainable_parameters(model)
 assert mine == 138_240 and len(shapes) == 35
 
 # %% [markdown]
-# Four counts are compared: the one by shapes; `parameters.llama_shapes`, which knows
-# only the configuration; `count_parameters`, which adds up the tensors that ask for a
-# gradient; and the paper's formula.
+# The folded cell compares four counts: by the layers' shapes; by the shapes that
+# `parameters.llama_shapes` derives from the configuration; by `count_parameters`, which
+# adds up the tensors that ask for a gradient; by the paper's formula.
 
 # %% tags=["hide-input"]
 # Checks: the four counts.
@@ -151,9 +151,9 @@ assert tl.adapters.adapter_of(model).nbytes == 4 * mine
 
 # %% [markdown]
 # Three counts agree. The paper's formula is 22.2 % too low, because it holds for square
-# matrices only. The attention of GPT-3 has only square matrices, so the paper's tables
-# lose nothing by it. `parameters.lora_on` and PEFT's "trainable params" use the general
-# count.
+# matrices only. The attention of GPT-3 has only square matrices, so the formula is right
+# for the paper's tables. `parameters.lora_on` and PEFT's "trainable params" use the
+# general count.
 #
 # ## 4 · The rivals
 #
@@ -161,7 +161,8 @@ assert tl.adapters.adapter_of(model).nbytes == 4 * mine
 #
 # - **Adapters** are bottlenecks $d \to r \to d$ with biases, of $2dr + r + d$ numbers
 #   each. Adapter^H has two in each layer. Adapter^L has one, and trains a LayerNorm
-#   ($2d$) as well: $|\Theta| = \hat L_{Adpt}\,(2dr + r + d) + 2\,\hat L_{LN}\,d$.
+#   ($2d$) as well. With $\hat L_{Adpt}$ adapters and $\hat L_{LN}$ LayerNorms:
+#   $|\Theta| = \hat L_{Adpt}\,(2dr + r + d) + 2\,\hat L_{LN}\,d$.
 # - **Prefix-embedding** (PreEmbed in table 4, PrefixEmbed in table 15) trains the
 #   embeddings of $l_p + l_i$ special tokens: $d\,(l_p + l_i)$.
 # - **Prefix-layer** (PreLayer, PrefixLayer) trains the activations of these tokens
@@ -217,9 +218,9 @@ assert round(at_20, 2) == 20.5 and parameters.adapter_h(L, d, 20) == 4 * L * d *
 #
 # ## 5 · Bytes
 #
-# §4.2 takes $r = 4$ on $W_q$ and $W_v$. The checkpoint falls "by roughly 10,000×" from
-# 350 GB to 35 MB, and the memory for training from 1.2 TB to 350 GB. Checkpoints hold
-# two bytes a number.
+# §4.2 takes $r = 4$ on $W_q$ and $W_v$. It reports that the checkpoint falls "by roughly
+# 10,000×" from 350 GB to 35 MB, and the memory for training from 1.2 TB to 350 GB.
+# Checkpoints hold two bytes a number.
 
 # %%
 file, base = 2 * theta[4], 2 * full
@@ -229,19 +230,19 @@ assert file == 36 * 2**20 and round(file / 1e6, 1) == 37.7 and round(base / 1e9,
 assert round(base / 2**30, 1) == 326.4 and round(base / file) == 9285
 
 # %% [markdown]
-# The adapter's file is 37.7 MB, or exactly 36 MiB. Neither is 35. The 10,000 is 350 GB
-# / 35 MB, the quotient of the two rounded sizes.
+# The adapter's file is 37.7 MB, or exactly 36 MiB (of $2^{20}$ bytes). Neither number is
+# 35. The 10,000 is 350 GB / 35 MB, the quotient of the two rounded sizes.
 #
 # The memory for training can only be recomputed in part:
 #
-# - 350 GB is two bytes a weight, which is GPT-3 itself and nothing else.
-# - 1.2 TB is 6.85 bytes a weight. No usual recipe gives it. Weights, gradients and
-#   Adam's two moments in 16 bits would be 8 bytes (1.4 TB), mixed precision 16 bytes
-#   (2.8 TB).
-# - The ratio of the two is 3.43 (printed as "3 times"), the saving 70.8 % ("up to
-#   2/3").
-# - Footnote 4 has 100 tasks: 350 GB + 100 × 35 MB = 353.5 GB, printed as 354 GB,
-#   against 35 TB.
+# - 350 GB is two bytes a weight. That holds GPT-3 itself and nothing else.
+# - 1.2 TB is 6.85 bytes a weight. No usual recipe gives that. Weights, gradients and
+#   Adam's two moments in 16 bits would be 8 bytes (1.4 TB). Mixed precision would be 16
+#   bytes (2.8 TB).
+# - The ratio of the two is 3.43, printed as "3 times". The saving is 70.8 %, printed as
+#   "up to 2/3".
+# - Footnote 4 stores 100 tasks in 350 GB + 100 × 35 MB = 353.5 GB, printed as 354 GB. As
+#   full models they take 35 TB.
 
 # %% tags=["hide-input"]
 # Checks: bytes a weight, the ratio, the saving and the footnote.
@@ -266,8 +267,8 @@ print(
 assert layer.weight.size == 1024 * 4096 == 2 * layer.weight.packed.size
 
 # %% [markdown]
-# The same on the embedded model. `elements` adds up what the arrays hold. Embedding,
-# norms and adapters are not packed, so the sum is not exactly half.
+# The next cell counts the model of section 3. `elements` adds up what the arrays hold.
+# Embedding, norms and adapters are not packed, so the sum is not exactly half.
 
 
 # %%
@@ -329,29 +330,31 @@ assert matrices + rest + adapter7 == 6_898_323_456
 
 # %% [markdown]
 # - In the first log, a notebook's own helper counts the base by bytes and the adapter
-#   by numbers. PEFT's `print_trainable_parameters` counts a packed byte as two weights
-#   since its pull request 733.
+#   by numbers. PEFT's `print_trainable_parameters` has counted a packed byte as two
+#   weights since its pull request 733.
 # - In the second log, the script also divides the *trained* parameters by two when the
-#   base has 4 bits (the line that qlora issue 260 asks about). They are never packed.
-#   The truth is 159,907,840 of 6,898,323,456 parameters, 2.318 % and not 2.184 %.
+#   base has 4 bits (the line that qlora issue 260 asks about). Trained parameters are
+#   never packed. The true share is 159,907,840 of 6,898,323,456, or 2.318 % and not
+#   2.184 %.
 # - In the third log, the packed base would be 3,500,412,928. The printed number is
-#   larger by 39,976,960, which is exactly $r = 16$ on all seven matrices. The thread's
-#   code adds no adapter. The number suggests that the model had one.
+#   larger by 39,976,960, which is exactly LoRA's count for $r = 16$ on all seven
+#   matrices. The thread's code adds no adapter, but the number suggests that the model
+#   had one.
 #
 # ## 7 · The audit: do the tables follow the formulas?
 #
-# A printed number is an interval. "18.8M" means 18.75 to 18.85 million if it was
-# rounded. It means 18.8 to 18.9 million if its other digits were cut off. So
-# `lora_numbers.audit()` compares each printed number $p$ with the exact count $c$ by
-# the step $\delta$ of its last digit:
+# A printed number stands for an interval. "18.8M" means 18.75 to 18.85 million if it was
+# rounded. It means 18.8 to 18.9 million if its other digits were cut off. Let $\delta$
+# be the step of the last printed digit. `lora_numbers.audit()` compares each printed
+# number $p$ with the exact count $c$:
 #
 # $$c = p\ \text{(match)}, \qquad |c - p| \le \delta/2\ \text{(rounds to)}, \qquad
 # 0 < c - p < \delta\ \text{(truncated)}, \qquad \text{else: does not follow.}$$
 #
-# There are two more verdicts. "Roughly" is within 10 %, where the paper says "roughly"
-# or names a nominal size. "Not derivable" is what the paper does not say enough about.
-# A tolerance of one per cent would not do: it lets pass what is wrong (603.8M, below),
-# and fails what is right (0.4M for 0.44). Here is the column of table 15.
+# There are two more verdicts. A number is "roughly" right within 10 %, where the paper
+# says "roughly" or names a nominal size. It is "not derivable" if the paper says too
+# little. A tolerance of one per cent would not do. It would pass a wrong number (603.8M,
+# below) and fail a right one (a count of 0.44M printed as 0.4M). Here is table 15.
 
 # %%
 rows = [row for row in lora_numbers.audit() if row.where == "Table 15"]
@@ -383,19 +386,20 @@ assert fits == {"LoRA": [8, 12, 13], "Adapter^H": [5, 2, 5], "PrefixEmbed": [4, 
 #
 # - LoRA's rows are truncated: 8 fit both rules, 4 only truncation, and 1 neither.
 # - Adapter^H's rows are rounded: 2 fit both rules, and 3 only rounding.
-# - PrefixEmbed has some of each.
+# - PrefixEmbed's rows are mixed: 1 fits both rules, 3 only rounding, and 1 only
+#   truncation.
 #
 # The LoRA row that fits neither is 603.8M. The formula gives 603.98. The printed number
-# is twice the 301.9M of the row above it, which is itself 301.99 cut off.
+# is twice 301.9M, the number in the row above. That one is 301.99 cut off.
 #
-# **PreLayer.** Its five rows, and LoRA+PL, follow neither rule. The printed counts lie
-# above $L\,d\,(l_p + l_i)$. Perhaps the authors counted more than $L = 96$ vectors a
-# token: appendix E trains the embeddings and the activations after every block, which
-# makes $L + 1 = 97$. Each row gives an interval of this number, its digits taken as
-# rounded:
+# **PreLayer.** The five rows of PrefixLayer and LoRA+PL follow neither rule. The printed
+# counts lie above $L\,d\,(l_p + l_i)$. Perhaps the authors counted more than $L = 96$
+# vectors a token: appendix E trains the embeddings and the activations after every
+# block, which makes $L + 1 = 97$. Each row, taken as rounded, allows an interval for the
+# number of vectors:
 
 # %% tags=["hide-input"]
-# Measures: the number of vectors a token that each row of PreLayer allows.
+# Measures: the numbers of vectors a token that each row of PrefixLayer allows.
 low, high = [], []
 prefix = {
     "l_p = 2, l_i = 2": 4,
@@ -429,11 +433,11 @@ assert fits_97 == ["does not follow"] * 5
 #
 # - No number fits all five rows, by either rule.
 # - 97 fits none of them.
-# - The first three rows share a range, 102.74 to 103.00. Its nearest whole number, 103,
-#   makes 20.2506M of the third row. The paper prints 20.2M, and rounding gives 20.3M.
+# - The first three rows share the range 102.74 to 103.00. With 103, the nearest whole
+#   number, the third row has 20.2506M. That rounds to 20.3M, but 20.2M is printed.
 #
-# LoRA+PL (52.8M; the formula gives 51.9M) contains PreLayer. Table 4 and D.4 repeat its
-# 20.2M.
+# LoRA+PL contains PreLayer: 52.8M is printed, and the formula gives 51.9M. Table 4 and
+# appendix D.4 repeat PreLayer's 20.2M.
 #
 # **The other suspects.** For each number that does not follow, is there a small change
 # that gives the printed digits?
@@ -476,17 +480,17 @@ assert (formulas["14.2M"], formulas["603.8M"], formulas["24M"]) == ("12.976", "6
 # %% [markdown]
 # - **DeBERTa.** Table 10 says $r = 8$, and the released scripts use 16. No other rank
 #   gives 4.7M.
-# - **Units of $2^{20}$** fit the adapters on RoBERTa large, without their biases. They
-#   also fit table 13's 24M. Table 3 has 25.19M for the same two layers, in millions,
-#   which is right.
-# - **GPT-2.** 0.35M is too little for $r = 4$, and 0.77M is too much. Both are 0.1 % of
-#   the full model. Both stand in the rows of LoRA and of PreLayer. Perhaps they name a
-#   budget.
+# - **Units of $2^{20}$** fit the adapters on RoBERTa large, if biases are not counted.
+#   They also fit table 13's 24M. For the same two layers table 3 prints 25.19M, which is
+#   right in millions.
+# - **GPT-2.** For $r = 4$, 0.35M (medium) is too little, and 0.77M (large) is too much.
+#   Each is 0.1 % of its full model, and stands in the rows of both LoRA and PreLayer.
+#   Perhaps they name a budget.
 # - **BitFit.** The printed number has $12\,d$ a layer. The paper does not say which $d$
 #   is the twelfth.
 #
-# Such a change gives the printed digits of 11 of the 22 numbers that do not follow. It
-# does not prove that it happened. The other 11 are:
+# Such a change gives the printed digits of 11 of the 22 numbers that do not follow. The
+# fit does not prove the cause. The other 11 are:
 #
 # - the 8 rows of PreLayer and LoRA+PL;
 # - Adapter^H with 11.09M on GPT-2 medium, which no $r$ gives;
@@ -514,9 +518,9 @@ assert off["3x"] < -0.1 and round(603.8 / 603.979776 - 1, 4) == -0.0003 and roun
 print(f"{len(found)} numbers:", ", ".join(f"{n} {v}" for v, n in counts.items()))
 
 # %% [markdown]
-# The figure has every number that can be recomputed, in the paper's order. A mark is
-# the distance of the printed number from the recomputed one. A bar is what rounding to
-# the printed digits could have moved. The axis is linear between −0.1 and 0.1 %, and
+# The figure has every number that can be recomputed, in the paper's order. A mark shows
+# how far the printed number lies from the recomputed one. A bar shows how far rounding
+# to the printed digits can move it. The axis is linear between −0.1 and 0.1 %, and
 # logarithmic outside. The distance alone says little: a dot 10 % off can be within its
 # bar, and 603.8M, 0.03 % off, is outside.
 
@@ -537,10 +541,10 @@ assert (len(averages), len(latencies)) == (14, 6) and {*averages, *latencies} <=
 # %% [markdown]
 # ## 8 · QLoRA's figure 6: one formula, and a gap
 #
-# Figure 6 of the QLoRA paper labels, for four Llamas, the bytes of the adapters with
-# $r = 64$. A Llama block of width $h$ has seven matrices: four of $h \times h$, and
-# three with an MLP of $2.7\,h$. The printed labels follow another block, GPT's. It has
-# four matrices of $h \times h$, with $4 \cdot 2h$ numbers for each rank, and two of
+# Figure 6 of the QLoRA paper labels the bytes of the adapters with $r = 64$ for four
+# Llamas. A Llama block of width $h$ has seven matrices: four of $h \times h$, and three
+# between $h$ and the MLP's $2.7\,h$. The printed labels follow another block, GPT's. It
+# has four matrices of $h \times h$, with $4 \cdot 2h$ numbers for each rank, and two of
 # $h \times 4h$, with $2 \cdot 5h$. For $L$ blocks this makes:
 #
 # $$2 \text{ bytes} \cdot L \cdot 64 \cdot 18\,h, \qquad
@@ -566,21 +570,24 @@ assert [round(gaps[s], 2) for s in printed] == [0.37, 0.23, 0.16, 0.13]
 
 # %% [markdown]
 # The optimizer's labels are exactly four times the adapters'. That is two float32
-# moments for each 16-bit number. Llama's own seven matrices would give 305, 477.5, 930
-# and 1525 MiB.
+# moments for each 16-bit number. Llama's own seven matrices would give adapters of 305,
+# 477.5, 930 and 1525 MiB.
 #
-# The model bars do **not** follow. Codes, constants, and the rest in 16 bits are less
-# than printed; the labels lie 13 to 37 % above them. For 7B, 1,359 MiB are missing. The
-# rest in 32 bits, without double quantization, would explain 788 MiB of them, and
-# 571 MiB remain. Perhaps they are the allocator's or the driver's, but the paper does
-# not say so.
+# The model bars do **not** follow. Our account adds up the 4-bit codes, their constants,
+# and the unquantized rest in 16 bits. The labels lie 13 to 37 % above that sum. For 7B
+# the difference is 1,359 MiB. A rest in 32 bits, without double quantization, would
+# explain 788 MiB. The other 571 MiB may be the allocator's or the driver's, but the
+# paper does not say so.
 
 # %% tags=["hide-input"]
 # Checks: what could explain the model bar of 7B.
 undoubled = memory.predict("llama-7b", double_quant=False).constants - qlora_numbers.account("7b").constants
 missing = printed["7b"][0] - qlora_numbers.base_bytes("7b") / 2**20
 explained = (undoubled + qlora_numbers.account("7b").weights) / 2**20
-print(f"7B: {missing:.0f} MiB missing, {explained:.0f} explained if neither 16 bits nor double quantization, ", end="")
+print(
+    f"7B: {missing:.0f} MiB missing; {explained:.0f} explained by a rest in 32 bits without double quantization; ",
+    end="",
+)
 print(f"{missing - explained:.0f} left")
 assert (round(missing), round(explained), round(missing - explained)) == (1359, 788, 571)
 
@@ -589,15 +596,15 @@ assert (round(missing), round(explained), round(missing - explained)) == (1359, 
 qlora_numbers.figure_6()
 
 # %% [markdown]
-# The totals in the paper's figure are larger than the sum of their labels. The rest is
-# not labelled. Two totals lie close to a card's limit:
+# The totals in the paper's figure are larger than the sums of their labels. The
+# difference is not labelled. Two totals lie close to a card's limit:
 #
 # - 33B: the paper prints 24.7 (read as GiB, 26.5 GB), and the account gives 23.9 GB at
-#   512 tokens. A "24 GB" card has 24 GiB, 25.8 GB. Whether the step fits depends on the
+#   512 tokens. A "24 GB" card has 24 GiB (25.8 GB). Whether the step fits depends on the
 #   longest sequence, and on memory that no account contains. Paged optimizers are for
 #   such a case ([08](08_paged_optimizers.ipynb)).
 # - 65B: the paper prints 45.0 (as GiB, 48.3 GB), and the account gives 44.9 GB. A
-#   "48 GB" card has 48 GiB, 51.5 GB. The dotted line is at $48 \cdot 10^9$ bytes.
+#   "48 GB" card has 48 GiB (51.5 GB). The dotted line is at $48 \cdot 10^9$ bytes.
 
 # %% tags=["hide-input"]
 # Checks: GiB and GB of the totals and of the cards.
@@ -615,7 +622,7 @@ assert [printed[s][3] for s in ("33b", "65b")] == [24.7, 45] and round(ours["33b
 # - §2 prints 5,048 MB for the 7B base model. The base has 3.87 GB, so 1,182 MB cannot
 #   be derived.
 # - Table 1's footprints of 65B and 33B, 41 and 21 GB, are 5 bits a weight. With
-#   4.127 bits and 16-bit embeddings, weights and adapters are 36.1 and 18.4 GB.
+#   NF4's 4.127 bits and 16-bit embeddings, weights and adapters are 36.1 and 18.4 GB.
 
 # %% tags=["hide-input"]
 # Checks: adapters of a real Llama, and the tables' footprints.
@@ -632,21 +639,21 @@ assert f"{qlora_numbers.base_bytes('7b') / 1e9:.2f}" == "3.87"
 # %% [markdown]
 # ## 9 · 567 MB, 26 MB and 18 MB
 #
-# §2 of the QLoRA paper takes a 7B Llama, LoRA on 0.2 % of the weights, and batch
-# size 1. The "input gradients" take 567 MB and the LoRA weights 26 MB. With
-# checkpointing the input gradients are 18 MB a sequence, "more memory intensive than
-# all LoRA weights combined".
+# §2 of the QLoRA paper trains a 7B Llama on FLAN v2 with batch size 1, and LoRA weights
+# that are 0.2 % of the model's. The "input gradients" take 567 MB and the LoRA weights
+# 26 MB. With checkpointing the input gradients are 18 MB a sequence, "more memory
+# intensive than all LoRA weights combined".
 #
-# For the gradient $\bar A$ a layer must keep its input. A Llama-7B block has four
-# different inputs of linear layers: $h$ (for q, k, v), $h$ (for o), $h$ (for gate and
-# up) and $2.6875\,h$ (for down). Checkpointing keeps the inputs of the blocks instead.
-# In 16 bits:
+# A layer must keep its input to compute the gradient of $A$. The linear layers of a
+# Llama-7B block have four different inputs: $h$ numbers a token (for q, k, v), $h$ (for
+# o), $h$ (for gate and up) and $2.6875\,h$ (for down). Checkpointing keeps the inputs of
+# the blocks instead. In 16 bits this makes:
 
 # %%
 h, f, depth = 4096, 11008, 32
 inputs, kept = 2 * depth * (3 * h + f), 2 * depth * h  # bytes a token
 print(f"{inputs / 1e3:,.0f} kB a token, with checkpointing {kept / 1e3:.0f} kB")
-print(f"567 MB are {567e6 / inputs:.0f} tokens, 18 MB are {18e6 / kept:.0f} tokens")
+print(f"567 MB are {567e6 / inputs:.0f} tokens; with checkpointing 18 MB are {18e6 / kept:.0f} tokens")
 print(f"at 380 tokens checkpointing keeps {567 * kept / inputs:.0f} MB")
 
 # %% tags=["hide-input"]
@@ -668,26 +675,27 @@ assert (round(whole / 1e6), round(512 * kept / 1e6)) == (2190, 134)
 
 # %% [markdown]
 # - **26 MB** is 0.2 % of the weights in 16 bits, 26.95 MB, cut off. It is also exactly
-#   26 MiB if $r = 8$ and a layer has $13\,h$ (our guess: four $h \times h$ matrices and
-#   one of $h \times 4h$).
+#   26 MiB, if $r = 8$ and a layer has $13\,h$ numbers for each rank (our guess: four
+#   $h \times h$ matrices and one of $h \times 4h$).
 # - **567 MB** cannot be derived, because the paper gives no sequence length. FLAN v2
-#   has sequences of all lengths. As inputs of linear layers it would be 380 tokens.
+#   has sequences of all lengths. As inputs of linear layers, 567 MB are those of 380
+#   tokens.
 # - **18 MB** is 567/32 = 17.7 MB, the share of one layer. Checkpointing keeps the
 #   inputs of *all* blocks, which are 100 MB at the same length, and rebuilds one layer.
 #   Only at 69 tokens would the blocks' inputs be 18 MB.
 # - **"More than all LoRA weights combined"** does not hold for one sequence, since
 #   18 MB is less than 26 MB. It holds for two, with 36 MB.
 # - **A real step keeps more** than the inputs of linear layers. tinylora's tape of the
-#   same model is 2,190 MB at 512 tokens. torch keeps other things: no $P$ where a fused
-#   attention is used, and copies under autocast. It too keeps what norms and
+#   same model is 2,190 MB at 512 tokens. torch's tape differs: a fused attention keeps
+#   no weights $P$, and autocast keeps copies. But torch, too, keeps what norms and
 #   activations need.
 #
 # ## 10 · The numbers that are moved
 #
 # Notebook [03](03_the_bypass.ipynb), section 6, counts multiply-adds: LoRA saves at most
-# a third of them. A count is not a time. LoRA makes eight products where full
-# fine-tuning makes three, and six of the eight do little work on much data. Suppose that
-# every product reads its two factors once and writes its result once:
+# a third of them. A count of multiply-adds is not a time. LoRA makes eight products
+# where full fine-tuning makes three, and six of the eight do little work on much data.
+# Suppose that every product reads its two factors once and writes its result once:
 
 
 # %%
@@ -697,7 +705,7 @@ def moved(products):
 
 
 # %% tags=["hide-input"]
-# Measures: products, multiply-adds and numbers moved for T = N = 1024, r = 8, and dequantizations of a 4-bit base.
+# Measures: products, multiply-adds and numbers moved for 1,024 tokens, a layer of 1024 × 1024 and r = 8; dequantizations.
 n, r, counts = 1024, 8, {}
 for name, layer in (("full", Linear(n, n)), ("LoRA", tl.LoRALinear(Linear(n, n), r=r))):
     with flops.counting() as products:
@@ -731,21 +739,22 @@ print(f"4-bit base: dequantized {stored.times} times in one forward and one back
 assert stored.times == 2
 
 # %% [markdown]
-# At $T = N = 1024$ and $r = 8$ LoRA makes 0.68 of the multiply-adds and moves 1.34 times
-# the numbers. A small product makes 8 multiply-adds for each number that it moves, and a
-# large one makes 341. Where moving is the limit, the small products cost far more than
-# their share. A 4-bit base is also dequantized twice a step: in the forward pass, and
-# for the gradient of the layer's input.
+# For 1,024 tokens, a layer of 1024 × 1024 and $r = 8$, LoRA makes 0.68 times the
+# multiply-adds of full fine-tuning, and moves 1.34 times the numbers. A small product
+# (with a side $r$) makes 8 multiply-adds for each number that it moves, and a large one
+# makes 341. Where moving is the limit, the small products cost far more than their share
+# of the multiply-adds. A 4-bit base is also dequantized twice a step: in the forward
+# pass, and for the gradient of the layer's input.
 #
 # ## Where paper and code differ
 #
 # - **$2\hat L d r$ holds for square matrices only.** On the embedded Llama it is 22.2 %
 #   too low (section 3). The library and PEFT count $r\,(d_{in} + d_{out})$.
-# - **"10,000 times fewer" parameters** are 9,285 times, and 35 MB are 37.7 MB (section
-#   5). 1.2 TB cannot be derived from the text.
+# - **"10,000 times fewer" parameters** are 9,285 times, and 35 MB are 37.7 MB (sections
+#   2 and 5). 1.2 TB cannot be derived from the text.
 # - **22 of 116 printed numbers** do not follow from the LoRA paper's formulas. A small
-#   change explains 11 of them. PreLayer's numbers, 0.8 to 8.1 % too large, have no
-#   explanation here (section 7).
+#   change gives the printed digits of 11. PreLayer's numbers, 0.8 to 8.1 % too large,
+#   have no explanation here (section 7).
 # - **Table 15** truncates LoRA's rows and rounds the adapters' (section 7).
 # - **qlora.py halves the trained parameters**, which are not packed. It does not double
 #   the packed ones, as it should (section 6).
@@ -763,15 +772,18 @@ assert stored.times == 2
 #
 # A model consists of 4-bit linear layers, each with a LoRA bypass. Given:
 #
-# - `shapes`: `{path: (d_out, d_in)}`; two weights are packed into a byte, and a last
-#   half byte is filled up
+# - `shapes`: `{path: (d_out, d_in)}`; two weights are packed into a byte; if their
+#   number is odd, the last one takes a byte
 # - `r`: the rank of each bypass, unless a name in `rank_pattern` fits
 # - `rank_pattern`: `{name: rank}`; a name fits a path that equals it or ends in
-#   `"." + name`, and the first that fits counts
+#   `"." + name`, and the first name that fits counts
 #
-# Return `(trained, all, naive)`, three ints: the numbers in all bypasses; these and the
-# weights of the base, each counted as one; and what `sum(t.size)` over all arrays
-# gives, bytes where packed and numbers elsewhere (block constants are left out).
+# Return `(trained, all, naive)`, three ints:
+#
+# - `trained`: the numbers in all bypasses
+# - `all`: `trained` plus the number of weights of the base
+# - `naive`: what `sum(t.size)` over all arrays gives: bytes where packed, numbers
+#   elsewhere (block constants are left out)
 #
 # Checked: models that tinylora builds, with random shapes, odd ones among them. Hint:
 # `("." + path).endswith("." + name)`.
@@ -797,11 +809,11 @@ _ = grade("11-1", exercise_1)
 # %% [markdown]
 # ### 11-2 Which rows do not follow?
 #
-# A column of a table usually has one rule. Find it, and the rows that do not keep it.
-# Given:
+# A column of a table is usually rounded or truncated throughout. Find its rule, and the
+# rows that break it. Given:
 #
-# - `table`: `[(name, method, setting, printed)]`; `printed` is such as `"18.8M"` or
-#   `"302M"`, millions with some number of decimals, or none
+# - `table`: `[(name, method, setting, printed)]`; `printed` is a string such as
+#   `"18.8M"` or `"302M"`, in millions, with or without decimals
 # - `layers`, `d`: the number of layers and their width
 #
 # | method | setting | |
@@ -810,12 +822,12 @@ _ = grade("11-1", exercise_1)
 # | `"PrefixEmbed"`, `"PrefixLayer"` | (l_p, l_i) | |
 # | `"Adapter^H"` | r | two in each layer, with biases |
 #
-# Return `(rule, names)`: `"rounded"` or `"truncated"`, whichever fewer rows fail, and
-# the names of the rows whose printed number is not its count by that rule. There is
-# never a tie, and no count lies exactly between two printed numbers.
+# Return `(rule, names)`. `rule` is `"rounded"` or `"truncated"`, whichever fewer rows
+# break. `names` lists the rows whose printed number is not their count by that rule. The
+# two rules never tie, and no count lies exactly between two printed numbers.
 #
-# Checked: the paper's own columns, and fresh tables in which a few rows were changed in
-# their last digit or just miss it. Hint: divide the count by the step of the last
+# Checked: the paper's own columns, and fresh tables in which a few rows have a wrong
+# last digit or just miss the right one. Hint: divide the count by the step of the last
 # digit, and compare whole numbers.
 
 
@@ -850,8 +862,8 @@ _ = grade("11-2", exercise_2)
 # A paper prints a count, and nobody says whether M means $10^6$ or $2^{20}$. Given:
 #
 # - `shapes`: `[(d_out, d_in)]` of the adapted matrices, not always square
-# - `printed`: such as `"4.7M"` or `"11M"`, a count divided by the unit and rounded to
-#   the digits shown
+# - `printed`: a string such as `"4.7M"` or `"11M"`: a count divided by the unit and
+#   rounded to the digits shown
 #
 # Return every `(r, unit)` that gives the printed number, as a sorted list. The unit is
 # `10**6` or `2**20`. The rank is at least 1, and at most the smallest side of any
@@ -879,8 +891,8 @@ _ = grade("11-3", exercise_3)
 # %% [markdown]
 # ### 11-4 How often to checkpoint
 #
-# A well-known rule says: one checkpoint every $\sqrt L$ blocks. tinylora, and the
-# authors' script, checkpoint every block. Given:
+# A well-known rule says: one checkpoint every $\sqrt L$ blocks. tinylora and the
+# authors' script checkpoint every block. Given:
 #
 # - `blocks`: $L$, the number of blocks; they are cut into groups of $k$, and a last
 #   group may be shorter
@@ -890,13 +902,14 @@ _ = grade("11-3", exercise_3)
 #
 # During the backward pass one group is rebuilt at a time, with the tapes of all its
 # blocks. An input inside a group is part of `c`. Return the $k$, an int from 1 to $L$,
-# with which the most bytes held at once are as few as possible; of several, the
+# for which the peak (the most bytes held at once) is lowest. If several do, return the
 # smallest.
 #
-# Checked: counted steps, for inputs that are small, large, or as large as a tape. Hint:
-# the smallest of a function over `range(1, blocks + 1)`. Then derive the minimum for
-# large $L$: which $a$ and $c$ does the rule of $\sqrt L$ assume? For Llama-7B take
-# $L = 32$ and $c$ from [09](09_where_did_the_memory_go.ipynb), section 2, without $P$.
+# Checked: the peak counted group by group, for inputs that are small, large, or as large
+# as a tape. Hint: minimize a function over `range(1, blocks + 1)`. Then derive the
+# best $k$ for large $L$: what does the rule of $\sqrt L$ assume about $a$ and $c$? For
+# Llama-7B take $L = 32$ and $c$ from [09](09_where_did_the_memory_go.ipynb), section 2,
+# without $P$.
 
 
 # %% tags=["exercise"]
@@ -917,8 +930,9 @@ _ = grade("11-4", exercise_4)
 # - LoRA trains $r\,(d_{in} + d_{out})$ numbers for each matrix. For GPT-3 with $r = 4$
 #   on $q, v$ these are 18,874,368 numbers, 0.0108 % of the model
 #   (`tinylora/costs/parameters.py`).
-# - Halved counts are packed bytes. Three posted logs are recomputed to the unit.
-# - Of the LoRA paper's 116 numbers 71 follow by rounding, 14 by truncation and 5
+# - Halved counts are counts of packed bytes. Three posted logs are recomputed to the
+#   unit.
+# - Of 116 numbers in the LoRA paper 71 follow by rounding, 14 by truncation and 5
 #   roughly. 22 do not follow, and 4 cannot be derived (`lora_numbers.audit`,
 #   `tests/papers/test_counting.py`).
 # - QLoRA's labels of adapters and optimizer follow one formula exactly. Its model bars,

@@ -18,7 +18,7 @@
 #
 # - compute the similarity φ of two subspaces, and its mean and deviation by chance
 # - repair an identity of LoRA's appendix G
-# - say what Table 7 shows beside its baselines, and what its factor 21.5 does not show
+# - say what Table 7 shows beside its baselines, and what the factor 21.5 does not show
 #
 # **Needs:** the singular value decomposition, projections, the trace; mean and standard
 # deviation; the planted task ([12](12_is_delta_w_low_rank.ipynb), section 2).
@@ -81,9 +81,10 @@ assert abs(same - 1) < 1e-12 and abs(contained - 1) < 1e-12 and phi(A, apart, 8,
 # The paper says *right*-singular in §7.2, *left*-singular in appendix G, and "column
 # vectors" under its figures. $A$ is $r \times d_{in}$. Its right singular vectors live in
 # $\mathbb R^{d_{in}}$ and span its row space, the inputs that the adapter reads. Its left
-# ones live in $\mathbb R^r$, and all $r$ of them span all of it. With the left ones
-# $\varphi(r, r)$ would be 1 for any two matrices. So the right ones are meant for $A$.
-# For $B$ $(d_{out} \times r)$ it is the left ones, which span what the layer writes to.
+# ones live in $\mathbb R^r$, and all $r$ of them span that whole space. With the left
+# ones $\varphi(r, r)$ would be 1 for any two matrices. So for $A$ the right ones are
+# meant. For $B$ $(d_{out} \times r)$ the left ones are meant: they span what the adapter
+# writes to.
 
 # %%
 C = rng.standard_normal((8, 96))
@@ -114,8 +115,8 @@ assert abs(subspaces.similarity(A.T, C.T, 8, 8, side="left") - right) < 1e-12  #
 # $$\varphi = 1 - \frac{\delta^2}{p}, \qquad\text{whereas appendix G prints}\qquad
 # \varphi = \frac1p\,(1 - \delta^2) .$$
 #
-# The printed value is too small by $1 - 1/p$. It is right for $p = 1$. For unrelated
-# spaces it is negative, which no similarity may be.
+# The printed value is too small by $1 - 1/p$. It is right for $p = 1$. For the unrelated
+# spaces below it is negative, which no similarity may be.
 
 # %%
 Ui, Uj = (np.linalg.svd(M)[2][:8].T for M in (A, C))
@@ -133,9 +134,9 @@ assert np.isclose(subspaces.similarity_from_distance(distance, 8), whole, atol=1
 # %% [markdown]
 # ## 4 · What is φ of unrelated spaces?
 #
-# It is not 0. Turn one of the spaces by a uniformly random rotation $R$. The mean of
-# $R P_i R^\top$ commutes with every rotation, so it is a multiple of the identity. Its
-# trace is $i$, so it is $(i/d)\,I$. Hence
+# The similarity of unrelated spaces is not 0. Turn one space by a uniformly random
+# rotation $R$. The mean of $R P_i R^\top$ commutes with every rotation, so it is a
+# multiple of the identity. Its trace is $i$, so the mean is $(i/d)\,I$. Hence
 #
 # $$\mathrm E \operatorname{tr}(P_i P_j) = \operatorname{tr}\big(\tfrac{i}{d} P_j\big)
 # = \frac{i j}{d},
@@ -143,10 +144,10 @@ assert np.isclose(subspaces.similarity_from_distance(distance, 8), whole, atol=1
 #
 # The standard deviation follows in the same way. Let $M = P_i - \frac id I$ and
 # $N = P_j - \frac jd I$. Then $\operatorname{tr}(P_i P_j) - ij/d = \operatorname{tr}(MN)$
-# and $\|M\|_F^2 = i(d-i)/d$. The symmetric matrices of trace 0 have $(d-1)(d+2)/2$
-# dimensions, and a random rotation favours none of them. So
-# $\mathrm E \operatorname{tr}(MN)^2
-# = \|M\|_F^2\, \|N\|_F^2 \big/ \tfrac{(d-1)(d+2)}{2}$, and
+# and $\|M\|_F^2 = i(d-i)/d$. The symmetric matrices of trace 0 form a space of
+# $(d-1)(d+2)/2$ dimensions, and a random rotation favours none of them. So
+# $\mathrm E \operatorname{tr}(MN)^2 = \|M\|_F^2\, \|N\|_F^2 \big/ \tfrac{(d-1)(d+2)}{2}$,
+# and
 #
 # $$\text{deviation of } \varphi = \frac{1}{\min(i,j)}
 # \sqrt{\frac{2\, i j\, (d-i)(d-j)}{d^2 (d-1)(d+2)}} .$$
@@ -173,19 +174,19 @@ for i, j, d in ((1, 1, 96), (8, 8, 96), (8, 64, 96), (4, 16, 256)):
 assert round(chance(1, 1, 12288)[0], 5) == 0.00008 and round(chance(8, 64, 12288)[0], 4) == 0.0052
 
 # %% [markdown]
-# At GPT-3's width chance is nearly nothing. Figure 3 reports a $\varphi(1, 1)$ above 0.5,
-# where chance gives 0.00008. On a toy of $d = 96$ chance is large: unrelated spaces have
-# $\varphi(8, 64) = 0.67$. Whoever repeats the figure on a small model must compare with
-# chance.
+# At GPT-3's width chance is nearly 0: where Figure 3 reports a $\varphi(1, 1)$ above
+# 0.5, chance gives 0.00008. On a toy of $d = 96$ chance can be large: unrelated spaces
+# have $\varphi(8, 64) = 0.67$. Whoever repeats the figure on a small model must compare
+# with chance.
 #
-# The $d$ of the formula is the dimension in which the spaces are free. If the inputs span
-# only $m < d$ dimensions, what SGD adds to $A$ lies in these. If $A_0$ is subtracted, or
-# negligible, chance is $\max(i, j)/m$.
+# The $d$ of the formula is the dimension of the space in which both can turn freely. If
+# the inputs span only $m < d$ dimensions, what SGD adds to $A$ lies in their span. If
+# the initial $A_0$ is subtracted, or negligible, chance is then $\max(i, j)/m$.
 #
 # ## 5 · Figures 3 and 4
 #
-# Adapters of rank 8 and 64 are trained on one task, notebook 12's planted rank 2
-# ($d = 96$, singular values 3 and 2). Suppose that they share the $k = 2$ planted
+# Adapters of rank 8 and 64 are trained on one task: notebook 12's planted update of rank
+# 2 ($d = 96$, singular values 3 and 2). Suppose that they share the $k = 2$ planted
 # directions and nothing else. Then the other $i - k$ and $j - k$ directions span
 # unrelated spaces in the remaining $d - k$ dimensions, so
 #
@@ -202,10 +203,10 @@ pairs = ((1, 1), (2, 2), (8, 8), (8, 64))
 small, large = (trained(Planted(), r, seed).lora_A.weight.data for r, seed in ((8, 0), (64, 1000)))
 for i, j in pairs:
     text = f"φ({i}, {j:2}): {phi(small, large, i, j):.3f}; chance {chance(i, j, 96)[0]:.3f}"
-    print(text + f"; sharing {min(2, i)}: {shared(i, j, 96, min(2, i)):.3f}")
+    print(text + f"; with {min(2, i)} shared: {shared(i, j, 96, min(2, i)):.3f}")
 
 # %% tags=["hide-input"]
-# Measures: the same with three seeds
+# Measures: the same similarities with three seeds
 runs = claims.run("subspace_overlap", seeds=(0, 1, 2))["subspace_overlap"]
 found = np.array([result["phi"] for result in runs])
 for n, (i, j) in enumerate(pairs):
@@ -221,18 +222,19 @@ directions.draw_similarity_maps()
 
 # %% [markdown]
 # The left map looks like the paper's Figure 3: a bright corner at the first directions.
-# The right map shows $(\varphi - c)/(1 - c)$, where $c$ is chance. It is 0 for unrelated
-# spaces and 1 if the smaller space lies in the larger.
+# The middle map shows chance, $c$. The right map shows $(\varphi - c)/(1 - c)$, which is
+# 0 on average for unrelated spaces and 1 if the smaller space lies in the larger.
 #
 # Chance explains the bright bands of the left map. $\varphi(8, 8) = 0.31$ is well above
 # its chance of 0.083. But two shared and six unrelated directions already give 0.298, so
-# the six share nothing beyond chance. $\varphi(8, 64) = 0.73$ is its chance of 0.67 plus
-# the same two directions. The paper reads its figure in this way: the shared directions
-# are the useful ones, and the rest is noise. In this toy that is right, but only the
-# value above chance says so.
+# the six share nothing beyond chance. The same two directions also explain
+# $\varphi(8, 64) = 0.73$, where chance is 0.67. The paper reads its figure in this way:
+# the shared directions are the useful ones, and the rest is noise. In this toy that
+# reading is right, but only the value above chance shows it.
 #
 # **$\varphi(1, 1)$ asks whether the *order* of the directions agrees.** With two equal
-# planted singular values it can be anything, and $\varphi(2, 2)$ stays near 1.
+# planted singular values $\varphi(1, 1)$ can be anything, while $\varphi(2, 2)$ stays
+# near 1.
 
 # %% tags=["hide-input"]
 # Measures: φ(1, 1) and φ(2, 2) for four seeds, with unequal and with equal singular values
@@ -247,10 +249,10 @@ for singular in ((3.0, 2.0), (2.5, 2.5)):
     assert min(twos) > 0.99 and (min(ones) > 0.85 if singular[0] == 3 else min(ones) < 0.1 and max(ones) > 0.9)
 
 # %% [markdown]
-# **Figure 4's control is not 0.** The figure shows two seeds at $r = 64$. On the right it
-# shows two Gaussian matrices, which are said to share no directions. They share $n/d$ of
-# them. At $n = 16$ and GPT-3's width that is 0.0013. At $n = 16$ and $d = 96$ it is 0.17,
-# and two seeds have 0.27.
+# **Figure 4's control is not 0.** Figure 4 compares two seeds at $r = 64$. Its control,
+# on the right, compares two Gaussian matrices, which are said to share no directions. On
+# average they share $n/d$ of them. At $n = 16$ and GPT-3's width that is 0.0013. At
+# $n = 16$ and $d = 96$ it is 0.17, and two seeds have 0.27.
 
 # %% tags=["hide-input"]
 # Measures: φ(n, n) of two seeds at r = 64 and of two Gaussian matrices
@@ -258,7 +260,7 @@ runs = claims.run("two_seeds", seeds=(0, 1, 2))["two_seeds"]
 seeds, gaussian = (np.mean([result[key] for result in runs], axis=0) for key in ("phi", "gaussian"))
 for n, a, b in zip((1, 2, 16, 64), seeds, gaussian, strict=True):
     text = f"φ({n}, {n}): two seeds {a:.3f}; Gaussian {b:.3f}; n/d {n / 96:.3f}"
-    print(text + f"; sharing two {shared(n, n, 96, min(n, 2)):.3f}")
+    print(text + f"; with {min(n, 2)} shared {shared(n, n, 96, min(n, 2)):.3f}")
 assert seeds[1] > 0.999 and round(seeds[2], 2) == 0.27 and round(gaussian[2], 2) == 0.17
 assert np.abs(gaussian - np.array([1, 2, 16, 64]) / 96).max() < 0.01 and abs(seeds[3] - gaussian[3]) < 0.01
 assert round(chance(16, 16, 12288)[0], 4) == 0.0013
@@ -327,18 +329,19 @@ assert abs(np.sqrt(np.mean(np.square(draws))) / (np.linalg.norm(W) * 4 / 96) - 1
 assert np.isclose(subspaces.expected_projection(W, 4), np.linalg.norm(W) * 4 / 96)
 
 # %% [markdown]
-# **The factor alone, (3), is no evidence.** It is large whenever $\|U^\top W V\|$ is
-# small, and a $\Delta W$ without any relation to $W$ makes that small. In the paper's own
-# numbers a random $\Delta W$ of the same norm would have the factor 343 at $r = 4$,
-# instead of 21.6. At $r = 64$ it would have 11, instead of 1.9.
+# **Conclusion 3, the factor alone, is no evidence.** The factor is large whenever
+# $\|U^\top W V\|$ is small, and a $\Delta W$ without any relation to $W$ makes that norm
+# small. In the paper's own numbers a random $\Delta W$ of the same norm would have the
+# factor 343 at $r = 4$, instead of 21.6. At $r = 64$ it would have 11, instead of 1.9.
 #
-# **The columns do show (1).** In $\Delta W$'s directions $W$ is 16 times as large as in
-# random ones at $r = 4$, and 6 times at $r = 64$.
+# **The columns do show conclusion 1.** In $\Delta W$'s directions $\|U^\top W V\|$ is 16
+# times as large as in random ones at $r = 4$, and 6 times at $r = 64$.
 #
-# **Does the table show (2)?** It shows that $\Delta W$ does not repeat $W$'s top
-# directions: 0.32 and 1.90, against 21.67 and 37.71. But are $\Delta W$'s directions ones
-# that $W$ *has* and does not emphasize? For a third baseline, let $U$ and $V$ be $r$
-# singular pairs of $W$ drawn at random. Each pair contributes its $\sigma_i^2$, whose
+# **Does the table show conclusion 2?** It shows that $\Delta W$ does not repeat $W$'s
+# top directions: the norms are 0.32 and 1.90, against 21.67 and 37.71. But are
+# $\Delta W$'s directions ones that $W$ *has* and does not emphasize? For a third
+# baseline, let $U$ and $V$ hold $r$ *pairs* of $W$, drawn at random: a left and a right
+# singular vector with their value $\sigma_i$. Each pair contributes $\sigma_i^2$, whose
 # mean is $\|W\|_F^2/d$, so $\|U^\top W V\|_F \approx \|W\|_F \sqrt{r/d}$.
 
 # %%
@@ -355,14 +358,15 @@ assert abs(np.sqrt(np.mean(np.square(pick))) / (np.linalg.norm(W) * np.sqrt(4 / 
 assert round(np.sqrt(0.32 / (21.67 / 2)), 2) == 0.17 and round(21.67 / 2, 1) == 10.8
 
 # %% [markdown]
-# The measured values lie between random directions and random pairs. Two readings fit.
-# The directions may be weak pairs of $W$. Or they may be unrelated to $W$ but for a
-# slight overlap with a strong pair: with cosine $t$ on each side that pair contributes
-# $t^2 \sigma_i$. $W$'s top four have $\sigma = 21.67/2 = 10.8$ (root mean square), so
-# $t = 0.17$ with one of them gives 0.32. The norm cannot tell the two apart, and (2) does
-# not follow from Table 7.
+# The measured values lie between those of random directions and of random pairs. Two
+# readings fit. $\Delta W$'s directions may be weak pairs of $W$. Or they may be
+# unrelated to $W$ but for a slight overlap with a strong pair: with cosine $t$ on each
+# side that pair contributes $t^2 \sigma_i$. $W$'s top four pairs have
+# $\sigma = 21.67/2 = 10.8$ (root mean square), so $t = 0.17$ with one of them gives
+# 0.32. The norm cannot tell the two readings apart, so conclusion 2 does not follow from
+# Table 7.
 #
-# A toy shows both readings, with random directions beside them. Its $W_0$ has the
+# A toy shows both readings, and random directions for comparison. Its $W_0$ has the
 # singular values $10/i$. An update of rank 2 with the singular values 3 and 2 is planted
 # along $W_0$'s pairs 25 and 26 ("weak"), or along random directions. The cell computes
 # both norms before anything is trained.
@@ -372,7 +376,7 @@ assert round(np.sqrt(0.32 / (21.67 / 2)), 2) == 0.17 and round(21.67 / 2, 1) == 
 weak, by_chance = np.hypot(σ[24], σ[25]), np.linalg.norm(σ) * 2 / 96
 norms = [np.linalg.norm(orthonormal(draws, 96, 2).T * σ @ orthonormal(draws, 96, 2)) for _ in range(4000)]
 print(f"weak pairs: ‖UᵀWV‖ = {weak:.3f}, factor {np.sqrt(13) / weak:.1f}")
-print(f"random directions: root mean square {by_chance:.2f}, factor by it {np.sqrt(13) / by_chance:.1f}")
+print(f"random directions: root mean square {by_chance:.2f}, factor from it {np.sqrt(13) / by_chance:.1f}")
 print(f"    median {np.median(norms):.2f}, mean factor {np.mean(np.sqrt(13) / norms):.1f}")
 
 # %% [markdown]
@@ -422,26 +426,26 @@ assert round(1.90 / 0.32, 1) == 5.9 and round(3.57 / 6.91, 1) == 0.5 and np.sqrt
 directions.draw_amplification(runs)
 
 # %% [markdown]
-# The overlapping directions have 1.7. That is less than four random pairs have (2.6),
-# although over 80 % of it comes from $W_0$'s strongest pair.
+# The overlapping directions have $\|U^\top W V\| = 1.7$. Four random pairs have more,
+# 2.6, although over 80 % of the 1.7 comes from $W_0$'s strongest pair.
 #
 # After training at $r = 4$ the factor is 6.0 in weak directions and 10.1 in random ones.
-# At $r = 64$ both are below 0.5, because the 62 directions without meaning project onto
-# $W_0$ as random ones do.
+# At $r = 64$ both are below 0.5: beside the two planted directions $\Delta W$ has 62
+# without meaning, and onto these $W_0$ projects as onto random ones.
 #
 # Table 7's factor falls from 21.6 at $r = 4$ to 1.9 at $r = 64$, for two reasons:
-# $\|\Delta W\|$ halves, and $\|U^\top W V\|$ grows 5.9 times. Some of this growth is
-# forced. With pairs drawn at random $\|U^\top W V\|$ grows 4 times, and with random
-# directions 16 times.
+# $\|\Delta W\|$ halves, and $\|U^\top W V\|$ grows 5.9 times. Some of this growth comes
+# from the larger $r$ alone. With pairs drawn at random $\|U^\top W V\|$ grows 4 times,
+# and with random directions 16 times.
 #
 # ## 7 · The top of ΔW in the top of W (H.3)
 #
 # Figure 8 compares the top 4 directions of $\Delta W$ with the top 10 % of those of $W$.
 # Its $\varphi$ hardly exceeds 0.2. The paper concludes that the top directions of $W$ are
-# not those of $\Delta W$. One tenth of all directions holds one tenth of any random
-# space, so chance is $1229/12288 = 0.10$, with a standard deviation of 0.0019. So 0.2 is
-# twice chance, and it is no accident. As a size it is small: a fifth of the space of
-# $\Delta W$'s top 4 lies in the top tenth of $W$.
+# not those of $\Delta W$. One tenth of all directions holds on average one tenth of a
+# random space, so chance is $1229/12288 = 0.10$, with a standard deviation of 0.0019. So
+# 0.2 is twice chance, and far outside its spread. But it is small: a fifth of the space
+# of $\Delta W$'s top 4 lies in the top tenth of $W$.
 
 # %%
 mean, deviation = chance(4, 1229, 12288)
@@ -457,21 +461,21 @@ print("toy, φ(4, 10), chance {:.3f} ± {:.3f}:".format(*chance(4, 10, 96)), top
 assert np.round(list(tops.values()), 2).tolist() == [0.06, 0.1, 0.55] and round(chance(4, 10, 96)[0], 3) == 0.104
 
 # %% [markdown]
-# In the toy chance is 0.104. Planted along $W_0$'s weak pairs, $\Delta W$ has 0.06, less
-# than chance. In random directions it has 0.10. Along $W_0$'s top two it has 0.55, a
-# little above two of four.
+# In the toy chance is 0.104. A $\Delta W$ planted along $W_0$'s weak pairs has
+# $\varphi = 0.06$, less than chance. In random directions it has 0.10. Along $W_0$'s top
+# two pairs it has 0.55, a little more than two directions of four.
 #
 # ## Where paper and code differ
 #
 # - Eq. 4's vectors are right-singular in §7.2, left-singular in appendix G, and "columns"
 #   under the figures. `subspaces` takes the right ones for $A$ and the left ones for $B$.
 # - Appendix G prints $\varphi = \frac1p(1 - \delta^2)$; $1 - \delta^2/p$ is right. At
-#   $p = 8$ the printed value is too small by 0.875. Its inline formula also loses the $j$
-#   of $U_j$.
+#   $p = 8$ the printed value is too small by 0.875. Its inline formula also drops the
+#   index $j$ of $U_j$.
 # - Figure 4's Gaussian matrices share $n/d$ of their directions, not none.
 # - Table 7's random column is $\|W\|\,r/d$: 0.0202 and 0.3227 (printed .02 and .33, from a
-#   draw). Its "21.5" is 6.91/0.32 = 21.59. §7.3's second conclusion does not follow from
-#   the table.
+#   draw). The "21.5" of §7.3 is 6.91/0.32 = 21.59. §7.3's second conclusion does not
+#   follow from the table.
 # - Figure 8's 0.2 is 52 standard deviations above chance.
 #
 # ## Exercises
@@ -488,8 +492,8 @@ assert np.round(list(tops.values()), 2).tolist() == [0.06, 0.1, 0.55] and round(
 # - `d`: the dimension
 #
 # Return `(phi, deviations)`: the true $\varphi(i, j)$, and how many standard deviations
-# it lies above that of unrelated spaces of $\mathbb R^d$. Checked: both, on spaces with
-# known angles, contained and orthogonal ones among them. Hint: sections 3 and 4.
+# it lies above the mean of unrelated spaces of $\mathbb R^d$. Checked: both, on spaces
+# with known angles, contained and orthogonal ones among them. Hint: sections 3 and 4.
 
 
 # %% tags=["exercise"]
@@ -508,7 +512,7 @@ _ = grade("13-1", exercise_1)
 # %% [markdown]
 # ### 13-2 How many directions do two adapters share?
 #
-# A figure shows $\varphi(8, 64) = 0.73$ at $d = 96$. Turn section 5's formula around.
+# A figure shows $\varphi(8, 64) = 0.73$ at $d = 96$. Solve section 5's formula for $k$.
 #
 # - `phi`: float, the measured $\varphi(i, j)$
 # - `i`, `j`: whole numbers below `d`; $i + j$ may exceed `d`
@@ -536,7 +540,7 @@ _ = grade("13-2", exercise_2)
 # %% [markdown]
 # ### 13-3 Read a row of Table 7
 #
-# The factor alone says little. Judge a row with all its pieces, also for weights that are
+# The factor alone says little. Judge a row by all its numbers, also for weights that are
 # not square. $W$ and $\Delta W$ are $d_{out} \times d_{in}$; $U$ and $V$ are the top $r$
 # singular vectors of $\Delta W$.
 #
@@ -554,7 +558,7 @@ _ = grade("13-2", exercise_2)
 # - `"strong"` otherwise.
 #
 # Checked: on Table 7, on planted updates, and on wide and tall $W$. Hint: how many
-# singular pairs with a σ of their own has a $d_{out} \times d_{in}$ matrix?
+# singular values does a $d_{out} \times d_{in}$ matrix have?
 
 
 # %% tags=["exercise"]
@@ -578,7 +582,7 @@ _ = grade("13-3", exercise_3)
 #   $\varphi = 1 - \delta^2/p$ (`tinylora/papers/subspaces.py`,
 #   `tests/papers/test_subspaces.py`).
 # - Adapters of rank 8 and 64 share the two planted directions ($\varphi(2, 2) > 0.99$) and
-#   beyond them only chance: $\varphi(8, 8) = 0.31$, predicted 0.298
+#   nothing else beyond chance: $\varphi(8, 8)$ is 0.31, and 0.298 is predicted
 #   (`tinylora/papers/claims/directions.py`, `tests/papers/test_experiments.py`).
 # - A random $\Delta W$ has a larger amplification factor (343) than the paper's (21.6), so
 #   the factor is no evidence.

@@ -67,12 +67,12 @@ def printed_against_recomputed():
         ylabel="printed / recomputed − 1\n(symmetric-log: linear within ± 0.1 %)",
     )
     ax.yaxis.minorticks_off()
-    key = "bar: what rounding allows    ● rounds to    ○ roughly    ▼ truncated    ■ does not follow"
+    key = "bar: what rounding allows    ● matches or rounds to    ○ roughly    ▼ truncated    ■ does not follow"
     ax.text(0.5, 0.985, key, transform=ax.transAxes, fontsize=8, color="0.3", ha="center", va="top")
     agree = counts["match"] + counts["rounds to"]
     ax.set_title(
-        f"{sum(counts.values())} numbers: {agree} are the recomputed ones rounded, {counts['truncated']} truncated, "
-        f"{counts['roughly']} rough, {counts[FAILS]} do not follow, {counts['not derivable']} not derivable",
+        f"{sum(counts.values())} numbers: {agree} match or round, {counts['truncated']} are truncated, "
+        f"{counts['roughly']} roughly agree, {counts[FAILS]} do not follow, {counts['not derivable']} cannot be derived",
         fontsize=10,
     )
     return figure
