@@ -4,7 +4,7 @@
     python notebooks/build.py 05           only notebook 05
     python notebooks/build.py my_qlora     only my_qlora.py, the file of the six steps, from build_it.py
     python notebooks/build.py --check      what CI runs: do they run, and is each .ipynb what its source gives?
-    python notebooks/build.py --solutions FOLDER   the solution versions, executed, for a teacher
+    python notebooks/build.py --solutions FOLDER   the solution versions, executed, and my_qlora.py solved, for a teacher
     python notebooks/build.py --student FOLDER     what students need to answer and to grade, without the sources
     python notebooks/build.py --html FOLDER        pages for a browser (what is typeset in them loads MathJax from its server)
 
@@ -244,6 +244,15 @@ def page(source, folder):
     return f"written to {folder}"
 
 
+def solved_steps(folder):
+    """Write the file of the six steps with its solutions into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic(folder / "my_qlora.py") as temporary:
+        text = steps((HERE / "build_it.py").read_text(encoding="utf-8"), solutions=True)
+        Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+    return f"written to {folder}"
+
+
 def hand_out_steps(folder):
     """Copy the file of the six steps, their page, their checks and the finale into a folder."""
     build_steps(check=True)
@@ -286,16 +295,19 @@ def main(argv=None):
     if args.student and args.student.exists() and (not args.student.is_dir() or any(args.student.iterdir())):
         parser.error(f"--student would overwrite what is in {args.student}; name a new folder")
     stems = tuple(Path(name).stem for name in args.names)
-    own = (
-        (HERE / "build_it.py").exists() and not args.solutions and not args.html and (not stems or "my_qlora" in stems)
-    )
+    own = (HERE / "build_it.py").exists() and (not stems or "my_qlora" in stems)
+    if args.html and "my_qlora" in stems:
+        parser.error("my_qlora is no notebook and has no page of its own; build_it.md tells of its steps")
     for stem in stems:
         if stem != "my_qlora" and not any(source.stem.startswith(stem) for source in sources()):
             parser.error(f"no source begins with {stem!r}; expected one of {[s.stem for s in sources()]}")
     failed = False
-    if own:
+    if own and not args.html:
         try:
-            said = hand_out_steps(args.student) if args.student else build_steps(args.check)
+            if args.student:
+                said = hand_out_steps(args.student)
+            else:
+                said = solved_steps(args.solutions) if args.solutions else build_steps(args.check)
             print(f"my_qlora: {said}", flush=True)
         except (ValueError, OSError) as error:
             print(f"my_qlora: {error}", file=sys.stderr, flush=True)

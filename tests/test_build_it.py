@@ -152,3 +152,11 @@ def test_the_finale_says_what_is_missing(tmp_path):
     command = [sys.executable, str(NOTEBOOKS / "finale.py"), "mine.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "mine.py: my_qlora.py imports peft in line 1" in done.stderr
+
+
+def test_the_solutions_of_the_steps_can_be_written(tmp_path, capsys):
+    assert build.main(["--solutions", str(tmp_path / "solved"), "my_qlora"]) == 0
+    assert (tmp_path / "solved" / "my_qlora.py").read_text(encoding="utf-8") == SOLVED
+    with pytest.raises(SystemExit):
+        build.main(["--html", str(tmp_path / "pages"), "my_qlora"])
+    assert "has no page of its own" in capsys.readouterr().err and not (tmp_path / "pages").exists()
