@@ -3,35 +3,35 @@
 #
 # [← 16 What is NF4 optimal for?](16_what_is_nf4_optimal_for.ipynb) · [All notebooks](README.md) · [18 Int4 and NF4 at equal bits →](18_int4_and_nf4_at_equal_bits.ipynb)
 #
-# **Question.** Which error does each of the codes after NF4 minimize, and do the published
-# tables minimize it?
+# **Question.** Which error are the codes AF4 and BOF4 meant to minimize, and do their
+# published tables minimize it?
 #
 # **You will be able to**
 #
 # - write down the condition that every free value of an optimal code obeys;
-# - check a published table against its condition, and find a boundary that lies elsewhere;
-# - say what a pinned value costs, and what the sign of the largest weight gains.
+# - check a published table against its condition, and find a boundary that breaks it;
+# - say what a fixed value costs, and what the sign of the largest weight gains.
 #
 # **Needs:** [16](16_what_is_nf4_optimal_for.ipynb), sections 1 to 4 (the densities $g_k$
-# of a block, Lloyd's iteration); the derivative of an integral with respect to its ends;
+# of a block, Lloyd's iteration); the derivative of an integral with respect to its limits;
 # means and medians.
 #
 # **Hours:** 5½ (3 to read and run, 2½ for the exercises).
 #
 # **Papers:** Yoshida 2023, "NF4 Isn't Information Theoretically Optimal (and that's Good)"
-# (arXiv 2306.06965), which proposes AF4; of this note, the abstract, the released tables
-# and the released generator were compared, not its prose. Blumenberg, Graave, Fingscheidt
-# 2025 (arXiv 2505.06653), which proposes BOF4: eq. 2, 3, 5 and 7, tables 1 and 5 to 8.
+# (arXiv 2306.06965), proposes AF4. Its abstract, released tables and released generator
+# were compared, and its prose was not. Blumenberg, Graave, Fingscheidt 2025 (arXiv
+# 2505.06653) propose BOF4: eq. 2, 3, 5 and 7, tables 1 and 5 to 8.
 #
 # Folded cells measure, check or draw. Click ••• to open one.
 
 # %% [markdown]
-# **The answer in short.** A code is optimal for an error that somebody wrote down. AF4 is
-# meant to minimize the mean absolute error (MAE) of the scaled weight $X = W/M$, where $M$
-# is the block's largest magnitude. BOF4 minimizes the mean absolute or the mean squared
-# error (MSE) of the weight $W$ itself. Each free value of such a code obeys a condition
-# that fits on one line. BOF4's tables obey theirs. AF4's released tables obey theirs
-# except at two boundaries, the two beside 0.
+# **The answer in short.** A code is optimal only for a chosen error. AF4 is meant to
+# minimize the mean absolute error (MAE) of the scaled weight $X = W/M$, where $M$ is the
+# block's largest magnitude. BOF4 minimizes the mean absolute or the mean squared error
+# (MSE) of the weight $W$ itself. In an optimal code, each value that is free to move obeys
+# a condition of one line. BOF4's tables obey their condition. AF4's released tables obey
+# theirs except at two cell boundaries, the two beside 0.
 
 # %% tags=["setup"]
 import numpy as np
@@ -48,7 +48,7 @@ NF4 = codebooks.nf4()
 
 
 def cell_ends(q):
-    """−1, half-way between neighbours, 1."""
+    """The ends of the cells of a code q: −1, the points half-way between neighbours, 1."""
     return np.concatenate([[-1], (q[1:] + q[:-1]) / 2, [1]])
 
 
@@ -58,7 +58,7 @@ def cell_ends(q):
 # - AF4's tables were released with the note, one for each block size.
 # - BOF4's table 8 was solved from theory, for the MSE and blocks of 64.
 # - BOF4's table 6 is a Monte Carlo result for blocks of 64, one row for each criterion.
-#   `s_` marks BOF4-S.
+#   `s_` marks BOF4-S, the signed version (section 4).
 # - BOF4's table 7 is a Monte Carlo result for BOF4-S with MSE, one row for each block
 #   size.
 
@@ -66,7 +66,7 @@ def cell_ends(q):
 # %% tags=["hide-input"]
 # Checks: the published tables, which the sections below compare with
 def table(text):
-    """{name: its 16 values} of rows of a name and 16 numbers."""
+    """Read rows of a name and 16 numbers into {name: its 16 values}."""
     words = text.split()
     return {words[i]: np.array(words[i + 1 : i + 17], float) for i in range(0, len(words), 17)}
 
@@ -111,7 +111,7 @@ BOF4_TABLE_7 = table("""
 256 -0.8146829 -0.6221839 -0.4820549 -0.3669651 -0.2659872 -0.1733742 -0.0855777 0
     0.0815095 0.1649150 0.2524392 0.3470274 0.4531534 0.5788487 0.7418597 1
 """)
-BOF4_TABLE_1 = {  # BOF4, table 1, over NF4: MAE, MSE
+BOF4_TABLE_1 = {  # MAE and MSE in BOF4's table 1, each divided by NF4's
     "AF4": {"Llama-3.1-8B": (1.030, 1.076), "Qwen-2.5-7B": (1.027, 1.072), "Mistral-7B": (1.030, 1.077)},
     "BOF4-S": {"Llama-3.1-8B": (0.977, 0.880), "Qwen-2.5-7B": (0.981, 0.889), "Mistral-7B": (0.977, 0.880)},
 }
@@ -120,23 +120,25 @@ BOF4_TABLE_1 = {  # BOF4, table 1, over NF4: MAE, MSE
 # ## 1 · Which error?
 #
 # A block of $I$ weights is divided by its largest magnitude $M$. The scaled weight
-# $X = W/M$ is replaced by the nearest code value $q(X)$. Afterwards $\hat W = M\,q(X)$.
-# AF4's criterion is the error of $X$. What a layer computes with is $W$, and BOF4's
-# criterion is the error of $W$ (BOF4 eq. 2 and 3):
+# $X = W/M$ is replaced by the nearest code value $q(X)$. The restored weight is
+# $\hat W = M\,q(X)$. AF4's criterion is the error of $X$. BOF4's criterion is the error of
+# $W$, with which a layer computes (BOF4 eq. 2 and 3):
 #
 # $$\text{AF4:}\quad \mathrm E\,|X - q(X)| \qquad\qquad \text{BOF4:}\quad \mathrm E\,|W - \hat W|^p = \mathrm E\,M^p\,|X - q(X)|^p .$$
 #
-# The cells are the same in both, since both replace $X$ by its nearest value. What differs
-# is how much a block counts: $M^0$, $M^1$ or $M^2$. Notebook 16 collected that factor
-# $M^k$ in the densities on $-1 < x < 1$
+# Both criteria have the same cells, since both replace $X$ by its nearest value. They
+# differ in the factor with which a block counts: $M^0$ for AF4, and $M^1$ or $M^2$ for
+# BOF4 with $p = 1$ or $2$. Notebook 16 takes this factor $M^k$ into the densities on
+# $-1 < x < 1$
 #
-# $$g_k(x) = 2(I-1)\int_0^\infty m^{k+1}\,\varphi(m)\,\varphi(mx)\,\big(2\Phi(m)-1\big)^{I-2}\,dm .$$
+# $$g_k(x) = 2(I-1)\int_0^\infty m^{k+1}\,\varphi(m)\,\varphi(mx)\,\big(2\Phi(m)-1\big)^{I-2}\,dm ,$$
 #
-# The code below sums this integral on a plain grid of $m$, and compares it with the
-# library's `block_law(64)`. (Here $2\Phi(m)-1$ is $\mathrm{erf}(m/\sqrt2)$.) It also
-# prints which share of each density lies beyond $|x| = ½$. The share falls as $k$ grows.
-# In a block with a large $M$ the other weights are small compared with $M$, and a larger
-# $k$ counts such blocks more.
+# where $\varphi$ and $\Phi$ are the density and the distribution function of $N(0,1)$, and
+# $2\Phi(m)-1 = \mathrm{erf}(m/\sqrt2)$. The code below sums this integral on a plain grid
+# of $m$, and compares the sum with the library's `block_law(64)`. It also prints the share
+# of each density that lies beyond $|x| = ½$. The share falls as $k$ grows. In a block with
+# a large $M$ the other weights are small compared with $M$, and a larger $k$ counts such
+# blocks more.
 
 # %%
 block = block_law(64)
@@ -153,15 +155,15 @@ assert np.round(outside, 4).tolist() == [0.1919, 0.1827, 0.1732]
 # %% [markdown]
 # Does the choice between $X$ and $W$ matter? Take the best code for the MAE of $X$ and the
 # best code for the MAE of $W$, both with the values −1, 0 and 1. Their values differ by at
-# most 0.0074. On either criterion, the code that is best for the other one costs at most
-# 0.04 % more.
+# most 0.0074. By either criterion, the code that is best for the other one costs at most
+# 0.04 % more. (Section 3 comes back to this choice.)
 #
-# The power $p$ matters far more. Measured by squared error, `bof4(64, "mae")` costs 5.0 %
-# more than `bof4(64, "mse")`. Section 3 comes back to this.
+# The power $p$ matters far more. Measured by squared error, BOF4's code
+# `bof4(64, "mae")` costs 5.0 % more than `bof4(64, "mse")`.
 
 
 # %% tags=["hide-input"]
-# Measures: the best codes for the MAE of X and of W, each on both criteria
+# Measures: the best codes for the MAE of X and of W, each by both criteria
 def mae_of_x(code, blocksize):
     return expected_error(code, blocksize, 1, of="normalized")  # E|X − q(X)|, the criterion of AF4
 
@@ -178,19 +180,20 @@ assert round(expected_error(best_of_w, 64) / expected_error(codebooks.bof4(64), 
 # %% [markdown]
 # ## 2 · What an optimum obeys
 #
-# Write the error as a sum over cells $[\xi_i, \xi_{i+1}]$, and differentiate it with
-# respect to one value $q_i$. The ends of the cell move too. At an end, half-way between
-# two values, both values are equally far. So what one cell loses there its neighbour
-# gains, and the moving ends contribute nothing. The derivative vanishes where
+# The error is a sum over cells $[\xi_i, \xi_{i+1}]$, where $\xi_i = ½(q_{i-1}+q_i)$.
+# Differentiate the sum with respect to one value $q_i$. The ends of its cell move too.
+# But each end is equally far from the values on both sides. So one cell loses there what
+# its neighbour gains, and the moving ends contribute nothing. The derivative vanishes
+# where
 #
 # $$p = 2:\quad q_i = \frac{\int x\,g_2}{\int g_2}\ \text{(a centroid, BOF4 eq. 5)} \qquad\qquad
-#   p = 1:\quad \int_{\xi_i}^{q_i} g_1 = \int_{q_i}^{\xi_{i+1}} g_1\ \text{(a weighted median, BOF4 eq. 7)},$$
+#   p = 1:\quad \int_{\xi_i}^{q_i} g_1 = \int_{q_i}^{\xi_{i+1}} g_1\ \text{(a weighted median, BOF4 eq. 7)}.$$
 #
-# with $\xi_i = ½(q_{i-1}+q_i)$. For AF4's criterion, the error of $X$, the condition is
-# the median with $g_0$ in the place of $g_1$.
+# AF4's criterion, the MAE of $X$, gives the median condition with $g_0$ in the place of
+# $g_1$.
 #
-# An optimal code is a root of its condition. `off_centroid` is zero for a code that obeys
-# the first, and `off_median` for one that obeys the second. `block.moments(x, k)` holds
+# `off_centroid` is zero at every value that obeys the centroid condition, and `off_median`
+# at every value that obeys the median condition. `block.moments(x, k)` returns
 # $\int_0^x y^n g_k(y)\,dy$ for $n = 0, 1, 2$.
 
 
@@ -202,13 +205,13 @@ def off_centroid(q, ends, block):
 
 def off_median(q, ends, block, k):
     G, G_at_q = block.moments(ends, k)[0], block.moments(q, k)[0]
-    return (G[1:] - G_at_q) - (G_at_q - G[:-1])  # right half less left half
+    return (G[1:] - G_at_q) - (G_at_q - G[:-1])  # the cell's mass right of q minus that left of q
 
 
 # %% [markdown]
 # The values −1, 0 and 1 are pinned: they stay where they are, so no optimality condition
-# applies to them. The other 13 are free. In each of the three optimal codes all 13 free
-# values obey their condition to 1e-10.
+# applies to them. The other 13 are free. In the optimal codes for the MSE of $W$, the MAE
+# of $W$ and the MAE of $X$, all 13 free values obey their condition to 1e-10.
 
 # %%
 free = ~np.isin(NF4, (-1, 0, 1))
@@ -223,8 +226,8 @@ print("centroid", *(f"{v:8.4f}" for v in (mse + off_centroid(mse, cell_ends(mse)
 # Are these codes the paper's? BOF4's table 8 was solved from the theory. It agrees with
 # the library's code to 1.6e-6. Tables 6 and 7 come from a Monte Carlo simulation. In each
 # of their rows the largest distance to the library's code is between 7e-5 and 3.3e-4. This
-# noise has no consequence, since the error is flat at an optimum. Every row costs less
-# than one part in a million more than the exact solution.
+# noise has no consequence, since the error is flat at an optimum. Each row's error exceeds
+# that of the exact solution by less than one part in a million.
 
 # %% tags=["hide-input"]
 # Checks: every row of tables 6, 7 and 8 against the library's code
@@ -249,10 +252,10 @@ assert round(far[0], 7) == 1.6e-6 and min(far[1:]) > 6.9e-5 and max(far[1:]) < 3
 #
 # $$2F(q_i) = F(\xi_i) + F(\xi_{i+1}).$$
 #
-# The plainest iteration solves it. First put the boundaries half-way between the values.
-# Then move each free value towards the median of its cell by one Newton step: `off_median`
-# divided by $2g_0(q_i)$. Repeat both. The switch `zero_is_a_boundary` changes one thing:
-# the cells of the two neighbours of 0 end at 0, and not half-way to it.
+# An iteration of two steps solves it. First put the boundaries $\xi_i$ half-way between
+# the values. Then move each free value towards the median of its cell by one Newton step:
+# `off_median` divided by $2g_0(q_i)$. Repeat both. The switch `zero_is_a_boundary` changes
+# one thing: the cells of the two neighbours of 0 end at 0, and not half-way to it.
 
 
 # %%
@@ -275,25 +278,26 @@ assert np.abs(with_zero - codebooks.af4(64, np.float64)).max() < 1e-9 and np.abs
 
 # %% [markdown]
 # With every boundary half-way, the solution differs from the released table by up to
-# 0.0426. With 0 as a boundary, it is the released table to 5e-9, which is half of its last
-# printed digit.
+# 0.0426. With 0 as a boundary, it agrees with the table to half a unit of the table's
+# last digit, 5e-9.
 #
-# The released generator, `generate_af4.py`, confirms this. It builds each side of the code
-# from its pinned end inwards, by the median condition. Let $q$ be the value next to 0, and
-# $\xi$ the other end of its cell. The generator's last equation is, in the notation here,
-# $2F(q) - F(\xi) = F(0)$. Half-way would be $F(½q)$ on the right.
+# The released generator, `generate_af4.py`, confirms this. It works inwards from −1 and
+# from 1, by the median condition. Let $q$ be the value next to 0, and $\xi$ the end of its
+# cell that lies farther from 0. In the notation here, the generator's last equation is
+# $2F(q) - F(\xi) = F(0)$. A half-way boundary would give $F(½q)$ on the right.
 #
 # The same holds for all eight block sizes, as the next cell shows. It also shows what the
-# two boundaries cost in AF4's own criterion.
+# two boundaries cost by AF4's own criterion.
 
 # %% tags=["hide-input"]
 # Measures: AF4 as released, half-way and NF4, for the eight released block sizes
-print("   I   table   to best | MAE of X: NF4   AF4        half-way")
+print("released table's distance to | MAE of X of")
+print("   I   0 as end   half-way   | NF4        released   half-way")
 for name, released in AF4.items():
     I, proper = int(name), optimal_code(int(name), 1, of="normalized")
     away, moved = (np.abs(q - released).max() for q in (codebooks.af4(I, np.float64), proper))
     cost = [mae_of_x(q, I) for q in (NF4, released, proper)]
-    print(f"{I:4}   {away:.0e}   {moved:.4f}  |     ", *(f"{c:.6f}  " for c in cost))
+    print(f"{I:4}   {away:.0e}      {moved:.4f}     |", *(f"{c:.6f}  " for c in cost))
     assert away <= 5e-9 and 0.031 < moved < 0.0455 and cost[2] < min(cost[:2])
     assert (cost[1] > cost[0]) == (I <= 512) and round(100 * (cost[1] / cost[2] - 1), 1) == 3.4
     assert I != 64 or np.round(cost, 6).tolist() == [0.028368, 0.029299, 0.028345]
@@ -304,24 +308,25 @@ assert ahead == [False, True]
 # So the released tables obey the median condition everywhere except at the two boundaries
 # beside 0. This has three consequences for the MAE of $X$.
 #
-# - **Released AF4 against NF4.** AF4 is behind NF4 in blocks of up to 512 (0.029299
-#   against 0.028368 at 64). It is ahead from 1024 on. Codes made in the same way for the
-#   sizes between draw level between 642 and 643. This fits the note's abstract, which
-#   reports an improvement for larger blocks and similar performance for smaller ones.
-# - **Half-way boundaries against NF4.** That code is ahead of NF4 at all eight sizes
-#   (0.028345 at 64).
+# - **Released AF4 against NF4.** AF4 errs more than NF4 in blocks of up to 512 (0.029299
+#   against 0.028368 at 64). It errs less from 1024 on. A code made in the same way for
+#   blocks of 642 still errs more, and one for 643 errs less. This fits the note's
+#   abstract, which reports an improvement for larger blocks and similar performance for
+#   smaller ones.
+# - **Half-way boundaries against NF4.** The code with half-way boundaries errs less than
+#   NF4 at all eight sizes (0.028345 at 64).
 # - **Released against half-way.** The released code costs 3.4 % more at each of the eight
 #   sizes.
 
 # %% tags=["hide-input"]
-# Draws: the MAE of X of AF4 and NF4 above the best code's, against the block size
+# Draws: by how much AF4 and NF4 exceed the best code's MAE of X, against the block size
 af4_against_blocksize()
 
 # %% [markdown]
-# This also answers the question of section 1, in numbers. In the MAE of $W$ at 64, the
-# released AF4 lies 3.26 % above BOF4 (MAE). If the boundaries beside 0 are put half-way,
-# 99 % of that difference disappears. The remaining 1 % is due to the choice of $X$ instead
-# of $W$.
+# The two boundaries also matter more than the choice between $X$ and $W$ (section 1). In
+# the MAE of $W$ at 64, the released AF4 lies above BOF4 (MAE) by 3.26 %. If the two
+# boundaries are put half-way, 99 % of that difference disappears. The remaining 1 % is
+# due to the choice of $X$ instead of $W$.
 
 # %% tags=["hide-input"]
 # Measures: the MAE of W of AF4 as released, half-way and BOF4
@@ -332,14 +337,14 @@ assert f"{af4 / bof4 - 1:.2%}" == "3.26%" and f"{(af4 - proper) / (af4 - bof4):.
 # %% [markdown]
 # ## 4 · The sign of the largest: BOF4-S
 #
-# BOF4-S divides a block by its signed maximum, which is the weight of largest magnitude
-# with its sign. That weight then always becomes +1, and the code needs no −1. In
-# `bof4(64)` the value −1 serves only 1.6 % of the weights, and half of these are maxima.
-# Without that pin the negative side has seven free values instead of six.
+# BOF4-S divides a block by its *signed maximum*: the weight of largest magnitude, with its
+# sign. That weight then always becomes +1, and the code needs no −1. In `bof4(64)` the
+# value −1 serves only 1.6 % of the weights, and half of these are maxima. Without the pin
+# at −1 the negative side has seven free values instead of six.
 #
 # The expected squared error at 64 is 0.008460 σ² for NF4, 0.007992 σ² for BOF4 and
-# 0.007352 σ² for BOF4-S. A seeded draw of a million weights through `quantize` agrees, to
-# five standard errors of the mean over its blocks.
+# 0.007352 σ² for BOF4-S. The mean errors of a million drawn weights agree within five
+# standard errors.
 
 # %% tags=["hide-input"]
 # Measures: three codes on a million drawn weights, and how often BOF4 uses −1
@@ -357,35 +362,35 @@ for name, code, signed in (
 assert [f"{c:.6f}" for c in cost.values()] == ["0.008460", "0.007992", "0.007352"]
 negative = codebooks.bof4(signed=True)[:7]
 assert len(negative) == 7 and negative.max() < 0 and negative.min() > -1
-print(f"BOF4: {usage(codebooks.bof4(), 64)[0]:.2%} of the weights use the value −1; maxima: {1 / 128:.2%}")
+print(f"BOF4: {usage(codebooks.bof4(), 64)[0]:.2%} of the weights use the value −1; {1 / 128:.2%} are maxima")
 assert round(usage(codebooks.bof4(), 64)[0], 3) == 0.016
 
 # %% [markdown]
 # What does the sign cost? It is one bit for each block, 1/64 bit a weight. A float32
 # constant has a sign bit that absmax leaves unused, so there the sign is free. With double
-# quantization it is not free. The constants then lie around $-M$ and $+M$, and subtracting
-# their mean no longer helps ([06](06_double_quantization.ipynb) explains why). On this
-# draw 8-bit constants raise the squared error of BOF4-S by 0.6 %, and that of NF4 by
-# 0.05 %. BOF4-S stays ahead.
+# quantization it is not free. About half of the constants are negative, so their mean is
+# near 0, and subtracting it no longer helps ([06](06_double_quantization.ipynb),
+# section 5). On this draw 8-bit constants raise the squared error of NF4 by 0.05 %, and
+# that of BOF4-S by 0.6 %. BOF4-S still errs less than BOF4.
 
 
 # %% tags=["hide-input"]
-# Measures: what 8-bit constants cost NF4 and BOF4-S
+# Measures: what 8-bit constants add to the squared errors of NF4 and BOF4-S
 def double_quantized(code, signed):
     exact, nested = (quantize(w, code, 64, dq, signed=signed).dequantize() - w for dq in (False, True))
     return np.square(nested).mean(dtype=np.float64) / np.square(exact).mean(dtype=np.float64) - 1
 
 
 for_nf4, for_bof4_s = double_quantized(NF4, False), double_quantized(codebooks.bof4(signed=True), True)
-print(f"8-bit constants: NF4 {for_nf4:+.2%}, BOF4-S {for_bof4_s:+.2%}")
+print(f"squared error with 8-bit constants: NF4 {for_nf4:+.2%}, BOF4-S {for_bof4_s:+.2%}")
 assert 0.0003 < for_nf4 < 0.0007 and 0.0048 < for_bof4_s < 0.0068  # spread over draws: 0.0001, 0.0003
 assert cost["BOF4-S"] * (1 + for_bof4_s) < cost["BOF4"]
 
 # %% [markdown]
 # ## 5 · What the pins cost
 #
-# The pins 0, −1 and 1 make zeros and maxima exact. Each of them takes a value away from
-# the rest. The next cell prints the squared error of the best code with fewer pins,
+# The pins 0, −1 and 1 make zeros and maxima exact. Each pin uses up one of the 16 values.
+# The next cell prints the squared error of the best code with fewer pins,
 # divided by that of the best code with all three. Beside it stands the ratio that BOF4's
 # table 5 reports for real weights.
 
@@ -403,12 +408,12 @@ print(f"Lloyd-Max values / {lloyd_max.max():.4f}: {naive:.6f}   NF4: {expected_e
 assert round(lloyd_max.max(), 4) == 2.7326 and round(naive, 6) == 0.007896 < all_pins < expected_error(NF4, 64)
 
 # %% [markdown]
-# One result is a surprise. Take the 16 values that are best for a normal weight as it is
-# (Max 1960), and divide them by the largest, 2.7326. They have no zero, and were chosen
-# without any blocks. Their squared error is 0.007896 σ². NF4's is larger (0.008460 σ²),
-# and so is that of the best code with all three pins (0.007992 σ²).
+# A code made without any blocks errs less than the best code with all three pins. Take
+# the 16 values that are best for undivided normal weights (Max 1960), and divide them by
+# the largest, 2.7326. They contain no zero. Their squared error is 0.007896 σ². That of
+# the best code with all three pins is 0.007992 σ², and that of NF4 is 0.008460 σ².
 #
-# **But squared error is not perplexity.** BOF4's table 5 also measures perplexity: 8.51
+# **But squared error is not perplexity.** BOF4's table 5 also reports perplexities: 8.51
 # with all pins, 8.81 with none. The code with the larger squared error gave the better
 # model.
 #
@@ -416,8 +421,8 @@ assert round(lloyd_max.max(), 4) == 2.7326 and round(naive, 6) == 0.007896 < all
 #
 # The theory assumes normal weights in blocks of 64, and nothing else. BOF4's table 1 gives
 # errors for three models with billions of weights, here as ratios to NF4's error. The
-# embedded base model has 2 million weights in its linear layers. The next cell measures
-# the same ratios on it, for MAE and MSE. The column `t_30` is the theory once more, for
+# next cell measures the same ratios, for MAE and MSE, on the embedded base model. Its
+# linear layers have 2 million weights. The column `t_30` is the theory once more, for
 # weights from Student's law with 30 degrees of freedom instead of the normal law.
 
 # %% tags=["hide-input"]
@@ -446,9 +451,10 @@ for name, code, signed in (("AF4", codebooks.af4(), False), ("BOF4-S", codebooks
 # to 2.5 %. In the large models each ratio is a little nearer to 1 than in theory. Tails
 # that are a little heavier than the normal law's would do this. Under Student's law with
 # 30 degrees of freedom AF4's ratios are 1.030 and 1.080, and BOF4-S's are 0.981 and 0.889.
-# This is a possible reason. It was not tested on those models.
+# So heavier tails are a possible reason. This was not tested on those models.
 #
-# The figure shows all the codes at 64. The black ticks are −1, 0 and 1.
+# The figure shows the values and errors of seven codes for blocks of 64. The black ticks
+# are −1, 0 and 1.
 
 # %% tags=["hide-input"]
 # Draws: the values of seven codes, with their errors
@@ -462,12 +468,12 @@ code_values(64)
 #   take 0 as a boundary of its neighbours' cells, to 5e-9 at all eight sizes (section 3).
 #   `codebooks.af4` follows the released tables. `optimal_code(I, 1, of="normalized")` is
 #   the optimum of the criterion.
-# - **AF4 and NF4.** By AF4's criterion, AF4 as released is behind NF4 in blocks of up to
-#   512, and ahead from 1024 on (section 3).
+# - **AF4 and NF4.** By AF4's criterion, AF4 as released errs more than NF4 in blocks of up
+#   to 512, and less from 1024 on (section 3).
 # - **BOF4's tables.** `codebooks.bof4` solves the equations. It agrees with table 8 to
 #   1.6e-6, and with the Monte Carlo tables 6 and 7 to 3.3e-4 (section 2).
-# - **BOF4-S and 8-bit constants.** The gain of BOF4-S is that with float32 constants. With
-#   `double_quant=True` the sign costs 0.6 % of the squared error (section 4).
+# - **BOF4-S and 8-bit constants.** The errors given for BOF4-S assume float32 constants.
+#   With `double_quant=True` its squared error rises by 0.6 % (section 4).
 # - **Real weights are not normal.** The published ratios to NF4 differ from the theory's
 #   by up to 2.5 % (section 6). The pins' ratios differ by up to 0.008 (section 5).
 #
@@ -482,14 +488,14 @@ code_values(64)
 # the derivatives of $\mathrm E|W - \hat W|^3$ with respect to each value of a code.
 #
 # - **Given:** `q` (n,) float64, 3 to 16 ascending values strictly between −1 and 1;
-#   `blocksize`, of normal weights; `signed`. `block_law(blocksize)` has `.moments(x, 3)`,
-#   which is $\int_0^x y^n g_3(y)\,dy$ for $n = 0, 1, 2$, and `.atom(3)`, the weight of the
-#   maximum itself. Without `signed` the maximum lies at +1 and at −1, with half the weight
-#   each; with `signed` all of it lies at +1.
+#   `blocksize`, an int (the weights are normal); `signed`, a bool. `block_law(blocksize)`
+#   has `.moments(x, 3)`, which is $\int_0^x y^j g_3(y)\,dy$ for $j = 0, 1, 2$, and
+#   `.atom(3)`, the weight of the maximum itself. Without `signed` half of this weight lies
+#   at −1 and half at +1. With `signed` all of it lies at +1.
 # - **Return** the (n,) derivatives.
 # - **Checked:** to 1e-9, against a quadrature in $x$.
 # - **Hint:** do the moving ends of the cells contribute? The derivative of $|x - q|^3$
-#   with respect to $q$ is $-3\,(x - q)\,|x - q|$. Open the square on each side of $q$.
+#   with respect to $q$ is $-3\,(x - q)\,|x - q|$. Expand $(x - q)^2$ on each side of $q$.
 
 
 # %% tags=["exercise"]
@@ -513,20 +519,19 @@ _ = grade("17-1", exercise_1)
 # %% [markdown]
 # ### 17-2 The boundaries that moved
 #
-# Somebody solved the median condition of $\mathrm E|X - q(X)|$ for blocks of normal
-# weights, but put some boundaries elsewhere than half-way. Find them.
+# A code solves the median condition of $\mathrm E|X - q(X)|$ for blocks of normal
+# weights, but some boundaries were moved away from half-way. Find them.
 #
 # - **Given:** `q` (16,) float64: seven negative values from −1, then 0, then eight
-#   positive values up to 1; `blocksize`. The 13 free values obey the median condition to
-#   better than 1e-9 in $F$, with the boundaries that were used. On each side of 0 at most
-#   one boundary lies elsewhere than half-way, by at least a tenth of the gap between its
-#   two values.
-# - **Return** a dict {i: where} of these boundaries. Boundary i lies between q[i] and q[i
-#   + 1].
-# - **Checked:** the boundaries, and `where` to 1e-6. For AF4 as released the answer is {6:
-#   0.0, 7: 0.0}; for an optimum it is {}.
-# - **Hint:** a boundary between two free values breaks two conditions, and one beside a
-#   pin breaks one.
+#   positive values up to 1; `blocksize`. With the boundaries that were used, the 13 free
+#   values obey the median condition to better than 1e-9 in $F$. On each side of 0 at most
+#   one boundary was moved, by at least a tenth of the gap between its two values.
+# - **Return** a dict {i: where} of the moved boundaries. Boundary `i` lies between `q[i]`
+#   and `q[i+1]`.
+# - **Checked:** the boundaries, and `where` to 1e-6. For AF4 as released the answer is
+#   `{6: 0.0, 7: 0.0}`. For an optimum it is `{}`.
+# - **Hint:** put all boundaries half-way. If a boundary between two free values was moved,
+#   two conditions break. If one beside a pin was moved, one condition breaks.
 
 
 # %% tags=["exercise"]
@@ -557,14 +562,15 @@ _ = grade("17-2", exercise_2)
 # ### 17-3 One code for two block sizes
 #
 # Half of a model's weights lie in blocks of one size, and half in blocks of another. Find
-# the BOF4-S code (MSE) that is best for all of them together, for any split of its 16
-# values.
+# the BOF4-S code (MSE) that is best for all of them together, for a given number of
+# negative values.
 #
-# - **Given:** `sizes`, two block sizes, of normal weights; `below`, 4 to 10.
+# - **Given:** `sizes`, two block sizes (the weights are normal); `below`, an int from 4 to
+#   10.
 # - **Return** the (16,) ascending values that minimize the mean of the two
 #   $\mathrm E(W - \hat W)^2$ under the signed maximum: `below` negative values, an exact
-#   0, and 15 − `below` positive values of which the last is 1. For equal sizes and 7 this
-#   is `bof4(size, "mse", True)`.
+#   0, and 15 − `below` positive values of which the last is 1. For equal sizes and
+#   `below = 7` this is `bof4(size, "mse", True)`.
 # - **Checked:** every free value obeys its condition to 1e-7.
 # - **Hint:** which condition does a sum of two errors give? Use `block_law(size).moments`,
 #   evenly spaced values as the start, and Lloyd's iteration
@@ -602,11 +608,11 @@ _ = grade("17-3", exercise_3)
 # ### 17-4 The price of an exact zero
 #
 # When is the pin at 0 worth its price? Compare the best codes for the MSE with the pins
-# (−1, 0, 1) and with the pins (−1, 1). On normal weights the second costs less. Now let a
-# share z of all weights be exactly 0.
+# (−1, 0, 1) and with the pins (−1, 1). On normal weights the second code errs less. Now
+# let a share z of all weights be exactly 0.
 #
-# - **Given:** `blocksize`: each block holds that many normal weights, beside its zeros. So
-#   the zeros change no maximum.
+# - **Given:** `blocksize`: each block holds that many normal weights, and its zeros in
+#   addition. So the zeros change no maximum.
 # - **Return** the z at which both codes have the same expected squared error.
 # - **Checked:** to 1e-9.
 # - **Hint:** which value does the second code give to a zero, and what does that cost?
@@ -635,12 +641,12 @@ _ = grade("17-4", exercise_4)
 #   condition ($p = 1$), with the weight $g_0$, $g_1$ or $g_2$. `optimal_code` in
 #   `tinylora/numerics/optimality.py` solves it, and reproduces BOF4's table 8 to 1.6e-6.
 # - AF4's released tables obey the median condition with 0 as a boundary, to 5e-9 at eight
-#   sizes (`codebooks.af4`). As released, AF4 is ahead of NF4 in its own criterion in
-#   blocks of 643 and more. With all boundaries half-way it would be ahead at all eight
+#   sizes (`codebooks.af4`). By its own criterion, AF4 as released errs less than NF4 in
+#   blocks of 643 and more. With all boundaries half-way it would err less at all eight
 #   sizes.
 # - BOF4-S needs no −1. Its squared error at 64 is 0.007352 σ², against 0.007992 σ² (BOF4)
 #   and 0.008460 σ² (NF4).
-# - Without pins the squared error would be 4.6 % smaller, but in the paper the perplexity
-#   is better with the pins. The embedded model follows the theory to 0.1 %.
+# - Without pins the squared error would be 4.6 % smaller. In the paper, however, the
+#   perplexity is better with the pins. The embedded model follows the theory to 0.1 %.
 # - `tests/test_optimality.py` holds the codes and what they cost. `tests/test_rounding.py`
 #   holds the 8-bit constants.

@@ -15,7 +15,7 @@
 #
 # **You will be able to**
 #
-# - count the bits of a 4-bit format, with its constants
+# - count the bits of a 4-bit format, including those of its constants
 # - find the number of bits at which two formats are equally good
 # - double-quantize scales that carry a sign
 #
@@ -25,7 +25,7 @@
 #
 # **Hours:** 2½ (1½ to read and run, 1 for the exercises).
 #
-# **Papers:** QLoRA (arXiv 2305.14314) §3, Int4 of eq. 1; BOF4 (arXiv 2505.06653),
+# **Papers:** QLoRA (arXiv 2305.14314) §3, the Int4 of eq. 1; BOF4 (arXiv 2505.06653), the
 # signed scales. Settled: bitsandbytes issue 2086, "NF4 reconstruction is worse than
 # affine int4 below blocksize 64".
 #
@@ -46,13 +46,14 @@ NF4 = codebooks.nf4()
 # %% [markdown]
 # ## 1 · One constant or two
 #
-# NF4 stores one constant for each block, its absmax. *Affine* int4 stores two. Its
-# sixteen values are evenly spaced from the block's minimum, low, to its maximum, high:
+# NF4 stores one constant for each block, its absmax. *Affine* int4 stores two, low and
+# step. Its sixteen values are evenly spaced from the block's minimum, low, to its
+# maximum, high:
 #
 # $$\hat w = \text{low} + i \cdot \text{step}, \qquad
 # \text{step} = (\text{high} - \text{low})/15, \quad i = 0 \dots 15 .$$
 #
-# Both formats in plain NumPy, with constants rounded to float16:
+# The next cell has both formats in plain NumPy, with constants rounded to float16.
 
 
 # %%
@@ -74,17 +75,18 @@ def plain_affine(w, blocksize):
 # %% [markdown]
 # Let a constant have $s$ bits. A block of $B$ weights ($I$ in notebooks 16 and 17)
 # costs $4 + s/B$ bits a weight in NF4, and $4 + 2s/B$ in affine int4. At equal *bits*,
-# affine int4 gets blocks twice as large as NF4's, whatever $s$ is.
+# affine int4 has blocks twice as large as NF4's, whatever $s$ is.
 #
-# The thread compares the two at equal *block size*. This notebook does that first, and
+# Issue 2086 compares the two at equal *block size*. This notebook does that first, and
 # then compares them at equal bits.
 #
 # ## 2 · Where the two are equal
 #
 # On normal weights both errors are known by quadrature. NF4's is that of notebook 16.
 # For affine int4, a block's minimum $a$ and maximum $b$ have the joint density
-# $B(B-1)\,f(a)\,f(b)\,(F(b)-F(a))^{B-2}$, and the other weights follow $f$ cut to
-# $[a, b]$ (`optimality.affine_error`).
+# $B(B-1)\,f(a)\,f(b)\,(F(b)-F(a))^{B-2}$, where $f$ and $F$ are a weight's density and
+# distribution function. The other weights follow $f$ cut to $[a, b]$
+# (`optimality.affine_error`).
 
 
 # %%
@@ -93,7 +95,7 @@ def nf4_error(blocksize):
 
 
 def crossing(blocks, other):
-    """Where NF4 in blocks of B costs what `other` says, linearly between the given B; NF4 costs more at the first."""
+    """The B at which NF4's error is other(B), linear between the given B; at the first of them NF4 errs more."""
     less = [other(B) - nf4_error(B) for B in blocks]
     assert less[0] < 0 < less[-1]
     return float(np.interp(0, less, blocks))
@@ -102,15 +104,15 @@ def crossing(blocks, other):
 equal_block = crossing(range(64, 97), optimality.affine_error)
 equal_bits = crossing(range(16, 33), lambda B: optimality.affine_error(2 * B))
 print(f"equal block size: affine int4 errs less in blocks below {equal_block:.2f}")
-print(f"equal bits: NF4 in blocks of {equal_bits:.2f} costs what affine int4 in blocks of {2 * equal_bits:.2f} costs")
+print(f"equal bits: NF4 in blocks of {equal_bits:.2f} errs as much as affine int4 in blocks of {2 * equal_bits:.2f}")
 assert round(equal_block, 1) == 82.0 and round(equal_bits, 2) == 23.46
 
 # %% [markdown]
-# At equal block size the thread is right: on normal weights affine int4 errs less in
-# blocks of 81 or fewer. At equal bits affine int4 errs less only where NF4's block is
-# below 23.46. The width of a constant says how many bits that is:
+# At equal block size the issue is right: on normal weights affine int4 errs less in
+# blocks of 81 or fewer. At equal bits affine int4 errs less only where NF4's block size
+# is below 23.46. The bits a weight at this point depend on $s$:
 #
-# | constants | $s$ | the two are equal at |
+# | constants | $s$ | both err equally at |
 # |---|---|---|
 # | float32, as bitsandbytes stores them without double quantization | 32 | 5.36 bits |
 # | 16 bits | 16 | 4.68 bits |
@@ -118,16 +120,16 @@ assert round(equal_block, 1) == 82.0 and round(equal_bits, 2) == 23.46
 #
 # With fewer bits NF4 errs less. With more bits affine int4 errs less.
 #
-# Symmetric Int4 (QLoRA's eq. 1) has one constant. At equal block size it costs the same
-# bits as NF4, and it errs more in every block from 8 to 1024.
+# Symmetric Int4 (QLoRA's eq. 1) has one constant. At equal block size it takes the same
+# bits as NF4, and it errs more at every block size from 8 to 1024.
 #
-# bitsandbytes' default is NF4 in blocks of 64 with double quantization, at 4.127 bits.
-# Affine int4 has 4.127 bits with double-quantized constants in blocks of 128, where its
-# error is 17.5 % higher. With 16-bit constants it needs blocks of 252, and its error is
-# 39.6 % higher.
+# QLoRA takes NF4 in blocks of 64 with double quantization, at 4.127 bits. Affine int4 has
+# 4.127 bits with double-quantized constants in blocks of 128, where its error is higher
+# by 17.5 %. With 16-bit constants it needs blocks of 252, where its error is higher by
+# 39.6 %.
 
 # %% tags=["hide-input"]
-# Checks: the table, symmetric Int4, and affine int4 at the 4.127 bits of bitsandbytes' default.
+# Checks: the table, symmetric Int4, and affine int4 at QLoRA's 4.127 bits.
 w = np.random.default_rng(0).standard_normal((1024, 4096), np.float32)
 
 
@@ -150,10 +152,10 @@ for B, expected in ((128, 0.175), (252, 0.396)):
 # %% [markdown]
 # ## 3 · A zero point of 4 bits
 #
-# Many affine formats store one of the sixteen integers, $z$, instead of the minimum:
-# $\hat w = (i - z)\cdot\text{step}$. A block's constants then cost $16 + 4$ bits, so
-# affine int4's blocks are only $1\tfrac14$ times NF4's. There is no quadrature for this
-# format. Its error is measured on $2^{22}$ drawn weights.
+# Many affine formats store a *zero point* $z$ instead of the minimum: the integer, among
+# the sixteen, that stands for 0. Then $\hat w = (i - z)\cdot\text{step}$. A block's
+# constants take $16 + 4$ bits, so affine int4's blocks are only $1\tfrac14$ times NF4's.
+# There is no quadrature for this format. Its error is measured on $2^{22}$ drawn weights.
 
 
 # %%
@@ -170,15 +172,15 @@ print(f"4-bit zero point: equal to NF4 at {whole_zero:.2f} bits a weight")
 assert 4.30 < whole_zero < 4.36
 
 # %% [markdown]
-# The crossing moves from 4.68 down to about 4.33 bits.
+# The number of bits at which both err equally falls from 4.68 to about 4.33.
 #
 # ## 4 · A better code with one constant
 #
-# BOF4-S is the code of least squared error for its block size. It divides a block by
-# its largest element *with its sign*, and a 16-bit constant has a sign for free.
+# BOF4-S divides a block by its *scale*, its largest element *with its sign*. A 16-bit
+# constant has a sign bit anyway. The code has the least squared error for its block size.
 #
 # - At equal block size, affine int4 errs less than BOF4-S in blocks of 38 or fewer.
-# - At equal bits with two 16-bit constants, affine int4 errs less nowhere up to 8 bits
+# - At equal bits with two 16-bit constants, affine int4 never errs less, up to 8 bits
 #   (BOF4-S in blocks of 4, 8, … 512).
 # - At equal bits with a 4-bit zero point, affine int4 errs less at 6 bits (BOF4-S in
 #   blocks of 8) and more at 5.33 (blocks of 12).
@@ -196,9 +198,9 @@ assert bof4_s_error(8) > whole_zero_error(10) and bof4_s_error(12) < whole_zero_
 
 # %% [markdown]
 # **A signed scale breaks double quantization.** Half of BOF4-S's scales are negative,
-# so their mean is nearly 0, and subtracting it gains nothing. The dynamic map then
-# costs 0.6 % of squared error instead of 0.05 %, and E4M3 10.6 % instead of 0.20 %.
-# Exercise 2 repairs this for 1/64 bit a weight.
+# so their mean is nearly 0, and subtracting it gains nothing. For scales stored with the
+# dynamic map, the squared error rises by 0.6 % instead of NF4's 0.05 %. With E4M3 it
+# rises by 10.6 % instead of 0.20 %. Exercise 2 repairs this for 1/64 bit a weight.
 
 # %% tags=["hide-input"]
 # Measures: what double quantization of signed scales costs.
@@ -212,13 +214,13 @@ for name, expected, deviation in (("dynamic8", 0.0058, 0.00015), ("fp8_e4m3", 0.
 # %% [markdown]
 # ## 5 · Real weights
 #
-# The thread publishes RMSEs on Qwen2.5-0.5B (`layers.5.mlp.down_proj`) for both formats
-# in blocks of 128, 64 and 32. With 16 bits for each constant, this allows two
-# comparisons at equal bits. At 4.25 bits, NF4 in blocks of 64 stands against affine
-# int4 in blocks of 128. At 4.5 bits, 32 stands against 64.
+# The issue publishes root mean squared errors (RMSE) on Qwen2.5-0.5B
+# (`layers.5.mlp.down_proj`) for both formats in blocks of 128, 64 and 32. With 16 bits
+# for each constant, two comparisons at equal bits are possible. At 4.25 bits, NF4 has
+# blocks of 64 and affine int4 has blocks of 128. At 4.5 bits, they have 32 and 64.
 
 # %% tags=["hide-input"]
-# Measures: the thread's RMSEs at equal block size and at equal bits, beside two laws of weights.
+# Measures: the issue's RMSEs at equal block size and at equal bits, beside those of two laws.
 PUBLISHED = {"NF4": {128: 0.00169, 64: 0.00160, 32: 0.00150}, "affine": {128: 0.00181, 64: 0.00161, 32: 0.00141}}
 for B in (128, 64, 32):
     normal = np.sqrt(optimality.affine_error(B) / nf4_error(B))
@@ -236,13 +238,13 @@ for B, expected in ((64, (1.131, 1.084, 1.131)), (32, (1.073, 1.026, 1.066))):
 # %% [markdown]
 # At equal bits affine int4's RMSE on this layer is above NF4's by 13 % and 7 %. On
 # normal weights it is above by 8 % and 3 %. Tails a little heavier than normal would
-# explain the difference: a Student t law with 20 degrees of freedom (chosen to be near)
+# explain the difference: a Student t law with 20 degrees of freedom (chosen to fit)
 # gives 13 % and 7 %.
 #
-# The thread also publishes perplexities, with blocks of 32 for both formats. With
+# The issue also publishes perplexities, with blocks of 32 for both formats. With
 # 16-bit constants these compare affine int4 at 5 bits with NF4 at 4.5.
 #
-# The embedded base model has 35 linear weights. The next cell quantizes all of them
+# The embedded base model has 35 linear layers. The next cell quantizes all their weights
 # with section 1's two functions. It sums the squared errors, and divides by the sum of
 # squared weights.
 
@@ -263,13 +265,13 @@ assert all((measured["affine"][2 * B] < measured["nf4"][B]) == (B <= 16) for B i
 assert all(abs(measured["nf4"][B] / nf4_error(B) - 1) < 0.03 for B in measured["nf4"])
 
 # %% [markdown]
-# NF4's errors on the model are within 3 % of the normal law's, and the verdicts are the
-# same. At equal block size affine int4 errs less in blocks of 64 and below. At equal
-# bits with 16-bit constants, affine int4 errs less at 5 bits (its blocks of 32 against
-# 16), and NF4 at 4.5 bits and below.
+# NF4's errors on the model are within 3 % of the normal law's, and the comparisons come
+# out the same. At equal block size affine int4 errs less in blocks of 64 and below. At
+# equal bits with 16-bit constants, affine int4 errs less at 5 bits (its blocks of 32
+# against NF4's of 16). NF4 errs less at 4.5 bits and below.
 #
-# The figure shows both counts side by side. On the right, every curve of the left is
-# shifted by what its constants cost. Rings are the base model's weights.
+# The figure compares at equal block size (left) and at equal bits (right). On the right,
+# each curve is shifted by the bits of its constants. Rings are the base model's weights.
 
 # %% tags=["hide-input"]
 # Draws: squared error against the block size, and against the bits a weight.
@@ -280,21 +282,20 @@ bits_against_error(measured)
 #
 # The answer depends on the number of bits and on how the constants are stored.
 #
-# - **Above about 4.3 to 4.7 bits** (5.4 with float32 constants), small blocks and a
-#   zero point pay.
-# - **Near 4.13 bits**, where QLoRA is, one constant and normal quantiles pay.
+# - **Above about 4.3 to 4.7 bits** (5.4 with float32 constants), affine int4 errs less.
+# - **Near 4.13 bits**, where QLoRA is, NF4 errs less.
 #
-# Two limits remain. The squared error of the weights is the only judge here. And
-# neither format was taken in its best variant: affine int4 could clip its range, and
-# NF4 could give way to BOF4.
+# Two limits remain. Only the squared error of the weights was compared. And neither
+# format was taken in its best variant: affine int4 could clip its range, and BOF4 could
+# replace NF4.
 #
 # ## Where paper and code differ
 #
-# - QLoRA's Int4 (eq. 1) is symmetric: 15 values and one constant. The thread's int4 is
-#   affine: 16 values and two constants.
+# - QLoRA's Int4 (eq. 1) is symmetric: 15 values and one constant. The int4 of issue
+#   2086 is affine: 16 values and two constants.
 # - bitsandbytes stores absmax in float32 unless it double-quantizes. The two formats
-#   are then equal at 5.36 bits, not at the 4.68 of 16-bit constants.
-# - The quadrature takes constants to be exact. Double quantization around the mean adds
+#   then err equally at 5.36 bits, not at the 4.68 of 16-bit constants.
+# - The quadrature assumes exact constants. Double quantization around the mean adds
 #   0.05 % to NF4's error, and 0.6 % to that of BOF4-S, whose scales have signs.
 #
 # ## Exercises
@@ -307,13 +308,13 @@ bits_against_error(measured)
 # At which number of bits a weight is affine int4 as good as NF4 in given blocks?
 #
 # - `blocksize`: an int from 16 to 256, NF4's block size
-# - `s`: a float, the bits of one constant; NF4 stores one a block, affine int4 two
+# - `s`: a float, the bits of a constant; NF4 stores one a block, affine int4 two
 # - `affine`: a dict {block size: expected squared error of affine int4 on normal
 #   weights}, for blocks of 16, 32, 64, 128 and 256
 #
 # Return the bits a weight at which affine int4 has the expected squared error of NF4,
-# `optimality.expected_error(NF4, blocksize)`. It is checked by the error that it
-# implies, to 0.2 %.
+# `optimality.expected_error(NF4, blocksize)`. Checked: the block size that your answer
+# implies gives this error to 0.2 %.
 #
 # Hint: affine int4's error grows almost linearly in $\log B$, so interpolate.
 # Afterwards, compare with NF4's own bits, `4 + s/blocksize`: from which block size on
@@ -337,15 +338,15 @@ _ = grade("18-1", exercise_1)
 # %% [markdown]
 # ### 18-2 Signed scales, repaired
 #
-# Double-quantize signed scales so that subtracting a mean pays again, at the price of
+# Double-quantize signed scales so that subtracting a mean helps again, at the price of
 # one bit a block.
 #
 # - `m`: (blocks,) float32, the signed scales of BOF4-S, about half of them negative
 #
 # Return `(restored, nbytes)`: the restored scales, (blocks,) float32, with the signs of
 # `m`; and the number of bytes that are stored for them, everything counted, with eight
-# signs in a byte. The signs, the bytes, and that the magnitudes come back as exactly as
-# unsigned ones are checked.
+# signs in a byte. Checked: the signs, the bytes, and that the magnitudes come back as
+# exactly as those of unsigned scales.
 #
 # Hint: `quantize_constants(x)` double-quantizes any float32 vector. Its result has
 # `.restore()` and `.nbytes`.
@@ -371,8 +372,8 @@ _ = grade("18-2", exercise_2)
 # - At equal block size affine int4 errs less than NF4 in blocks below 82
 #   (`tinylora/numerics/optimality.py`, `expected_error` and `affine_error`; test
 #   `tests/test_optimality.py`).
-# - At equal bits the two are equal at 4.68 bits with 16-bit constants, at 4.33 with a
+# - At equal bits both err equally at 4.68 bits with 16-bit constants, at 4.33 with a
 #   4-bit zero point, and at 5.36 with float32 constants. With fewer bits NF4 errs less.
 # - At QLoRA's 4.127 bits affine int4 errs 17.5 % more than NF4.
-# - Signed scales have a mean near 0, so double quantization costs 0.6 % of squared
+# - Signed scales have a mean near 0, so double quantization adds 0.6 % to the squared
 #   error, or 10.6 % with E4M3 (`tinylora/quant.py`; test `tests/test_rounding.py`).

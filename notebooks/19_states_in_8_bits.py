@@ -17,7 +17,7 @@
 #
 # - write a step of AdamW whose state takes 2.03 bytes a parameter
 # - cut that state into pages without changing a bit
-# - derive two effects of the rounding that are not noise
+# - derive two effects of the rounding that do not average out
 #
 # **Needs:** AdamW and pages ([08](08_paged_optimizers.ipynb), sections 1 to 4); blocks
 # and their absmax ([04](04_blockwise_absmax.ipynb)); the dynamic map
@@ -50,9 +50,9 @@ d1, d2 = codebooks.dynamic8(signed=True), codebooks.dynamic8(signed=False)
 #
 # AdamW keeps a running mean $m$ of the gradients and a running mean $v$ of their
 # squares. 8-bit optimizers store both as codes of 8 bits, in blocks of 256 with one
-# float32 absmax $a$ each. A *dynamic map* is a sorted table of 256 values that lie
-# densest near 0. The signed map $d_1$ is for $m$. The unsigned map $d_2$ is for $v$,
-# which is never negative.
+# float32 absmax $a$ each. A code $k$ is an index into a *dynamic map*, a sorted table of
+# 256 values that lie densest near 0. The signed map $d_1$ is for $m$. The unsigned map
+# $d_2$ is for $v$, since $v$ is never negative.
 
 # %%
 for name, d in (("d1", d1), ("d2", d2)):
@@ -66,7 +66,7 @@ for name, d in (("d1", d1), ("d2", d2)):
 # \;\longrightarrow\; a = \max |x|, \quad
 # k = \text{index of the } d \text{ nearest to } x / a .$$
 #
-# For one block this is two functions beside the `adamw` of notebook 08:
+# For one block, two functions do this, beside the `adamw` of notebook 08:
 
 
 # %%
@@ -89,13 +89,14 @@ def adamw_8_bits(p, g, codes_m, absmax_m, codes_v, absmax_v, t):
 
 # %% [markdown]
 # The library's `adamw8bit_step` also follows bitsandbytes' roundings, operation by
-# operation. The folded cell compares it, under the rule of the GPU kernels, with the
-# function above, for 40 steps of one block. Each step begins with the library's state.
+# operation. The folded cell compares `adamw_8_bits` with it for 40 steps of one block,
+# under the rule of the GPU kernels. Each step begins with the library's state. There are
+# two differences:
 #
-# - The kernel takes $1-\beta_2$ from the float32 of 0.999. This makes $v$ smaller by
-#   1.3e-5 of itself.
-# - All else differs in the last bits. Where a number lies at the middle between two
-#   values, its code may differ by one. At most 10 of the 20,480 codes do.
+# - The kernel computes $1-\beta_2$ from 0.999 rounded to float32. This makes $v$ smaller
+#   by 1.3e-5 of itself.
+# - All else differs in the last bits. Where a number lies half-way between two values,
+#   its code may differ by one. At most 10 of the 20,480 codes do.
 
 # %% tags=["hide-input"]
 # Measures: codes that differ from the library's
@@ -111,7 +112,7 @@ for t in range(1, 41):
         assert np.abs(codes - theirs.astype(int)).max() <= 1
     v_off = max(v_off, ours[4] / av[0] - 1)
     assert abs(ours[2] / am[0] - 1) < 1e-6 and np.abs(ours[0] - p).max() < 1e-6
-print(f"codes that differ: {different} of {40 * 512:,}; absmax of v larger by up to {v_off:.1e}")
+print(f"codes that differ: {different} of {40 * 512:,}; absmax of v above the library's by up to {v_off:.1e}")
 assert different <= 10 and round(v_off, 6) == 1.3e-5
 assert f"{1 - float(1 - f32(0.999)) / 0.001:.1e}" == "1.3e-05"
 
@@ -123,7 +124,7 @@ bytes_a_parameter = 2 * (1 + 4 / 256)
 print(f"bytes a parameter: {bytes_a_parameter} instead of 8, {8 / bytes_a_parameter:.2f} times less")
 
 # %% tags=["hide-input"]
-# Checks: the library's two optimizers hold so many bytes
+# Checks: the library's two optimizers hold 2.03125 and 8 bytes a parameter
 big = Tensor(np.zeros((256, 4096), f32), requires_grad=True)
 eight, full = AdamW8bit([big]).state_bytes / big.size, AdamW([big]).state_bytes / big.size
 assert (eight, full) == (2.03125, 8) == (bytes_a_parameter, 8) and round(full / eight, 2) == 3.94
@@ -134,8 +135,8 @@ assert [AdamW8bit([p]).state_bytes for p in small] == [4095 * 8, 4096 * 2.03125]
 # ## 2 · Codes in pages
 #
 # Codes can be paged as well, if no block is cut in two: the 256 codes of a block need
-# the same absmax. `AdamW8bit` cuts its pages between blocks. Absmax lies outside the
-# pages, as in bitsandbytes. Every budget gives the same bits.
+# the same absmax. `AdamW8bit` cuts its pages between blocks. The absmax lie outside the
+# pages, as in bitsandbytes. Every budget of pages gives the same bits.
 
 # %% tags=["hide-input"]
 # Checks: AdamW8bit ends with the same bits at 1 to 10 frames of 10 pages
@@ -166,8 +167,8 @@ print("the same bits with 1, 2, 5, 9 and 10 frames for 10 pages, and other bits 
 # Most rounding errors are small and go either way. Two effects are different. The first
 # is that bitsandbytes on a CPU cannot store a 0. It rounds through a table: $x / a$,
 # which lies between −1 and 1, is moved to the nearest of 65,536 evenly spaced points.
-# The table holds the code nearest to each point. No point lies at 0, because their
-# number is even.
+# The table holds the code nearest to each point. No point lies at 0, because the number
+# of points is even.
 
 
 # %%
@@ -190,18 +191,18 @@ for x, d in ((y, d1), (np.abs(y) ** 4, d2)):
     assert absmax == 1 and codes.reshape(-1).tolist() == [cpu_code(float(value), d) for value in x]
 
 # %% [markdown]
-# So a parameter without gradient gets an $m$ and a $v$ as soon as others of its block
-# have gradients. Let half of a block have the gradient 1 in every step, and the other
-# half the gradient 0. At the learning rate 1e-3, the parameters without gradient fall by
-# 4.8e-4 in 100 steps. (The left panel of the figure in section 4 shows it, and exercise
-# 19-2 derives it.) They stay where they are with a float32 state, in a block of nothing
-# but zeros, and under the GPU's rule.
+# So a parameter without gradient gets a nonzero $m$ and $v$ as soon as others of its
+# block have gradients. Let half of a block have the gradient 1 in every step, and the
+# other half the gradient 0. At the learning rate 1e-3, the parameters without gradient
+# fall by 4.8e-4 in 100 steps. (The left panel of the figure in section 4 shows the fall,
+# and exercise 19-2 derives it.) They stay where they are with a float32 state, in a block
+# without any gradients, and under the GPU's rule.
 #
-# ## 4 · Down is not up
+# ## 4 · Steps up are smaller than steps down
 #
 # The second effect is that $d_1$ has no −1. Its first value is −0.993. So $m = -a_m$ is
-# read back as $-0.993\,a_m$, while $m = a_m$ is read back exactly. For the gradient −1
-# in every step, $m$ settles where a step changes it no more:
+# read back as $-0.993\,a_m$, while $m = a_m$ is read back exactly. If the gradient is −1
+# in every step, $m$ settles at the value that a step does not change:
 
 # %%
 settles = -0.1 / (1 + 0.9 * float(d1[0]))  # the solution of m = 0.9 · 0.993 m − 0.1
@@ -214,7 +215,7 @@ print(f"m settles at {settles:.2f}, and not at -1")
 # %% tags=["hide-input"]
 # Measures: both effects, step by step, with the library's step
 def drift(g, steps, rule):
-    """(steps + 1, parameters): those that start at 0, after each step with the same gradient, at a learning rate of 1e-3."""
+    """The parameters, from 0 on, after each step with the gradient g at the learning rate 1e-3: (steps + 1, parameters)."""
     p, blocks = np.zeros(len(g), f32), len(g) // 256
     state8 = [np.zeros(n, t) for n, t in ((len(g), "u1"), (len(g), "u1"), (blocks, f32), (blocks, f32))]
     path = [p.copy()]
@@ -228,7 +229,7 @@ g = np.zeros(512, f32)
 g[:256:2] = 1  # every second parameter of the first block; nothing in the second
 cpu, gpu = (drift(g, 100, f"bitsandbytes-{rule}") for rule in ("cpu", "cuda"))
 print(
-    f"gradient 0 beside 1: {cpu[-1, 1]:.1e} on a CPU, {gpu[-1, 1]:.1e} on a GPU; in a block of zeros {cpu[-1, 300]:.1e}"
+    f"without gradient: {cpu[-1, 1]:.1e} on a CPU, {gpu[-1, 1]:.1e} on a GPU; in a block without any {cpu[-1, 300]:.1e}"
 )
 assert f"{cpu[-1, 1]:.1e}" == "-4.8e-04" and (cpu[-1, 256:] == 0).all() and (gpu[-1, 1::2] == 0).all()
 plain32, m, v = np.zeros(512, f32), np.zeros(512, f32), np.zeros(512, f32)
@@ -263,8 +264,8 @@ two_effects({"CPU": cpu[:, 1], "GPU": gpu[:, 1]}, {"CPU": shorter["cpu"][:60], "
 #
 # ### 19-1 Where 8 bits may be cut
 #
-# Cut the 8-bit state of $n$ parameters into pages that hold codes only. Cut in the wrong
-# place, and some parameters are scaled with another block's absmax. Page by page,
+# Cut the 8-bit state of $n$ parameters into pages that hold codes only. After a cut in
+# the wrong place, some parameters are scaled with another block's absmax. Page by page,
 # parameters `start` … `end − 1` are updated by
 #
 # ```python
@@ -279,9 +280,9 @@ two_effects({"CPU": cpu[:, 1], "GPU": gpu[:, 1]}, {"CPU": shorter["cpu"][:60], "
 #   parameters, together `page_bytes` at most
 # - absmax has an entry for each 256 parameters, and a last partial block has one too
 #
-# Return a list of (start, end, first, last), in order, with no more pages than
-# necessary. Checked: the pages cover all parameters once, fit, are as few as possible,
-# and give the bits of a step over all $n$.
+# Return a list of (start, end, first, last), one for each page, in order, with no more
+# pages than necessary. Checked: the pages cover all parameters once, are not too large,
+# are as few as possible, and give the bits of a step over all $n$.
 #
 # Hint: first find how many whole blocks fit into a page.
 
@@ -302,10 +303,10 @@ _ = grade("19-1", exercise_1)
 # %% [markdown]
 # ### 19-2 The fall
 #
-# Derive the −4.8e-4 of section 3. A parameter starts at 0 and never has a gradient. All
-# other parameters of its block have the same positive gradient in every step, whose size
-# cancels. The optimizer is `AdamW8bit` under the CPU's rule. Epsilon and weight decay
-# count for nothing.
+# Derive the −4.8e-4 of section 3. A parameter starts at 0 and never has a gradient. Other
+# parameters of its block all have the same positive gradient in every step. The size of
+# that gradient cancels. The optimizer is `AdamW8bit` under the CPU's rule. Neglect
+# epsilon and weight decay.
 #
 # - `steps`: an int, 1 or more
 # - `lr`, `beta1`, `beta2`: floats
@@ -318,7 +319,7 @@ _ = grade("19-1", exercise_1)
 # the library within 1 %, also after very few steps.
 #
 # Hint: write down $m$ and $v$ of the *other* parameters after $t-1$ steps. They are the
-# absmax.
+# block's absmax.
 
 
 # %% tags=["exercise"]
@@ -347,7 +348,7 @@ _ = grade("19-2", exercise_2)
 #   (`test_any_budget_gives_the_same_bits` in `tests/test_optim8bit.py`).
 # - On a CPU, a parameter without gradient falls by 4.8e-4 in 100 steps at a learning
 #   rate of 1e-3 (`test_on_a_cpu_a_parameter_without_gradient_falls`, same file).
-# - A constant negative gradient soon takes 0.94 of the step of a positive one
+# - The steps for a constant negative gradient shrink to 0.94 of those for a positive one
 #   (`test_a_constant_negative_gradient_takes_smaller_steps_than_a_positive_one`, same
 #   file).
 # - Notebook [09](09_where_did_the_memory_go.ipynb) adds up what else is in memory.

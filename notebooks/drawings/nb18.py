@@ -82,7 +82,7 @@ def bits_against_error(measured, seed=0):
     block, error = _crossing(range(64, 97, 4), optimality.affine_error)
     left.plot(block, error, "ko", ms=6, zorder=5)
     left.annotate(f"B = {block:.0f}", (block, error), xytext=(-2, 10), **label)
-    left.set_title(f"equal block size: affine wins below B = {block:.0f}", fontsize=10)
+    left.set_title(f"equal block size: affine errs less below B = {block:.0f}", fontsize=10)
     block, error = _crossing(range(16, 33, 4), lambda b: optimality.affine_error(2 * b))
     right.plot(16 / block, error, "ko", ms=6, zorder=5)
     arrow = {"arrowstyle": "-", "color": "black", "lw": 0.7, "shrinkB": 4}
@@ -91,7 +91,7 @@ def bits_against_error(measured, seed=0):
     right.plot(16 / other, error, "ko", ms=4.5, zorder=5)
     right.annotate(f"{4 + 16 / other:.2f}", (16 / other, error), xytext=(-48, -42), arrowprops=arrow, **label)
     right.set_title(
-        f"equal bits: affine wins above {4 + 16 / block:.2f}, or {4 + 16 / other:.2f} (dashed)", fontsize=10
+        f"equal bits: affine errs less above {4 + 16 / block:.2f} (dashed: {4 + 16 / other:.2f})", fontsize=10
     )
 
     for ax, texts in (
