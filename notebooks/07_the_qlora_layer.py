@@ -22,7 +22,7 @@
 # **Needs:** pullbacks and the tape ([02](02_a_small_autograd.ipynb)), the bypass
 # ([03](03_the_bypass.ipynb)), double quantization ([06](06_double_quantization.ipynb)).
 #
-# **Hours:** 2 (¾ to read and run, 1¼ for the exercises).
+# **Hours:** 2 (1 to read and run, 1 for the exercises).
 #
 # **Papers:** QLoRA (arXiv 2305.14314) §3, equations 5 and 6. Settled: why dequantize
 # and how gradients pass (qlora issues 258 and 286); why 4 bits are not faster
@@ -173,14 +173,13 @@ assert [name.split(".")[-2] for name, _ in layer.trainable()] == ["lora_A", "lor
 #
 # ## 4 · Ŵ or W? Ask the loss
 #
-# Suppose that somebody has kept the unquantized $W$, the "true" weight, and uses
-# $\bar x = \bar y\,W$. But the loss belongs to the network with $\hat W$. Its slope can
-# be measured, and the measurement decides.
+# Suppose that somebody has kept the unquantized $W$ and uses $\bar x = \bar y\,W$. But the
+# loss belongs to the network with $\hat W$. Its slope can be measured without a backward
+# pass, and the measurement decides.
 #
-# `ops.linear_frozen` calls a weight's `dequantize(dtype)` twice: in the forward pass
-# with the dtype of the computation, in the backward pass with the weight's own `dtype`.
-# If the weight names its own dtype "backward", it can tell the two calls apart and
-# answer with two matrices:
+# `ops.linear_frozen` calls its weight's `dequantize(dtype)` once in each pass. In the
+# backward pass it asks for the weight's own `dtype`. If this is named "backward", a weight
+# can give each pass another matrix:
 
 
 # %%
@@ -197,11 +196,23 @@ class TwoWeights:
 
 
 # %% [markdown]
-# The model is the embedded one, 5 blocks of 7 linear layers, in NF4 with fresh bypasses
-# ($B = 0$). It computes in float64, so that differences keep their digits.
+# The folded cell puts such weights into the embedded model: 5 blocks of 7 linear layers,
+# in NF4, with fresh bypasses ($B = 0$). The backward pass takes $\hat W$, $W$, or
+# $\hat W$ rounded to bfloat16. For each of these ways, `claimed[way][block]` is the
+# gradient of the block's seven $B$, as one vector. `loss_at(block, b)` is the loss if
+# these $B$ are the vector `b`.
 
 
-# %%
+# %% tags=["hide-input"]
+# Measures: the gradients of B in each block, with three weights in the backward pass
+text = np.frombuffer(tl.data.jargon("train")[:257], np.uint8).astype(int)[None]
+ways = {
+    "Ŵ": lambda w, w_hat: w_hat,
+    "W": lambda w, w_hat: w,
+    "bfloat16(Ŵ)": lambda w, w_hat: round_to(w_hat, "bfloat16"),
+}
+
+
 def adapted(choose):
     """The model in NF4 with bypasses; choose(W, Ŵ) is the weight of the backward pass."""
     tl.seed(0)
@@ -213,74 +224,62 @@ def adapted(choose):
             w, w_hat = original[name.removesuffix(".base_layer")], part.dense()
             part.weight = TwoWeights(w_hat, choose(w, w_hat))
     for p in model.parameters():
-        p.data = p.data.astype(np.float64)
+        p.data = p.data.astype(np.float64)  # so that differences of the loss keep their digits
     return model
 
 
-# %% [markdown]
-# The loss is that of 256 bytes of the Jargon File. The gradients of a block's seven $B$
-# form one vector.
-
-# %%
-text = np.frombuffer(tl.data.jargon("train")[:257], np.uint8).astype(int)[None]
-
-
-def loss_of(model):
-    return ops.softmax_cross_entropy(model(text[:, :-1]), text[:, 1:])
-
-
 def factors(model, block):
+    """The B of the block's seven layers."""
     return [p for name, p in model.model.layers[block].trainable() if "lora_B" in name]
 
 
+def loss_of(model):
+    """The loss on 256 bytes of the Jargon File."""
+    return ops.softmax_cross_entropy(model(text[:, :-1]), text[:, 1:])
+
+
 def claims(model):
-    """What backward says: for each block the gradient of the loss with respect to its B."""
+    """The gradient of each block's B, by a backward pass."""
     loss_of(model).backward()
     return [np.concatenate([p.grad.ravel() for p in factors(model, i)]) for i in range(5)]
 
 
-# %% [markdown]
-# The slope needs no backward pass. Move the $B$ of one block along a direction $v$,
-# both ways, and divide the difference of the two losses by the distance (a *central
-# difference*).
+def loss_at(block, b):
+    """The loss if the block's seven B are the vector b, and all other B are 0."""
+    here = factors(model, block)
+    for p in here:
+        p.data, b = b[: p.size].reshape(p.shape), b[p.size :]
+    with tl.no_grad():
+        loss = loss_of(model).item()
+    for p in here:
+        p.data = 0 * p.data
+    return loss
 
 
-# %%
-def slope(model, block, v, eps=1e-3):
-    """(L(εv) − L(−εv)) / 2ε, the loss L as a function of the B of one block."""
-
-    def loss_at(b):
-        for p in factors(model, block):  # each of the seven B takes its part of the vector b
-            p.data, b = b[: p.size].reshape(p.shape), b[p.size :]
-        with tl.no_grad():
-            return loss_of(model).item()
-
-    difference = loss_at(eps * v) - loss_at(-eps * v)
-    loss_at(0 * v)  # B is 0 again
-    return difference / (2 * eps)
-
-
-# %% [markdown]
-# Three backward passes are compared: with $\hat W$, with $W$, and with $\hat W$ rounded
-# to bfloat16. A rival is judged along the $v$ in which its claim differs most from that
-# of $\hat W$. There a gradient $g$ claims the slope $g \cdot v$.
-
-
-# %%
-ways = {
-    "Ŵ": lambda w, w_hat: w_hat,
-    "W": lambda w, w_hat: w,
-    "bfloat16(Ŵ)": lambda w, w_hat: round_to(w_hat, "bfloat16"),
-}
-claimed = {name: claims(adapted(choose)) for name, choose in ways.items()}
+claimed = {way: claims(adapted(choose)) for way, choose in ways.items()}
 model = adapted(ways["Ŵ"])
 
+# %% [markdown]
+# A gradient $g$ claims that along a direction $v$ the loss has the slope $g \cdot v$. A
+# *central difference* measures this slope:
 
+
+# %%
+def slope(f, v, eps=1e-3):
+    """(f(εv) − f(−εv)) / 2ε, the slope of f at 0 along v."""
+    return (f(eps * v) - f(-eps * v)) / (2 * eps)
+
+
+# %% [markdown]
+# A rival of $\hat W$ is judged along the $v$ in which the two claims differ most:
+
+
+# %%
 def judged(rival, block):
     """Errors of the rival's claim and of Ŵ's claim, over the norm of Ŵ's gradient."""
     right, other = claimed["Ŵ"][block], claimed[rival][block]
     v = (other - right) / np.linalg.norm(other - right)
-    told = slope(model, block, v)
+    told = slope(lambda b: loss_at(block, b), v)
     return [abs(g @ v - told) / np.linalg.norm(right) for g in (other, right)]
 
 
@@ -353,7 +352,7 @@ assert (round(stored / 1e9, 2), round(2 * sum(weights) / 1e9, 2)) == (3.34, 12.9
 # ## Where paper and code differ
 #
 # - **Scale.** Equation 5 has none. As printed, its bypass is 4 times as strong.
-# - **"∂X/∂W".** §3 asks for this derivative. Needed is
+# - **"∂X/∂W".** §3 asks for this derivative. What is needed is
 #   $\partial Y/\partial X = \hat W$.
 # - **One weight or two.** bitsandbytes' backward pass rounds $\hat W$ to the dtype of
 #   the unquantized weight. If that was bfloat16 and the computation is float32, the
@@ -394,7 +393,7 @@ assert abs((other != W_hat).mean() - 0.92) < 0.01 and abs(apart(other, W) / apar
 # of $\hat W$ (`q.dequantize()` and `q.indices()` take more).
 #
 # Hint: a group of rows gives some entries of $y$, but a share of every entry of
-# $\bar x$.
+# $\bar x$. Entry `j` of the flattened $\hat W$ is in block `j // q.blocksize`.
 
 
 # %% tags=["exercise"]
@@ -441,6 +440,8 @@ _ = grade("07-1", exercise_1)
 #
 # $$\langle P_1 P_2, Q_1 Q_2 \rangle \approx
 # \langle P_1, Q_1 \rangle\, \langle P_2, Q_2 \rangle / n .$$
+#
+# If all terms are divided by $\langle Q, Q \rangle$, $n$ cancels.
 
 
 # %% tags=["exercise"]

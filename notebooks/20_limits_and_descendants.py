@@ -63,15 +63,15 @@ x = rng.standard_normal((50, 128)).astype(np.float32)  # 50 rows of input
 #
 # | descendant | its line | in tinylora |
 # |---|---|---|
-# | PiSSA | $sBA$ starts as the best rank $r$ of $W$, and the base keeps the rest | `variants.pissa` |
+# | PiSSA | $sBA$ starts as the best approximation of rank $r$ of $W$, and the base keeps the rest | `variants.pissa` |
 # | LoftQ | $Q + sBA ≈ W$ at the start, with $Q$ in 4 bits | `variants.loftq` |
 # | LoRA-GA | $A$ and $B$ start as singular vectors of the gradient | `variants.lora_ga` |
 # | LoRA-FA | $A$ is frozen | `variants.freeze_A` |
 # | VeRA | $Λ_b B Λ_d A\,x$: two diagonals are trained, $A$ and $B$ are random and shared | `variants.add_vera` |
-# | LoRA+ | $η_B = λ\,η_A$ | `variants.lora_plus_groups` |
-# | AdaLoRA | $s\,P Λ Q\,x$, with a budget for the entries of $Λ$ | `variants.add_adalora` |
+# | LoRA+ | rates $η_B = λ\,η_A$ | `variants.lora_plus_groups` |
+# | AdaLoRA | $s\,P Λ Q\,x$, with a budget for the diagonal $Λ$ | `variants.add_adalora` |
 # | DoRA | $m ⊙ (W_0 + sBA)/‖W_0 + sBA‖$ | `use_dora=True` |
-# | QA-LoRA | $A$ reads sums over groups, so that $BA$ fits into zero points | `variants.QALoRALinear` |
+# | QA-LoRA | $A$ reads sums over groups, so that $BA$ merges into zero points | `variants.QALoRALinear` |
 # | IR-QLoRA | each block is shifted for the entropy of its codes | `variants.information_calibration` |
 #
 # ## 2 · Start from the weight: PiSSA
@@ -105,7 +105,7 @@ def off(found, wanted):
 layer = variants.pissa(LoRALinear(linear(W), r=r, alpha=s * r))
 a, b = layer.lora_A.weight, layer.lora_B.weight
 far = off(a.data, A), off(b.data, B), off(layer.base_layer.dense(), W_res)
-print("off from the library: A {:.0e}, B {:.0e}, W_res {:.0e}".format(*far))
+print("relative difference from the library's: A {:.0e}, B {:.0e}, W_res {:.0e}".format(*far))
 assert max(far) < 1e-6 and off(layer(Tensor(x)).data, x @ W.T) < 1e-6
 
 plain = LoRALinear(linear(W), r=r, alpha=s * r)
@@ -113,14 +113,15 @@ g = rng.standard_normal((50, 96)).astype(np.float32)
 for h in (plain, layer):
     h(Tensor(x)).backward(g)
 assert not plain.lora_A.weight.grad.any() and off(a.grad, s * B.T @ (g.T @ x)) < 1e-5
-print(f"‖∂L/∂A‖ at first: LoRA {np.linalg.norm(plain.lora_A.weight.grad):.0f}, PiSSA {np.linalg.norm(a.grad):.0f}")
+print(f"‖∂L/∂A‖ in step 1: LoRA {np.linalg.norm(plain.lora_A.weight.grad):.0f}, PiSSA {np.linalg.norm(a.grad):.0f}")
 
 # %% [markdown]
 # ## 3 · Start from the error of quantization: LoftQ
 #
 # QLoRA starts at $Q = \mathrm{quant}(W)$, not at $W$. LoftQ (eq. 6 to 9, algorithm 1)
-# seeks the least $‖W - Q - BA‖_F$ by turns. One turn quantizes what the bypass does not
-# hold. The other lets the bypass hold the best rank $r$ of what the quantization lost:
+# tries to make $‖W - Q - BA‖_F$ small. One step first quantizes what the bypass does not
+# hold. Then the bypass takes the best approximation of rank $r$ of what the quantization
+# lost:
 #
 # $$Q_t = \mathrm{quant}(W - B_{t-1}A_{t-1}),\qquad
 # B_t A_t = \text{the best rank } r \text{ of } W - Q_t .$$
@@ -141,7 +142,7 @@ def alternate(W, steps):
 Q, low = alternate(W, 5)[-1]
 
 # %% tags=["hide-input"]
-# Checks: LoftQ is the library's, but for weights on the border of two cells, which the last bit moves; QPiSSA beside it.
+# Checks: LoftQ is the library's, except where the last bit decides an index. Measures: QPiSSA (section 4) beside it.
 loftq = variants.loftq(linear(W), r=r, alpha=s * r, steps=5)
 assert off(loftq.base_layer.dense(), Q) < 0.01 and off(loftq.delta(), low) < 0.05
 assert off(weight(loftq), Q + low) < 0.01
@@ -154,9 +155,10 @@ assert five < pissa < alone
 # %% [markdown]
 # ## 4 · Which start for 4 bits?
 #
-# QPiSSA stores PiSSA's base in 4 bits, $\mathrm{quant}(W_{\mathrm{res}})$. Which start
-# is nearer to $W$? The figure has the error $‖Q + sBA - W‖_F/‖W‖_F$ for three kinds of
-# $W$ (512 × 512, $r = 16$, NF4 in blocks of 64, three seeds).
+# QPiSSA stores PiSSA's base in 4 bits, $Q = \mathrm{quant}(W_{\mathrm{res}})$. Which
+# start is nearer to $W$? The figure shows the error $‖Q + sBA - W‖_F/‖W‖_F$ for three
+# kinds of $W$ (512 × 512, $r = 16$, NF4 in blocks of 64, three seeds). The last has 4
+# *outlier columns*, ten times as large.
 
 # %% tags=["hide-input"]
 # Draws: the error at the start of four methods for three kinds of W.
@@ -170,22 +172,23 @@ for kind in ("gauss", "power", "outliers"):
 draw_quantization_starts(found)
 
 # %% [markdown]
-# Flat spectrum: five LoftQ steps win. Falling spectrum or outlier columns: PiSSA wins,
-# by a factor of nearly two.
+# On a flat spectrum five steps of LoftQ are nearest. On a falling spectrum or with
+# outlier columns PiSSA is nearest, with about half of NF4's error.
 #
 # **The rule.** NF4's error looks like noise, and it is proportional to the size of what
 # is quantized: $‖W - \mathrm{quant}(W)‖ ≈ ε‖W‖$, with $ε ≈ .092$ where no column stands
-# out. PiSSA takes $W$'s first $r$ directions out of what is quantized, the share $p$ of
-# $‖W‖_F^2$. One step of LoftQ takes the first $r$ directions out of the *error*, the
-# share $g$ that they hold in a Gaussian matrix of this shape. If $ε$ stays the same,
+# out. PiSSA takes $W$'s first $r$ singular directions, which hold the share $p$ of
+# $‖W‖_F^2$, out of what is quantized. One step of LoftQ takes the first $r$ directions
+# out of the *error*. In a Gaussian matrix of this shape they hold the share $g$. If $ε$
+# stays the same,
 #
 # $$\frac{\text{PiSSA}}{\text{NF4}} = \sqrt{1 - p},\qquad
 # \frac{\text{LoftQ, 1 step}}{\text{NF4}} = \sqrt{1 - g},\qquad
 # p = \frac{\sum_{i ≤ r} σ_i^2}{\sum_i σ_i^2} .$$
 #
 # On a Gaussian $W$ both leave .087. PiSSA beats one step where $W$'s spectrum falls more
-# steeply than noise's. The test: power laws $σ_i = i^{-a}$ with $a = 0 … 1$, and the 35
-# weights of the embedded base model, with $r = 8$.
+# steeply than noise's. The cells test the rule on power laws $σ_i = i^{-a}$ with
+# $a = 0 … 1$ and the 35 weights of the embedded base model, with $r = 8$.
 
 
 # %%
@@ -218,10 +221,11 @@ g = share(np.random.default_rng(0).standard_normal((192, 192)))
 miss = max(abs(f["pissa"] / np.sqrt(1 - f["share"]) - 1) for f in laws + matrices)
 one, five = (sum(f["pissa"] < f[f"loftq_{k}"] for f in matrices) for k in (1, 5))
 p = [f["share"] for f in matrices]
-print(f"PiSSA is √(1 − p) to {miss:.1%}")
-print(f"one step on a flat spectrum: {laws[0]['loftq_1']:.3f}, √(1 − g) = {np.sqrt(1 - g):.3f}")
-print(f"base model: p from {min(p):.2f} to {max(p):.2f}; PiSSA ahead of one step on {one}, of five on {five}")
+print(f"PiSSA's error over NF4's is √(1 − p) to {miss:.1%}")
+print(f"one step of LoftQ on a flat spectrum: {laws[0]['loftq_1']:.3f}, √(1 − g) = {np.sqrt(1 - g):.3f}")
+print(f"base model: p from {min(p):.2f} to {max(p):.2f}; PiSSA nearer than one step on {one}, than five on {five}")
 assert miss < 0.03 and abs(laws[0]["loftq_1"] - np.sqrt(1 - g)) < 0.01
+assert round(laws[-1]["loftq_1"] / np.sqrt(1 - g), 2) == 0.92
 assert len(p) == 35 and one == 35 and five == 7
 assert all(0.88 < f["loftq_5"] / f["loftq_1"] < 0.93 for f in laws)
 
@@ -230,15 +234,15 @@ assert all(0.88 < f["loftq_5"] / f["loftq_1"] < 0.93 for f in laws)
 which_start(laws, matrices)
 
 # %% [markdown]
-# The rule holds to 3 % for all of them. On the power laws, five steps of LoftQ leave
-# about a tenth less than one. On the base model PiSSA is nearer than one step in all 35
-# matrices, and nearer than five steps in 7. What training makes of a start was not
-# measured.
+# PiSSA's half of the rule holds to 3 % for all. LoftQ's half predicts 8 % too much on the
+# steepest power law. On the power laws, five steps of LoftQ leave about a tenth less than
+# one. On the base model PiSSA is nearer than one step in all 35 matrices, and than five
+# in 7. Whether a nearer start trains better was not measured.
 #
-# **Outlier columns** break the condition on $ε$. Such a column inflates the maxima of
-# its blocks, and their other weights are quantized too coarsely. PiSSA takes just that
-# column out. With 4 of 512 columns ten times as large, $p = .49$ and the rule says .71.
-# But $ε$ falls from about .14 to .092, and less than .51 of NF4's error is left.
+# **Outlier columns** break the condition on $ε$. Such a column inflates the maxima of its
+# blocks, and their other weights are quantized too coarsely. PiSSA takes just that column
+# out. With 4 such columns of 512, $p = .49$ and the rule says .71. But $ε$ falls from
+# about .14 to .092 for $W_{\mathrm{res}}$, and less than .51 of NF4's error is left.
 
 # %% tags=["hide-input"]
 # Measures: p, the rule and ε with outlier columns.
@@ -261,8 +265,8 @@ assert (columns[:, 2] > 0.13).all() and (columns[:, 2] < 0.145).all()
 
 # %% [markdown]
 # **More steps of LoftQ** need not help. The singular value decomposition is the best
-# answer to a given $Q$, but quantization is not the best answer to a given $BA$. So the
-# alternation is no descent. On a steep spectrum it turns round:
+# answer to a given $Q$, but quantization is not the best answer to a given $BA$. So a
+# step can raise the error. On a steep spectrum the later steps do:
 
 # %%
 steep = power_law(1.5)
@@ -291,9 +295,9 @@ assert 3 <= 1 + int(np.argmin(errors)) <= 7 and round(min(errors), 2) == 0.75 an
 #
 # with the gradients $\bar B = s\,G A^{\top}$ and $\bar A = s\,B^{\top}G$. Its rank is at
 # most $2r$. Let $G = U S V^{\top}$. LoRA-GA takes the rows of $A$ from $v_1 … v_r$ and
-# the columns of $B$ from $u_{r+1} … u_{2r}$, all of one length. Then $ΔW_1$ is the best
-# approximation of $-G$ of that rank. $W$ gives up $sBA$, so that the first output is the
-# base's. Here $G$ is 256 × 256 with $σ_i = i^{-0.7}$:
+# the columns of $B$ from $u_{r+1} … u_{2r}$, all of one length. Then $ΔW_1$ is a multiple
+# of $G$'s best approximation of rank $2r$. $sBA$ is subtracted from $W$, so that the
+# first output is that of $W$. Here $G$ is 256 × 256 with $σ_i = i^{-0.7}$:
 
 # %%
 U, V, i = orthonormal(rng, 256, 256), orthonormal(rng, 256, 256), np.arange(1, 257)
@@ -318,13 +322,14 @@ assert (round(ga, 2), round(peft, 2), round(lora, 2)) == (0.90, 0.85, 0.16)
 #
 # ## 6 · What to train: LoRA-FA, VeRA, LoRA+
 #
-# **LoRA-FA** freezes $A$. The gradient of $B$ needs $A x$, with $r$ numbers a row, and
-# not $x$, with $d$ numbers. So the tape holds $1 + d/r$ times less for the bypass.
+# **LoRA-FA** freezes $A$. The gradient of $B$ needs $A x$, which has $r$ numbers a row.
+# It does not need $x$, which has $d$. So the tape holds $1 + d/r$ times less for the
+# bypass.
 #
-# **VeRA** trains $λ_b$ (one number for each output) and $λ_d$ ($r$ numbers) in each
-# layer, $L(d + r)$ numbers in $L$ layers. LoRA trains $L \cdot 2dr$. For q and v in
-# GPT-3's 96 layers, $L = 192$ and $d = 12288$: VeRA of rank 256 trains 2,408,448
-# numbers, and LoRA of rank 1 trains 4,718,592.
+# **VeRA** trains two diagonals in each layer: $Λ_b$ (one number for each output) and
+# $Λ_d$ ($r$ numbers). These are $L(d + r)$ numbers in $L$ layers. LoRA trains
+# $L \cdot 2dr$. For q and v in GPT-3's 96 layers, $L = 192$ and $d = 12288$: VeRA of rank
+# 256 trains 2,408,448 numbers, and LoRA of rank 1 trains 4,718,592.
 
 # %% tags=["hide-input"]
 # Checks: what the tape holds with A frozen; VeRA's bypass and its count.
@@ -341,13 +346,14 @@ counted = claims.run(["vera_counts"], seeds=(0,))["vera_counts"][0]
 assert (vera, lora) == (2_408_448, 4_718_592) and (counted["vera"], counted["lora"]) == (vera / 1e6, lora / 1e6)
 
 # %% [markdown]
-# **LoRA+** gives $B$ a rate λ times that of $A$. Its theorem 1 is about Adam at a
-# growing width $n$: equal rates cannot be efficient, and $η_A = Θ(1/n)$ with
-# $η_B = Θ(1)$ can be. What λ does in a given network depends on the optimizer.
+# **LoRA+** gives $B$ a rate λ times that of $A$. Its theorem 1 is about Adam at a growing
+# width $n$. Equal rates cannot be *efficient* (both updates change the output by $Θ(1)$),
+# and $η_A = Θ(1/n)$ with $η_B = Θ(1)$ can be. What λ does in a given network depends on
+# the optimizer.
 #
-# *Under gradient descent λ is a larger start.* Put $A' = λ^{1/4}A$ and $B' = λ^{-1/4}B$.
-# The product stays. The gradients become $λ^{-1/4}\bar A$ and $λ^{1/4}\bar B$. The rates
-# become equal:
+# *Under gradient descent λ is a larger start of $A$.* Put $A' = λ^{1/4}A$ and
+# $B' = λ^{-1/4}B$. The product is unchanged. The gradients become $λ^{-1/4}\bar A$ and
+# $λ^{1/4}\bar B$. The rates become equal:
 #
 # $$A' ← A' - \sqrt λ\,η\,\bar A',\qquad B' ← B' - \sqrt λ\,η\,\bar B' .$$
 
@@ -371,12 +377,12 @@ def descend(A, rate_A, rate_B, rule=lambda g: g, steps=200):
 assert (descend(A0, η, λ * η) == descend(λ**0.25 * A0, λ**0.5 * η, λ**0.5 * η)).all()  # equal in every bit
 
 # %% [markdown]
-# The sign of a gradient does not change with $λ^{∓1/4}$. So under sign descent, and
-# under Adam, the two runs differ.
+# That holds for updates in proportion to the gradient. Those of sign descent and of Adam
+# are not, so with these the two runs differ.
 #
-# *Under Adam λ is a larger α.* With $ε = 0$ and no weight decay, $(α, A_0, η, λη)$ and
-# $(λα, A_0, η, η)$ are the same run ([14](14_scaling_and_learning_rates.ipynb), section
-# 5).
+# *Under Adam λ is a larger α.* With $ε = 0$ and no weight decay,
+# $(α, A_0, η_A, η_B) = (α, A_0, η, λη)$ and $(λα, A_0, η, η)$ are the same run
+# ([14](14_scaling_and_learning_rates.ipynb), section 5).
 #
 # A small ReLU network with Adam tests this. Each λ gets its best η of eight, at α = 4.
 
@@ -398,15 +404,15 @@ for width, expected in ((32, "0.078 0.056 0.033 0.033"), (128, "0.061 0.064 0.03
 
 # %% [markdown]
 # - λ = 16 leaves about half the error of λ = 1: .033 against .078 at width 32, and .034
-#   against .061 at width 128. With other seeds the size of the gain varies, at width 32
-#   down to none.
-# - Equal rates with α = 64 leave the same .033 and .034, seed by seed to 2 % (here
+#   against .061 at width 128. The gain varies with the seed. At width 32 some other seeds
+#   have none.
+# - Equal rates with α = 64 leave the same .033 and .034, to 2 % at each seed (with
 #   $ε = 10^{-8}$).
 #
 # λ helps here **because α = 4 was too small**. Searching α and one learning rate finds
 # the same. So published values of λ, such as 16 for RoBERTa (from notes on the paper),
-# say little without their α. Whether λ matters more in wider networks cannot be seen at
-# two widths.
+# say little without their α. Two widths do not show whether λ matters more in wider
+# networks.
 #
 # ## 7 · How to share the rank: AdaLoRA
 #
@@ -415,9 +421,9 @@ for width, expected in ((32, "0.078 0.056 0.033 0.033"), (128, "0.061 0.064 0.03
 # entries of $Λ$. The least important entries are set to 0. They can come back, since
 # their column and row are kept.
 #
-# The importance of a weight (eq. 8 to 11) is $|w\,∂L/∂w|$, smoothed over the steps,
-# times the smoothed distance from that mean. An entry of $Λ$ scores its own importance
-# plus the mean over its column of $P$ and the mean over its row of $Q$.
+# The importance of a weight (eq. 8 to 11) is the running mean of $|w\,∂L/∂w|$ times the
+# running mean of its distance from that mean. An entry of $Λ$ scores its own importance,
+# plus the mean importance of its column of $P$, plus that of its row of $Q$.
 
 
 # %%
@@ -452,10 +458,10 @@ for f in claims.run(["adalora_allocation"])["adalora_allocation"]:
     assert f["error"] < 0.02 and abs(f["error_lora"] - 0.41) < 0.01
 
 # %% [markdown]
-# The budget goes where it is needed. To two layers planted with updates of ranks 1 and
-# 6, a budget of 7 gives the ranks 1 and 6 at all three seeds. LoRA of ranks 3 and 4 is
-# left with an error of .41. Its rank of 4 leaves 2 of 6 equal singular values, which is
-# a sixth of both layers' $‖ΔW^*‖^2$, and $\sqrt{1/6} = .41$.
+# The budget goes where it is needed. Two layers, planted with updates $ΔW^*$ of ranks 1
+# and 6 and of equal norm, get the ranks 1 and 6 from a budget of 7, at all three seeds.
+# LoRA of ranks 3 and 4 is left with an error of .41. Its rank of 4 misses 2 of 6 equal
+# singular values. They hold a sixth of both layers' $‖ΔW^*‖^2$, and $\sqrt{1/6} = .41$.
 #
 # ## 8 · How to measure size: DoRA
 #
@@ -465,8 +471,8 @@ for f in claims.run(["adalora_allocation"])["adalora_allocation"]:
 # $$W' = m ⊙ \frac{V}{‖V‖},\qquad V = W_0 + s\,B A,\qquad
 # m = ‖W_0‖ \text{ at the start}.$$
 #
-# While $B = 0$, $W' = W_0$. The backward pass treats $‖V‖$ as a constant (§4.3; exercise
-# 4).
+# At the start $B = 0$ and $W' = W_0$. The backward pass treats $‖V‖$ as a constant (§4.3;
+# exercise 4).
 
 # %%
 A, B = rng.standard_normal((r, 128)), 0.1 * rng.standard_normal((96, r))
@@ -487,10 +493,10 @@ print(f"norms over columns: W' differs by {off(columns, by_rows):.1%}, where ‖
 assert round(off(columns, by_rows), 2) == 0.11 and round(off(V, W), 2) == 0.57
 
 # %% [markdown]
-# DoRA argues from a correlation (§3.2, §4.1). Over layers and steps, the change of
-# magnitude ΔM and the change of direction ΔD go together in LoRA (+.83). They go against
-# each other in full fine-tuning (−.62) and in DoRA (−.31). The toy is a tanh network
-# with five hidden matrices, tuned from one task to the next:
+# DoRA argues from the correlation of two changes, that of magnitude ΔM and that of
+# direction ΔD, over layers and steps (§3.2, §4.1). It is +.83 in LoRA, −.62 in full
+# fine-tuning and −.31 in DoRA. The toy is a tanh network with five hidden matrices, tuned
+# from one task to the next:
 
 # %% tags=["hide-input"]
 # Measures: the correlation of ΔM and ΔD, three seeds.
@@ -510,8 +516,8 @@ assert np.allclose(seen, (0.95, -0.33, -0.31, 0.66), atol=0.05)
 
 # %% [markdown]
 # LoRA has +.95 and DoRA −.33, near the published values. Full fine-tuning, which DoRA is
-# to resemble, has −.31 to +.66: three seeds do not decide its sign. LoRA and DoRA learn
-# equally well.
+# meant to resemble, has −.31 to +.66. Three seeds do not decide its sign. LoRA and DoRA
+# learn equally well.
 #
 # ## 9 · How to meet quantization: QA-LoRA and IR-QLoRA
 #
@@ -522,7 +528,7 @@ assert np.allclose(seen, (0.95, -0.33, -0.31, 0.66), atol=0.05)
 #   point $β$ for each output and each group of 32 inputs. (The paper writes α for $κ$.)
 # - In the bypass, $A$ ($r × L$) reads the *sum* of $x$ over each of the $L$ groups.
 #
-# So the update is constant within a group, as $κβ$ is, and goes into it:
+# So the update is constant within a group, as $κβ$ is, and can be merged into $β$:
 #
 # $$κ(q - β) + s\,(BA)_{\text{group}} = κ\,(q - β'),\qquad β' = β - \frac{s\,BA}{κ} .$$
 
@@ -561,9 +567,9 @@ assert abs(again - 0.29) < 0.02 and abs(rounded - 0.27) < 0.02
 #   again loses .29.
 # - $BA$ has 4 columns here instead of 128.
 #
-# **IR-QLoRA** reads entropy as information kept. It shifts each block by the τ near its
-# median after which the block's codes have the largest entropy (eq. 8 to 10). On
-# Gaussian weights:
+# **IR-QLoRA** treats entropy as information kept. It subtracts from each block the number
+# τ near its median that gives the codes the largest entropy (eq. 8 to 10). On Gaussian
+# weights:
 
 # %%
 blocks = np.random.default_rng(3).standard_normal((2048, 64)).astype(np.float32)
@@ -590,21 +596,21 @@ assert (round(bits, 2), round(best, 2)) == (3.69, 3.76) and all(0.98 < f["error_
 assert round(together, 2) == 3.88 and round(within, 2) == 3.69
 
 # %% [markdown]
-# The entropy rises from 3.69 to 3.76 bits, the paper's 0.07, although random weights
-# hold no information. The squared error stays that of NF4, to 2 %. A code that uses its
+# The entropy rises from 3.69 to 3.76 bits. The paper has the same gain, 0.07, but these
+# weights are random. The squared error stays that of NF4, to 2 %. A code that uses its
 # values equally often need not err less ([16](16_what_is_nf4_optimal_for.ipynb), section
 # 7). Notebook 16's 3.88 bits are the entropy of all blocks together, and 3.69 bits the
 # mean over the blocks.
 #
 # ## 10 · Limits
 #
-# **The rank.** On a planted update of full rank, each rank leaves what Eckart and Young
-# say, to 5 %. At $r = 8$ of 96 the error is .103, which is 41 times the noise's variance
-# of .0025 (mean of three seeds).
+# **The rank.** On a planted update of full rank, LoRA's error at each rank is Eckart and
+# Young's, to 5 %. At $r = 8$ of 96 the error is .103, 41 times the noise's variance of
+# .0025 (mean of three seeds).
 #
 # **Learning and forgetting.** Biderman et al. (2024) find that LoRA learns less and
 # forgets less, and that full fine-tuning's update has 10 to 100 times the rank. The toy
-# is a tanh network that was trained on one task and tuned on another:
+# is a tanh network, trained on one task and tuned on another:
 
 # %% tags=["hide-input"]
 # Measures: the error at each rank on a full-rank target; what LoRA and full fine-tuning learn and forget; three seeds.
@@ -626,31 +632,31 @@ assert max(f["kept_more"] for f in forgets) < 0  # by .02 to .10; what one point
 assert abs(mean["kept_more"] + 0.05) < 0.03 and 3 < mean["rank_full"] / mean["rank_lora"] < 5
 
 # %% [markdown]
-# - LoRA learns a little less: .64 against .66.
-# - At equal learning LoRA keeps .05 *less* of the old task, not more. Three seeds, with
-#   .02 to .10, leave this undecided. Eight seeds decide it: LoRA keeps less in each.
-# - The ranks differ by a factor of 4, not of 10.
+# - LoRA learns a little less: an accuracy of .64 against .66.
+# - At equal learning LoRA keeps .05 *less* of the old task, not more. Three seeds (.02 to
+#   .10) do not decide this. LoRA keeps less in each of eight seeds.
+# - The updates' ranks differ by a factor of 4, not of 10.
 #
-# This does not refute the paper's measurement on language models. A low rank alone does
-# not protect against forgetting.
+# This does not refute the paper's measurement on language models. On the toy a low rank
+# alone does not protect against forgetting.
 #
 # ## Where paper and code differ
 #
 # - **LoftQ in PEFT does not divide by $s$.** It takes the factors of $s = 1$. From
 #   $α = 2r$ on its start is farther from $W$ than NF4 alone.
-# - **LoRA-GA in PEFT** multiplies $B$ by its singular values and scales $B$ only. The
+# - **LoRA-GA in PEFT** multiplies $B$ by $G$'s singular values and rescales only $B$. The
 #   first step's cosine is .85, not .90.
 # - **AdaLoRA's penalty** is a sum of squared norms in eq. 4, and a mean of norms in the
 #   authors' code and PEFT: 22 and 3.3 for one layer of $r = 12$ at the start.
-# - **QA-LoRA's** algorithm 1 pools sums, and its code means (exercise 2). Mixing the two
-#   is wrong by the group size.
+# - **QA-LoRA's** algorithm 1 takes sums of groups, and its code means (exercise 2).
+#   Mixing the two is wrong by a factor of the group size.
 # - **DoRA's** norm is over columns in the paper, and over the rows of torch's weight in
 #   PEFT. In section 8 the two weights lie 11 % apart, where $‖ΔW‖/‖W‖$ is 57 %.
 # - **PiSSA's "about 20 %" less error** (second-hand) is in the nuclear norm, on language
 #   models. In the Frobenius norm it is 6 % on a Gaussian, 54 % at $i^{-0.7}$ and 52 %
 #   with outlier columns.
-# - **IR-QLoRA's eq. 12**, a short cut beside $A$, has the right length for 4096 inputs
-#   at $r = 64$, and the wrong one for 11008. The code, like `variants.IECLinear`,
+# - **IR-QLoRA's eq. 12**, a shortcut beside $A$, should give $r$ numbers. At $r = 64$ it
+#   gives 64 for 4096 inputs, but 172 for 11008. The code, like `variants.IECLinear`,
 #   averages $r$ runs of inputs.
 
 # %% tags=["hide-input"]
@@ -675,8 +681,7 @@ assert [h * 64 // math.gcd(h, 64) ** 2 for h in (4096, 11008)] == [64, 172]  # e
 # %% [markdown]
 # ## Exercises
 #
-# Grading runs only the setup cell and the exercise cells: put helpers into the
-# exercise's cell.
+# Put helpers inside the exercise's cell: grading runs only it and the setup.
 #
 # ### 20-1 PiSSA or LoftQ?
 #
@@ -687,10 +692,10 @@ assert [h * 64 // math.gcd(h, 64) ** 2 for h in (4096, 11008)] == [64, 172]  # e
 # - `shape`: (out, in);  `r`: the rank of the bypass, an int
 #
 # Return `(pissa, loftq)`: the errors $‖Q + s\,BA - W‖_F$ of QPiSSA and of one step of
-# LoftQ, as multiples of NF4's alone. Checked to 4 % on fresh matrices, some of them
-# long, of 40 to 576 rows and columns, with $r$ from 8 to 16.
+# LoftQ, as multiples of NF4's alone. Checked to 4 % on fresh matrices, some far from
+# square, of 40 to 576 rows and columns, with $r$ from 8 to 16.
 #
-# Hint: what does each start remove, and from what? For noise you may draw a matrix.
+# Hint: what does each start remove, and from what? You may draw a matrix of noise.
 
 
 # %% tags=["exercise"]
@@ -713,7 +718,7 @@ _ = grade("20-1", exercise_1)
 # ### 20-2 Another merge
 #
 # Other kernels keep the smallest value of a group instead of a zero point, and QA-LoRA's
-# code pools means. Given are float arrays, but for `s` and `group`:
+# code takes means of groups. Given are float arrays, but for `s` and `group`:
 #
 # - `scale`, `low` (out, L): the base is $\hat W$ = scale · q + low, with integers $q$
 #   (out, L, group)
@@ -721,9 +726,9 @@ _ = grade("20-1", exercise_1)
 #   of $x$
 # - `group`: an int, the inputs of a group
 #
-# Return `(low', A_sum)`. With `low'` (out, L) in place of `low`, the base computes what
-# base and bypass computed. With `A_sum` (r, L) and the *sums* of $x$, the bypass is the
-# same. Both are checked to $10^{-10}$.
+# Return `(low', A_sum)`. With `low'` (out, L) in place of `low`, the base alone computes
+# what base and bypass computed. With `A_sum` (r, L) and the *sums* of $x$, the bypass is
+# the same. Both are checked to $10^{-10}$.
 #
 # Hint: by how much does the bypass change a single weight of a group?
 
@@ -743,15 +748,19 @@ _ = grade("20-2", exercise_2)
 # %% [markdown]
 # ### 20-3 VeRA against LoRA, counted
 #
-# VeRA's rank costs little to train, but its random pair must be held. Given are:
+# VeRA trains few numbers, but its random pair must be held. Given are:
 #
 # - `shapes`: a list of (out, in), one for each layer
 # - `budget`: an int, how many numbers may be trained in all
 #
-# Return three ints, all checked: `r_vera`, the largest rank of a VeRA on all layers
-# within the budget (0 if there is none); `r_lora`, the same for LoRA; `frozen`, how many
-# numbers the shared pair holds at `r_vera`. Each layer takes the slices `A[:, :in]` and
-# `B[:out]`. A rank may exceed min(out, in).
+# Return three ints, all checked:
+#
+# - `r_vera`: the largest rank of a VeRA on all layers within the budget (0 if there is
+#   none)
+# - `r_lora`: the same for LoRA
+# - `frozen`: how many numbers the shared pair holds at `r_vera`
+#
+# Each layer takes the slices `A[:, :in]` and `B[:out]`. A rank may exceed min(out, in).
 #
 # Hint: how wide must `A` be, and how tall `B`?
 
@@ -801,9 +810,9 @@ _ = grade("20-4", exercise_4)
 # %% [markdown]
 # ## Summary
 #
-# - Beside a 4-bit weight PiSSA leaves $\sqrt{1-p}$ of NF4's error, and one step of LoftQ
-#   $\sqrt{1-g}$. With outlier columns PiSSA does better than the rule
-#   (`tinylora/variants/pissa.py` and `loftq.py`; `tests/test_variants.py`).
+# - Beside a 4-bit weight PiSSA leaves $\sqrt{1-p}$ of NF4's error. On a flat spectrum one
+#   step of LoftQ leaves $\sqrt{1-g}$. With outlier columns PiSSA does better than the
+#   rule (`tinylora/variants/pissa.py` and `loftq.py`; `tests/test_variants.py`).
 # - LoRA-GA's first step has the best cosine of its rank, .90 (`lora_ga.py`, same test).
 # - LoRA+'s λ is a larger start under gradient descent, and a larger α under Adam
 #   (`lora_plus.py`, same test).
@@ -811,4 +820,4 @@ _ = grade("20-4", exercise_4)
 #   `qa_lora.py`, same test; PEFT: `tests/oracle/test_oracle_variants.py`).
 # - Three claims were not confirmed on the toys: that ΔM and ΔD go against each other in
 #   full fine-tuning (undecided), that LoRA forgets less (in none of eight seeds), and
-#   that more entropy is less error (1.00 times NF4's).
+#   that more entropy means less error (1.00 times NF4's).

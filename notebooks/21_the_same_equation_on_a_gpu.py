@@ -20,7 +20,7 @@
 # - predict the time of such a kernel from the bytes that it moves
 #
 # **Needs:** blocks and their absmax ([04](04_blockwise_absmax.ipynb)), double
-# quantization ([06](06_double_quantization.ipynb)), the layer
+# quantization ([06](06_double_quantization.ipynb)), the QLoRA layer
 # ([07](07_the_qlora_layer.ipynb)). No GPU is needed. If CuPy finds one, section 6
 # measures on it.
 #
@@ -52,15 +52,15 @@ f32 = np.float32
 # %% [markdown]
 # ## 1 · The equation
 #
-# Weight $i$ lies in block $b = \lfloor i/64 \rfloor$. Its index $q_i$ has 4 bits, and
-# its block's constant $m_b$ is stored in 8. Equation 6 restores the constant first, and
+# Weight $i$ lies in block $b = \lfloor i/64 \rfloor$. Its index $q_i$ has 4 bits, and its
+# block's constant $m_b$ is stored in 8 bits. Equation 6 restores the constant first, and
 # then the weight:
 #
 # $$w_i = \text{code}[q_i]\; m_b, \qquad m_b = d[k_b]\; n_{\lfloor b/256 \rfloor} + \mu .$$
 #
 # Here $\text{code}$ holds NF4's 16 values, $d$ the 256 values of the 8-bit code, and
-# $k_b$ is the constant's 8-bit index. 256 blocks share a float32 $n$, and $\mu$ is the
-# mean of all constants. In NumPy these are two lines. They give the bits of the
+# $k_b$ is the constant's 8-bit index. Each 256 blocks share a float32 $n$, and $\mu$ is
+# the mean of all constants. In NumPy these are two lines. They give the bits of the
 # library's `quant.dequantize`.
 
 # %%
@@ -79,10 +79,10 @@ assert equation.tobytes() == quant.dequantize(q).tobytes() == q.dequantize("floa
 #
 # ## 2 · What a GPU runs
 #
-# A *kernel* is a function of a thread's number. The GPU calls it once for each number,
-# for thousands of numbers at a time. 256 threads form a *thread block*. 32 neighbours
-# in it form a *warp*, which executes one instruction together. This is the kernel as it
-# stands in `cuda.cu`:
+# A *kernel* is a function of a number. The GPU calls it for thousands of numbers at a
+# time, and each call is a *thread*. Here 256 threads form a *thread block*. 32 neighbours
+# in it form a *warp*, whose threads execute the same instruction together. This is the
+# kernel as it stands in `cuda.cu`:
 
 # %%
 text = cuda.source()
@@ -102,25 +102,25 @@ assert cuda.THREADS == 256 and 8192**2 // 8 // (8448 * 256) == 3
 #   constants are in `absmax`. `V<T>` is the type of the results `w`: float32, bfloat16
 #   or float16.
 # - **`EACH`** is how many results fill 16 bytes, the most that a thread can write at
-#   once: 8 of two bytes, or 4 of float32. Where it is 4, a thread takes
-#   half a word. The rest of this text speaks of 8. `struct Some` holds the results.
+#   once: 8 of two bytes, or 4 of float32. Where it is 4, a thread takes half a word. The
+#   rest of this list assumes 8. `struct Some` holds the results.
 # - **`__shared__`** names memory that the 256 threads of a thread block share. The
 #   first 16 threads fetch one value of the code each. Every thread fetches one of the
 #   256 values of `d`.
-# - **`__syncthreads()`** lets no thread go on before all have fetched theirs.
-# - **`for`**. A thread's number is `blockIdx.x * 256 + threadIdx.x`. It takes the word
-#   of that number, and then goes on by as many words as there are threads. The library
-#   starts at most 8,448 thread blocks. If there are 67 million weights, a thread takes 3
-#   or 4 words.
+# - **`__syncthreads()`** makes each thread wait until all have fetched their values.
+# - **`for`**. A thread's number is `blockIdx.x * 256 + threadIdx.x`. The thread takes the
+#   word of that number, and then every $N$-th word after it, where $N$ is the number of
+#   threads. The library starts at most 8,448 thread blocks. If there are 67 million
+#   weights, a thread takes 3 or 4 words.
 # - **`b = i >> per_block`**. Word $i$ holds the weights $8i$ to $8i + 7$. A block of 64
 #   weights has 8 words, so $b = \lfloor i/8 \rfloor$, and `per_block` is 3.
 # - **`float m`** is the constant of the block. `b >> 8` is $\lfloor b/256 \rfloor$.
 # - **`for j`** takes the eight weights. The even weight of a pair lies in the high half
-#   of its byte. So weight $j$ lies $4\,(j \oplus 1)$ bits up, where $\oplus$ flips the
-#   last bit of $j$. `& 15` keeps its four bits.
+#   of its byte. So weight $j$ lies $4\,(j \oplus 1)$ bits up, where $j \oplus 1$ is $j$
+#   with its last bit flipped. `& 15` keeps its four bits.
 # - **`T::put`** rounds the product to the type of the result. `flush` makes denormal
-#   numbers 0, as bitsandbytes' GPU kernels do. The library switches `flush` off where
-#   results must be the CPU's.
+#   numbers (those below $2^{-126}$) 0, as bitsandbytes' GPU kernels do. Where results
+#   must be the CPU's, the library sets `ftz` to 0, and nothing is flushed.
 # - **The last line** writes the eight results at once.
 #
 # Here is the same thread in Python. Shared memory is left out, because it changes no
@@ -141,8 +141,8 @@ for i in range(len(words)):
 assert out.tobytes() == equation.tobytes()
 
 # %% [markdown]
-# All 262,144 weights have the same bits. The threads may run in any order, because a
-# thread writes to eight places that no other thread reads or writes.
+# All 262,144 weights have the bits of the equation. The threads may run in any order,
+# because a thread writes to eight places that no other thread reads or writes.
 
 # %% tags=["hide-input"]
 # Checks: threads in a random order give the same bits
@@ -173,9 +173,9 @@ in_16_bits = bf(out)
 assert in_16_bits.tobytes() == round_to(equation, "bfloat16").tobytes() == q.dequantize("bfloat16").tobytes()
 
 # %% [markdown]
-# **Where one rounds matters.** The kernel rounds once, after the product. One could
-# also round the constants first. Then 21 % of the weights are others. The error of
-# rounding grows from 0.17 % to 0.21 % in norm.
+# **Where one rounds matters.** The kernel rounds once, after the product. One could also
+# round the constants first. Then 21 % of the weights would differ, and the relative error
+# of rounding (in norm) would grow from 0.17 % to 0.21 %.
 
 # %%
 early = bf(q.code[q.indices().reshape(-1)] * np.repeat(bf(m), 64))
@@ -223,15 +223,15 @@ assert all(abs(e / np.linalg.norm(one) - 1) < 0.02 for e in found) and round(qua
 # The measured errors agree with the prediction within 2 %. Quantization itself errs 32
 # times as much.
 #
-# ## 4 · A sum in a warp is another sum
+# ## 4 · A warp adds in another order
 #
 # `dequantize` adds nothing up, so its bits can be the CPU's. RMSNorm, softmax and the
-# loss add up a row, and in float32 the order of a sum decides its last bits. In
-# `cuda.cu` a warp shares a row. Lane $l$ of the warp ($l$ from 0 to 31) adds the
-# elements $l$, $l + 32$, $l + 64$, and so on. Then five *exchanges* follow. In the
-# first, each lane adds the number of the lane whose index differs by 16. In the next
-# ones the indices differ by 8, 4, 2 and 1. This is called a butterfly. Afterwards all
-# 32 lanes hold the same sum.
+# loss add up a row, and in float32 the order of a sum decides its last bits. In `cuda.cu`
+# a warp shares a row. Its thread number $l$ ($l$ from 0 to 31), called *lane* $l$, adds
+# the elements $l$, $l + 32$, $l + 64$, and so on. Then five *exchanges* follow. In the
+# first, each lane adds the number that the lane at a distance of 16 holds. In the next
+# ones the distances are 8, 4, 2 and 1. This is called a butterfly. Afterwards all 32
+# lanes hold the same sum.
 
 
 # %%
@@ -270,10 +270,10 @@ for mask in (16, 8, 4, 2, 1):
 assert (most == rows.max(axis=1, keepdims=True)).all()
 
 # %% [markdown]
-# The warp's sum differs from NumPy's in 42 % of the rows, by 2 units in the last place
-# at most. It is no worse. On average both are less than half a unit from the exact sum,
+# The warp's sum differs from NumPy's in 42 % of the rows, by 2 units in the last place at
+# most. It is no worse. On average both are less than half a unit from the exact sum,
 # because NumPy too adds many short sums. A single sum from left to right is off by 9
-# units.
+# units on average.
 #
 # A maximum is never rounded. The same exchanges with `maximum` in place of `+` give the
 # same bits as NumPy. So a GPU's absmax can have the CPU's bits.
@@ -282,9 +282,9 @@ assert (most == rows.max(axis=1, keepdims=True)).all()
 #
 # NumPy rounds $d[k]\,n + \mu$ twice: first the product, then the sum. A GPU has one
 # instruction for both, a *fused multiply-add*, which rounds once. The fused instruction
-# is faster and more exact, and it gives other bits. On a CPU, float64 stands in for it.
-# A float64 holds the product of two float32 exactly, and here the sum closely enough
-# (the folded cell checks it with fractions).
+# is faster and more exact, and it gives other bits. On a CPU the cell imitates it in
+# float64. A float64 holds the product of two float32 exactly, and here the sum closely
+# enough (the folded cell checks it with fractions).
 
 # %%
 twice = d[k] * n[b // 256] + mu
@@ -300,7 +300,7 @@ for block in range(len(k)):  # against exact arithmetic: is `once` the float32 n
 at = int(np.flatnonzero(once != twice)[0])
 a, c, ulp = float(d[k[at]]), float(n[at // 256]), float(np.spacing(twice[at]))
 true = Fraction(a) * Fraction(c) + Fraction(float(mu))
-print(f"block {at}: d[k] = {a:.8g}, n = {c:.8g}, μ = {float(mu):.8g}; in units of m's last place")
+print(f"block {at}: d[k] = {a:.8g}, n = {c:.8g}, μ = {float(mu):.8g}; errors in units of m's last place:")
 print(
     f"  the rounded product is off by {float(Fraction(float(d[k[at]] * n[at // 256])) - Fraction(a) * Fraction(c)) / ulp:+.4f}"
 )
@@ -315,11 +315,10 @@ assert (changed, int(fused.sum()), int(fused_16.sum())) == (299, 15_136, 0)
 assert "--fmad=false" in text and np.abs(once.view(np.int32) - twice.view(np.int32)).max() == 1
 
 # %% [markdown]
-# If fused, 7.3 % of the constants would differ in the last bit: 299 of 4,096. In
-# float32 15,136 of the 262,144 weights would differ. In bfloat16 none would, because a
-# last bit of float32 rarely decides how the upper 16 bits are rounded. tinylora
-# promises the same bits on both machines, so it compiles its kernels with
-# `--fmad=false`.
+# With a fused multiply-add 299 of the 4,096 constants, 7.3 %, would differ in the last
+# bit. In float32, 15,136 of the 262,144 weights would differ. In bfloat16 none would,
+# because a last bit of float32 rarely decides how the upper 16 bits are rounded. tinylora
+# promises the same bits on CPU and GPU, so it compiles its kernels with `--fmad=false`.
 #
 # ## 6 · Counting bytes
 #
@@ -329,11 +328,11 @@ assert "--fmad=false" in text and np.abs(once.view(np.int32) - twice.view(np.int
 # $$4 + \tfrac{8}{64} + \tfrac{32}{64 \cdot 256} = 4.127 \text{ bits in}, \qquad
 # 0.516 + 2 = 2.516 \text{ bytes moved a weight} .$$
 #
-# Array operations move more. Each reads its arguments from memory and writes its result
-# there, although the next one reads it back at once. The cells below run such a chain,
-# which the library used on a GPU before it had the kernel. `Counted` adds up the bytes
-# of the arrays that each operation reads and writes. (The tables of 16 and 256 values
-# are not counted, because they stay in a cache.)
+# A *chain* of array operations moves more. Each operation reads its arguments from memory
+# and writes its result there, and the next one reads it back at once. The cells below run
+# the chain that the library used on a GPU before it had the kernel. `Counted` adds up the
+# bytes of the arrays that each operation reads and writes. (The tables of 16 and 256
+# values are not counted, because they stay in a cache.)
 
 
 # %%
@@ -351,8 +350,8 @@ class Counted:
 
 
 # %% [markdown]
-# The chain restores all constants. Then it looks up all weights, two with each byte in
-# a table of 256 pairs. Then it multiplies them by the constants:
+# The chain restores all constants. Then it looks up each byte in a table of 256 pairs of
+# weights. Then it multiplies the weights by the constants:
 
 
 # %%
@@ -412,13 +411,13 @@ bytes_by_step(ways)
 
 # %% [markdown]
 # The chain moves 71.0 bytes a weight. The kernel moves 2.516 bytes, 28 times fewer.
-# Rounding alone moves 44 bytes in five operations. The kernel rounds a number while the
-# thread still has it.
+# Rounding alone moves 44 bytes in five operations. In the kernel the thread still has the
+# number that it rounds, so rounding moves nothing.
 #
-# **Against the bandwidth.** One NVIDIA H200 copies 4.14 TB/s, reads and writes added.
-# The bytes divided by the bandwidth give the least time. The times below were measured
-# on such a card: the kernel's by `python -m tests.gpu`, which wrote `figures/gpu.md`,
-# and the chain's before the library had kernels.
+# **Against the bandwidth.** One NVIDIA H200 moves 4.14 TB/s when it copies, reads and
+# writes added. The bytes divided by the bandwidth give the least time. The times below
+# were measured on such a card: the kernel's by `python -m tests.gpu`, which wrote
+# `figures/gpu.md`, and the chain's before the library had kernels.
 
 # %% tags=["hide-input"]
 # Checks: the least times, and their share of the times that were measured on an H200
@@ -446,9 +445,9 @@ assert (f"{in_bfloat16 / in_float32:.1f}", f"{3.13 / 0.614:.1f}", f"{useful:.1%}
 # chain used 37 %. The kernel is 64 times as fast. Fewer bytes give a factor of 28, and
 # more bytes a second give a factor of 2.3.
 #
-# Faster single operations would not save the chain. What must be moved is the indices,
-# the constants, and results of four bytes, as the chain leaves them. To move these once
-# would take 2.3 % of the chain's time.
+# Faster single operations would not save the chain, because most of the bytes that it
+# moves belong to intermediate results. Only the indices, the constants and the results of
+# four bytes must be moved. At full bandwidth this would take 2.3 % of the chain's time.
 #
 # The count can be tested without the kernel. By the count, the chain to bfloat16 takes
 # 5.5 times as long as the chain to float32. By the measured times it takes 5.1 times as
@@ -510,10 +509,10 @@ else:
 # - **The mean.** Equation 6 has no $\mu$. §3 subtracts the mean before the constants
 #   are quantized, and the code adds it back (section 1).
 # - **Rounding.** The paper does not say where equation 6 is rounded. If the constants
-#   were rounded first, 21 % of the weights would be others (section 3). If the sum were
-#   fused, 7.3 % of the constants would be others (section 5).
+#   were rounded first, 21 % of the weights would differ (section 3). If product and sum
+#   were fused, 7.3 % of the constants would differ (section 5).
 # - **Denormals.** bitsandbytes' GPU kernels make denormal results 0, and the equation
-#   keeps them. The kernel here does either, as `ftz` says (section 2).
+#   keeps them. The kernel here does either: the argument `ftz` decides (section 2).
 #
 # ## Exercises
 #
@@ -521,11 +520,11 @@ else:
 #
 # ### 21-1 Quantize a block with a warp
 #
-# This is the way back. 32 lanes hold a block of 64 weights, two each, and must agree on
-# the largest magnitude. Given:
+# This exercise turns weights into indices. 32 lanes hold a block of 64 weights, two each,
+# and must agree on the largest magnitude. Given:
 #
-# - `x`: 64 float32. Lane $l$ holds `x[2 l]` and `x[2 l + 1]`. Write an array of 32
-#   numbers for what the 32 lanes hold.
+# - `x`: 64 float32. Lane $l$ holds `x[2 l]` and `x[2 l + 1]`. Write what the 32 lanes
+#   hold as an array of 32 numbers.
 # - `bounds`: the 15 float32 midpoints between NF4's values, ascending
 # - `exchange`: `exchange(v, mask)` gives each lane $l$ the number of lane `l ^ mask`,
 #   as `v[lane ^ mask]` does in section 4. Only `exchange` may carry a number from one
@@ -574,8 +573,8 @@ _ = grade("21-1", exercise_1)
 # those that one kernel for all of it moves.
 #
 # - An array operation reads its arguments, each once even if it is given twice, and
-#   writes its result. A result may have the name of an argument, which is then
-#   overwritten. It is read and written all the same.
+#   writes its result. A result may have the name of an argument. The argument is then
+#   overwritten, and counts as read and as written.
 # - The kernel keeps what it computes in its threads. It reads what it cannot compute,
 #   each array once, and writes what is wanted.
 #
@@ -584,8 +583,8 @@ _ = grade("21-1", exercise_1)
 #
 # Checked: the example, RMSNorm and SwiGLU in fresh shapes, and random chains.
 #
-# Hint: keep a set of the names that an operation before has computed. Compare
-# afterwards: how many times fewer bytes does the kernel of RMSNorm move, for long rows?
+# Hint: keep a set of the names that earlier operations have computed. Afterwards, find
+# how many times fewer bytes the kernel of RMSNorm moves for long rows.
 
 
 # %% tags=["exercise"]
@@ -649,11 +648,11 @@ _ = grade("21-3", exercise_3)
 #
 # - `dequantize` in `tinylora/kernels/cuda.cu`, run thread by thread in any order, has
 #   the bits of the equation (`tests/test_cuda.py` runs the C++ itself on a CPU).
-# - A layer in bfloat16 rounds three times and errs by 0.288 %, a thirty-second of what
-#   quantization does (`Linear4bit` in `tinylora/nn.py`; `tests/test_lora.py`).
-# - A warp's sum has another order, and so other last bits, here in 42 % of the rows. A
-#   maximum is equal in every bit (`tests/test_cuda_on_host.py`).
+# - A layer in bfloat16 rounds three times and errs by 0.288 %. Quantization errs 32 times
+#   as much (`Linear4bit` in `tinylora/nn.py`; `tests/test_lora.py`).
+# - A warp adds in another order, so its sum has other last bits, here in 42 % of the
+#   rows. A maximum is equal in every bit (`tests/test_cuda_on_host.py`).
 # - Fused multiply-adds would change 7.3 % of the constants, so the library switches
 #   them off (`OPTIONS` in `tinylora/kernels/cuda.py`).
-# - The least time of such a kernel is its bytes divided by the bandwidth. One kernel
-#   moves 2.516 bytes a weight, and array operations move 71.0 bytes.
+# - The least time of such a kernel is the bytes that it moves divided by the bandwidth.
+#   One kernel moves 2.516 bytes a weight, and array operations move 71.0 bytes.

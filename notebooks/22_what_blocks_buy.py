@@ -8,7 +8,7 @@
 #
 # **You will be able to**
 #
-# - compute how much of an outlier's error a block must bear
+# - compute by how much an outlier raises the error of its block
 # - fit the values of a quantizer to a distribution or to a layer by Lloyd's iteration
 # - say at which spread of the scales blocks begin to win, at equal bits
 #
@@ -55,8 +55,8 @@ assert [round(v, 3) for v in mean.values()] == [2.077, 2.596, 3.044, 3.802] and 
 
 # %% [markdown]
 # QLoRA §3 calls the division by absmax equivalent to rescaling σ. That would need a
-# constant $M$. The cell codes 20,000 drawn blocks twice: with the absmax of each block,
-# and with the constant scale $E[M] = 2.596$ for all of them.
+# constant $M$. The cell quantizes 20,000 drawn blocks twice: with the absmax of each
+# block, and with the constant scale $E[M] = 2.596$ for all of them.
 
 # %%
 drawn = np.random.default_rng(0).standard_normal((20_000, 64)).astype(np.float32)
@@ -79,16 +79,16 @@ for x, exact in ((by_absmax, blockwise), (by_constant, constant), (M, mean[64]))
 assert abs(M.std() / M.mean() - cv[64]) < 0.005
 
 # %% [markdown]
-# The constant scale has the larger error, because it cuts off every weight beyond it. The
+# The constant scale has the larger error, because it cuts off every larger weight. The
 # exact errors are integrals that `optimality.expected_error` and `optimality.distortion`
-# compute. The one by absmax, 0.008460 σ², is what this notebook compares with.
+# compute. All later comparisons are with the exact error by absmax, 0.008460 σ².
 #
 # ## 2 · The price of an outlier
 #
 # Let one weight in each block of 64 be ±k σ and the others normal. If $k$ is well above
 # 3, that outlier is the absmax, and it is stored exactly as ±1 times absmax. The steps of
 # the others are $k/2.6$ times as wide as before. For very large $k$ all others round to
-# 0. What remains of them is their variance, 63/64.
+# 0. The error is then their share of the variance, 63/64 σ².
 
 # %%
 with_outlier = drawn[:4096].copy()
@@ -122,9 +122,9 @@ assert round(price[6] / blockwise, 1) == 2.8 and round(price[20] / blockwise) ==
 #
 # Neither step can raise the error. For weights from N(0, σ²) the weights between $a$ and
 # $b$ have the probability $Φ(b/σ) − Φ(a/σ)$ and the first moment $σ\,(φ(a/σ) − φ(b/σ))$;
-# their mean is the quotient. The function below takes a list of σ with probabilities $p$,
-# because section 4 needs a mixture. The whole has the variance 1, so the error is 1 minus
-# the variance of the values.
+# their mean is the second divided by the first. The function below takes a list of σ with
+# probabilities $p$, because section 4 needs a mixture. The mixture has the variance 1, so
+# the error is 1 minus the variance of the values.
 
 
 # %%
@@ -148,7 +148,7 @@ one = np.ones(1)
 rivals = {n: lloyd(n, one, one)[1] for n in (16, 17, 22)}
 
 # %% [markdown]
-# An index of $n$ values takes $\log_2 n$ bits, if many indices are packed into one
+# An index into $n$ values takes $\log_2 n$ bits, if many indices are packed into one
 # number. NF4 in blocks of 64 takes 4.5 bits, or 4.127 with double quantization ([notebook
 # 06](06_double_quantization.ipynb)).
 
@@ -173,7 +173,8 @@ assert round(tl.quantize(np.ones((1024, 1024), np.float32), double_quant=True).b
 # τ is the *spread* of the scales, the standard deviation of $\ln σ_b$. In units of the
 # whole variance, the error of blocks does not depend on τ, since each block is divided by
 # its own maximum. The rival sees the *mixture* of all scales. The mean over $g$ is taken
-# by Gauss–Hermite quadrature, which puts 40 points $g_i$ with weights $p_i$ in its place.
+# by Gauss–Hermite quadrature, which replaces $g$ by 40 points $g_i$ with probabilities
+# $p_i$.
 
 
 # %%
@@ -212,10 +213,11 @@ for n, found in ((16, ratio), (22, even)):
 #
 # The base model that ships with tinylora is a Llama of 2 million weights with 35 linear
 # layers. The spread τ of a layer is estimated from the root mean squares of its blocks of
-# 64. Their logarithm varies even where σ does not. For $n$ normal weights the variance of
-# $\ln χ^2_n$ is $ψ_1(n/2)$, where $ψ_1$ is the trigamma function. The square root halves
-# the logarithm, so a quarter of that variance, $ψ_1(32)/4 = 0.089^2$, belongs to the
-# chance in a block. The rest is τ².
+# 64. Their logarithm varies by chance even where σ does not. The sum of squares of $n$
+# normal weights is $σ^2 χ^2_n$, and the variance of $\ln χ^2_n$ is $ψ_1(n/2)$, where
+# $ψ_1$ is the trigamma function. The square root halves the logarithm, so chance
+# contributes a quarter of that variance, $ψ_1(32)/4 = 0.089^2$. The rest of the measured
+# variance is τ².
 
 
 # %%
@@ -291,9 +293,9 @@ assert round(22 * 32 / (96 * 192), 2) == 0.04 and np.log2(22) + 22 * 32 / (96 * 
 # - **At equal bits, 22 fitted values err less than blocks:** 0.67 times as much. They
 #   lose in two layers, both k_proj. They take 4.46 bits, and storing the 22 values adds
 #   at most 0.04 bits a weight, in the smallest layer.
-# - **With double quantization the two are nearly even.** The blocks then take 4.127 bits
-#   at nearly the same error. Seventeen fitted values take 4.09 bits and err 1.09 times as
-#   much.
+# - **With double quantization, blocks and fitted values are nearly even.** The blocks
+#   then take 4.127 bits at nearly the same error. Seventeen fitted values take 4.09 bits
+#   and err 1.09 times as much.
 # - **The spread of the scales is small here:** τ is at most 0.22.
 #
 # Does τ predict what 16 fitted values cost? The folded cell divides each layer's measured
@@ -319,24 +321,24 @@ assert set(np.array(list(layers))[above.argsort()[:2]]) == {gate, gate.replace("
 price_and_gain({name: (row[0], row[3], row[5]) for name, row in layers.items()})
 
 # %% [markdown]
-# For most layers τ does. There are two exceptions:
+# For most layers τ predicts this cost. There are two exceptions:
 #
-# - Nine layers have a weight beyond 6 σ. They lie at least 1.1 times above the curve; no
-#   other layer lies more than 1.07 times above it.
+# - Nine layers have a weight beyond 6 σ. Their ratio is at least 1.1 times that of the
+#   curve. In every other layer it is at most 1.07 times that of the curve.
 # - gate_proj and up_proj of layer 0 lie furthest below the curve. In gate_proj 1.4 % of
-#   the blocks are nearly empty. Such blocks raise τ, which is computed from logarithms.
-#   They hardly change the squared error.
+#   the blocks are nearly empty: their scale is less than 0.4 of the median. Such blocks
+#   raise τ, which is computed from logarithms. They hardly change the squared error.
 #
 # **What blocks buy on this model is robustness with one fixed table.** Nothing is fitted,
-# and an outlier is paid for in one block.
+# and an outlier raises the error of one block only.
 #
-# ## 6 · Does the model feel it?
+# ## 6 · What changes in the model's output?
 #
-# A squared error is not yet an effect. The effect is measured as the divergence of the
-# quantized model's predictions $p'$ from the base model's $p$,
+# A squared error does not say what changes in the output. That is measured as the
+# divergence of the quantized model's predictions $p'$ from the base model's $p$,
 # $\mathrm{KL} = E\,\log_2 (p/p')$, on 4,096 bytes of the Jargon File. With one absmax for
-# each tensor it is 2.7 times as large as with blocks, close to the factor 2.62 of the
-# squared error.
+# each tensor the divergence is 2.7 times as large as with blocks, close to the factor
+# 2.62 of the squared error.
 
 # %% tags=["hide-input"]
 # Measures: the divergence of the predictions, with blocks and with one absmax
@@ -366,21 +368,22 @@ assert abs(kl[64] - 0.030) < 0.001 and abs(kl[None] / kl[64] - 2.7) < 0.1
 #
 # ## Exercises
 #
-# Grading runs only the setup cell and the exercise cells: put helpers inside the latter.
+# Put helpers inside the exercise's cell: grading runs only it and the setup.
 #
 # ### 22-1 One absmax for many scales
 #
 # With one absmax for a whole tensor, the steps follow the largest weight of all. How
-# large will it be if the scale varies over the tensor? The tensor holds `counts[i]`
-# independent weights from N(0, `sigmas[i]`²), for each $i$.
+# large is that weight on average if the scale varies over the tensor? The tensor holds
+# `counts[i]` independent weights from N(0, `sigmas[i]`²), for each $i$.
 #
 # - `counts`: list of whole numbers, at least 1
 # - `sigmas`: list of as many positive floats
 #
 # Return $E[M]$ of the largest magnitude $M$, a float. Checked: within $10^{-3}$ of the
-# largest sigma, for 1 to $10^6$ weights and sigmas from 0.001 to 100. Hint: derive
-# $P(M ≤ m)$ first; then $E[M] = \int_0^\infty P(M > m)\,dm$ is a sum on a grid. `erf` is
-# imported, and $2Φ(x) − 1 = \mathrm{erf}(x/\sqrt2)$.
+# largest sigma, for 1 to $10^6$ weights and sigmas from 0.001 to 100.
+#
+# Hint: derive $P(M ≤ m)$ first; then $E[M] = \int_0^\infty P(M > m)\,dm$ is a sum on a
+# grid. `erf` is imported, and $2Φ(x) − 1 = \mathrm{erf}(x/\sqrt2)$.
 
 
 # %% tags=["exercise"]
@@ -401,17 +404,18 @@ _ = grade("22-1", exercise_1)
 # %% [markdown]
 # ### 22-2 Is a second outlier as bad as the first?
 #
-# In a block, `outliers` weights are +k or −k, and the others are N(0, 1).
+# In a block, `outliers` weights are +k or −k, and the others are drawn from N(0, 1).
 #
 # - `code`: floats, (n,), ascending, −1 and 1 among them
-# - `k`: at least 6, so that no other weight of the block comes near
+# - `k`: at least 6, so that no other weight of the block comes near it
 # - `outliers`: from 1 to blocksize − 1
 # - `blocksize`: the number of weights of the block
 #
 # Return the expected mean squared error over all weights of the block, a float. Checked:
-# to $10^{-3}$ of it, for several codes, $k$ from 6 to 30, and blocks of 4 to 256. Hint:
-# what is the block's absmax? Then one integral over a single normal weight is enough,
-# without random numbers.
+# to $10^{-3}$ of the error, for several codes, $k$ from 6 to 30, and blocks of 4 to 256.
+#
+# Hint: what is the block's absmax? Then one integral over a single normal weight is
+# enough, without random numbers.
 
 
 # %% tags=["exercise"]
@@ -437,6 +441,6 @@ _ = grade("22-2", exercise_2)
 #   `tests/test_optimality.py`).
 # - For weights of one scale, blocks err less than one absmax for the tensor and more than
 #   fitted values at equal bits (`tinylora/numerics/optimality.py`).
-# - Where the scales of the blocks vary, blocks win: at equal bits from τ ≈ 0.385 on.
-# - The base model has τ ≤ 0.22. There blocks err 2.62 times less than one absmax, and 22
-#   fitted values at equal bits err 0.67 times as much as blocks.
+# - Where the scales vary, blocks win at equal bits from τ ≈ 0.385 on.
+# - The base model has τ ≤ 0.22. In it blocks err 2.62 times less than one absmax for the
+#   tensor, and 22 fitted values at equal bits err 0.67 times as much as blocks.

@@ -29,12 +29,14 @@ def which_start(laws, matrices):
         0.03, 0.06, "filled: power laws\nhollow: the base model", transform=ax.transAxes, fontsize=8.5, color="0.35"
     )
     ax.set(
-        xlabel="p, the share of ‖W‖² in its top r directions", ylabel="error at the start / NF4's error", xlim=(0, 0.96)
+        xlabel="p, the share of ‖W‖² in its first r singular directions",
+        ylabel="error at the start / NF4's error",
+        xlim=(0, 0.96),
     )
     ax.set_ylim(0.2, 1.02)
     crossings = [1 - np.mean(y[:4]) ** 2 for y in (one, five)]
     ax.set_title(
-        "On the power laws PiSSA is ahead of one step from p = {:.2f} on, of five from {:.2f} on".format(*crossings),
+        "On power laws PiSSA beats 1 step of LoftQ if p > {:.2f}, and 5 steps if p > {:.2f}".format(*crossings),
         fontsize=10,
     )
     return figure
