@@ -9,6 +9,8 @@ Where loralib fails, the test says how: a convolution over one or three axes wit
 disabled, an unknown `bias`.
 """
 
+import inspect
+
 import numpy as np
 import pytest
 from test_loralib import of_absolute_values
@@ -215,6 +217,15 @@ def test_loralibs_default_merged_linear_fails_in_train_mode_and_works_in_eval_mo
     assert a.eval() is None and a.train() is None  # loralib's layers return nothing where torch's return themselves
     a.eval()
     agree(b(Tensor(x)).data, a(torch.from_numpy(x)), of_absolute_values(b, x)[0], "y")
+
+
+def test_the_comment_over_the_start_of_loralibs_embedding_says_the_opposite():
+    said = "initialize A the same way as the default for nn.Linear and B to zero"
+    for kind, shape in (("Linear", (5, 6)), ("Embedding", (5, 6))):
+        layer = getattr(theirs, kind)(*shape, r=2)
+        assert said in inspect.getsource(type(layer).reset_parameters)
+        a, b = bool(layer.lora_A.any()), bool(layer.lora_B.any())
+        assert (a, b) == ((True, False) if kind == "Linear" else (False, True)), kind
 
 
 def test_the_mask_of_enabled_rows_is_no_buffer():

@@ -10,6 +10,7 @@
     ranks, switching   rank and task switching on the embedded model (LoRA Table 6, §4.2)
     claims             the qualitative claims, each on a toy
     verdict            what a recomputed number is called
+    map                each statement of the papers, beside the code, the test and the notebook that decide it
 
 A file computes, says and draws one thing. Nothing but the commands and the notebooks imports this room.
 """

@@ -1,0 +1,223 @@
+"""The map of the papers names only what is there, and says what the tables, the experiments and the README say."""
+
+import ast
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tinylora.costs import memory
+from tinylora.papers import claims, lora_numbers, map, qlora_numbers
+
+TOP = Path(__file__).parents[2]
+CLAIMS = map.claims()
+BY_ID = {claim.id: claim for claim in CLAIMS}
+
+
+# ------------------------------------------------------------------------------------------------------------- what it points to
+@cache
+def names(file):
+    """The functions, classes, methods and constants that a Python file defines, methods as Class.method."""
+    found = set()
+
+    def visit(body, prefix):
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found.add(prefix + node.name)
+                if isinstance(node, ast.ClassDef):
+                    visit(node.body, f"{prefix}{node.name}.")
+            elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found.update(prefix + n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name))
+
+    visit(ast.parse((TOP / file).read_text(encoding="utf-8")).body, "")
+    return found
+
+
+def test_the_map_is_about_as_large_as_the_ledger():
+    assert len(CLAIMS) >= 90 and len(BY_ID) == len(CLAIMS)
+    assert {claim.paper for claim in CLAIMS} == set(map.PAPERS)
+    assert {claim.kind for claim in CLAIMS} == set(map.KINDS)
+    assert {claim.verdict for claim in CLAIMS} == set(map.VERDICTS)
+
+
+def test_every_id_begins_with_its_paper():
+    for claim in CLAIMS:
+        if claim.paper in ("LoRA", "QLoRA", "AF4", "BOF4"):
+            assert claim.id.startswith(claim.paper.lower() + "-"), claim.id
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_what_an_entry_names_exists(claim):
+    for place in claim.code:
+        file, _, name = place.partition(":")
+        assert (TOP / file).is_file(), place
+        assert not name or name in names(file), place
+    for place in claim.test:
+        file, _, name = place.partition("::")
+        assert (TOP / file).is_file() and name in names(file), place
+    for place in claim.notebook:
+        stem, _, section = place.partition("#")
+        source = (TOP / "notebooks" / f"{stem}.py").read_text(encoding="utf-8")
+        assert re.search(rf"^# ## {section} · ", source, re.M), place
+    for places in (claim.code, claim.test, claim.notebook):
+        assert len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_an_entry_is_said_in_sentences(claim):
+    for text in (claim.says, claim.why):
+        assert text.endswith(".") and text == text.strip() and "  " not in text, text
+    assert not claim.number.endswith(".") and claim.number == claim.number.strip()
+    assert not claim.erratum or claim.verdict == "does not follow"
+
+
+# ---------------------------------------------------------------------------------------------------------- what it must agree with
+def entries_of(function):
+    """The entries whose code is this function."""
+    place = f"{Path(function.__code__.co_filename).resolve().relative_to(TOP)}:{function.__name__}"
+    return [claim for claim in CLAIMS if place in claim.code]
+
+
+def verdicts_of_the_page():
+    """{title of an experiment: the first words of its verdict}, as figures/claims/README.md has them."""
+    page = (TOP / "figures" / "claims" / "README.md").read_text(encoding="utf-8")
+    sections = (section.partition("\n") for section in page.split("\n## ")[1:])
+    return {title: re.search(r"\* verdict: \*\*(.+?)\*\*", body)[1] for title, _, body in sections}
+
+
+@pytest.mark.parametrize("name", claims.EXPERIMENTS)
+def test_every_experiment_is_on_the_map_with_its_verdict(name):
+    experiment = claims.EXPERIMENTS[name]
+    found, word = entries_of(experiment.function), verdicts_of_the_page()[experiment.title]
+    assert found and word in ("holds", "holds in part", "fails")
+    for claim in found:
+        in_part = claim.why.startswith("In part: ")
+        if word == "holds":
+            assert claim.verdict in ("holds exactly", "holds at toy scale") and not in_part
+        elif word == "fails":
+            assert claim.verdict == "does not follow" and not in_part
+        else:  # in part: an entry may be on the part that holds, or on the part that does not
+            assert claim.verdict in ("holds at toy scale", "does not follow") and in_part
+
+
+def test_in_part_is_said_of_experiments_alone():
+    measured = {claim.id for e in claims.EXPERIMENTS.values() for claim in entries_of(e.function)}
+    assert {claim.id for claim in CLAIMS if claim.why.startswith("In part")} <= measured
+
+
+def test_the_papers_counts_are_those_of_the_audits():
+    lora, qlora = lora_numbers.audit(), qlora_numbers.audit()
+    wrong = sum(row.verdict == "does not follow" for row in lora)
+    assert BY_ID["lora-counts"].number == f"{wrong} of {len(lora)}"
+    fails, false = (sum(row.verdict == verdict for row in qlora) for verdict in ("does not follow", "does not hold"))
+    assert BY_ID["qlora-counts"].number == f"{fails} of {len(qlora)} do not follow, and {false} do not hold"
+
+
+#: The entries that each of the README's five findings is about.
+FINDINGS = (
+    ("qlora-16-bit", "lora-on-par"),
+    ("lora-table-6-embedded",),
+    ("qlora-nf4-optimal",),
+    ("qlora-activations",),
+    ("lora-counts", "qlora-counts"),
+)
+NUMBER = r"(?<![^\W\d])\d+(?:[.,]\d+)*"  # not the digit of a name: NF4
+
+
+def findings():
+    """The README's findings as text, without their links."""
+    readme = (TOP / "README.md").read_text(encoding="utf-8")
+    section = readme.partition("## Five findings")[2].partition("\n## ")[0]
+    return [re.sub(r"\s*\(\[.*$", "", line[2:]) for line in section.splitlines() if line.startswith("- ")]
+
+
+@pytest.mark.parametrize("i", range(5))
+def test_the_readmes_findings_have_the_numbers_of_the_map(i):
+    assert len(findings()) == len(FINDINGS)
+    on_the_map = re.findall(NUMBER, " ".join(BY_ID[name].number for name in FINDINGS[i]))
+    assert set(re.findall(NUMBER, findings()[i])) <= set(on_the_map), findings()[i]
+
+
+@pytest.mark.parametrize("name", ["qlora-16-bit", "lora-on-par", "lora-table-6-embedded", "qlora-fig-2", "qlora-fig-4"])
+def test_what_no_test_repeats_has_the_numbers_of_the_figures(name):
+    page = (TOP / "figures" / "README.md").read_text(encoding="utf-8")
+    printed = re.findall(r"\d\.\d{4} ± \d\.\d{4}", BY_ID[name].number)
+    assert printed and all(number in page for number in printed)
+
+
+def test_the_activations_of_finding_4_are_those_that_the_account_predicts():
+    """8 × 256 tokens of the embedded model: QLoRA, full fine-tuning, QLoRA with checkpointing."""
+    setting = {"batch_size": 8, "seq_len": 256, "r": 16}
+    lora, qlora, full = (memory.predict("base", method, **setting).activations for method in ("lora", "qlora", "full"))
+    rebuilt = memory.predict("base", "qlora", checkpointing=True, **setting).activations
+    assert (qlora, lora, rebuilt) == (172_007_424, 172_007_424, 45_645_824)
+    number = BY_ID["qlora-activations"].number
+    assert (
+        number.startswith(f"{qlora / 1e6:.0f} MB")
+        and f" {full / 1e6:.0f} MB" in number
+        and f" {rebuilt / 1e6:.1f} MB" in number
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------------ reading
+GOOD = {
+    "id": '"lora-eq-1"', "paper": '"LoRA"', "place": '"eq. 1"', "kind": '"equation"', "says": '"It holds."',
+    "test": '["tests/test_ops.py::test_x"]', "verdict": '"holds exactly"', "number": '""', "why": '"It does."',
+}  # fmt: skip
+
+
+def written(tmp_path, *entries):
+    tables = ["[[claim]]\n" + "\n".join(f"{key} = {value}" for key, value in entry.items()) for entry in entries]
+    path = tmp_path / "map.toml"
+    path.write_text("\n\n".join(tables), encoding="utf-8")
+    return path
+
+
+def test_a_map_is_read_in_its_order_and_missing_lists_are_empty(tmp_path):
+    other = {**GOOD, "id": '"a-2"', "verdict": '"cannot be checked here"', "test": "[]", "erratum": "true"}
+    first, second = map.read(written(tmp_path, GOOD, other))
+    assert (first.id, first.test, first.code, first.erratum) == ("lora-eq-1", ("tests/test_ops.py::test_x",), (), False)
+    assert (second.id, second.test, second.erratum) == ("a-2", (), True)
+    assert map.claims() is CLAIMS
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"verdict": '"maybe"'}, "lora-eq-1: verdict = 'maybe', expected one of holds exactly, holds at toy scale"),
+        ({"paper": '"GPT"'}, "lora-eq-1: paper = 'GPT', expected one of LoRA, QLoRA"),
+        ({"kind": '"lemma"'}, "lora-eq-1: kind = 'lemma', expected one of equation"),
+        ({"why": None}, r"lora-eq-1: why: expected a text \(it is missing\)"),
+        ({"number": None}, r"lora-eq-1: number: expected a text \(it is missing\)"),
+        ({"says": '" "'}, "lora-eq-1: says: expected a text$"),
+        ({"number": "3"}, "lora-eq-1: number: expected a text$"),
+        ({"remark": '"x"'}, "lora-eq-1: remark: there is no such field; they are id, paper"),
+        ({"erratum": '"yes"'}, "lora-eq-1: erratum = 'yes', expected true or false"),
+        ({"test": "[]"}, "lora-eq-1: test: expected one or more, as the verdict is 'holds exactly'"),
+        ({"test": '"tests/test_ops.py::test_x"'}, "lora-eq-1: test = .*, expected a list, each of it tests/"),
+        ({"test": '["test_ops.py"]'}, "lora-eq-1: test = .*, expected a list"),
+        ({"code": '["tinylora.ops"]'}, r"lora-eq-1: code = \['tinylora.ops'\], expected a list, each of it a file"),
+        ({"notebook": '["05"]'}, "lora-eq-1: notebook = .*, each of it NN_name#section"),
+        ({"id": '"Eq 1"'}, "claim 1: id: expected lower-case letters"),
+        ({"id": None}, "claim 1: id: expected lower-case letters"),
+    ],
+)
+def test_a_bad_entry_gets_a_sentence_with_its_id_and_field(change, words, tmp_path):
+    entry = {key: value for key, value in {**GOOD, **change}.items() if value is not None}
+    with pytest.raises(ValueError, match=words):
+        map.read(written(tmp_path, entry))
+
+
+def test_an_id_that_stands_twice_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"map\.toml: lora-eq-1: the id stands twice"):
+        map.read(written(tmp_path, GOOD, GOOD))
+
+
+@pytest.mark.parametrize("text", ["", "x = 1", "[[claim", "claim = 3", "[claim]\nid = 'a'", "claim = [1]"])
+def test_what_is_no_map_is_refused(text, tmp_path):
+    path = tmp_path / "map.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"^map\.toml: .*expected"):
+        map.read(path)
