@@ -1,6 +1,7 @@
 """The map of the papers names only what is there, and says what the tables, the experiments and the README say."""
 
 import ast
+import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -221,3 +222,22 @@ def test_what_is_no_map_is_refused(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"^map\.toml: .*expected"):
         map.read(path)
+
+
+def test_the_pages_are_what_the_map_gives(capsys):
+    spec = importlib.util.spec_from_file_location("paper_map", TOP / "docs" / "paper_map.py")
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    assert pages.main(["--check"]) == 0, capsys.readouterr().err
+    text = (TOP / "docs" / "papers.md").read_text(encoding="utf-8")
+    assert re.findall(r'<a id="([\w-]+)"></a>', text) == [
+        claim.id for paper in map.PAPERS for claim in map.claims() if claim.paper == paper
+    ]
+    slips = re.findall(r'<a id="([\w-]+)"></a>', (TOP / "docs" / "errata.md").read_text(encoding="utf-8"))
+    assert len(slips) == len(set(slips)) == sum(claim.erratum for claim in map.claims())
+    one = map.Claim(
+        "a-b", "LoRA", "eq. 1", "equation", "It is so.", "holds exactly", "2 bits", "It came out.", ("a/b.py:c",)
+    )
+    assert pages.entry(one) == (
+        '- <a id="a-b"></a>**eq. 1** · equation · *holds exactly*\\\n  It is so.\\\n  Found: 2 bits. It came out.\\\n  Code: `a/b.py:c`'
+    )
