@@ -58,11 +58,11 @@ def papers(claims):
     """The text of docs/papers.md."""
     return page(
         "# The paper map",
-        f"The map has {len(claims)} equations, tables, figures and claims of the two papers, of what came after them, and of the code, each with its "
-        "verdict. A verdict is held by the tests that the entry names. The statements are in our words.",
+        f"The map has {len(claims)} equations, tables, figures and claims of the two papers, of what came after them, and of the "
+        "code, each with its verdict. A verdict is held by the tests that the entry names. The statements are in our words.",
         "- *Holds exactly*: it is arithmetic or algebra, and it comes out, to the printed digits or to a float's rounding.\n"
-        "- *Holds at toy scale*: it was seen on a toy or on a small model, which cannot confirm what is said of a large one. An entry whose "
-        'explanation begins with "In part" was seen in part.\n'
+        "- *Holds at toy scale*: it was seen on a toy or on a small model, which cannot confirm what is said of a large one. "
+        'An entry whose explanation begins with "In part" was seen in part.\n'
         "- *Does not follow*: it comes out otherwise, here or by the paper's own numbers. "
         "Slips among these are listed under [errata](errata.md).\n"
         "- *Cannot be checked here*: no test decides it. The entry says what is missing, and what was measured.",
@@ -76,9 +76,9 @@ def errata(claims):
     slips = [claim for claim in claims if claim.erratum]
     return page(
         "# Errata",
-        f"These {len(slips)} statements of the papers, and of the code that came with them, are slips. Each says what stands there, what comes out "
-        "instead, and which test shows it. An entry is cited by its address, which does not change. All of them are on "
-        "[the paper map](papers.md), too.",
+        f"These {len(slips)} statements of the papers, and of the code that came with them, are slips. Each says what stands there, "
+        "what comes out instead, and which test shows it. An entry is cited by its address, which does not change. "
+        "All of them are on [the paper map](papers.md), too.",
         *listed(slips, verdict=False),
     )
 
