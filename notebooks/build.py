@@ -262,6 +262,18 @@ def hand_out_steps(folder):
     return f"copied to {folder}"
 
 
+def without_dead_links(folder):
+    """On the pages that were handed out, leave the text alone of links to files that were not."""
+    for path in folder.glob("*.md"):
+        text = re.sub(
+            r"\[([^\]]+)\]\((?!#|\w+:)([^)#]+)(#[^)]*)?\)",
+            lambda link: link[0] if (folder / link[2]).exists() else link[1],
+            path.read_text(encoding="utf-8"),
+        )
+        with atomic(path) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+
+
 def main(argv=None):
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -326,6 +338,8 @@ def main(argv=None):
         except (ValueError, ImportError, OSError) as error:
             print(f"{source.stem}: {error}", file=sys.stderr, flush=True)
             failed = True
+    if args.student:
+        without_dead_links(args.student)
     return int(failed)
 
 

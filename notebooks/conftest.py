@@ -6,15 +6,19 @@ import re
 import shutil
 from pathlib import Path
 
-import grading
-import marking
-import numpy as np
-import pytest
+# read when numpy is loaded: on a busy machine, threads that wait for each other make an answer several times slower
+for _library in ("OMP", "OPENBLAS"):
+    os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "agg")  # a notebook's setup cell may import pyplot where there is no screen
 
-from tinylora.models.files import atomic, check_target
+import grading  # noqa: E402
+import marking  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from tinylora.models.files import atomic, check_target  # noqa: E402
 
 SEED = pytest.StashKey()
-os.environ.setdefault("MPLBACKEND", "agg")  # a notebook's setup cell may import pyplot where there is no screen
 
 
 def seconds(text):
@@ -45,6 +49,11 @@ def pytest_addoption(parser):
         help="what to grade: a notebook (.ipynb or .py) or a folder of them, whose names begin with the two digits of a "
         "notebook; or a folder of one folder a student; or the word solutions, the solutions in the sources. By "
         "default, the notebooks in notebooks/.",
+    )
+    parser.addoption(
+        "--student",
+        metavar="TEXT",
+        help="grade only the students in whose name or id TEXT stands, accents and all, as in --student 4204",
     )
     parser.addoption(
         "--limit",
@@ -125,7 +134,8 @@ def marks(request):
     if path:
         try:
             _clear(path)
-            with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            # with a byte order mark, or Excel takes UTF-8 for something else
+            with atomic(path) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows(table_of(found))
         except OSError as error:
             pytest.fail(str(error), pytrace=False)

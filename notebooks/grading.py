@@ -42,6 +42,18 @@ FILES = set()  # in which checks are defined
 OWN = "my"  # what the number of a notebook is to the file of the six steps
 OWN_FILE = "my_qlora"  # how its name begins
 BLANK = "not answered yet"  # what is said of an answer that raises NotImplementedError
+SHOWN = 5  # names that a note has at the most
+HANDED_OUT = {
+    "grading.py",
+    "marking.py",
+    "conftest.py",
+    "test_exercises.py",
+    "finale.py",
+    "README.md",
+    "build_it.md",
+    "my_qlora.svg",
+}
+HANDED_OUT |= {"checks", "drawings", "onlinetext.html"}  # and what Moodle itself puts there
 OWN_MODULES = sys.stdlib_module_names | {"numpy", "scipy"}  # what it may import
 
 if str(HERE) not in sys.path:  # checks and answers import from here, wherever Python was started
@@ -395,6 +407,8 @@ def text_of(path):
 def parsed(path, text):
     """The notebook of a path's text."""
     path = Path(path)
+    if not text.strip():
+        raise ValueError(f"{path.name} is empty")
     try:
         if path.suffix == ".ipynb":
             import nbformat
@@ -408,7 +422,7 @@ def parsed(path, text):
             f"reading {path.name} needs {error.name}: pip install -e '.[notebooks]' in a clone of tinylora"
         ) from None
     except Exception as error:
-        raise ValueError(f"{path} is not a notebook: {str(error)[:200]}") from None
+        raise ValueError(f"{path.name} is not a notebook, or a damaged one: {str(error)[:200]}") from None
 
 
 def tags(cell):
@@ -572,7 +586,7 @@ def collect(path, numbers):
     one number holds several students: files as Canvas or Moodle names them belong to whom they name, and others to what follows the
     number: 05_alice.ipynb and 06_alice.ipynb to alice. A folder without answers of its own holds one folder
     a student; a student's folder in which there is nothing to grade is an empty set. Of two files of one number and one student the
-    last attempt counts, or else the newest file, and the student's note says so.
+    last attempt counts, or else the newest file, and the student's note says so. It names what could not be graded, too.
     """
     path = Path(path)
     if not path.exists():
@@ -590,8 +604,8 @@ def collect(path, numbers):
         files = {file for _, _, file, _ in found}
         return [one for one in found if one[2].suffix == ".ipynb" or one[2].with_suffix(".ipynb") not in files]
 
-    def last(found, student):
-        """(the student, with a note if files were passed over; {number: file}) of one student's answers."""
+    def last(found, student, left):
+        """(the student, with a note if files were passed over; {number: file}) of one student's answers and what lies beside them."""
         files, passed = {}, []
         for _, number, file, _ in sorted(
             found, key=lambda one: (one[3], one[2].stat().st_mtime if one[2].exists() else 0)
@@ -599,24 +613,36 @@ def collect(path, numbers):
             if number in files and not handed_in(file.name)[0]:
                 passed.append(files[number].name)
             files[number] = file
-        note = f"not graded, since there is a newer file: {', '.join(passed)}" if passed else ""
-        return Student.of(student, getattr(student, "id", ""), note), files
+        notes = [f"not graded, since there is a newer file: {', '.join(passed)}"] if passed else []
+        if left:
+            names = ", ".join(left[:SHOWN] + ["…"] * (len(left) > SHOWN))
+            notes.append(f"not graded: {names} (an answer is called as 05_mine.ipynb or my_qlora.py is)")
+        return Student.of(student, getattr(student, "id", ""), "; ".join(notes)), files
 
     found = answers(path)
     result, numbered = {}, [number for _, number, _, _ in found]
     if found and not any(student for student, *_ in found) and len(set(numbered)) == len(numbered):
         return {"": {number: file for _, number, file, _ in found}}
-    groups = {}  # {(name, number of the platform): the answers}
+    groups, left = {}, {}  # {(name, number of the platform): the answers, the names of what is none}
     unnamed = [file for student, _, file, _ in found if not student]
     for one in found:
         student = one[0] or of_file(one[2], one[1], unnamed)
         groups.setdefault((str(student), student.id), []).append(one)
+    if any(student for student, *_ in found):  # a platform's files, of which some may be no answers
+        for file in beside(path, found):
+            if other := MOODLE.fullmatch(file.name) or CANVAS.fullmatch(file.name):
+                who = other["name"].strip(), other["id"]
+                groups.setdefault(who, [])
+                left.setdefault(who, []).append(other["file"] or file.name)
     if not found and path.is_dir():
         for folder in (f for f in sorted(path.iterdir()) if f.is_dir() and f.name[0] not in "._"):
             student = handed_in(folder.name)[0] or Student(folder.name)
-            groups.setdefault((str(student), student.id), []).extend(answers(folder))
+            theirs = answers(folder)
+            groups.setdefault((str(student), student.id), []).extend(theirs)
+            names = [file.name + "/" * file.is_dir() for file in beside(folder, theirs)]
+            left.setdefault((str(student), student.id), []).extend(names)
     for (name, number), theirs in sorted(groups.items()):
-        student, files = last(theirs, Student.of(name, number))
+        student, files = last(theirs, Student.of(name, number), left.get((name, number)))
         result[
             student if student not in result else Student.of(f"{name} ({number or len(result)})", number, student.note)
         ] = files
@@ -625,6 +651,12 @@ def collect(path, numbers):
             f"{path} holds no answers; expected .ipynb or .py files whose names begin as 05_ does, or my_qlora.py"
         )
     return result
+
+
+def beside(folder, found):
+    """The files and folders in a folder that hold no answer and were not handed out; `found` are the answers there."""
+    taken = {name for _, _, file, _ in found for name in (file.name, file.with_suffix(".py").name)}
+    return [f for f in sorted(folder.iterdir()) if f.name[0] not in "._" and f.name not in taken | HANDED_OUT]
 
 
 def of_file(file, number, others):

@@ -5,6 +5,7 @@ pytest notebooks --answers PATH       a notebook, a folder of them, or a folder 
 pytest notebooks --answers solutions  the solutions in the sources, as CI does
 pytest notebooks -k 05                only notebook 05; -k 05-2 only its exercise 2
 pytest notebooks -k my-               the six steps of build_it.md, in my_qlora.py; -k my-1 only the first
+pytest notebooks --student 4204       only the students in whose name or id this stands
 pytest notebooks --table marks.csv    write the marks, too
 pytest notebooks --seed 7             the same random inputs as the last time; a run prints its seed
 pytest notebooks --hidden FOLDER      with further checks, which the teacher keeps
@@ -41,11 +42,25 @@ def chosen(where, numbers):
     return grading.collect(where or grading.HERE, numbers)
 
 
+def picked(sets, text):
+    """Of {who: files}, the students whose name or id has this text in it; all if there is none."""
+    if text is None:
+        return sets
+    found = {
+        who: files for who, files in sets.items() if text.casefold() in who.casefold() or text == getattr(who, "id", "")
+    }
+    if not found:
+        names = ", ".join(f"{who} ({who.id})" if getattr(who, "id", "") else str(who) for who in sets)
+        raise ValueError(f"--student {text} is in no student's name or id; there are {names or 'none'}")
+    return found
+
+
 def pytest_generate_tests(metafunc):
     """One test for each exercise of each notebook of which there are answers, and one for each set without any."""
     exercises = sorted(grading.load_checks(), key=grading.place)
     try:
         sets = chosen(metafunc.config.getoption("answers"), {grading.place(exercise)[0] for exercise in exercises})
+        sets = picked(sets, metafunc.config.getoption("student"))
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
     cases = [

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("jupytext", reason="the notebooks need jupytext: pip install -e '.[notebooks]'")
 
-from test_notebooks import CHECKS, TINY, build, grading, linux, source  # noqa: F401 (source is a fixture)
+from test_notebooks import CHECKS, NOTEBOOKS, TINY, build, grading, linux, source  # noqa: F401 (source is a fixture)
 
 PARTS = """
 @check("99-3", "positive numbers", points=2)
@@ -71,7 +71,7 @@ def run(folder, *arguments):
     table = folder / "marks.csv"
     if not table.exists():
         return done.stdout + done.stderr, []
-    with open(table, newline="", encoding="utf-8") as file:
+    with open(table, newline="", encoding="utf-8-sig") as file:
         return done.stdout + done.stderr, list(csv.reader(file))
 
 
@@ -344,3 +344,58 @@ def test_the_file_of_the_steps_imports_numpy_and_no_library_that_has_the_answer(
         grading.own_answer("def f(:")
     assert build.steps("a\n    # BEGIN SOLUTION\n    b\n    # END SOLUTION\n", True) == "a\n    b\n"
     assert build.steps("a\n    # BEGIN SOLUTION\n    b\n    # END SOLUTION\n") == f"a\n    {build.BLANK}\n"
+
+
+def test_what_is_no_answer_is_named(tmp_path):
+    """A student of whom nothing can be graded has a row, and the table says what was passed over."""
+    canvas = tmp_path / "canvas"
+    canvas.mkdir()
+    for name in (
+        "wangxiaoming_4300_17_report.pdf",
+        "moreaulea_LATE_4301_18_course.zip",
+        "kimjo_4302_19_nf4.ipynb",
+        "smithjohn_4303_20_my_qlora.py",
+        "smithjohn_4303_21_notes.txt",
+        "list_of_students.txt",
+    ):
+        (canvas / name).write_text("{}")
+    found = grading.collect(canvas, {"my"})
+    assert {(who, who.id): sorted(files) for who, files in found.items()} == {
+        ("wangxiaoming", "4300"): [],
+        ("moreaulea", "4301"): [],
+        ("kimjo", "4302"): [],
+        ("smithjohn", "4303"): ["my"],
+    }
+    notes = {who.id: who.note for who in found}
+    called = "(an answer is called as 05_mine.ipynb or my_qlora.py is)"
+    assert notes["4301"] == f"not graded: course.zip {called}" and notes["4303"] == f"not graded: notes.txt {called}"
+
+    moodle = tmp_path / "moodle"
+    for name in ("Zoë Müller_1_assignsubmission_file_", "林 美玲_2_assignsubmission_file_"):
+        (moodle / name).mkdir(parents=True)
+    (moodle / "Zoë Müller_1_assignsubmission_file_" / "My_QLoRA.py").write_text("")
+    (moodle / "林 美玲_2_assignsubmission_file_" / "course").mkdir()
+    (moodle / "林 美玲_2_assignsubmission_file_" / "my_qlora.py").write_text("")
+    found = grading.collect(moodle, {"my"})
+    assert [(who, who.note) for who in found] == [
+        ("Zoë Müller", f"not graded: My_QLoRA.py {called}"),
+        ("林 美玲", f"not graded: course/ {called}"),
+    ]
+    spec = importlib.util.spec_from_file_location("graded", NOTEBOOKS / "test_exercises.py")
+    graded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(graded)
+    assert graded.picked(found, "müller") == {"Zoë Müller": {}} and list(graded.picked(found, "2")) == ["林 美玲"]
+    assert list(graded.picked(found, None)) == list(found)
+    with pytest.raises(
+        ValueError, match=r"--student Ada is in no student's name or id; there are Zoë Müller \(1\), 林 美玲 \(2\)"
+    ):
+        graded.picked(found, "Ada")
+
+
+@pytest.mark.parametrize(
+    "text, said", [(" \n", "05_x.ipynb is empty"), ("{", "05_x.ipynb is not a notebook, or a damaged one: ")]
+)
+def test_a_damaged_notebook_is_said_to_be_one(tmp_path, text, said):
+    (tmp_path / "05_x.ipynb").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        grading.read(tmp_path / "05_x.ipynb")

@@ -476,7 +476,10 @@ def test_collecting_answers(tmp_path):
     os.utime(folder / "99-again.ipynb", (1, 1))
     found = grading.collect(tmp_path, {"99"})  # of one student the newest counts, which the table says
     assert found == {"mine": {"99": folder / "99_tiny.ipynb"}, "none": {}}
-    assert next(iter(found)).note == "not graded, since there is a newer file: 99-again.ipynb"
+    assert next(iter(found)).note == (
+        "not graded, since there is a newer file: 99-again.ipynb; "
+        "not graded: 98_other.ipynb, notes.py (an answer is called as 05_mine.ipynb or my_qlora.py is)"
+    )
 
 
 def test_pytest_grades(source, tmp_path):
@@ -505,7 +508,7 @@ def test_pytest_grades(source, tmp_path):
     said = re.search(
         r"exercise 99-2 is not gradable: (the cell 'def exercise_2.* does not compile: invalid.*)", done.stdout
     )[1]
-    assert (tmp_path / "marks.csv").read_text().splitlines() == [
+    assert (tmp_path / "marks.csv").read_text(encoding="utf-8-sig").splitlines() == [
         "student,id,99-1,99-2,points,of,reasons",
         "alice,,1,1,2,2,",
         f'bob,,0,0,0,2,"99-1: not answered yet; 99-2: not gradable: {said}"',  # there is a comma in what Python says
@@ -605,7 +608,7 @@ def test_what_a_student_does_changes_nobody_elses_marks(source, tmp_path):
     command += ["--limit", "2", "--memory", "1", "--table", "marks.csv"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stdout + done.stderr
-    with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "marks.csv", newline="", encoding="utf-8-sig") as file:
         table = list(csv.reader(file))
     assert table[0] == ["student", "id", "99-1", "99-2", "points", "of", "reasons"]
     assert table[-2] == ["z_honest", "", "1", "1", "2", "2", ""]
@@ -651,7 +654,7 @@ def test_every_name_has_its_row(source, tmp_path):
     command = [sys.executable, "-m", "pytest", "notebooks", "-p", "no:cacheprovider", "-q", "--answers", "class"]
     done = subprocess.run([*command, "--table", "marks.csv"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stdout + done.stderr
-    with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as f:
+    with open(tmp_path / "marks.csv", newline="", encoding="utf-8-sig") as f:
         rows = {row[0]: row[2:4] for row in csv.reader(f)}
     assert rows == {
         "student": ["99-1", "99-2"],

@@ -36,7 +36,7 @@ def test_two_students_are_graded(tmp_path):
     command = [sys.executable, "-m", "pytest", str(NOTEBOOKS), "-p", "no:cacheprovider", "--answers", str(folder)]
     command += ["-k", "(Amara or Farid) and (my-1 or my-2)", "--seed", "7", "--table", str(tmp_path / "marks.csv")]
     done = subprocess.run(command, cwd=NOTEBOOKS.parent, capture_output=True, text=True, timeout=600)
-    with open(tmp_path / "marks.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "marks.csv", newline="", encoding="utf-8-sig") as file:
         head, amara, farid = csv.reader(file)
     assert head == ["student", "id", "my-1", "my-2", "points", "of", "reasons"], done.stdout
     assert amara == ["Amara Okafor", "4101", "7", "6", "13", "13", ""], amara
