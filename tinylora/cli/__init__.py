@@ -3,11 +3,11 @@
     training   finetune, pretrain
     models     generate, merge, quantize, convert
     costs      memory, paging
-    papers     nf4, count, experiments, ranks, switch
+    papers     nf4, count, experiments, ranks, switch, figures
 
-Exit status: 0, all is done. 2, one sentence on stderr says what was wrong: an expected error (a missing file, a value out of range, no
-GPU), a standard output that could not be written, or a fault of tinylora's own, whose sentence says so and names the error's type
-(--traceback shows where any error came from). 130 and 143, it was interrupted by Ctrl-C or by SIGTERM.
+Exit status: 0, all is done. 1, `figures --check` found a difference. 2, one sentence on stderr says what was wrong: an expected error
+(a missing file, a value out of range, no GPU), a standard output that could not be written, or a fault of tinylora's own, whose sentence
+says so and names the error's type (--traceback shows where any error came from). 130 and 143, it was interrupted by Ctrl-C or by SIGTERM.
 """
 
 import argparse
@@ -142,6 +142,7 @@ def _parser():
         papers.count_parser,
         papers.experiments_parser,
         papers.nf4_parser,
+        papers.figures_parser,
         training.pretrain_parser,
     ):
         add(commands)

@@ -328,14 +328,15 @@ def _power(args, lengths):
 
 def _report_normality(args, groups, power, short):
     """Write report.json and, where matplotlib is there, normality.svg, and say so."""
-    from ..figures.style import save
+    from ..figures.style import one_column, save
     from ..models import files
     from ..papers import normality
 
     out, figure = Path(args.out), None
     if can_draw():  # before anything is written
         power |= _power(args, {64, 128, 256, 512, 1024, 2048} - set(power))
-        figure = normality.rejected_against_length({Path(args.path).stem: groups}, power)
+        with one_column():
+            figure = normality.rejected_against_length({Path(args.path).stem: groups}, power)
     about = {"path": args.path, "blocksize": args.blocksize, "draws": args.draws}
     files.write_json(out / "report.json", normality.as_json(groups, power, short, **about))
     if figure:

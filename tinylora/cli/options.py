@@ -169,7 +169,8 @@ def draw(figure, path, asked=False, mode=None):
     from ..figures import style
 
     try:
-        style.save(figure(), path, mode)
+        with style.one_column():
+            style.save(figure(), path, mode)
     except Exception as error:
         if asked:
             raise

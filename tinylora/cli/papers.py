@@ -1,4 +1,4 @@
-"""nf4, count, experiments, ranks, switch: the commands that recompute what the papers say."""
+"""nf4, count, experiments, ranks, switch, figures: the commands that recompute what the papers say."""
 
 import re
 import sys
@@ -250,3 +250,56 @@ def _switch_in_folder(args):
     folders = train(texts, args.out, job, plan)
     shown = demonstrate(texts, folders, job, plan, prompts, args.max_new_tokens, args.pieces, seed=args.seed)
     print(describe(shown, list(texts)))
+
+
+# --------------------------------------------------------------------------------------------------------------------- figures
+def figures_parser(commands):
+    p = command(
+        commands,
+        "figures",
+        _figures,
+        "draw every figure of figures/ again",
+        "Draw the figures of the findings and of the claims again, as the same bytes, in a clone of tinylora. What takes seconds is\n"
+        "computed anew. Figures of long runs are drawn from the runs' numbers, which lie in figures/data with the command that\n"
+        "measured them. All are drawn before the first is written.\n\n"
+        "The bytes are the same for one version of matplotlib, which the files name. What the claims' toys train may end otherwise in\n"
+        "its last digits with another BLAS kernel.",
+        "examples:\n"
+        "  tinylora figures                      all of them, about two minutes, most of them for the claims\n"
+        "  tinylora figures nf4 ranks            two of them\n"
+        "  tinylora figures claims --out drawn   the claims', into a folder of their own\n"
+        "  tinylora figures --check              write nothing, and say which files are not what would be drawn\n",
+        device=False,
+        seed=False,
+    )
+    p.add_argument(
+        "names", nargs="*", metavar="NAME", help="a file's name without .svg, or claims for all of those (all)"
+    )
+    p.add_argument("--out", default="figures", metavar="FOLDER", help="where the files are, or are written (figures)")
+    p.add_argument(
+        "--check", action="store_true", help="compare the bytes with the files there; exit status 1 if any differ"
+    )
+
+
+def _figures(args):
+    from ..figures.style import require_matplotlib
+    from ..models.files import check_target
+    from ..papers import gallery
+
+    names = gallery.chosen(args.names)
+    require_matplotlib()
+    if not args.check:
+        check_target(args.out)
+    drawn, differ = {}, []
+    for name, svg, seconds in gallery.draw(names):
+        path, drawn[name] = Path(args.out, f"{name}.svg"), svg
+        now = "new" if not path.is_file() else "the same bytes" if path.read_bytes() == svg else "differs"
+        differ += [name] if now != "the same bytes" else []
+        print(f"{name + '.svg':<36} {seconds:5.1f} s  {now}", flush=True)
+    if args.check:
+        said = f"not what would be drawn: {', '.join(differ)}" if differ else "every file is what would be drawn"
+        print(f"{len(drawn) - len(differ)} of {len(drawn)} figures in {args.out} are the same bytes; {said}")
+        return 1 if differ else 0
+    gallery.write(drawn, args.out)
+    print(f"{len(drawn)} figures written to {args.out}, {len(differ)} of them new or changed")
+    return 0

@@ -322,11 +322,9 @@ def _compare(args, job, plan):
     out, seeds, full_lr = Path(args.out), args.seeds or (0, 1, 2), args.full_lr or FULL_RECIPE.lr
     reports = compare(job, plan, seeds, out, args.methods, full_lr=full_lr, eval_every=args.eval_every)
     print(describe_comparison(reports))
-    runs.comparison(reports, out / "compare.svg")
-    print(f"figure: {out / 'compare.svg'}")
+    draw(lambda: runs.comparison(reports), out / "compare.svg", asked=True)
     if args.eval_every:
-        style.save(runs.loss_curves(reports), out / "curves.svg")
-        print(f"figure: {out / 'curves.svg'}")
+        draw(lambda: runs.loss_curves(reports), out / "curves.svg", asked=True)
 
 
 def _timeline(out, budget):

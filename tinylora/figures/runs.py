@@ -1,47 +1,52 @@
 """Figures of training runs."""
 
+import itertools
+
 import numpy as np
 
-from .style import COLOURS, SMALL, canvas, log_ticks, require_matplotlib, save
+from .style import COLOURS, SMALL, canvas, log_ticks
 
 
-def comparison(reports, path):
-    """Held-out bits per byte of each method (dots: seeds, bar: their mean) beside the bytes of weights, state and tape."""
+def comparison(reports):
+    """Held-out bits per byte of each method (dots: seeds, bar: their mean) beside the bytes of weights, gradients and state. -> figure"""
     from ..training.finetune import METHODS
 
-    require_matplotlib()
     names = [
         METHODS[m].label.replace(" + double quantization", "\n+ double quantization").replace(", ", ",\n", 1)
         for m in reports
     ]
     after = [[r.after for r in rs] for rs in reports.values()]
-    figure, (left, right) = canvas(
-        9, 3.6, ncols=2, gridspec_kw={"width_ratios": [1.25, 1], "wspace": 0.08}, sharey=True
-    )
+    figure, (left, right) = canvas(9, 3.6, ncols=2, width_ratios=[1.25, 1], sharey=True)
     y = np.arange(len(names))[::-1]
-    for row, scores, colour in zip(y, after, COLOURS, strict=False):
-        left.plot([np.mean(scores)] * 2, [row - 0.3, row + 0.3], color=colour, lw=3)
-        left.plot(scores, [row] * len(scores), "o", color=colour, ms=4, mec="white", mew=0.5)
+    for row, scores in zip(y, after, strict=True):
+        left.plot([np.mean(scores)] * 2, [row - 0.3, row + 0.3], color=COLOURS[0], lw=3)
+        left.plot(scores, [row] * len(scores), "o", color=COLOURS[0], ms=4.5, mec="white", mew=0.5)
         left.annotate(f"{np.mean(scores):.4f}", (max(scores), row), textcoords="offset points", xytext=(8, -3))
     left.margins(x=0.2)
     left.set_yticks(y, names)
     left.set_xlabel("held-out bits per byte after fine-tuning\n(bar: mean over seeds, dots: seeds)")
-    parts = (
-        ("weights", ("frozen weights", "trained weights"), "#9aa5b1"),
-        ("gradients", ("gradients",), "#c9b26b"),
-        ("optimizer state", ("optimizer state",), "#b07aa1"),
-    )
     start = np.zeros(len(names))
-    for label, keys, colour in parts:
+    for label, keys, look in _HELD:
         size = np.array([sum(rs[0].bytes[k] for k in keys) / 1e6 for rs in reports.values()])
-        right.barh(y, size, left=start, height=0.6, color=colour, label=label)
+        right.barh(y, size, left=start, height=0.6, label=label, edgecolor="white", lw=0.7, **look)
         start += size
     for row, total in zip(y, start, strict=True):
         right.annotate(f"{total:.1f}", (total, row), textcoords="offset points", xytext=(4, -3))
     right.set_xlabel("MB held beside the tape")
     right.margins(x=0.15)
-    right.legend(frameon=False, loc="lower right", fontsize=8)
-    save(figure, path)
+    right.legend(frameon=False, loc="lower right", fontsize=9)
+    return figure
+
+
+#: Marks and dashes of the methods, one after another: no curve needs its colour.
+_LINES = ("o-", "s--", "^:", "d-.")
+
+#: What is held beside the tape: its name, its keys in a Report's bytes, and how its bars look.
+_HELD = (
+    ("weights", ("frozen weights", "trained weights"), {"color": "0.35"}),
+    ("gradients", ("gradients",), {"color": "0.8", "hatch": "----"}),
+    ("optimizer state", ("optimizer state",), {"color": COLOURS[1], "hatch": "\\\\\\\\"}),
+)
 
 
 def loss_curves(reports, title=None):
@@ -53,7 +58,7 @@ def loss_curves(reports, title=None):
 
     figure, (left, right) = canvas(9.2, 3.6, ncols=2, width_ratios=(1.7, 1))
     ends = {}
-    for (method, rs), colour in zip(reports.items(), COLOURS, strict=False):
+    for (method, rs), colour, line in zip(reports.items(), COLOURS, itertools.cycle(_LINES), strict=False):
         if not all(any(row.get("heldout") is not None for row in r.history) for r in rs):
             raise ValueError(
                 f"loss curves: a run of {method} has no held-out evaluations; run it with --eval-every in a new folder"
@@ -66,14 +71,14 @@ def loss_curves(reports, title=None):
         ends[method] = values[:, -1]
         for curve in values:
             left.plot(steps, curve, color=colour, lw=0.8, alpha=0.5)
-        left.plot(steps, values.mean(0), color=colour, lw=2, label=METHODS[method].label)
+        left.plot(steps, values.mean(0), line, color=colour, lw=1.8, ms=5, mfc="white", label=METHODS[method].label)
         y = len(reports) - len(ends)
-        right.plot(values[:, -1], [y] * len(rs), "o", color=colour, ms=5, mec="white", mew=0.5)
+        right.plot(values[:, -1], [y] * len(rs), line[0], color=colour, ms=5, mec="white", mew=0.5)
         right.plot([values[:, -1].mean()] * 2, [y - 0.18, y + 0.18], color=colour, lw=2.5)
         right.annotate(
             f"{values[:, -1].mean():.4f}", (values[:, -1].mean(), y + 0.24), ha="center", fontsize=9, color=colour
         )
-    left.legend(frameon=False, fontsize=8.5)
+    left.legend(frameon=False, fontsize=8.5, handlelength=3)
     left.set(xlabel="step", ylabel="held-out bits per byte")
     right.set(
         ylim=(-0.6, len(ends) - 0.3), xlabel=f"held-out bits per byte after {steps[-1]} steps\n(dots: seeds, bar: mean)"
@@ -101,7 +106,7 @@ def rank_table(results):
     every = sorted({r for _, r in results})
     lines = {}
     for place, targets in enumerate(dict.fromkeys(targets for targets, _ in results)):
-        colour, mark = COLOURS[(0, 2, 1, 3, 4)[place % 5]], ("o-", "s--", "^:", "d-.")[place % 4]
+        colour, mark = COLOURS[(0, 2, 1, 3, 4)[place % 5]], _LINES[place % 4]
         ranks = sorted(r for t, r in results if t == targets)
         means = [float(np.mean(results[targets, r])) for r in ranks]
         shift = 1.03 ** (1 if place else -1)

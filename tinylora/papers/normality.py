@@ -32,7 +32,7 @@ import numpy as np
 from .. import codebooks
 from ..costs.tables import printable
 from ..dtypes import as_float32
-from ..figures.style import COLOURS, canvas, label
+from ..figures.style import COLOURS, canvas, label, narrow
 from ..numerics import optimality
 from ..quant import quantize
 
@@ -373,9 +373,10 @@ def rejected_against_length(models, power):
         style = {"color": "black" if null else "0.5", "lw": 1.2 if null else 1, "ls": ":" if law == STORED else "-"}
         ax.plot(lengths, share, **style)
         ax.fill_between(lengths, np.maximum(share - error, 0.1), share + error, color=style["color"], alpha=0.08, lw=0)
-        ends.append((share[-1], f"{law}: {share[-1]:.1f} %", style["color"]))
+        ends.append((share[-1], f"{law}: {share[-1]:.1f} %", "black" if null else "0.35"))
     paper = 100 * PAPER["rejected"]
-    theirs = [(paper, f"LLaMA-7B, QLoRA appendix F: {paper:.1f} %", COLOURS[2])]
+    where = "LLaMA-7B, paper" if narrow() else "LLaMA-7B, QLoRA appendix F"
+    theirs = [(paper, f"{where}: {paper:.1f} %", COLOURS[2])]
     if last == PAPER["length"]:
         ends += theirs
     else:
@@ -395,9 +396,10 @@ def rejected_against_length(models, power):
     ax.axhline(100 * ALPHA, color="black", lw=0.6, ls="--")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
-    ax.set_xlim(lengths[0] * 0.94, last * 1.06)
+    ax.set_xlim(lengths[0] * 0.94, last * (32 if narrow() else 1.06))
     ax.set_ylim(_TICKS[0], 115)
-    ax.set_xticks([n for n in lengths if n & (n - 1) == 0], [f"{n:,}" for n in lengths if n & (n - 1) == 0])
+    ticks = [n for n in lengths if n & (n - 1) == 0][:: 2 if narrow() else 1]
+    ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
     ax.set_yticks(_TICKS, [f"{t} %" for t in _TICKS])
     ax.minorticks_off()
     ax.set_xlabel("values in a row (in-features)", fontsize=9)

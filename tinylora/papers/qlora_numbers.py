@@ -37,8 +37,8 @@ from .. import backend, codebooks, nn
 from ..costs.memory import MODELS, PAPER, block_tape, codes_bytes, parameters, predict
 from ..costs.parameters import llama_shapes, lora_on
 from ..costs.tables import aligned, in_units
-from ..figures.memory import GB, PARTS, look, stacked_bar
-from ..figures.style import SMALL, canvas
+from ..figures.memory import GB, PARTS, look, stacked_bar, write_over_bar
+from ..figures.style import SMALL, canvas, narrow
 from ..kernels import rounding
 from ..lora import LoRALinear
 from ..numerics import optimality
@@ -807,12 +807,16 @@ def figure_6(seq_len=512):
 
     White is what the printed total, read as GiB, leaves beside the three labels.
     """
-    figure, ax = canvas(9.2, 5.2)
+    figure, ax = canvas(9.2, 7.4 if narrow() else 5.2)
     ticks, ends = [], []
     for i, size in enumerate(SIZES):
         y, below = 2.6 * i, 2.6 * i + 0.95
         ours, theirs = _our_parts(size, seq_len), _their_parts(size)
         total = account(size, seq_len=seq_len, checkpointing=True).total
+        if narrow():
+            _labelled_bars(ax, size, (y, y + 1.3), ours, theirs, total)
+            ends.append(total / GB)
+            continue
         ends.append(_bar(ax, y, ours, f"{total / GB:.1f} GB"))
         ends.append(_bar(ax, below, theirs, f"{_number(FIGURE_6[size][3])} GiB printed"))
         said = "   ".join(f"{_SHORT.get(part, part)} {n:.2f}" for part, n in ours.items())
@@ -825,13 +829,31 @@ def figure_6(seq_len=512):
     ax.annotate("48 GB", (48, -0.55), (4, 0), **SMALL, color="0.3", va="center")
     _legend(ax)
     ax.set_yticks([y for y, _ in ticks], [name for _, name in ticks], fontsize=9)
-    ax.set(xlim=(0, 1.2 * max(ends)), ylim=(9.2, -0.9), xlabel=f"GB, one sequence of {seq_len} tokens")
+    ax.set(
+        xlim=(0, 1.2 * max(ends)),
+        ylim=(9.4, -1.2) if narrow() else (9.2, -0.9),
+        xlabel=f"GB, one sequence of {seq_len} tokens",
+    )
     gap = [100 * (_number(FIGURE_6[s][0]) * MIB / base_bytes(s) - 1) for s in SIZES]
     ax.set_title(
         f"adapters: one formula to the digit; model bars: {min(gap):.0f} to {max(gap):.0f} % above weights and constants",
         fontsize=10,
     )
     return figure
+
+
+def _labelled_bars(ax, size, at, ours, theirs, total):
+    """Our bar and the paper's for one column: what stands beside a wide bar, and in one line over it, stands over it in three."""
+    for y, parts in zip(at, (ours, theirs), strict=True):
+        length = stacked_bar(ax, y, [(n, PARTS[part][1] if part else "white") for part, n in parts.items()], 0.3)
+        ax.barh(y, length, 0.3, **_OUTLINE)
+    said = [f"{_SHORT.get(part, part)} {n:.2f}" for part, n in ours.items()]
+    write_over_bar(ax, at[0] - 0.17, f"{size.upper()}, recomputed: {total / GB:.1f} GB", said)
+    printed = zip(("model", "adapters", "optimizer"), FIGURE_6[size], strict=False)
+    said = [f"{name} {label}" for name, label in printed]
+    rest = f"not labelled {figure_6_rest(size):.2f} GiB"
+    title = f"{size.upper()}, printed: {_number(FIGURE_6[size][3])} GiB"
+    write_over_bar(ax, at[1] - 0.17, title, [*said[:2], f"{said[2]} MiB", rest])
 
 
 _SHORT = {"codes": "model"}  # what the figure calls a part of an Account
@@ -873,5 +895,9 @@ def _legend(ax):
         name, colour = PARTS[part]
         ax.barh(0, 0, label=_SHORT.get(part, name), **look(colour))
     ax.barh(0, 0, **_OUTLINE, label="not labelled in the paper")
+    if narrow():
+        below = {"loc": "upper center", "bbox_to_anchor": (0.45, -0.09), "ncols": 3}
+        ax.legend(frameon=False, handlelength=2.4, handleheight=1.2, fontsize=8.5, **below)
+        return
     white = {"facecolor": "white", "edgecolor": "none", "framealpha": 1}  # the line at 48 GB ends at it
     ax.legend(**white, fontsize=8.5, loc="center right", bbox_to_anchor=(1.0, 0.62))

@@ -16,7 +16,7 @@ import numpy as np
 
 from ... import backend, nn, optim
 from ...dtypes import BFloat16Array, round_to
-from ...figures.style import COLOURS, SMALL, canvas
+from ...figures.style import COLOURS, SMALL, canvas, narrow
 from ...lora import LoRALinear
 from ...tensor import Tensor, no_grad
 from .directions import MLP
@@ -338,9 +338,9 @@ def draw_invariance(result=None):
     left.semilogy(steps, result["curve_powers"], "-", color=COLOURS[0], lw=1.5)
     left.semilogy(steps, result["curve_alone"], "--", color=COLOURS[2], lw=1.5)
     left.annotate("α/32 alone", (50, result["curve_alone"][-1]), (0, 17), ha="right", color=COLOURS[2], **SMALL)
-    left.annotate("gray: α, A₀, η, η", (22, result["curve"][22]), (-12, -40), ha="right", color="0.35", **SMALL)
+    left.annotate("thick: α, A₀, η, η", (22, result["curve"][22]), (-12, -40), ha="right", color="0.35", **SMALL)
     left.annotate(
-        "blue: α/32, 4 A₀, 4 η, 8 η", (22, result["curve"][22]), (-12, -54), ha="right", color=COLOURS[0], **SMALL
+        "thin: α/32, 4 A₀, 4 η, 8 η", (22, result["curve"][22]), (-12, -54), ha="right", color=COLOURS[0], **SMALL
     )
     left.set(xlabel="step", ylabel="training loss (mean squared error)")
     left.set_title(
@@ -395,7 +395,7 @@ def draw_learning_rates(results=None):
         xlabel="learning rate of AdamW",
         ylabel="error on unseen inputs,\nover the outputs' variance",
     )
-    ax.set(xlim=(rates[0] / 8, rates[-1] * 1.1), ylim=(0.015, 1.3))
+    ax.set(xlim=(rates[0] / (16 if narrow() else 8), rates[-1] * 1.1), ylim=(0.015, 1.3))
     ax.set_xticks(rates, [f"2$^{{{int(np.log2(r))}}}$" for r in rates])
     ax.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1], ["0.02", "0.05", "0.1", "0.2", "0.5", "1"])
     ax.minorticks_off()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ...figures.style import save
+from ...figures.style import one_column, save
 from ...models import files
 from . import EXPERIMENTS, row
 
@@ -31,7 +31,8 @@ def _draw(results, folder):
     for name, e in EXPERIMENTS.items():
         needed = (name, *e.draw.beside) if e.draw else ()
         if needed and all(n in results for n in needed):
-            save(e.draw.function(*(results[n] for n in needed)), folder / f"{e.draw.file}.svg")
+            with one_column():
+                save(e.draw.function(*(results[n] for n in needed)), folder / f"{e.draw.file}.svg")
             drawn |= dict.fromkeys(needed, e.draw.file)
     return drawn
 

@@ -258,7 +258,7 @@ def draw_rank_sweep(low=None, full=None):
     axes[0].set_ylabel("mean squared error on unseen data")
     log_ticks(axes[0], (0.0025, 0.01, 0.03, 0.1, 0.3), "y")
     one, two = values(low, "mse")[:, 0].mean(), values(low, "mse")[:, 1:].mean()
-    axes[0].annotate("noise floor σ² = 0.0025", (11, 0.0025), (0, -12), color="0.35", **SMALL)
+    axes[0].annotate("noise floor σ² = 0.0025", (11, 0.0025), (0, 4), color="0.35", **SMALL)
     axes[0].annotate(
         "line: least possible\nof any update of rank r\ndots: LoRA, 3 seeds",
         (1.75, 0.03),

@@ -1,0 +1,194 @@
+"""tinylora figures: the same bytes again, legible on a phone and without colours; and the gallery that shows them."""
+
+import json
+import re
+import xml.dom.minidom
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import matplotlib
+
+from tinylora.cli import main
+from tinylora.figures import style
+from tinylora.papers import gallery, normality
+
+TOP = Path(__file__).parents[1]
+FIGURES, GALLERY = TOP / "figures", (TOP / "docs" / "gallery.md").read_text(encoding="utf-8")
+#: Neither trained here nor computed by a product of matrices: the bytes do not depend on the BLAS kernel.
+EXACT = [name for name in gallery.PICTURES if not name.startswith("claims/")]
+PHONE = 390  # pixels
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """{name: SVG} of the figures that take no training, and of one that does."""
+    return {name: svg for name, svg, _ in gallery.draw([*EXACT, "claims/aligned_first_step"], FIGURES / "data")}
+
+
+def test_every_file_has_its_place_in_the_table_and_every_long_run_its_numbers():
+    assert {str(path.relative_to(FIGURES).with_suffix("")) for path in FIGURES.rglob("*.svg")} == set(gallery.PICTURES)
+    stored = {name for name, picture in gallery.PICTURES.items() if picture.stored}
+    assert {path.stem for path in (FIGURES / "data").iterdir()} == stored
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_the_committed_file_is_what_is_drawn(name, drawn):
+    committed = (FIGURES / f"{name}.svg").read_bytes()
+    version = re.search(rb"Matplotlib v([0-9.]+[0-9])", committed)[1].decode()
+    if version != matplotlib.__version__:
+        pytest.skip(
+            f"matplotlib {version} drew the committed file, and {matplotlib.__version__} places letters otherwise"
+        )
+    assert drawn[name] == committed
+
+
+@pytest.mark.parametrize("name", ["curves-base", "tape", "claims/aligned_first_step"])
+def test_drawn_twice_the_bytes_are_the_same(name, drawn, monkeypatch):
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["serif"])  # as a matplotlibrc of somebody's may say
+    (again,) = [svg for _, svg, _ in gallery.draw([name], FIGURES / "data")]
+    assert again == drawn[name] and b"<dc:date>" not in again
+
+
+def sizes(svg):
+    """(width of the figure, the sizes of its letters), in points; the small ones of an exponent are not counted."""
+    letters = re.findall(r'<g (?:style="[^"]*" )?transform="[^"]*scale\(([\d.]+) -[\d.]+\)">', svg)
+    return float(re.search(r'<svg [^>]*?width="([\d.]+)pt"', svg)[1]), {100 * float(size) for size in letters}
+
+
+@pytest.mark.parametrize("name", gallery.PICTURES)
+def test_letters_are_legible_on_a_phone(name):
+    width, letters = sizes((FIGURES / f"{name}.svg").read_text(encoding="utf-8"))
+    assert len(letters) > 1 and min(letters) * PHONE / width > 8.9, f"{min(letters)} points in {width}"
+
+
+def test_letters_stand_out_from_the_paper_and_long_titles_are_broken():
+    with style.one_column():
+        figure, (left, right) = style.canvas(9, 3, ncols=2, sharey=True)
+    left.set(ylabel="bits")
+    left.set_title("a title of one panel: which says much more than there is room for in one line of a column")
+    text = right.text(0, 0, "pale", color="0.8", fontsize=5)
+    white = right.text(0, 0, "on a bar", color="white")
+    style._fit(figure)
+    assert left.get_position().y0 > right.get_position().y1 and right.get_ylabel() == "bits"
+    assert 1 < len(left.get_title().splitlines()) < 4 and max(map(len, left.get_title().splitlines())) <= style.LETTERS
+    assert 1.05 / (style.luminance(text.get_color()) + 0.05) >= style.CONTRAST and text.get_fontsize() == style.SMALLEST
+    assert white.get_color() == (1, 1, 1)
+    assert style.canvas(9, 3, ncols=2)[0].get_figwidth() == 9, "a notebook's figure is wide"
+
+
+# ------------------------------------------------------------------------------------------------------------------- the numbers
+def table(heading):
+    """The cells of the first table after a heading of figures/README.md."""
+    text = (FIGURES / "README.md").read_text(encoding="utf-8").partition(f"# {heading}\n")[2]
+    rows = re.search(r"(?:^ *\|.*\n)+", text, re.M)[0].splitlines()
+    return [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows]
+
+
+def stored(name):
+    return json.loads((FIGURES / "data" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def mean_and_deviation(values):
+    mean = sum(values) / len(values)
+    return f"{mean:.4f} ± {(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5:.4f}"
+
+
+def test_the_stored_numbers_are_those_of_the_tables():
+    rows = table("Full fine-tuning, LoRA and QLoRA on the embedded model")[2:]
+    for run, row in zip(stored("compare")["methods"].values(), rows, strict=True):
+        held = run["bytes"]
+        assert mean_and_deviation(run["after"]) == row[2] and f"{held['optimizer state']:,}" == row[6]
+        assert f"{held['frozen weights'] + held['trained weights']:,}" == row[5]
+    compare = stored("compare")["methods"]
+    for method, run in stored("curves-base")["methods"].items():
+        assert [values[-1] for values in run["heldout"]] == compare[method]["after"]
+    for run, row in zip(stored("curves-smollm2")["methods"].values(), table("A real LLM")[2:], strict=True):
+        assert f"{run['before']:.4f}" == row[1] and mean_and_deviation([v[-1] for v in run["heldout"]]) == row[2]
+    for by_rank, row in zip(stored("ranks")["targets"].values(), table("Is a rank of 1 enough?")[2:], strict=True):
+        assert list(map(mean_and_deviation, by_rank.values())) == row[1:]
+    times = {
+        f"{100 * c['fraction']:.0f} %": f"{c['time_ratio']:.1f}"
+        for c in stored("paging")["costs"]
+        if c["order"] == "back and forth" and not c["prefetch"]
+    }
+    head, _, row = table("Paging")
+    assert [times[share] for share in head[1:]] == row[1:]
+    kinds = stored("normality")["kinds"]
+    rows = sum(kind["rows"] for kind in kinds)
+    said = f"rejects {100 * sum(kind['rejected'] for kind in kinds) / rows:.1f} % of SmolLM2's {rows:,} rows"
+    assert said in (FIGURES / "README.md").read_text(encoding="utf-8")
+    data = stored("normality")
+    for law, group in normality.drawn(data["lengths"][0], data["draws"]).items():
+        assert group.rejected == data["rejected"][law][0] / data["draws"], law
+
+
+# ------------------------------------------------------------------------------------------------------------------- the command
+def test_the_command_writes_all_or_nothing_and_compares(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(TOP)
+    assert main(["figures", "ranks", "tape", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"ranks.svg", "tape.svg"}
+    assert all(xml.dom.minidom.parse(str(path)) for path in tmp_path.iterdir())
+    assert "2 figures written" in capsys.readouterr().out
+    assert main(["figures", "ranks", "--out", str(tmp_path), "--check"]) == 0
+    assert re.search(r"ranks\.svg +[0-9.]+ s  the same bytes", capsys.readouterr().out)
+    (tmp_path / "ranks.svg").write_text("another")
+    assert main(["figures", "ranks", "tape", "--out", str(tmp_path), "--check"]) == 1
+    assert "1 of 2 figures" in (out := capsys.readouterr().out) and "not what would be drawn: ranks" in out
+    assert (tmp_path / "ranks.svg").read_text() == "another", "--check writes nothing"
+
+    def fail(data):
+        raise ValueError("no")
+
+    monkeypatch.setitem(gallery.PICTURES, "compare", gallery.Picture(fail, stored=True))
+    assert main(["figures", "ranks", "compare", "--out", str(tmp_path)]) == 2
+    assert (tmp_path / "ranks.svg").read_text() == "another", "what was drawn before the failure is not written"
+
+
+def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
+    assert main(["figures", "nf5"]) == 2
+    err = capsys.readouterr().err
+    assert "there is no 'nf5'" in err and all(name in err for name in gallery.PICTURES)
+    monkeypatch.chdir(tmp_path)
+    assert main(["figures", "nf4", "ranks"]) == 2
+    err = capsys.readouterr().err
+    assert "ranks.svg is drawn from the numbers of a long run" in err and "ranks.json is not there" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_claims_stands_for_all_of_theirs():
+    assert gallery.chosen(["claims", "nf4"]) == [*(n for n in gallery.PICTURES if n.startswith("claims/")), "nf4"]
+    assert gallery.chosen() == list(gallery.PICTURES)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the gallery
+def entries():
+    """{name of a figure: (alt text, its caption, how it is drawn)} of the gallery."""
+    found = re.findall(
+        r"^!\[(.*?)\]\(\.\./figures/(.*?)\.svg\)\n\n(.*?)\n\n(Drawn by .*?)(?:\n\n|\Z)", GALLERY, re.M | re.S
+    )
+    return {name: (alt, caption, how) for alt, name, caption, how in found}
+
+
+def test_the_gallery_has_every_figure_with_what_it_shows():
+    assert set(entries()) == set(gallery.PICTURES)
+    for name, (alt, _, how) in entries().items():
+        assert len(alt.split()) > 15 and alt.endswith("."), f"{name}: the alternative text says what is seen"
+        assert f"`tinylora figures {name}`" in how
+        if gallery.PICTURES[name].stored and name != "curves-smollm2":
+            assert f"`{stored(name)['command']}`" in how.replace("\n", " ")
+
+
+NUMBER = re.compile(r"[-−]?\d+(?:[.,]\d+)*(?:e-?\d+)?")
+
+
+@pytest.mark.parametrize("name", gallery.PICTURES)
+def test_the_number_in_a_caption_is_one_of_the_findings(name):
+    page = "claims/README.md" if name.startswith("claims/") else "README.md"
+    text = (FIGURES / page).read_text(encoding="utf-8")
+    caption = re.sub(r"\[\w+\]\(.*?\)", "", entries()[name][1])
+    numbers = NUMBER.findall(caption)
+    assert numbers, "a caption has its number"
+    assert not set(numbers) - set(NUMBER.findall(text)), name
