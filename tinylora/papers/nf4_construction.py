@@ -99,9 +99,9 @@ def nf4_excess(blocksize, power):
     return nf4 / optimality.expected_error(best, blocksize, power) - 1
 
 
-def predicted_blocksize(power):
-    """The last block size I with E[M] ≤ s₀·√(1+p), where s₀ = Φ⁻¹(0.9677083) is where NF4 cuts the normal law. -> int"""
-    edge = NormalDist().inv_cdf(codebooks.NF4_OFFSET) * (1 + power) ** 0.5
+def predicted_blocksize(power, offset=codebooks.NF4_OFFSET):
+    """The last block size I (to 4095) with E[M] ≤ s₀·√(1+p), where s₀ = Φ⁻¹(offset) is where NF4 cuts the normal law. -> int"""
+    edge = NormalDist().inv_cdf(offset) * (1 + power) ** 0.5
     lo, hi = 2, 4096
     while hi - lo > 1:
         middle = (lo + hi) // 2

@@ -1,0 +1,321 @@
+"""The article docs/nf4.md: every table and every number in it is computed again here; what its proofs use; its PDF; how it is cited."""
+
+import importlib.util
+import re
+import shutil
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tinylora
+from tinylora import codebooks
+from tinylora.numerics import distributions, optimality
+from tinylora.numerics.optimality import entropy, expected_error, optimal_code
+from tinylora.papers import nf4_optimum
+from tinylora.papers.nf4_construction import nf4_excess, predicted_blocksize
+
+TOP = Path(__file__).parents[2]
+TEXT = (TOP / "docs" / "nf4.md").read_text(encoding="utf-8")
+NF4, BLOCKSIZES, OFFSETS = codebooks.nf4(), nf4_optimum.BLOCKSIZES, nf4_optimum.OFFSETS
+BOTH = pytest.mark.parametrize("power", [1, 2])
+
+
+def one_line(text):
+    return re.sub(r"\s+", " ", text)
+
+
+@cache
+def tables():
+    return nf4_optimum.tables()
+
+
+@cache
+def splits(blocksize, power):
+    return nf4_optimum.splits(blocksize, power)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the numbers
+@pytest.mark.parametrize("name", ["answer", "law", "errors", "codes", "offsets", "moved", "weights"])
+def test_each_table_is_what_the_library_computes(name):
+    found = re.findall(r"(?:^\|.*\n)+", TEXT, re.M)
+    assert len(found) == 8, "seven tables of numbers, and the one of what is proven"
+    assert tables()[name] + "\n" in found
+
+
+def percent(x, digits):
+    return f"{100 * x:.{digits}f} %"
+
+
+def at_least(x, digits):
+    """A percentage that is rounded down."""
+    return percent(np.floor(x * 10 ** (digits + 2)) / 10 ** (digits + 2), digits)
+
+
+def at_most(x, digits):
+    return percent(np.ceil(x * 10 ** (digits + 2)) / 10 ** (digits + 2), digits)
+
+
+def over(code, best, power, law=distributions.Normal()):  # noqa: B008
+    """How much a code's error at 64 lies above another's."""
+    return expected_error(code, 64, power, law=law) / expected_error(best, 64, power, law=law) - 1
+
+
+@cache
+def sentences():
+    """Each passage of the article that holds a number, outside of the tables, with the number as it is computed now."""
+    (p1, l1, c1), (p2, l2, c2) = nf4_optimum.law(1), nf4_optimum.law(2)
+    at = {(I, p): nf4_excess(I, p) for I in (32, 64) for p in (1, 2)}
+    fullest = nf4_optimum.usage_blocksize(NF4)
+    H = {I: f"{entropy(NF4, I):.4f} bits" for I in (64, fullest)}
+    yield f"tinylora {tinylora.__version__}.*"
+    yield f"In: tinylora, version {tinylora.__version__}."
+    yield f"Its error is {percent(at[64, 1], 4)} above the least."
+    yield f"its squared error is {percent(at[64, 2], 4)} above the least. NF4 is nearly optimal for the squared error in blocks of {c2}."
+    yield f"its absolute error is {percent(at[32, 1], 4)} above the least, and its squared error is {percent(at[32, 2], 4)} above it."
+    yield f"$s_0 = {nf4_optimum.cut():.4f}$"
+    assert max(1 - p1 / c1, 1 - p2 / c2) < 0.05
+    yield "it misses NF4's two best block sizes by less than 5 %."
+    yield f"It is {H[64]} in blocks of 64. It is largest in blocks of {fullest}, where it is {H[fullest]}."
+    yield f"$o = {codebooks.NF4_OFFSET}$"
+    # section 3: all splits
+    for I in BLOCKSIZES:
+        for p in (1, 2):
+            assert list(splits(I, p)) == list(range(7)) and sorted(splits(I, p).values(), reverse=True) == list(
+                splits(I, p).values()
+            )
+    next_best = [min(splits(I, p)[5] / splits(I, p)[6] for I in BLOCKSIZES) - 1 for p in (1, 2)]
+    floor = [at_least(x, 2) for x in next_best]
+    yield f"The next best, 5 and 8, costs at least {floor[0]} more for $p = 1$ and {floor[1]} more for $p = 2$."
+    # sections 4 and 5: the law
+    yield f"Its least value is at $I = {l1}$ for $p = 1$, where $R_1 - 1$ is {percent(nf4_optimum.limit_excess(l1, 1), 4)}, and at"
+    yield f"$I = {l2}$ for $p = 2$, where $R_2 - 1$ is {percent(nf4_optimum.limit_excess(l2, 2), 4)}."
+    assert abs(l1 - c1) <= 1 and abs(l2 - c2) <= 1
+    yield f"the law's error, {p1} instead of {c1} and {p2} instead of {c2},"
+    within = [I for I in range(40, 120) if nf4_excess(I, 1) < 0.001]
+    assert within == list(range(within[0], within[-1] + 1))
+    yield f"In blocks of {within[0]} to {within[-1]} weights, and in no others, NF4's absolute error is within 0.1 % of the least"
+    away = [np.abs(NF4 - optimal_code(64, p)).max() for p in (1, 2)]
+    yield f"No value of NF4 lies more than {away[0]:.4f} from the best code for the absolute error."
+    yield f"values lie up to {away[1]:.4f} away."
+    # section 6: other codes
+    laws = {(p, o): nf4_optimum.law(p, o) for p in (1, 2) for o in OFFSETS}
+    missed = max(abs(nf4_optimum.deviation(law[2], p, o)) for (p, o), law in laws.items())
+    worst = max(abs(law[0] / law[2] - 1) for law in laws.values())
+    yield f"from {OFFSETS[0]} to {OFFSETS[-1]} the law misses $\\text{{E}}[M]$ by at most {at_most(missed, 1)}."
+    yield f"the block size is missed by at most {at_most(worst, 0)}."
+    for p in (1, 2):
+        off = [nf4_optimum.deviation(laws[p, o][2], p, o) for o in OFFSETS]
+        assert off == sorted(off)
+        yield f"it changes its sign near $s_0 = {np.interp(0, off, [nf4_optimum.cut(o) for o in OFFSETS]):.1f}$."
+    best = {(b, p): nf4_optimum.best_blocksize(lambda I, b=b, p=p: nf4_optimum.recipe_excess(I, p, bits=b), near)
+            for b in (3, 5, 6) for p, near in ((1, p1), (2, p2))}  # fmt: skip
+    assert best[5, 1] == best[6, 1] and best[5, 2] == best[6, 2]
+    yield f"for $p = 1$ is {best[3, 1]} with 8 values, and {best[6, 1]} with 32 and with 64."
+    yield f"For $p = 2$ it is {best[3, 2]} with 8 values, and {best[6, 2]} with 32 and with 64."
+    many = [percent(nf4_optimum.recipe_excess(best[6, p], p, bits=6), 4) for p in (1, 2)]
+    yield f"with 64 values it is {many[0]} and {many[1]}."
+    yield f"NF4's entropy is largest in blocks of {fullest}, where it is {H[fullest]}, and the law says {predicted_blocksize(0)}."
+    says = [predicted_blocksize(0, o) for o in OFFSETS]
+    used = [nf4_optimum.usage_blocksize(codebooks.normal_float(4, o)) for o in OFFSETS]
+    yield f"it says {min(says)} to {max(says)}, and the computed block sizes are {min(used)} to {max(used)}."
+    excess = {
+        p: max(expected_error(codebooks.closed_form(I, c), I, p) / expected_error(optimal_code(I, p), I, p) - 1
+               for I in BLOCKSIZES) for p, c in ((1, "mae"), (2, "mse"))
+    }  # fmt: skip
+    yield f"at most {at_most(excess[1], 2)} more than the best pinned code in absolute error, and at most {at_most(excess[2], 2)} more"
+    # section 7: neighbours
+    yield f"the excess at {c2} is {1e8 * (nf4_excess(c2 - 1, 2) - nf4_excess(c2, 2)):.1f} · 10⁻⁸ below that at {c2 - 1}."
+    yield f"{c1} and {c2} are the best block sizes"
+    # section 8: other laws and other codes
+    student = [over(NF4, optimal_code(64, 1, law=t), 1, t) for t in map(distributions.StudentT, (5, 30, 100))]
+    yield f"NF4's absolute error at 64 is {percent(student[0], 2)} above the best pinned code for that law."
+    yield f"With 30 degrees of freedom it is {percent(student[1], 3)}, and with 100 it is {percent(student[2], 3)}."
+    findings = one_line((TOP / "figures" / "README.md").read_text(encoding="utf-8"))
+    assert (
+        "The test rejects 25.8 % of SmolLM2's" in findings
+        and "embedded model's 8,960 rows it rejects 6.2 %" in findings
+    )
+    assert f"it misses the mean maximum by at most {at_most(missed, 1)} for p = 1 and p = 2" in findings
+    yield "rejects 25.8 % of the rows of SmolLM2 and 6.2 % of those of tinylora's embedded model, where it would reject 5 % of normal"
+    yield f"On the embedded model's {len(nf4_optimum._weights())} linear layers"
+    free = [at_least(over(NF4, optimal_code(64, p, pins=None), p), 2) for p in (1, 2)]
+    yield f"NF4 is at least {free[0]} above the best code without pins in absolute error, and at least {free[1]} in squared error."
+    signed = [1 - expected_error(codebooks.bof4(64, c, True), 64, p, True) / expected_error(NF4, 64, p)
+              for p, c in ((1, "mae"), (2, "mse"))]  # fmt: skip
+    yield f"has an absolute error {percent(signed[0], 2)} below NF4's, and a squared error {percent(signed[1], 2)} below."
+
+
+#: Numbers that are settings, sizes and bounds, each held by a test below or in tests/test_optimality.py, or a year, or a paper's number.
+SETTINGS = ("16", "64", "32", "10⁻¹⁰", "10⁻¹²", "10⁻¹³", "13", "30")
+
+
+def test_each_number_is_in_a_sentence_that_is_computed():
+    prose = one_line(re.sub(r"(?:^\|.*\n)+|^!\[.*\n", "\n", TEXT.split("## References")[0], flags=re.M))
+    status = one_line("".join(re.findall(r"^\|.*\n", TEXT.split("## 7")[1].split("Table 7")[0], re.M)))
+    for sentence in dict.fromkeys(sentences()):
+        assert sentence in prose or sentence in status, sentence
+        prose = prose.replace(sentence, " ")
+    rest = re.sub(r"\$[^$]*\$", lambda math: " " if not re.search(r"\d\.\d|= \d\d", math[0]) else math[0], prose)
+    rest = re.sub(r"section \d|Table \d|Figure \d|NF4|BOF4|QLoRA|float32|\[[\d, a-z]+\]|\(\d\)|## \d", " ", rest)
+    numbers = [n.rstrip(".,") for n in re.findall(r"\d[\d.,]*[⁻⁰¹²³⁴-⁹]*(?: %)?", rest)]
+    found = [n for n in numbers if n not in SETTINGS and len(n) > 1]
+    assert not found, f"numbers that nothing computes: {found}"
+
+
+@pytest.mark.slow
+def test_the_best_block_sizes_are_the_best_of_all_up_to_4096():
+    for power, best in ((1, 69), (2, 453)):
+        step = np.diff([nf4_excess(I, power) for I in range(2, 4097)])
+        assert (step[: best - 2] < 0).all() and (step[best - 2 :] > 0).all()
+    assert max(range(2, 4097), key=lambda I: entropy(NF4, I)) == 12
+
+
+# --------------------------------------------------------------------------------------------------------------- what proofs use
+@pytest.mark.parametrize("k", [0, 1, 2, 3.5])
+@pytest.mark.parametrize("blocksize", [2, 3, 64, 4096])
+def test_theorem_1(k, blocksize):
+    """(log g)″ by the moments of s = m² in (3), by differences of log g, and its bound; Cov(s, L) ≤ 0 and the identity it comes from."""
+    block = optimality.block_law(blocksize)
+    x, s = np.linspace(-0.999, 0.999, 41), block.m**2
+    rho = block.others[:, None] * block.m[:, None] ** (k + 1) * np.exp(-np.multiply.outer(s, x**2) / 2)
+    rho /= rho.sum(axis=0)
+    mean, second = s @ rho, (s**2) @ rho
+    curvature = x**2 * (second - mean**2) - mean
+    h = 1e-3
+    log_g = [np.log(block.density(x + d, k)) for d in (-h, 0, h)]
+    assert np.allclose((log_g[0] - 2 * log_g[1] + log_g[2]) / h**2, curvature, rtol=1e-4, atol=1e-4)
+    assert (curvature <= -(1 - x**2) / (1 + x**2) * mean + 1e-9).all() and (curvature < 0).all()
+    phi = np.exp(-s / 2) / np.sqrt(2 * np.pi)
+    L = (blocksize - 2) * block.m * phi / (1 - distributions.Normal().tail(block.m))
+    covariance = (s * L) @ rho - mean * (L @ rho)
+    assert (covariance <= 1e-12).all()
+    assert np.allclose((1 + x**2) / 2 * (second - mean**2), mean + covariance, rtol=1e-8)
+
+
+@BOTH
+def test_a_shift_moves_a_centroid_or_a_median_by_less(power, rng):
+    """The two facts about c(a, b) in the proof of Theorem 2."""
+    block = optimality.block_law(int(rng.integers(2, 500)))
+
+    def c(a, b):
+        at_a, at_b = block.moments(np.array([a, b]), power).T
+        if power == 2:
+            return (at_b[1] - at_a[1]) / (at_b[0] - at_a[0])
+        lo, hi = a, b
+        for _ in range(60):
+            middle = (lo + hi) / 2
+            lo, hi = (middle, hi) if 2 * block.moments(middle, 1)[0] < at_a[0] + at_b[0] else (lo, middle)
+        return lo
+
+    for _ in range(30):
+        a, b = np.sort(rng.uniform(-1, 0.9, 2))
+        t = rng.uniform(0, 1 - b)
+        assert c(a, b) < c(a + t, b + t) < c(a, b) + t
+
+
+@BOTH
+def test_a_mirror_image_costs_the_same(power):
+    q = optimal_code(64, power)
+    assert abs(expected_error(-q[::-1], 64, power) - expected_error(q, 64, power)) < 1e-15
+
+
+@BOTH
+def test_slopes_are_derivatives(power, rng):
+    q = np.sort(np.concatenate([[-1, 0, 1], -rng.uniform(0.05, 0.95, 6), rng.uniform(0.05, 0.95, 7)]))
+    free = np.flatnonzero(~np.isin(q, (-1, 0, 1)))
+    differences = []
+    for i in free:
+        e = np.zeros(16)
+        e[i] = 1e-6
+        differences.append((expected_error(q + e, 64, power) - expected_error(q - e, 64, power)) / 2e-6)
+    assert np.allclose(nf4_optimum.slopes(q, 64, power) * power, differences, atol=1e-8)
+
+
+@BOTH
+@pytest.mark.parametrize("blocksize", [*BLOCKSIZES, 69, 453])
+def test_the_best_codes_are_enclosed_to_1e_10_and_their_errors_hold_with_twice_the_nodes(blocksize, power):
+    q = optimal_code(blocksize, power)
+    assert nf4_optimum.enclosed(q, blocksize, power, 1e-10)
+    moved = q + np.where(np.isin(q, (-1, 0, 1)), 0, 1e-9)
+    assert not nf4_optimum.enclosed(moved, blocksize, power, 1e-10), "the box does not reach it"
+    for code in (q, NF4):
+        assert abs(expected_error(code, blocksize, power) - expected_error(code, blocksize, power, order=40)) < 1e-13
+    assert 2e-12 / expected_error(q, blocksize, power) < 4e-10, "the bound on an excess"
+
+
+@BOTH
+def test_the_limit_is_1_for_one_fixed_maximum_at_the_law_and_nowhere_else(power, monkeypatch):
+    """Proposition 3 for blocks that all have the same maximum m: g ∝ exp(−m²x²/2)."""
+
+    def excess_of(m):
+        density = lambda x, k: np.exp(-(m**2) * x**2 / 2)  # noqa: E731
+        monkeypatch.setattr(optimality, "block_law", lambda I: type("Fixed", (), {"density": staticmethod(density)}))
+        return nf4_optimum.limit_excess(64, power)
+
+    edge = nf4_optimum.cut() * (1 + power) ** 0.5
+    assert abs(excess_of(edge)) < 1e-12 and min(excess_of(0.99 * edge), excess_of(1.01 * edge)) > 1e-7
+
+
+@BOTH
+def test_more_values_come_nearer_to_the_limit(power):
+    off = [
+        abs(nf4_optimum.recipe_excess(64, power, bits=b) - nf4_optimum.limit_excess(64, power)) for b in (3, 4, 5, 6)
+    ]
+    assert all(b < a / 2 for a, b in pairwise(off))
+
+
+def test_the_figure_draws_each_offset_once_for_each_error():
+    pytest.importorskip("matplotlib")
+    left, right = nf4_optimum.nf4_law().axes
+    marks = [line for line in left.lines if line.get_marker() in "os"]
+    assert [len(line.get_xdata()) for line in marks] == [len(OFFSETS)] * 2
+    assert np.allclose(marks[0].get_ydata(), [optimality.expected_max(nf4_optimum.law(1, o)[2]) for o in OFFSETS])
+    assert len(right.lines) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------- printed and cited
+@pytest.fixture(scope="module")
+def pdf():
+    for module in ("markdown_it", "mdit_py_plugins", "latex2mathml"):
+        pytest.importorskip(module)
+    spec = importlib.util.spec_from_file_location("pdf", TOP / "docs" / "pdf.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_that_is_printed_loads_nothing_and_typesets_all_mathematics(pdf):
+    page = pdf.render()
+    assert not re.search(r"""(?:src|href)="(?!data:)|url\(|@import|<script""", page)
+    body = re.sub(r"<math.*?</math>", "", page.split("</style>")[1], flags=re.S)
+    assert "$" not in body and "\\" not in body and page.count("<math") > 150
+    assert page.count("<figcaption>") == 10, "eight tables and two figures"
+    assert re.findall(r"<figcaption>(?:Table|Figure) (\d)", page).count("1") == 2
+
+
+def test_chromium_prints_it(pdf, tmp_path, capsys):
+    if not any(map(shutil.which, pdf.BROWSERS)):
+        pytest.skip("Chromium is not installed")
+    assert pdf.main(["--out", str(tmp_path / "nf4.pdf")]) == 0
+    printed = (tmp_path / "nf4.pdf").read_bytes()
+    assert printed.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", printed)) in range(6, 10)
+    assert [p.name for p in tmp_path.iterdir()] == ["nf4.pdf"]
+
+
+def test_without_chromium_a_sentence_says_so(pdf, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pdf, "BROWSERS", ("no-such-browser",))
+    assert pdf.main(["--out", str(tmp_path / "nf4.pdf")]) == 2
+    assert "prints with Chromium, and found none of no-such-browser" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_version_is_one_and_the_same():
+    yaml = pytest.importorskip("yaml")
+    citation = yaml.safe_load((TOP / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["cff-version"] == "1.2.0" and citation["authors"] == [{"name": "The tinylora authors"}]
+    assert citation["license"] == "MIT" and citation["message"] and citation["title"]
+    released = re.findall(r"^## \[(\d[^\]]*)\]", (TOP / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert citation["version"] == released[0] == tinylora.__version__
