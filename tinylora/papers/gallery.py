@@ -26,7 +26,7 @@ from ..figures.paging import paging_costs
 from ..figures.style import one_column, require_matplotlib, save
 from ..models import files
 from ..training.finetune import Report
-from . import claims, nf4_construction, normality, qlora_numbers
+from . import claims, nf4_construction, nf4_optimum, normality, qlora_numbers
 
 SEEDS = (0, 1, 2)
 FOLDER = "figures"  # where the files are in a clone
@@ -114,6 +114,7 @@ PICTURES = {
     "normality": Picture(_normality, stored=True),
     "curves-smollm2": Picture(_curves, stored=True),
     "nf4": Picture(nf4_construction.nf4_optimal_for),
+    "nf4-law": Picture(nf4_optimum.nf4_law),
     **{
         f"claims/{e.draw.file}": Picture(lambda name=name: _claim(name))
         for name, e in claims.EXPERIMENTS.items()
