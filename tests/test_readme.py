@@ -13,7 +13,7 @@ ROOMS = ("docs", "figures", "notebooks", "tests", "tinylora")
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
-    *(str(p.relative_to(TOP)) for room in ROOMS for p in sorted((TOP / room).rglob("*.md"))),
+    *(str(p.relative_to(TOP)) for room in ROOMS for p in sorted((TOP / room).rglob("*.md")) if "_build" not in p.parts),
 ]
 
 

@@ -1,0 +1,160 @@
+"""Build the book: every page, notebook and source file of the repository as pages for a browser.
+
+    python docs/build.py                 into docs/_build/html; open index.html there
+    python docs/build.py --out FOLDER    into FOLDER, which must be new, empty or an earlier book
+
+It needs `pip install -e '.[book]'`. Notebooks are shown with their stored outputs and are not executed. The book works from a disk
+and from any web server, without a network: nothing in it is loaded from anywhere else.
+
+A new page is a Markdown file in docs/ whose name stands in a toctree of docs/index.md. Its links are those that work in the
+repository, such as ../tinylora/quant.py or ../notebooks/05_building_nf4.ipynb#section-3, and lead to the book's pages.
+A file that is named in backticks becomes a link by itself: `tests/test_quant.py`, `tests/test_quant.py::test_name`,
+`tinylora/quant.py:quantize`, `05_building_nf4`, `05_building_nf4#3`.
+
+A warning ends the build: a link or an anchor that leads nowhere, a page that no toctree names, a formula that cannot be
+converted, an image without alt text. FOLDER is replaced only when all pages are right.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS / "_ext"))
+
+import check  # noqa: E402
+from layout import book  # noqa: E402
+
+FORMULA = re.compile(r"(?<![$`\\])\$[^$`]+\$")
+
+
+def stage(folder):
+    """Copy what Sphinx reads into a folder, as the book's pages are named; returns how many pages there are."""
+    from api import stubs
+
+    known, source, extra = book(), folder / "src", folder / "extra"
+    for old in (source, extra, folder / "doctrees"):
+        shutil.rmtree(old, ignore_errors=True)
+    extra.mkdir(parents=True)
+    for path, page in known.pages.items():
+        target = source / (page + Path(path).suffix)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        text = (known.root / path).read_text(encoding="utf-8")
+        target.write_text(prepared(text) if path.endswith(".ipynb") else text, encoding="utf-8")
+    for path in (*known.root.glob("figures/**/*.svg"), *(known.root / path for path in known.files)):
+        copy(path, source / path.relative_to(known.root))  # where pages find their images
+    for path, url in known.files.items():
+        copy(known.root / path, extra / url)
+    reference = stubs()
+    for page, text in reference.items():
+        target = source / f"{page}.rst"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    return len(known.pages) + len(reference)
+
+
+def copy(path, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(path, target)
+
+
+def prepared(text):
+    """A notebook's text in which folded cells have their first comment as title, and drawings have alt text.
+
+    Both come from the cell's first line: "# Measures: how far the codes lie from appendix E", "# Draws: …". Formulas become one line, since
+    Jupyter finds them before it reads Markdown, and a line that begins with + would be a list.
+    """
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = FORMULA.sub(lambda found: found[0].replace("\n", " "), "".join(cell["source"]))
+        if cell["cell_type"] != "code":
+            continue
+        first = "".join(cell["source"]).partition("\n")[0]
+        what = first.lstrip("# ") if first.startswith("#") else "Code"
+        settings = {"code_prompt_show": what, "code_prompt_hide": what}
+        if any(kind.startswith("image/") for output in cell["outputs"] for kind in output.get("data", ())):
+            if not what.startswith("Draws: "):
+                raise ValueError(
+                    f"a cell that draws begins with {first!r} and not with '# Draws: …', which is its figure's alt text"
+                )
+            settings["image"] = {"alt": what.removeprefix("Draws: ")}
+        cell["metadata"]["mystnb"] = settings
+    return json.dumps(notebook)
+
+
+def sphinx(folder, out):
+    """Let Sphinx read what is staged and write pages; returns whether there was no warning."""
+    from sphinx.cmd.build import build_main
+
+    command = ["-b", "html", "-c", DOCS, "-d", folder / "doctrees", "-j", min(4, os.cpu_count() or 1)]
+    return not build_main([str(word) for word in (*command, "-q", "-W", "--keep-going", folder / "src", out)])
+
+
+def replace(new, out):
+    """Put a folder in another's place."""
+    beside = out.with_name(out.name + ".new")  # on the same disk, so that a rename suffices
+    shutil.rmtree(beside, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(shutil.move(new, beside))
+    if out.exists():
+        old = out.with_name(out.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old)
+    else:
+        new.rename(out)
+
+
+def main(argv=None):
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Exit status 1 if the book cannot be built, with a sentence for each thing that is wrong; the folder is then as it was.",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=DOCS / "_build" / "html", metavar="FOLDER", help="where (docs/_build/html)"
+    )
+    args = parser.parse_args(argv)
+    out, began = args.out.resolve(), time.perf_counter()
+    if out.exists() and not (out.is_dir() and ((out / "searchindex.js").exists() or not any(out.iterdir()))):
+        parser.error(f"{args.out} exists and is no book; name a new folder")
+    try:
+        import furo  # noqa: F401
+        import latex2mathml  # noqa: F401
+        import myst_nb  # noqa: F401
+    except ImportError as error:
+        parser.error(f"{error.name} is not installed; run pip install -e '.[book]'")
+    new = DOCS / "_build" / "new"
+    shutil.rmtree(new, ignore_errors=True)
+    pages = stage(DOCS / "_build")
+    print(
+        f"{pages} pages staged in {time.perf_counter() - began:.0f} s; Sphinx reads and writes them (about a minute)",
+        flush=True,
+    )
+    if not sphinx(DOCS / "_build", new):
+        print("the book was not built: each warning above names a page and what is wrong there", file=sys.stderr)
+        return 1
+    print(f"written after {time.perf_counter() - began:.0f} s; links and anchors are looked at", flush=True)
+    found, count, links = check.problems(new)
+    if found:
+        print(
+            *found, f"the book was not built: {len(found)} things are wrong with its pages", sep="\n", file=sys.stderr
+        )
+        return 1
+    replace(new, out)
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    seconds = time.perf_counter() - began
+    print(f"{count} pages, {links} links, {size / 1e6:.1f} MB, {seconds:.0f} s: {os.path.relpath(out)}/index.html")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
