@@ -25,9 +25,10 @@ import time
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS / "_ext"))
+sys.path[:0] = [str(DOCS / "_ext"), str(DOCS)]
 
 import check  # noqa: E402
+import explorers  # noqa: E402
 from layout import book  # noqa: E402
 
 FORMULA = re.compile(r"(?<![$`\\])\$[^$`]+\$")
@@ -134,6 +135,7 @@ def main(argv=None):
         parser.error(f"{error.name} is not installed; run pip install -e '.[book]'")
     new = DOCS / "_build" / "new"
     shutil.rmtree(new, ignore_errors=True)
+    explorers.main([DOCS / "explorer"])
     pages = stage(DOCS / "_build")
     print(
         f"{pages} pages staged in {time.perf_counter() - began:.0f} s; Sphinx reads and writes them (about a minute)",

@@ -37,6 +37,7 @@ html_static_path = [str(DOCS / "_static")]
 html_extra_path = [str(DOCS / "_build" / "extra")]
 html_favicon = str(DOCS / "_static" / "favicon.svg")
 html_css_files = ["book.css"]
+html_js_files = ["map.js"]
 html_theme_options = {"top_of_page_buttons": []}
 html_copy_source = html_show_sourcelink = False
 html_domain_indices = False

@@ -4,7 +4,7 @@
     pager.html   a paged AdamW to scrub through, at every budget, in a circle and back and forth, with and without fetching ahead
 
 Each page is one file that needs nothing else: style, script and data are inside. tinylora computes the data here. The pages are
-made from the templates in `explorer/`.
+made from the templates in `_explorer/`.
 
 The data of nf4.html are the integrals ∫₀ˣ yⁿ g_k(y) dy of `numerics.optimality` at the nodes `blocksizes` × `x`, NF4's recipe at the
 offsets 1 − exp(−t) of the nodes `t`, and the best codes and best offsets at `blocksizes`. The page puts polynomials through the nodes
@@ -29,7 +29,7 @@ from tinylora.paging import Pager
 from tinylora.papers.nf4_construction import nf4_excess, predicted_blocksize, recipe
 from tinylora.tensor import Tensor
 
-TEMPLATES = Path(__file__).parent / "explorer"
+TEMPLATES = Path(__file__).parent / "_explorer"
 OFFSETS, BLOCKSIZES = (0.9, 0.999), (8, 4096)  # what the sliders reach
 INTEGRALS = {"00": (0, 0), "10": (1, 0), "11": (1, 1), "20": (2, 0), "21": (2, 1), "22": (2, 2)}  # name: (k, n)
 PAGES, STEPS, PAGE_BYTES = 12, 6, 1 << 18
