@@ -263,13 +263,22 @@ def hand_out_steps(folder):
 
 
 def without_dead_links(folder):
-    """On the pages that were handed out, leave the text alone of links to files that were not."""
-    for path in folder.glob("*.md"):
-        text = re.sub(
-            r"\[([^\]]+)\]\((?!#|\w+:)([^)#]+)(#[^)]*)?\)",
-            lambda link: link[0] if (folder / link[2]).exists() else link[1],
-            path.read_text(encoding="utf-8"),
-        )
+    """On the pages and notebooks that were handed out, leave only the text of links to files that were not."""
+    import nbformat
+
+    def mended(text):
+        link = r"`[^`]*`|!\[[^\]]*\]\([^)]*\)|\[([^\]]+)\]\((?!#|\w+:)([^)#]+)(#[^)]*)?\)"  # or code, or an image
+        return re.sub(link, lambda f: f[0] if f[2] is None or (folder / f[2]).exists() else f[1], text)
+
+    for path in sorted((*folder.glob("*.md"), *folder.glob("*.ipynb"))):
+        if path.suffix == ".md":
+            text = mended(path.read_text(encoding="utf-8"))
+        else:
+            notebook = read(path)
+            for cell in notebook.cells:
+                if cell.cell_type == "markdown":
+                    cell.source = mended(cell.source)
+            text = nbformat.writes(notebook) + "\n"
         with atomic(path) as temporary:
             Path(temporary).write_text(text, encoding="utf-8", newline="\n")
 

@@ -53,7 +53,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--student",
         metavar="TEXT",
-        help="grade only the students in whose name or id TEXT stands, accents and all, as in --student 4204",
+        help="grade only the students in whose name TEXT stands, accents and all, or whose id it is, as in --student 4204",
     )
     parser.addoption(
         "--limit",

@@ -238,8 +238,8 @@ def unanswered(exercise, error):
 def noticed(function, without, checks=True):
     """function, which raises Raised with a sentence if it calls what would be no answer of its own.
 
-    That is a function of the checks (if `checks`), or one of tinylora's in `without` ("*": any of them), or a look at the frame of its
-    caller.
+    That is a function of the checks, or one of tinylora's in `without` ("*": any of them), or a look at the frame of its caller. Without
+    `checks` it may call functions that it was given, whatever they call: only tinylora's are noticed, called from the answer's own file.
     """
     package = str(Path(importlib.import_module("tinylora").__file__).parent)
     file, found = getattr(getattr(function, "__code__", None), "co_filename", None), []
@@ -254,6 +254,8 @@ def noticed(function, without, checks=True):
                     "it looks at the frame of its caller, which knows the answer; the arguments are all that is needed"
                 )
         if event != "call" or found or not code.co_filename.startswith((*ours, package)):
+            return
+        if not checks and file and before.f_code.co_filename != file:
             return
         name = code.co_qualname.split(".<")[0]
         if code.co_filename.startswith(ours):
@@ -279,7 +281,7 @@ def noticed(function, without, checks=True):
 
 
 def in_scene(function, without):
-    """A function, or the Names of a file, as a scene gets it: it may call what the scene passes in, and nothing of `without`."""
+    """A function, or the Names of a file, as a scene gets it: it may call what the scene passes in, and itself nothing of `without`."""
     if not without:
         return function
     if isinstance(function, Names):
@@ -344,7 +346,7 @@ def there(answer, scene, *args):
 def peak(answer, *args):
     """The most bytes that answer(*args) takes at once. A first call warms up what is imported or cached once.
 
-    It is the less of two calls: what another thread takes meanwhile would count as the answer's.
+    It is the median of three calls: what another thread takes meanwhile would count as the answer's.
     """
     return there(answer, most_bytes, *args)
 
@@ -353,14 +355,14 @@ def most_bytes(answer, *args):
     """The scene of `peak`."""
     answer(*args)
     found = []
-    for _ in range(2):
+    for _ in range(3):
         tracemalloc.start()
         try:
             answer(*args)
             found.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-    return min(found)
+    return sorted(found)[1]
 
 
 def grade(exercise, function):
@@ -561,6 +563,8 @@ def row_of(who, path):
 # A name as a learning platform writes it: of a file that Canvas hands out (lovelaceada_LATE_4217_99_05_mine-1.ipynb, where -1 is the
 # second attempt), and of a folder or a file that Moodle does (Ada Lovelace_4217_assignsubmission_file_).
 CANVAS = re.compile(r"(?P<name>[^_]+)_(?:LATE_)?(?P<id>\d+)_(?P<submission>\d+)_(?P<file>.+)")
+# the same of a file that is no answer, strictly: a teacher's own marks_2026_11_27.csv is no student's
+UPLOADED = re.compile(r"(?P<name>[^\W\d_A-Z]+)_(?:LATE_)?(?P<id>\d{3,})_\d{4,}_(?P<file>.+)")
 MOODLE = re.compile(r"(?P<name>.+?)_(?P<id>\d+)_assignsubmission_(?:file|onlinetext)_?(?P<file>.*)")
 
 
@@ -628,9 +632,10 @@ def collect(path, numbers):
     for one in found:
         student = one[0] or of_file(one[2], one[1], unnamed)
         groups.setdefault((str(student), student.id), []).append(one)
-    if any(student for student, *_ in found):  # a platform's files, of which some may be no answers
+    if path.is_dir() and any(student for student, *_ in found):  # a platform's files, of which some may be no answers
         for file in beside(path, found):
-            if other := MOODLE.fullmatch(file.name) or CANVAS.fullmatch(file.name):
+            other = MOODLE.fullmatch(file.name) or UPLOADED.fullmatch(file.name)
+            if other and other["file"] not in HANDED_OUT:
                 who = other["name"].strip(), other["id"]
                 groups.setdefault(who, [])
                 left.setdefault(who, []).append(other["file"] or file.name)

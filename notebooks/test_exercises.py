@@ -5,7 +5,7 @@ pytest notebooks --answers PATH       a notebook, a folder of them, or a folder 
 pytest notebooks --answers solutions  the solutions in the sources, as CI does
 pytest notebooks -k 05                only notebook 05; -k 05-2 only its exercise 2
 pytest notebooks -k my-               the six steps of build_it.md, in my_qlora.py; -k my-1 only the first
-pytest notebooks --student 4204       only the students in whose name or id this stands
+pytest notebooks --student 4204       only the students in whose name this stands, or whose id it is
 pytest notebooks --table marks.csv    write the marks, too
 pytest notebooks --seed 7             the same random inputs as the last time; a run prints its seed
 pytest notebooks --hidden FOLDER      with further checks, which the teacher keeps
@@ -15,6 +15,7 @@ pytest notebooks --memory 2           stop an answer that needs more than 2 GB; 
 Which exercises there are is read from the checks, so an answer that was deleted fails, and no source is needed.
 """
 
+import unicodedata
 from pathlib import Path
 
 import grading
@@ -43,15 +44,17 @@ def chosen(where, numbers):
 
 
 def picked(sets, text):
-    """Of {who: files}, the students whose name or id has this text in it; all if there is none."""
+    """Of {who: files}, the students in whose name this text stands, or whose id it is; all if there is none."""
     if text is None:
         return sets
-    found = {
-        who: files for who, files in sets.items() if text.casefold() in who.casefold() or text == getattr(who, "id", "")
-    }
+
+    def plain(name):
+        return unicodedata.normalize("NFC", name).casefold()
+
+    found = {who: files for who, files in sets.items() if plain(text) in plain(who) or text == getattr(who, "id", "")}
     if not found:
         names = ", ".join(f"{who} ({who.id})" if getattr(who, "id", "") else str(who) for who in sets)
-        raise ValueError(f"--student {text} is in no student's name or id; there are {names or 'none'}")
+        raise ValueError(f"--student {text} is in no student's name, and no student's id; there are {names or 'none'}")
     return found
 
 

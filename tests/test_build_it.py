@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jupytext", reason="the notebooks need jupytext: pip install -e '.[notebooks]'")
 
 from test_notebooks import NOTEBOOKS, build, grading
+
+from tinylora import quantize
 
 TEXT = (NOTEBOOKS / "build_it.py").read_text(encoding="utf-8")
 SOLVED = build.steps(TEXT, solutions=True)
@@ -102,9 +105,35 @@ def test_memory_that_is_kept_is_found(rng):
     assert "is it kept somewhere?" in verdict(hidden, "my-3", rng).said
     once = SOLVED.replace("    u = x @ layer", "    layer.setdefault('W', rebuild(layer['stored']))\n    u = x @ layer")
     assert "is it kept somewhere?" in verdict(once, "my-3", rng).said
+    keyed = hidden.replace("KEPT.append(", "KEPT.setdefault(layer['stored']['packed'].tobytes(), ").replace(
+        "KEPT = []", "KEPT = {}"
+    )
+    second = hidden.replace(
+        "KEPT.append(", "layer['calls'] = layer.get('calls', 0) + 1; layer['calls'] > 1 and KEPT.append("
+    )
+    for kept in (keyed, second):
+        assert "is it kept somewhere?" in verdict(kept, "my-3", rng).said
     tapes = SOLVED.replace("    losses = []\n", "    losses, kept = [], []\n")
     tapes = tapes.replace("loss.backward()\n", "loss.backward(); kept.append(loss)\n")
     assert "Keep the number loss.item(), not the loss" in verdict(tapes, "my-5", rng, slice(2)).said
+
+
+def test_what_a_scene_passes_in_may_call_the_library(rng):
+    def scene(function):
+        return function(lambda: quantize(np.ones(64, np.float32)))
+
+    answer = {}
+    exec(
+        compile(
+            "def call(f): return f()\ndef own(f): return __import__('tinylora').quantize(f().packed)",
+            "my_qlora.py",
+            "exec",
+        ),
+        answer,
+    )
+    assert scene(grading.in_scene(answer["call"], ("*",))).packed.nbytes == 32
+    with pytest.raises(grading.Raised, match="it calls tinylora's quantize"):
+        scene(grading.in_scene(answer["own"], ("*",)))
 
 
 def test_what_the_library_has_ready_is_no_answer(rng):

@@ -239,9 +239,11 @@ def test_a_look_at_the_callers_frame_is_noticed(rng):
 
 def test_what_is_handed_out_links_only_to_itself(tmp_path):
     (tmp_path / "build_it.md").write_text(
-        "[a](README.md#x), [b](../tinylora/quant.py), [c](#c), [d](https://d.org) and [e f](TEACHING.md)."
+        "[a](README.md#x), [b](../tinylora/quant.py), [c](#c), [d](https://d.org), `q[i](x)`, ![p](x.svg) and [e f](TEACHING.md)."
     )
     (tmp_path / "README.md").write_text("[all](build_it.md)")
     build.without_dead_links(tmp_path)
-    assert (tmp_path / "build_it.md").read_text() == "[a](README.md#x), b, [c](#c), [d](https://d.org) and e f."
+    assert (
+        tmp_path / "build_it.md"
+    ).read_text() == "[a](README.md#x), b, [c](#c), [d](https://d.org), `q[i](x)`, ![p](x.svg) and e f."
     assert (tmp_path / "README.md").read_text() == "[all](build_it.md)"

@@ -351,12 +351,15 @@ def test_what_is_no_answer_is_named(tmp_path):
     canvas = tmp_path / "canvas"
     canvas.mkdir()
     for name in (
-        "wangxiaoming_4300_17_report.pdf",
-        "moreaulea_LATE_4301_18_course.zip",
-        "kimjo_4302_19_nf4.ipynb",
-        "smithjohn_4303_20_my_qlora.py",
-        "smithjohn_4303_21_notes.txt",
+        "wangxiaoming_4300_90017_report.pdf",
+        "moreaulea_LATE_4301_90018_course.zip",
+        "kimjo_4302_90019_nf4.ipynb",
+        "smithjohn_4303_90020_my_qlora.py",
+        "smithjohn_4303_90021_notes.txt",
+        "smithjohn_4303_90022_grading.py",
         "list_of_students.txt",
+        "marks_2026_11_27.csv",
+        "week_2_1_notes.md",
     ):
         (canvas / name).write_text("{}")
     found = grading.collect(canvas, {"my"})
@@ -369,6 +372,9 @@ def test_what_is_no_answer_is_named(tmp_path):
     notes = {who.id: who.note for who in found}
     called = "(an answer is called as 05_mine.ipynb or my_qlora.py is)"
     assert notes["4301"] == f"not graded: course.zip {called}" and notes["4303"] == f"not graded: notes.txt {called}"
+
+    one = canvas / "smithjohn_4303_90020_my_qlora.py"
+    assert list(grading.collect(one, {"my"}).values()) == [{"my": one}]
 
     moodle = tmp_path / "moodle"
     for name in ("Zoë Müller_1_assignsubmission_file_", "林 美玲_2_assignsubmission_file_"):
@@ -384,10 +390,11 @@ def test_what_is_no_answer_is_named(tmp_path):
     spec = importlib.util.spec_from_file_location("graded", NOTEBOOKS / "test_exercises.py")
     graded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(graded)
-    assert graded.picked(found, "müller") == {"Zoë Müller": {}} and list(graded.picked(found, "2")) == ["林 美玲"]
+    assert graded.picked(found, "mu\u0308ller") == {"Zoë Müller": {}} and list(graded.picked(found, "2")) == ["林 美玲"]
     assert list(graded.picked(found, None)) == list(found)
     with pytest.raises(
-        ValueError, match=r"--student Ada is in no student's name or id; there are Zoë Müller \(1\), 林 美玲 \(2\)"
+        ValueError,
+        match=r"--student Ada is in no student's name, and no student's id; there are Zoë Müller \(1\), 林 美玲 \(2\)",
     ):
         graded.picked(found, "Ada")
 

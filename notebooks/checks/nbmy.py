@@ -350,14 +350,15 @@ def _(mine, rng):
 def _held(mine, w, tokens):
     """(bytes in `saved` that the layer does not hold itself, whether some are float64, bytes alive after forward beside y).
 
-    The bytes alive are the least of three, each of a layer that is new: another thread may take memory meanwhile.
+    The bytes alive are the median of three layers with weights of their own, each called twice: another thread may take memory meanwhile.
     """
     x = np.ones((tokens, w.shape[1]), F)
-    layers, found = [mine.new_layer(w, 4, 8.0, np.random.default_rng(0)) for _ in range(4)], []
+    layers, found = [mine.new_layer(np.roll(w, i, axis=0), 4, 8.0, np.random.default_rng(0)) for i in range(4)], []
     mine.forward(layers[0], x)  # what is made once
     for layer in layers[1:]:
         tracemalloc.start()
-        y, saved = mine.forward(layer, x)
+        for _ in range(2):
+            y, saved = mine.forward(layer, x)
         found.append(tracemalloc.get_traced_memory()[0] - y.nbytes)
         tracemalloc.stop()
     own = [layer["A"], layer["B"], *(part for part in layer["stored"].values() if isinstance(part, np.ndarray))]
@@ -367,7 +368,7 @@ def _held(mine, w, tokens):
         if isinstance(one, np.ndarray) and one.ndim and not any(np.may_share_memory(one, part) for part in own)
     ]
     right = np.allclose(y, x @ mine.rebuild(layer["stored"]).T, atol=1e-3)
-    return sum(one.nbytes for one in kept), any(one.dtype == np.float64 for one in kept), min(found), right
+    return sum(one.nbytes for one in kept), any(one.dtype == np.float64 for one in kept), sorted(found)[1], right
 
 
 @check("my-3", "memory: what is kept for the way back", points=2, without="*")
