@@ -201,7 +201,6 @@ def nf4_words(data):
         "most_even": most_even,
         "most_entropy": f"{optimality.entropy(codebooks.nf4(), most_even):.4f}",
         "s0": f"{NormalDist().inv_cdf(codebooks.NF4_OFFSET):.4f}",
-        "predicted_0": predicted_blocksize(0),
         "predicted_1": predicted_blocksize(1),
         "predicted_2": predicted_blocksize(2),
         "points": data["measured"]["points"],
@@ -298,6 +297,8 @@ def pages():
 def main(arguments):
     if len(arguments) != 1:
         raise SystemExit("explorers.py: expected one argument, the folder to write nf4.html and pager.html into")
+    if Path(arguments[0]).is_file():
+        raise SystemExit(f"explorers.py: {arguments[0]} is a file; expected a folder")
     for name, text in pages().items():
         write_text(Path(arguments[0]) / name, text)
         print(f"{Path(arguments[0]) / name}: {len(text.encode()):,} bytes")

@@ -94,7 +94,12 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a page is stale")
     args = parser.parse_args(argv)
     stale = 0
-    for name, text in (("papers.md", papers(paper_map.claims())), ("errata.md", errata(paper_map.claims()))):
+    try:
+        claims = paper_map.claims()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for name, text in (("papers.md", papers(claims)), ("errata.md", errata(claims))):
         target = DOCS / name
         if args.check:
             if not target.exists() or target.read_text(encoding="utf-8") != text:
