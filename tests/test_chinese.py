@@ -116,6 +116,8 @@ def test_inline_code_and_formulas_are_the_same(page):
 @each
 def test_each_link_is_there_and_leads_somewhere(page):
     ours, theirs = targets(chinese(page), ZH), targets(english(page), TRANSLATED[page].parent)
+    # in the place of the link to the translation stands one to the original
+    theirs = Counter({(TRANSLATED[page] if path == page else path, a): count for (path, a), count in theirs.items()})
     assert not theirs - ours, theirs - ours
     assert not ours - theirs, ours - theirs
     assert all(path.exists() for path, _ in targets(page.read_text(encoding="utf-8"), ZH))
