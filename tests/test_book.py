@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tinylora.papers import map as paper_map
+
 pytest.importorskip("sphinx", reason="the book needs sphinx: pip install -e '.[book]'")
 pytest.importorskip("myst_nb", reason="the book needs myst-nb: pip install -e '.[book]'")
 pytest.importorskip("latex2mathml", reason="the book needs latex2mathml: pip install -e '.[book]'")
@@ -279,6 +281,17 @@ def test_pages_in_a_browser(browser, server, width, scheme):
     page.on("requestfailed", lambda request: "ABORTED" in request.failure or said.append(f"failed: {request.url}"))
     page.on("request", lambda request: request.url.startswith((server, "data:")) or said.append(f"left: {request.url}"))
     names = ["index", "readme", "figures/index", "notebooks/05_building_nf4", "notebooks/16_what_is_nf4_optimal_for"]
+    names += [
+        "papers",
+        "errata",
+        "questions",
+        "nf4",
+        "gallery",
+        "explorer",
+        "explorer/nf4",
+        "explorer/pager",
+        "zh/index",
+    ]
     for name in [*names, "api/quant", "api/adapters", "tinylora/quant.py", "tests/index"]:
         page.goto(f"{server}{name}.html")
         scrolled = page.evaluate("document.documentElement.scrollWidth")
@@ -297,3 +310,26 @@ def test_search_in_a_browser(browser, server):
     page.wait_for_selector("text=05 · Building NF4 >> visible=true", timeout=20000)
     titles = page.eval_on_selector_all("#search-results li > a", "links => links.map(x => x.textContent)")
     assert any("05 · Building NF4" in title for title in titles)
+
+
+@built
+def test_the_map_is_filtered_in_a_browser(browser, server):
+    """By paper, verdict and words; the address keeps the choice, and a link to an entry leads to it."""
+    claims = [claim for claim in paper_map.claims() if (claim.paper, claim.verdict) == ("QLoRA", "does not follow")]
+    page = browser.new_page()
+    page.goto(f"{server}papers.html")
+    shown = "items => items.filter(item => item.offsetParent).map(item => item.querySelector('a[id]').id)"
+    entries = "li:has(> p a[id], > a[id])"
+    assert len(page.eval_on_selector_all(entries, shown)) == len(paper_map.claims())
+    page.select_option(".map-filter select[aria-label=paper]", "QLoRA")
+    page.select_option(".map-filter select[aria-label=verdict]", "does not follow")
+    assert page.eval_on_selector_all(entries, shown) == [claim.id for claim in claims]
+    assert page.inner_text(".map-filter p") == f"{len(claims)} of {len(paper_map.claims())} entries"
+    page.fill(".map-filter input", "eq. 4")
+    assert "qlora-eq-4" in page.eval_on_selector_all(entries, shown) and "words=eq.+4" in page.url
+    page.goto(page.url)  # anew
+    assert "qlora-eq-4" in page.eval_on_selector_all(entries, shown)
+    page.goto(f"{server}errata.html#{next(claim.id for claim in claims if claim.erratum)}")
+    page.wait_for_function(
+        "Math.abs(document.querySelector(location.hash).getBoundingClientRect().top) < 900", timeout=20000
+    )
