@@ -1,14 +1,15 @@
-"""Write the pages of the paper map, docs/papers.md and docs/errata.md, from tinylora/papers/map.toml.
+"""Write the pages of the paper map, docs/papers.md, docs/errata.md and docs/zh/papers.md, from tinylora/papers/map.toml.
 
-    python docs/paper_map.py            write both
+    python docs/paper_map.py            write the three
     python docs/paper_map.py --check    write nothing; say which of them is not what the map gives
 
 The book adds a filter to papers.md (docs/_static/map.js). It reads the lines that are written here: an entry is an item of a list,
-which begins with its place in bold and its verdict in italics.
+which begins with its place in bold and its verdict in italics. The Chinese page has its statements from docs/zh/map.toml.
 """
 
 import argparse
 import sys
+import tomllib
 from collections import Counter
 from pathlib import Path
 
@@ -17,6 +18,18 @@ from tinylora.papers import map as paper_map
 
 DOCS = Path(__file__).resolve().parent
 NOTE = "<!-- written by docs/paper_map.py from tinylora/papers/map.toml -->"
+STATEMENTS = DOCS / "zh" / "map.toml"
+CHINESE = {
+    "holds exactly": "完全成立",
+    "holds at toy scale": "在小规模上成立",
+    "does not follow": "不成立",
+    "cannot be checked here": "这里无法检验",
+    "all": "合计",
+    "descendants": "后续方法",
+    "the papers that came after LoRA": "LoRA 之后的论文",
+    "code": "代码",
+    "bitsandbytes, PEFT, loralib, and the authors' script": "bitsandbytes、PEFT、loralib 和论文作者的脚本",
+}
 
 
 def places(claim):
@@ -32,25 +45,59 @@ def entry(claim, verdict=True):
     return "\\\n  ".join(["- " + head, claim.says, found, *([line] if (line := places(claim)) else [])])
 
 
-def counts(claims):
-    """The table of how many entries of each paper have each verdict."""
+def chinese(word):
+    """A verdict or the name of a paper in Chinese; names such as LoRA stay."""
+    return CHINESE.get(word, word)
+
+
+def statements(claims, path=STATEMENTS):
+    """{id: what the claim says, in Chinese}; ValueError, in a sentence, where one is missing or belongs to no claim."""
+    name = f"docs/zh/{path.name}"
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{name}: expected TOML: {error}") from None
+    found = table.pop("statements", None)
+    if table or not isinstance(found, dict):
+        raise ValueError(f"{name}: expected one table, [statements], and nothing else")
+    ids = [claim.id for claim in claims]
+    for one in ids:
+        if not isinstance(found.get(one), str) or not found[one].strip():
+            raise ValueError(
+                f"{name}: {one}: expected the statement in Chinese" + " (it is missing)" * (one not in found)
+            )
+    for one in found:
+        if one not in ids:
+            raise ValueError(f"{name}: {one}: the map has no entry of this id")
+    return found
+
+
+def chinese_entry(claim, statement):
+    """An entry of the Chinese page, with a link to the English one, where its code, tests and sections stand."""
+    head = f'<a id="{claim.id}"></a>**{claim.place}** · *{chinese(claim.verdict)}*'
+    found = [f"结果：{claim.number}"] if claim.number else []
+    return "\\\n  ".join(["- " + head, statement, *found, f"[英文条目](../papers.md#{claim.id})"])
+
+
+def counts(claims, say=str):
+    """The table of how many entries of each paper have each verdict; `say` translates its words."""
     found = Counter((claim.paper, claim.verdict) for claim in claims)
     papers = [paper for paper in paper_map.PAPERS if any(claim.paper == paper for claim in claims)]
-    rows = [["", *paper_map.VERDICTS, "all"], ["---"] * (len(paper_map.VERDICTS) + 2)]
-    for name, chosen in [*((paper, (paper,)) for paper in papers), ("**all**", papers)]:
+    rows = [["", *map(say, paper_map.VERDICTS), say("all")], ["---"] * (len(paper_map.VERDICTS) + 2)]
+    for name, chosen in [*((say(paper), (paper,)) for paper in papers), (f"**{say('all')}**", papers)]:
         numbers = [sum(found[paper, verdict] for paper in chosen) for verdict in paper_map.VERDICTS]
         rows.append([name, *map(str, numbers), str(sum(numbers))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def listed(claims, verdict=True):
-    """The entries in lists, one below the heading of each paper."""
+def listed(claims, item=entry, heading="## {} ({})", say=str):
+    """The entries in lists, each written by `item`, one list below the heading of each paper; `say` translates the heading."""
     parts = []
     for paper, what in paper_map.PAPERS.items():
-        own = [entry(claim, verdict) for claim in claims if claim.paper == paper]
+        own = [item(claim) for claim in claims if claim.paper == paper]
         if own:
-            name = paper[0].upper() + paper[1:]
-            parts += [f"## {name} ({what})", "\n".join(own)]
+            name = say(paper)
+            parts += [heading.format(name[0].upper() + name[1:], say(what)), "\n".join(own)]
     return parts
 
 
@@ -79,7 +126,25 @@ def errata(claims):
         f"These {len(slips)} statements of the papers, and of the code that came with them, are slips. Each says what stands there, "
         "what comes out instead, and which test shows it. An entry is cited by its address, which does not change. "
         "All of them are on [the paper map](papers.md), too.",
-        *listed(slips, verdict=False),
+        *listed(slips, lambda claim: entry(claim, verdict=False)),
+    )
+
+
+def chinese_papers(claims):
+    """The text of docs/zh/papers.md."""
+    found = statements(claims)
+    return page(
+        "# 论文地图",
+        f"本页列出 {len(claims)} 个公式、表、图和论断，它们出自两篇论文、后续的论文和代码，每一条都附有结论。陈述用的是我们自己的话，"
+        "结论由测试保证。位置和结果保留英文。每一条都链接到[英文论文地图](../papers.md)中的同一条，"
+        "那里有理由、代码、测试和推导它的章节。[返回中文 README](README.md)。",
+        "- *完全成立*：这是算术或代数，结果相符，精确到印出的数位或浮点数的舍入。\n"
+        "- *在小规模上成立*：在玩具问题或小模型上观察到了，这不能证实关于大模型的说法。"
+        "如果英文条目的说明以“In part”开头，就只观察到了一部分。\n"
+        "- *不成立*：得出的结果不同，可能是在这里的计算中，也可能是按论文自己的数字。其中的笔误和差错列在[勘误](../errata.md)中（英文）。\n"
+        "- *这里无法检验*：没有测试能够判定它。英文条目说明缺少什么，以及测量了什么。",
+        counts(claims, chinese),
+        *listed(claims, lambda claim: chinese_entry(claim, found[claim.id]), "## {}（{}）", chinese),
     )
 
 
@@ -96,10 +161,11 @@ def main(argv=None):
     stale = 0
     try:
         claims = paper_map.claims()
+        pages = {"papers.md": papers(claims), "errata.md": errata(claims), "zh/papers.md": chinese_papers(claims)}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    for name, text in (("papers.md", papers(claims)), ("errata.md", errata(claims))):
+    for name, text in pages.items():
         target = DOCS / name
         if args.check:
             if not target.exists() or target.read_text(encoding="utf-8") != text:

@@ -1,6 +1,7 @@
 """The Chinese pages say what the English ones say: headings, commands, code, numbers, formulas, names and links are compared."""
 
 import ast
+import importlib.util
 import json
 import re
 from collections import Counter
@@ -8,6 +9,8 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+
+from tinylora.papers import map as paper_map
 
 TOP = Path(__file__).parents[1]
 ZH = TOP / "docs" / "zh"
@@ -166,6 +169,78 @@ def test_punctuation_is_chinese_beside_chinese(page):
     assert not re.findall(r".{0,9}(?:[\u4e00-\u9fff][A-Za-z\d]|[A-Za-z\d][\u4e00-\u9fff]).{0,9}", text), (
         "a space is missing"
     )
+
+
+@pytest.fixture(scope="module")
+def generator():
+    """docs/paper_map.py, which writes the pages of the map."""
+    spec = importlib.util.spec_from_file_location("paper_map", TOP / "docs" / "paper_map.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_each_statement_of_the_map_is_translated_in_its_order_with_its_numbers(generator):
+    claims = paper_map.claims()
+    found = generator.statements(claims)
+    assert list(found) == [claim.id for claim in claims]
+    for claim in claims:
+        text = found[claim.id]
+        # "7, 13 and 65 billion" are three numbers of billions, each of which has its own unit in Chinese
+        says = re.sub(r"\b(\d+)(?=(?:(?:,| and) \d+)+ billion)", r"\1 billion", claim.says)
+        assert numbers(text) == numbers(says), claim.id
+        assert re.search("[\u4e00-\u9fff].*。$", text) and text == text.strip(), claim.id
+
+
+def test_the_chinese_map_has_each_entry_with_its_verdict_and_a_link_to_the_english_one(generator):
+    text = (ZH / "papers.md").read_text(encoding="utf-8")
+    assert text == generator.chinese_papers(paper_map.claims())
+    claims = [claim for paper in paper_map.PAPERS for claim in paper_map.claims() if claim.paper == paper]
+    ids = [claim.id for claim in claims]
+    assert re.findall(r'<a id="([\w-]+)"></a>', text) == re.findall(r"\]\(\.\./papers\.md#([\w-]+)\)", text) == ids
+    verdicts = re.findall(r"^- <a id=.+ · \*(.+)\*\\$", text, re.M)
+    assert verdicts == [generator.CHINESE[claim.verdict] for claim in claims]
+    assert re.findall(r"^  结果：(.+)\\$", text, re.M) == [claim.number for claim in claims if claim.number]
+    headings = [(generator.chinese(paper), generator.chinese(what)) for paper, what in paper_map.PAPERS.items()]
+    assert re.findall(r"^## (.+)（(.+)）$", text, re.M) == headings
+    assert all("arXiv" in what or re.search("[\u4e00-\u9fff]", name + what) for name, what in headings)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda text: text.replace("lora-eq-1 =", "lora-eq-0 ="), r"lora-eq-1: expected .* \(it is missing\)$"),
+        (lambda text: text + 'lora-eq-0 = "一"\n', "lora-eq-0: the map has no entry of this id$"),
+        (
+            lambda text: re.sub("lora-eq-1 = .*", 'lora-eq-1 = " "', text),
+            "lora-eq-1: expected the statement in Chinese$",
+        ),
+        (lambda text: re.sub("lora-eq-1 = .*", "lora-eq-1 = 3", text), "lora-eq-1: expected the statement in Chinese$"),
+        (lambda text: text + "[other]\n", r"expected one table, \[statements\], and nothing else$"),
+        (lambda text: "", r"expected one table, \[statements\], and nothing else$"),
+        (lambda text: "[statements", "expected TOML: "),
+    ],
+)
+def test_statements_that_do_not_fit_the_map_are_refused_in_a_sentence(change, words, generator, tmp_path):
+    path = tmp_path / "map.toml"
+    path.write_text(change((ZH / "map.toml").read_text(encoding="utf-8")), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^docs/zh/map\.toml: " + words):
+        generator.statements(paper_map.claims(), path)
+
+
+def test_a_stale_or_refused_chinese_page_is_said(generator, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(generator, "DOCS", tmp_path)
+    (tmp_path / "zh").mkdir()
+    assert generator.main([]) == 0 and generator.main(["--check"]) == 0
+    assert (tmp_path / "zh" / "papers.md").read_bytes() == (ZH / "papers.md").read_bytes()
+    (tmp_path / "zh" / "papers.md").write_text("# 论文地图\n", encoding="utf-8")
+    capsys.readouterr()
+    assert generator.main(["--check"]) == 1
+    assert capsys.readouterr().err == "docs/zh/papers.md is not what the map gives; run `python docs/paper_map.py`\n"
+    claims = paper_map.claims()
+    monkeypatch.setattr(generator.paper_map, "claims", lambda: claims[1:])
+    assert generator.main([]) == 1
+    assert capsys.readouterr().err == f"docs/zh/map.toml: {claims[0].id}: the map has no entry of this id\n"
 
 
 def test_what_differs_is_noticed():

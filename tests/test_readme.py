@@ -3,6 +3,7 @@
 import io
 import re
 from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,11 +31,12 @@ def test_the_readme_is_read_in_one_go():
     assert len(README.splitlines()) <= 130
 
 
+@cache
 def anchors(page):
-    """The anchors of a page's headings, as GitHub makes them, and those that it sets itself."""
+    """The anchors of a page's headings, as GitHub makes them, and those that it sets itself at the start of a line or an item."""
     text = page.read_text(encoding="utf-8")
     headings = re.findall(r"^#+ (.+)$", text, re.M)
-    own = re.findall(r'^<a id="([a-z\d-]+)"></a>$', text, re.M)
+    own = re.findall(r'^(?:- )?<a id="([a-z\d-]+)"></a>', text, re.M)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | set(own)
 
 
