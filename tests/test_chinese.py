@@ -1,7 +1,6 @@
 """The Chinese pages say what the English ones say: headings, commands, code, numbers, formulas, names and links are compared."""
 
 import ast
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -9,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from scripts import loaded
 
 from tinylora.papers import map as paper_map
 
@@ -174,10 +174,7 @@ def test_punctuation_is_chinese_beside_chinese(page):
 @pytest.fixture(scope="module")
 def generator():
     """docs/paper_map.py, which writes the pages of the map."""
-    spec = importlib.util.spec_from_file_location("paper_map", TOP / "docs" / "paper_map.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(TOP / "docs" / "paper_map.py")
 
 
 def test_each_statement_of_the_map_is_translated_in_its_order_with_its_numbers(generator):

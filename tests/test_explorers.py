@@ -1,22 +1,19 @@
 """The two explorer pages: their numbers against the library at fresh random places, and how they behave in a real browser."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
+from scripts import loaded
 
 from tinylora import codebooks
 from tinylora.costs.paging import predicted
 from tinylora.numerics import optimality
 from tinylora.papers.nf4_construction import nf4_excess
 
-_SOURCE = Path(__file__).parents[1] / "docs" / "explorers.py"
-_spec = importlib.util.spec_from_file_location("explorers", _SOURCE)
-explorers = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(explorers)
+explorers = loaded(Path(__file__).parents[1] / "docs" / "explorers.py")
 
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("jupytext", reason="the notebooks need jupytext: pip install -e '.[notebooks]'")
 
+from scripts import loaded
 from test_notebooks import CHECKS, NOTEBOOKS, TINY, build, grading, linux, source  # noqa: F401 (source is a fixture)
 
 PARTS = """
@@ -387,9 +388,7 @@ def test_what_is_no_answer_is_named(tmp_path):
         ("Zoë Müller", f"not graded: My_QLoRA.py {called}"),
         ("林 美玲", f"not graded: course/ {called}"),
     ]
-    spec = importlib.util.spec_from_file_location("graded", NOTEBOOKS / "test_exercises.py")
-    graded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(graded)
+    graded = loaded(NOTEBOOKS / "test_exercises.py")
     assert graded.picked(found, "mu\u0308ller") == {"Zoë Müller": {}} and list(graded.picked(found, "2")) == ["林 美玲"]
     assert list(graded.picked(found, None)) == list(found)
     with pytest.raises(

@@ -1,6 +1,5 @@
 """The article docs/nf4.md: every table and every number in it is computed again here; what its proofs use; its PDF; how it is cited."""
 
-import importlib.util
 import re
 import shutil
 from functools import cache
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripts import loaded
 
 import tinylora
 from tinylora import codebooks
@@ -281,10 +281,7 @@ def test_the_figure_draws_each_offset_once_for_each_error():
 def pdf():
     for module in ("markdown_it", "mdit_py_plugins", "latex2mathml"):
         pytest.importorskip(module)
-    spec = importlib.util.spec_from_file_location("pdf", TOP / "docs" / "pdf.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded(TOP / "docs" / "pdf.py")
 
 
 def test_the_page_that_is_printed_loads_nothing_and_typesets_all_mathematics(pdf):

@@ -1,12 +1,12 @@
 """The map of the papers names only what is there, and says what the tables, the experiments and the README say."""
 
 import ast
-import importlib.util
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+from scripts import loaded
 
 from tinylora.costs import memory
 from tinylora.papers import claims, lora_numbers, map, qlora_numbers
@@ -225,9 +225,7 @@ def test_what_is_no_map_is_refused(text, tmp_path):
 
 
 def test_the_pages_are_what_the_map_gives(capsys):
-    spec = importlib.util.spec_from_file_location("paper_map", TOP / "docs" / "paper_map.py")
-    pages = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pages)
+    pages = loaded(TOP / "docs" / "paper_map.py")
     assert pages.main(["--check"]) == 0, capsys.readouterr().err
     text = (TOP / "docs" / "papers.md").read_text(encoding="utf-8")
     assert re.findall(r'<a id="([\w-]+)"></a>', text) == [
