@@ -570,6 +570,47 @@ def test_a_signal_that_was_swallowed_comes_again(monkeypatch, capsys, heard):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGALRM)) == before
 
 
+class HalfBuilt:
+    """A signal comes before its `__init__` is over, and its deletion needs what was to come."""
+
+    def __init__(self, number=None):
+        if number:
+            signal.raise_signal(number)
+        else:
+            raise ValueError("no signal came")
+
+    def __del__(self):
+        self.stream.close()
+
+
+@pytest.mark.parametrize(
+    "number, status, said", [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_an_object_that_a_signal_left_half_built_is_no_fault_of_the_command(
+    number, status, said, monkeypatch, capsys, heard
+):
+    monkeypatch.setattr("tinylora.cli.papers._count", lambda args: HalfBuilt(number))
+    assert main(["count"]) == status
+    assert capsys.readouterr().err == f"tinylora: {said}\n"
+
+
+def test_a_progress_bar_that_a_signal_cuts_short(monkeypatch, capsys, heard):
+    """tqdm's deletion asks for the bar's position; the signal comes where it would have been given one."""
+    tqdm = pytest.importorskip("tqdm")
+    monkeypatch.setattr(tqdm.tqdm, "_get_free_pos", lambda *bars: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr("tinylora.cli.papers._count", lambda args: tqdm.tqdm(range(9)))
+    assert main(["count"]) == 143
+    assert capsys.readouterr().err == "tinylora: terminated\n"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_without_a_signal_a_deletion_that_fails_is_reported(monkeypatch, capsys, heard):
+    monkeypatch.setattr("tinylora.cli.papers._count", lambda args: HalfBuilt())
+    assert main(["count"]) == 2
+    err = capsys.readouterr().err
+    assert "no attribute 'stream'" in err and "no signal came" in err
+
+
 def test_signals_are_put_back_and_ignored_ones_stay_ignored(monkeypatch):
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

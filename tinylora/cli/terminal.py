@@ -136,16 +136,25 @@ def signals():
     """Ctrl-C raises KeyboardInterrupt, SIGTERM Terminated, where nobody else has decided what they do (or to ignore them).
 
     An exception that comes while an object is being deleted goes nowhere, and a library may swallow it: it comes again.
+    An object whose `__init__` it cut short may fail when it is deleted: that is the signal's doing, and is not reported.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    raised = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
-    before = {number: signal.getsignal(number) for number in raised}
-    hook, sys.unraisablehook = sys.unraisablehook, _unraised
-    for number, handler in raised.items():
-        if before[number] == signal.SIG_DFL:
-            signal.signal(number, handler)
+    stopping = []  # the signals that came
+
+    def stop(number, frame):
+        stopping.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _raise_later(Terminated, PATIENCE)
+        raise Terminated
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = [number for number, handler in before.items() if handler in (signal.SIG_DFL, signal.default_int_handler)]
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: _unraised(unraisable, bool(stopping))
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
@@ -153,14 +162,8 @@ def signals():
         if hasattr(signal, "SIGALRM") and isinstance(signal.getsignal(signal.SIGALRM), _Again):
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        for number, handler in before.items():
-            if handler == signal.SIG_DFL:
-                signal.signal(number, handler)
-
-
-def _terminate(number, frame):
-    _raise_later(Terminated, PATIENCE)
-    raise Terminated
+        for number in ours:
+            signal.signal(number, before[number])
 
 
 def _raise_later(kind, seconds):
@@ -184,9 +187,9 @@ class _Again:
         raise self.kind
 
 
-def _unraised(unraisable):
-    """Python's report of an exception that went nowhere, but for those of a signal."""
+def _unraised(unraisable, stopping):
+    """Python's report of an exception that went nowhere, but for those of a signal and of the objects that it left half built."""
     if issubclass(unraisable.exc_type, (KeyboardInterrupt, Terminated)):
         _raise_later(unraisable.exc_type, 0.01)
-    else:
+    elif not (stopping and getattr(unraisable.object, "__name__", None) == "__del__"):
         sys.__unraisablehook__(unraisable)
