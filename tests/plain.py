@@ -38,6 +38,24 @@ def dequantize_4bit(codes, absmax, code, blocksize):
     return np.array([code[q] * absmax[i // blocksize] for i, q in enumerate(codes)], f32)
 
 
+def cpu_quantize_8bit(x, code, blocksize=256):
+    """(codes, absmax), the rule as it is written: kernels.rounding.cpu_quantize_8bit without buffers."""
+    blocks = -(-len(x) // blocksize)
+    rows = np.zeros((blocks, blocksize), f32)
+    rows.reshape(-1)[: len(x)] = x
+    absmax = np.where(np.isnan(rows), f32(0), np.abs(rows)).max(axis=1, initial=f32(0))
+    s = rows * (f32(1) / absmax)[:, None]
+    u = (np.clip(s, -1, 1) + f32(1)) * f32(0.5)
+    # one fused multiply-add there; exact in float64 here
+    position = (u.astype(np.float64) * 65535 + 0.5).astype(np.float32)
+    position = np.where(np.isnan(position), f32(0), position).astype(np.int32) & 0xFFFF
+    grid = np.arange(65536, dtype=f32) * f32(2) / f32(65535) - f32(1)
+    table = np.searchsorted(((code[:-1] + code[1:]) / f32(2)), grid, "left").astype(np.uint8)
+    codes = table[position]
+    codes[absmax == 0] = 0
+    return codes.reshape(-1)[: len(x)], absmax
+
+
 # --------------------------------------------------------------------------------------- bitsandbytes' GPU kernels, one number at a time
 def flush(x):
     """Denormals become zeros, as with -ftz=true."""

@@ -9,6 +9,7 @@ import pytest
 from goldens.make_optim8bit_goldens import gradient, plan, start
 
 from tinylora import AdamW, Pager, Tensor, backend, codebooks
+from tinylora.kernels import eightbit
 from tinylora.kernels.reciprocal import rcp
 from tinylora.kernels.rounding import cpu_quantize_8bit, cuda_quantize_8bit
 from tinylora.training import adamw8bit
@@ -213,6 +214,29 @@ def cuda_kernel(p, g, codes_m, codes_v, absmax_m, absmax_v, t, lr, b1, b2, eps, 
             codes_m[i] = code % 256
 
 
+@pytest.mark.parametrize("n", [1, 256, 700, 3 * eightbit.CHUNK + 40])
+def test_the_step_in_buffers_gives_the_bits_of_the_plain_one(n, rng):
+    """`kernels.eightbit` stands for `_cpu_update` on the host: eight steps, gradients of all sizes, some of them no numbers."""
+    p = rng.standard_normal(n).astype(f32)
+    slow, slow_state, state = p.copy(), fresh(np, n), fresh(np, n)
+    for t in range(1, 9):
+        g = gradients(rng, n)
+        g[:256] *= t != 3  # a block of zeros, after others
+        for scale in (1e-38, 1e-22, 1e18)[: t - 1]:  # denormals, squares that vanish, squares that overflow
+            g[rng.integers(n, size=n // 500)] *= f32(scale)
+        if t > 5:
+            g[rng.integers(n, size=3)] = rng.choice([np.nan, np.inf, -np.inf], 3)
+        settings = t, 1e-3, (0.9, 0.999), 1e-8, 0.01
+        adamw8bit_step(p, g, *state, *settings)
+        for at in range(0, n, 256):
+            here, block = slice(at, at + 256), slice(at // 256, at // 256 + 1)
+            with np.errstate(all="ignore"):
+                parts = [x[here].reshape(1, -1) for x in (slow, g, *slow_state[:2])]
+                adamw8bit._cpu_update(*parts, *(x[block] for x in slow_state[2:]), *settings)
+        for ours, theirs in zip([p, *state], [slow, *slow_state], strict=True):
+            assert same(ours, theirs), t
+
+
 @pytest.mark.parametrize(
     "n, lr, decay", [(1, 1e-3, 0.01), (256, 1e-3, 0.0), (700, 1e-2, 0.01), (513, 0.7, 0.9), (9, 0.3, 0.7)]
 )
@@ -336,7 +360,7 @@ def test_pieces_of_whole_blocks_give_the_bits_of_the_whole(xp, rule, rng, monkey
     n = 5 * 256 + 77
     p = rng.standard_normal(n).astype(f32)
     whole, pieces, w_state, p_state = xp.asarray(p), xp.asarray(p), fresh(xp, n), fresh(xp, n)
-    monkeypatch.setattr(adamw8bit, "_CHUNK", 512)
+    monkeypatch.setattr(eightbit, "CHUNK", 512)
     for t in range(1, 4):
         g = xp.asarray(gradients(rng, n))
         adamw8bit_step(whole, g, *w_state, t, 1e-2, rule=rule)

@@ -46,6 +46,27 @@ def test_golden_8bit(case):
     assert same(codes, g["blockwise8_codes"]) and same(absmax, g["blockwise8_absmax"])
 
 
+@pytest.mark.parametrize(
+    "n, blocksize", [(0, 256), (1, 256), (256, 256), (70_001, 256), (999, 7), (40_000, 40_000), (90_000, 50_000)]
+)
+def test_rounding_to_8_bits_in_buffers_is_the_plain_rule(n, blocksize, rng):
+    """Of numbers of all sizes, blocks of zeros and of denormals, the largest floats, NaN and infinities among them."""
+    for signed in (True, False):
+        code, x = (
+            codebooks.dynamic8(signed),
+            rng.standard_normal(n) * 10.0 ** rng.uniform(-44, 37, -(-n // 16)).repeat(16)[:n],
+        )
+        x = x.astype(np.float32)
+        for i, what in enumerate((0, 1e-45, -3e-39, 3.4e38, np.nan, np.inf)):
+            x[3 * i * blocksize :][:blocksize] = what
+        x[rng.integers(max(n, 1), size=n // 3000)] = rng.choice([np.nan, np.inf, -np.inf], n // 3000)
+        with np.errstate(all="ignore"):
+            (ours, absmax), (codes, largest) = (
+                f(x, code, blocksize) for f in (cpu_quantize_8bit, plain.cpu_quantize_8bit)
+            )
+        assert same(ours, codes) and same(absmax, largest)
+
+
 def test_the_mean_is_torchs_for_every_golden_size():
     for n, expected in zip(QUANT["mean_size"].tolist(), QUANT["mean"], strict=True):
         k = np.arange(n, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)

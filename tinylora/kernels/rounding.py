@@ -35,6 +35,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from . import eightbit
 from .reciprocal import flush, rcp
 
 _CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
@@ -128,22 +129,26 @@ def _count_from_above(x, bounds, last, out):
 
 
 def cpu_quantize_8bit(x, code, blocksize=256):
-    """(codes uint8, absmax float32) of a float32 vector, as bitsandbytes' CPU kernel rounds.
+    """(codes uint8, absmax float32) of a float32 vector, as bitsandbytes' CPU kernel rounds (`eightbit.round_blocks`).
 
     s = x / absmax is looked up in a table of the 65,536 numbers v_i = 2i/65535 − 1, each of which knows its own nearest
     code: the result is the code nearest to the nearest v_i, and not always the one nearest to s. s = 0 falls between
     two v_i and comes out as code 131 (2.1e-5) instead of 127 (0). A block of zeros gives code 0, which does no harm
     since its absmax is 0. NaN does not count for absmax and gets the code of v_0.
     """
-    rows, absmax = _rows(x, blocksize)
-    s = rows * (np.float32(1) / absmax)[:, None]
-    u = (np.clip(s, -1, 1) + np.float32(1)) * np.float32(0.5)
-    # one fused multiply-add there; exact in float64 here
-    position = (u.astype(np.float64) * 65535 + 0.5).astype(np.float32)
-    position = np.where(np.isnan(position), np.float32(0), position).astype(np.int32) & 0xFFFF
-    grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
-    table = np.searchsorted(midpoints(code), grid, "left").astype(np.uint8)
-    codes = table[position]
+    codes_of, blocks, whole = (
+        eightbit.table(code.astype(np.float32).tobytes()),
+        -(-len(x) // blocksize),
+        len(x) // blocksize,
+    )
+    codes, absmax = np.empty((blocks, blocksize), np.uint8), np.empty(blocks, np.float32)
+    step = max(eightbit.CHUNK // blocksize, 1)
+    for b in range(0, whole, step):
+        part = slice(b, min(b + step, whole))
+        rows = x[part.start * blocksize : part.stop * blocksize].reshape(-1, blocksize)
+        eightbit.round_blocks(rows, codes_of, codes[part], absmax[part])
+    if whole < blocks:
+        eightbit.round_blocks(_rows(x[whole * blocksize :], blocksize)[0], codes_of, codes[whole:], absmax[whole:])
     codes[absmax == 0] = 0
     return codes.reshape(-1)[: len(x)], absmax
 

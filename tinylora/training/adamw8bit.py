@@ -44,21 +44,19 @@ skip_zeros (its 8-bit kernels ignore both), overrides for single parameters, AdE
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
 from .. import backend, codebooks
 from ..backend import array_module
-from ..kernels import device
+from ..kernels import device, eightbit
+from ..kernels.eightbit import fma
 from ..kernels.reciprocal import flush, rcp
-from ..kernels.rounding import cpu_quantize_8bit
 from ..optim import AdamW
 
 BLOCKSIZE = 256
 MIN_8BIT_SIZE = 4096  # below, bitsandbytes keeps 32-bit states
-_CHUNK = 1 << 15  # elements worked on at a time on the host, so that the temporaries stay in the cache
-_TINY = 2.0**-126  # the smallest normal float32
 
 
 def adamw8bit_step(
@@ -86,15 +84,19 @@ def adamw8bit_step(
         xp, state = array_module(p), (codes_m, codes_v, absmax_m, absmax_v)
         maps, tables = ([f(xp, signed) for signed in (True, False)] for f in (_map, _lookup))
         return device.adamw8bit_step(p, g, *state, maps, tables, t, lr, betas, eps, weight_decay)
+    update = _UPDATES[rule]
+    if rule == "bitsandbytes-cpu" and array_module(p) is np:
+        maps, tables = ([f(np, signed) for signed in (True, False)] for f in (_map, _lookup))
+        update = partial(eightbit.adamw, maps=maps, tables=tables)
     whole = n // BLOCKSIZE * BLOCKSIZE
-    chunk = _CHUNK if array_module(p) is np else max(whole, 1)
+    chunk = eightbit.CHUNK if array_module(p) is np else max(whole, 1)
     starts = [*range(0, whole, chunk)] + [whole] * (whole < n)  # a last partial block comes alone
     for start, end in zip(starts, [*starts[1:], n], strict=True):
         blocks = slice(start // BLOCKSIZE, -(-end // BLOCKSIZE))
         rows = (blocks.stop - blocks.start, -1)
         parts = (x[start:end].reshape(rows) for x in (p, g, codes_m, codes_v))
         with np.errstate(all="ignore"):
-            _UPDATES[rule](*parts, absmax_m[blocks], absmax_v[blocks], t, lr, betas, eps, weight_decay)
+            update(*parts, absmax_m[blocks], absmax_v[blocks], t, lr, betas, eps, weight_decay)
 
 
 def _check(rule, p, g, codes_m, codes_v, absmax_m, absmax_v):
@@ -135,25 +137,6 @@ def _cpu_update(p, g, codes_m, codes_v, absmax_m, absmax_v, t, lr, betas, eps, w
     p += m
 
 
-def fma(a, b, c):
-    """float32(a·b + c), rounded once. a, b, c: float32, of shapes that broadcast to that of a."""
-    xp = array_module(a)
-    product = xp.multiply(a, b, dtype=np.float64)  # exact: 24 + 24 bits of 53
-    total = product + c  # rounded, and below rounded again: that errs only where it lies half way between two float32
-    twice = (total.view(np.int64) & 0x1FFFFFFF) == 0x10000000
-    size = xp.abs(total)
-    twice |= (size < _TINY) & (size > 0)  # for denormals that is at other bits
-    if bool(twice.any()):
-        at = xp.flatnonzero(twice)
-        s, x, y = total.reshape(-1)[at], product.reshape(-1)[at], c.reshape(-1)[at].astype(np.float64)
-        rest = s - x
-        lost = (x - (s - rest)) + (y - rest)  # TwoSum: s + lost = a·b + c
-        odd = s.view(np.int64)  # of the two float64 around a·b + c the odd one: it is never half way
-        odd += xp.where((lost != 0) & (odd % 2 == 0), xp.where((lost > 0) == (s > 0), 1, -1), 0)
-        total.reshape(-1)[at] = s
-    return total.astype(np.float32)
-
-
 def _cpu_round(x, signed):
     """kernels.rounding.cpu_quantize_8bit of rows of a block each, on any device."""
     xp = array_module(x)
@@ -178,9 +161,8 @@ def _map(xp, signed):
 
 @cache
 def _lookup(xp, signed):
-    """The table of 65,536 codes in which the CPU rule looks up; the rule itself is asked what it finds there."""
-    grid = np.arange(65536, dtype=np.float32) * np.float32(2) / np.float32(65535) - np.float32(1)
-    return backend.move(cpu_quantize_8bit(grid, codebooks.dynamic8(signed), 65536)[0], xp)
+    """The table of 65,536 codes in which the CPU rule looks up."""
+    return backend.move(eightbit.table(codebooks.dynamic8(signed).tobytes()), xp)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ CUDA
