@@ -66,10 +66,14 @@ def _module_of(kind):
 
 def is_array(x):
     """True for a host or a device array (an array type with `ravel` and `dtype`), False for scalars and lists."""
-    kind = type(x)
-    return kind is np.ndarray or (
-        hasattr(kind, "ravel") and hasattr(kind, "dtype") and not issubclass(kind, np.generic)
-    )
+    return module_of_arrays(type(x)) is not None
+
+
+@functools.cache
+def module_of_arrays(kind):
+    """numpy or cupy for a type of arrays; None for any other type."""
+    array = hasattr(kind, "ravel") and hasattr(kind, "dtype") and not issubclass(kind, np.generic)
+    return _module_of(kind) if array else None
 
 
 def device_of(x):

@@ -26,7 +26,6 @@ Differs from torch: gradients are plain arrays. Views do not share a gradient, a
 Leaves out: double backward (the gradient of a gradient), which nothing in LoRA or QLoRA needs.
 """
 
-import contextlib
 import functools
 import heapq
 import itertools
@@ -49,9 +48,8 @@ state = _State()
 _clock = itertools.count()
 
 
-def _run(f, *arguments, **options):
-    """f(*arguments, **options), or what `state.around` makes of it."""
-    return f(*arguments, **options) if state.around is None else state.around(f, *arguments, **options)
+def _call(f, *arguments, **options):
+    return f(*arguments, **options)
 
 
 class Node:
@@ -86,20 +84,17 @@ class Node:
                 f"backward: the tape behind this {self.name} was already walked and released; "
                 "run the forward again before a second backward"
             )
+        around = state.around or _call
         if callable(pullbacks):
-            every = _run(pullbacks, g, tuple(i in self.places for i in range(self.arity)))
-            found = [every[i] for i in self.places]
-        else:
-            found = (_run(pull, g) for pull in pullbacks)
-        for parent, h in zip(self.parents, found, strict=True):
-            h = _as_array(h)
-            summed = unbroadcast(h, parent.shape)
-            if summed.shape != parent.shape:
-                raise RuntimeError(
-                    f"{self.name}: a pullback returned shape {h.shape} for an input of shape {parent.shape}"
-                )
-            fresh = summed is not h or (h is not g and h.base is None)  # made by unbroadcast, or neither g nor a view
-            yield parent, summed.astype(parent.dtype, copy=False), fresh or summed.dtype != parent.dtype
+            every = around(pullbacks, g, tuple(i in self.places for i in range(self.arity)))
+            pullbacks = [every[i] for i in self.places]
+        for parent, h in zip(self.parents, pullbacks, strict=True):
+            h, shape, dtype = _as_array(around(h, g) if callable(h) else h), parent.shape, parent.dtype
+            fitted = h if h.shape == shape and h.dtype == dtype else unbroadcast(h, shape).astype(dtype, copy=False)
+            if fitted.shape != shape:
+                raise RuntimeError(f"{self.name}: a pullback returned shape {h.shape} for an input of shape {shape}")
+            # fresh: made here, or neither g nor a view
+            yield parent, fitted, fitted is not h or (h is not g and h.base is None)
 
 
 class Tensor:
@@ -198,33 +193,22 @@ def chain_rule(y, gradient):
         contribute   its pullbacks turn z̄ into one gradient for each input
         sum          an input that went into several operations receives the sum of what comes back
     """
-    sums = _Sums()
-    sums.add(y._node or y, gradient, fresh=False)
+    # ours: those whose array nothing else uses, so that it may be written to
+    sums, ours = {y._node or y: gradient}, set()
     waiting = [y._node] if y._node else []  # a heap, the youngest operation first
     while waiting:
         node = heapq.heappop(waiting)
         g = sums.pop(node)  # look up
         for parent, h, fresh in node.contributions(g):  # contribute
-            if isinstance(parent, Node) and parent not in sums:
+            if parent in ours:  # sum
+                sums[parent] += h
+                continue
+            if parent not in sums and isinstance(parent, Node):
                 heapq.heappush(waiting, parent)
-            sums.add(parent, h, fresh)  # sum
-    return {leaf: g if leaf in sums.ours else g.copy() for leaf, g in sums.items()}
-
-
-class _Sums(dict):
-    """{operation or leaf: the sum of what was added}. `ours` has the keys whose array nothing else uses: it may be written to."""
-
-    def __init__(self):
-        self.ours = set()
-
-    def add(self, key, g, fresh):
-        """Add g; fresh says that g's memory is used by nothing else."""
-        if key in self and key in self.ours:
-            self[key] += g
-            return
-        self[key] = _as_array(self[key] + g) if key in self else g
-        if fresh or self[key] is not g:
-            self.ours.add(key)
+            if fresh or parent in sums:
+                ours.add(parent)
+            sums[parent] = _as_array(sums[parent] + h) if parent in sums else h
+    return {leaf: g if leaf in ours else g.copy() for leaf, g in sums.items()}
 
 
 def accumulate(found, leaf, g):
@@ -240,15 +224,21 @@ def _as_array(x):
     return np.asarray(x) if isinstance(x, np.generic) else x
 
 
-@contextlib.contextmanager
-def setting(name, value):
+class setting:
     """Within the block, this thread's `state.name` is `value`."""
-    before = getattr(state, name)
-    setattr(state, name, value)
-    try:
-        yield value
-    finally:
-        setattr(state, name, before)
+
+    __slots__ = ("name", "value", "before")
+
+    def __init__(self, name, value):
+        self.name, self.value = name, value
+
+    def __enter__(self):
+        self.before = getattr(state, self.name)
+        setattr(state, self.name, self.value)
+        return self.value
+
+    def __exit__(self, *error):
+        setattr(state, self.name, self.before)
 
 
 def unbroadcast(g, shape):
@@ -280,7 +270,8 @@ def primitive(forward):
         for name, value in options.items():
             if isinstance(value, Tensor):
                 raise TypeError(f"{forward.__name__}: {name} is a Tensor and must be given by position, not by name")
-        out, pullbacks = _run(operation.fused if on_device else forward, *raw, **options)
+        around, run = state.around or _call, operation.fused if on_device else forward
+        out, pullbacks = around(run, *raw, **options)
         return on_tape(forward.__name__, Tensor(out), args, pullbacks)
 
     operation.fused = forward
@@ -292,21 +283,22 @@ def on_tape(name, result, args, pullbacks, needed=False):
 
     needed: the result needs a gradient whatever the arguments do (`tape.checkpoint` reaches parameters by itself)
     """
-    places = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad]
-    result.requires_grad = (bool(places) or needed) and state.mode != "off"
-    if result.requires_grad and state.mode == "record":
-        kept = pullbacks if callable(pullbacks) else tuple(pullbacks[i] for i in places)
+    places, mode = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.requires_grad], state.mode
+    result.requires_grad = (bool(places) or needed) and mode != "off"
+    if result.requires_grad and mode == "record":
+        kept = pullbacks if callable(pullbacks) else [pullbacks[i] for i in places]
         result._node = Node(name, result.data, [args[i]._node or args[i] for i in places], places, len(args), kept)
     return result
 
 
 def _same_device(name, raw):
     """Whether the arrays among the arguments lie on a device other than the host; TypeError if not all do."""
-    kinds = {array_module(a) for a in raw if is_array(a)}
+    kinds = {backend.module_of_arrays(type(a)) for a in raw}
+    kinds.discard(None)
     if len(kinds) > 1:
         where = ", ".join(f"argument {i} on {backend.device_of(a)}" for i, a in enumerate(raw) if is_array(a))
         raise TypeError(f"{name}: arrays on different devices ({where}); move one with .to(device)")
-    return bool(kinds - {np})
+    return bool(kinds) and np not in kinds
 
 
 def no_grad():
