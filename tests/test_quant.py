@@ -9,7 +9,7 @@ from goldens import INDEX, QUANT, arrays
 
 from tinylora import backend, codebooks, quantize
 from tinylora.dtypes import BFloat16Array, bfloat16_bits, from_bfloat16_bits, round_to
-from tinylora.kernels import products
+from tinylora.kernels import products, rounding
 from tinylora.kernels.rounding import cpu_quantize_8bit, torch_mean
 
 
@@ -72,6 +72,23 @@ def test_the_mean_is_torchs_for_every_golden_size():
         k = np.arange(n, dtype=np.uint64) * np.uint64(2654435761) % np.uint64(2**32)
         x = (k >> np.uint64(8)).astype(np.float32) * np.float32(2.0**-24)
         assert torch_mean(x).tobytes() == expected.tobytes(), n
+
+
+@pytest.mark.parametrize("rule", ["bitsandbytes-cpu", "bitsandbytes-cuda"])
+@pytest.mark.parametrize("n, blocksize", [(4096, 64), (4097, 64), (4031, 64), (5000, 7), (5001, 3000), (900, 2000)])
+def test_pieces_of_a_weight_give_the_bits_of_the_whole(n, blocksize, rule, rng, monkeypatch):
+    for signed, code in ((False, "nf4"), (False, "fp4"), (True, codebooks.bof4(signed=True))):
+        w = rng.standard_normal(n).astype(np.float32)
+        w[7] = 0 if signed else np.nan
+        how = {"rule": rule, "signed": signed, "check_finite": False}
+        monkeypatch.setattr(rounding, "_CHUNK", 1 << 18)
+        whole = quantize(w, code, blocksize, **how)
+        monkeypatch.setattr(rounding, "_CHUNK", 500)
+        pieces = quantize(w, code, blocksize, **how)
+        assert same(whole.packed, pieces.packed) and same(whole.absmax, pieces.absmax)
+    w[[7, n - 1]] = 1, np.inf
+    with pytest.raises(ValueError, match=rf"1 NaN or Inf \(the first is inf at \({n - 1},\)\)"):
+        quantize(w, blocksize=blocksize, rule=rule)
 
 
 @pytest.mark.parametrize("code", ["nf4", "int4", "custom"])

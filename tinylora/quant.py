@@ -36,7 +36,7 @@ from .backend import array_module, move, whole
 from .dtypes import Stored, as_float32, dtype_name
 from .kernels import device
 from .kernels.dequantize import dequantized
-from .kernels.rounding import CPU, RULES, signed_absmax, torch_mean
+from .kernels.rounding import CPU, RULES, in_pieces, signed_absmax, torch_mean
 
 NESTED_BLOCKSIZE = 256
 
@@ -191,15 +191,19 @@ def _quantize(w, form, nested_code, offset, check_finite, name):
 
 
 def _on_host(flat, form, rule, bounds, order, check_finite, name):
-    """(packed, absmax) of a flat float32 weight."""
-    flat, size = np.ascontiguousarray(move(flat, "cpu")), form.blocksize
-    absmax = rule.absmax(flat, size)
-    # a block's absmax is finite if its weights are; the GPU's rule passes NaN over
-    if check_finite and not np.isfinite(absmax if rule is CPU else CPU.absmax(flat, size)).all():
-        _refuse(flat, form.shape, name)
-    if form.signed:
-        absmax = signed_absmax(flat, absmax, size)
-    return _pack(rule.indices(flat, absmax, size, bounds, order, form.code_name == "fp4")), absmax
+    """(packed, absmax) of a flat float32 weight; of some whole blocks at a time (`in_pieces`), so that it comes into the cache once."""
+    whole, size = np.ascontiguousarray(move(flat, "cpu")), form.blocksize
+
+    def quantized(flat):
+        absmax = rule.absmax(flat, size)
+        # a block's absmax is finite if its weights are; the GPU's rule passes NaN over
+        if check_finite and not np.isfinite(absmax if rule is CPU else CPU.absmax(flat, size)).all():
+            _refuse(whole, form.shape, name)
+        if form.signed:
+            absmax = signed_absmax(flat, absmax, size)
+        return _pack(rule.indices(flat, absmax, size, bounds, order, form.code_name == "fp4")), absmax
+
+    return in_pieces(quantized, whole, size)
 
 
 def _refuse(flat, shape, name):

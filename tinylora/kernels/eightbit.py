@@ -12,33 +12,17 @@ Against the plain forms, in processor time on one thread of a Zen 4: rounding 1M
 """
 
 import math
-import threading
 from functools import lru_cache
 
 import numpy as np
 
 from ..backend import array_module
+from .buffers import buffer
 
 CHUNK = 1 << 15  # elements worked on at a time
 _ONE, _HALF, _TINY = np.float32(1), np.float32(0.5), 2.0**-126  # _TINY: the smallest normal float32
 _HALF_WAY = np.iinfo(np.int64).min
 _BELOW_TINY = np.uint64((np.float64(_TINY).view(np.uint64) << np.uint64(1)) - np.uint64(1))
-
-
-class _Buffers(threading.local):
-    """One thread's buffers of a chunk each, by name; made once."""
-
-    def __init__(self):
-        self._kept = {}
-
-    def __call__(self, name, shape, dtype=np.float32):
-        size = math.prod(shape)
-        if name not in self._kept or len(self._kept[name]) < size:
-            self._kept[name] = np.empty(max(size, CHUNK), dtype)
-        return self._kept[name][:size].reshape(shape)
-
-
-_buffer = _Buffers()
 
 
 @lru_cache(maxsize=16)  # 64 kB each
@@ -51,9 +35,7 @@ def table(code):
 
 def round_blocks(rows, codes_of, codes, absmax):
     """codes, absmax ← rows, of a block each, rounded to 8 bits; NaN does not count for absmax. codes_of: a `table`."""
-    s, wide, place = (
-        _buffer(name, rows.shape, dtype) for name, dtype in (("s", "f4"), ("wide", "f8"), ("place", "i4"))
-    )
+    s, wide, place = (buffer(name, rows.shape, dtype) for name, dtype in (("s", "f4"), ("wide", "f8"), ("place", "i4")))
     np.bitwise_and(
         rows.view(np.uint32), np.uint32(0x7FFFFFFF), out=s.view(np.uint32)
     )  # |rows|; as whole numbers they compare faster
@@ -100,14 +82,14 @@ def fma(a, b, c):
 
 def _look_up(values, at, out):
     """out ← values[at]. The indices are widened into a buffer: np.take would do it in fresh memory."""
-    index = _buffer("index", at.shape, "i8")
+    index = buffer("index", at.shape, "i8")
     index[...] = at
     np.take(values, index, out=out, mode="clip")
 
 
 def _fma(a, b, c, out):
     """out ← fma(a, b, c), which is asked itself where a sum of the chunk may be rounded twice. out may be a, b or c."""
-    total, other = _buffer("wide", a.shape, "f8"), _buffer("other", a.shape, "f8")
+    total, other = buffer("wide", a.shape, "f8"), buffer("other", a.shape, "f8")
     bits, unsigned = other.view(np.int64), other.view(np.uint64)
     total[...] = a
     total *= b
@@ -126,13 +108,13 @@ def _fma(a, b, c, out):
 def adamw(p, g, codes_m, codes_v, absmax_m, absmax_v, t, lr, betas, eps, weight_decay, maps, tables):
     """One step in place, on rows of a block each, in the order of bitsandbytes' CPU step. maps, tables: of m and of v"""
     f, (b1, b2) = np.float32, betas
-    m, v = _buffer("m", p.shape), _buffer("v", p.shape)
+    m, v = buffer("m", p.shape), buffer("v", p.shape)
     for x, b, codes, absmax, values in ((m, b1, codes_m, absmax_m, maps[0]), (v, b2, codes_v, absmax_v, maps[1])):
         _look_up(values, codes, x)
         x *= absmax[:, None]
         x *= f(b)
     _fma(g, f(1 - b1), m, m)
-    scaled = np.multiply(g, f(1 - b2), out=_buffer("s", p.shape))
+    scaled = np.multiply(g, f(1 - b2), out=buffer("s", p.shape))
     _fma(scaled, g, v, v)
     round_blocks(m, tables[0], codes_m, absmax_m)
     round_blocks(v, tables[1], codes_v, absmax_v)

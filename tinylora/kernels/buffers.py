@@ -1,0 +1,23 @@
+"""Memory to compute in, kept from call to call: fresh arrays of a chunk's size cost page faults on many machines."""
+
+import math
+import threading
+
+import numpy as np
+
+
+class _Buffers(threading.local):
+    """buffer(name, shape, dtype): the calling thread's array of that name. What it held is lost with the next call of that name."""
+
+    def __init__(self):
+        self._kept = {}
+
+    def __call__(self, name, shape, dtype=np.float32):
+        size, dtype = math.prod(shape), np.dtype(dtype)
+        kept = self._kept.get((name, dtype))
+        if kept is None or len(kept) < size:
+            kept = self._kept[name, dtype] = np.empty(size, dtype)
+        return kept[:size].reshape(shape)
+
+
+buffer = _Buffers()
