@@ -1,6 +1,7 @@
 """tinylora figures: the same bytes again, legible on a phone and without colours; and the gallery that shows them."""
 
 import json
+import math
 import re
 import xml.dom.minidom
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_the_command_writes_all_or_nothing_and_compares(tmp_path, monkeypatch, c
     def fail(data):
         raise ValueError("no")
 
-    monkeypatch.setitem(gallery.PICTURES, "compare", gallery.Picture(fail, stored=True))
+    monkeypatch.setitem(gallery.PICTURES, "compare", gallery.Picture(fail, lambda data: ()))
     assert main(["figures", "ranks", "compare", "--out", str(tmp_path)]) == 2
     assert (tmp_path / "ranks.svg").read_text() == "another", "what was drawn before the failure is not written"
 
@@ -156,6 +157,64 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "ranks.svg is drawn from the numbers of a long run" in err and "ranks.json is not there" in err
     assert not list(tmp_path.iterdir())
+
+
+STORED = [name for name, picture in gallery.PICTURES.items() if picture.stored]
+
+
+def refused(name, text, folder, monkeypatch, capsys):
+    """What `tinylora figures NAME` says of a file of numbers with this text; the old figure is still there."""
+    monkeypatch.chdir(folder)
+    Path("figures/data").mkdir(parents=True, exist_ok=True)
+    Path("figures", f"{name}.svg").write_text("the old figure")
+    Path("figures/data", f"{name}.json").write_text(text, encoding="utf-8")
+    assert main(["figures", name]) == 2, text
+    err = capsys.readouterr().err
+    assert f"figures/data/{name}.json" in err and re.search("[Ee]xpect|is missing", err) and "fault" not in err, err
+    assert Path("figures", f"{name}.svg").read_text() == "the old figure"
+    assert {path.name for path in Path("figures").iterdir()} == {"data", f"{name}.svg"}
+    return err
+
+
+#: Of these a figure may have one more or one fewer.
+RUNS = {"methods", "targets", "q_proj, v_proj", "all-linear", "kinds", "costs"}
+
+
+def spoiled(value, name=None):
+    """(what is wrong, the value with that wrong in it) for each place in a file of numbers; in a list, for its first and its last."""
+    instead = {dict: [3, [], {}, None], list: [3, [], {}, None], str: [3, None], bool: ["yes", None]}
+    for wrong in instead.get(type(value), ["3", None, True, math.nan, math.inf, -1]):
+        yield f"is {wrong!r}", wrong
+    if isinstance(value, list):
+        places = sorted({0, len(value) - 1})
+        lacking = [("one", value[:-1])]
+    else:
+        places = list(value) if isinstance(value, dict) else []
+        lacking = [(key, {k: v for k, v in value.items() if k != key}) for key in places]
+    for what, rest in lacking if name not in RUNS else ():
+        yield f"lacks {what}", rest
+    for place in places:
+        for what, wrong in spoiled(value[place], place):
+            new = value.copy()
+            new[place] = wrong
+            yield f"{place}: {what}", new
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_numbers_that_are_not_what_a_figure_is_drawn_from_are_said(name, tmp_path, monkeypatch, capsys):
+    for text in ("", "[]", "null", "3", "{", '{"command": "tinylora"}'):
+        refused(name, text, tmp_path, monkeypatch, capsys)
+    assert "command is missing" in refused(name, "{}", tmp_path, monkeypatch, capsys)
+    nan = stored(name) | {
+        "seeds" if "seeds" in stored(name) else "costs" if name == "paging" else "lengths": [math.nan]
+    }
+    assert "[0] = nan, expected" in refused(name, json.dumps(nan), tmp_path, monkeypatch, capsys)
+    path = tmp_path / "figures" / "data" / f"{name}.json"
+    for what, wrong in spoiled(stored(name)):
+        path.write_text(json.dumps(wrong), encoding="utf-8")
+        with pytest.raises(ValueError, match=rf"{name}\.json: .*(expected|is missing)"):
+            next(gallery.draw([name], path.parent))
+            pytest.fail(f"drawn, although {what}")
 
 
 def test_claims_stands_for_all_of_theirs():

@@ -1,10 +1,11 @@
-"""The house itself: the import arrows, the light import, and what a clone has to carry."""
+"""The house itself: the import arrows, the light import, its one version, and what a clone has to carry."""
 
 import ast
 import hashlib
 import importlib
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -194,6 +195,64 @@ def test_import_loads_numpy_and_nothing_else():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
     assert done.stdout.strip() == "['tinylora']", done.stdout + done.stderr
+
+
+def stated(name, pattern):
+    """What the one match of a pattern in a file at the top of the repository says."""
+    (found,) = re.findall(pattern, (ROOM.parent / name).read_text(encoding="utf-8"), re.M)
+    return found
+
+
+def test_the_version_is_one_and_the_same():
+    assert re.fullmatch(r"\d+\.\d+\.\d+", tinylora.__version__)
+    assert stated("CITATION.cff", r"^version: (.*)$") == tinylora.__version__
+    teaching = (ROOM.parent / "notebooks" / "TEACHING.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"tinylora-([\w.]+)-py3-none-any\.whl", teaching)) == {tinylora.__version__}
+    headings = re.findall(r"^## (.*)$", (ROOM.parent / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)
+    assert headings[0] == "[Unreleased]"
+    assert headings[1].split(" - ")[0] == f"[{tinylora.__version__}]", "the newest version of CHANGELOG.md"
+    assert stated("pyproject.toml", r"^dynamic = (.*)$") == '["version"]'
+    assert stated("pyproject.toml", r'^\[tool\.hatch\.version\]\npath = "(.*)"$') == "tinylora/__init__.py"
+
+
+def tags(folder):
+    """The release tags of HEAD, vX.Y.Z; a sentence where there are none to be had."""
+    git = shutil.which("git")
+    if git is None:
+        return "git is not installed"
+    ask = [git, "-C", str(folder)]
+    top = subprocess.run([*ask, "rev-parse", "--show-toplevel"], capture_output=True, text=True)
+    if top.returncode or not Path(top.stdout.strip()).samefile(folder):
+        return "this is no clone, but a copy of the files"
+    found = subprocess.run([*ask, "tag", "--points-at", "HEAD"], capture_output=True, text=True, check=True).stdout
+    return [tag for tag in found.split() if re.fullmatch(r"v\d.*", tag)] or "the commit carries no tag of a release"
+
+
+def test_a_tag_names_the_version():
+    found = tags(ROOM.parent)
+    if isinstance(found, str):
+        pytest.skip(found)
+    assert found == [f"v{tinylora.__version__}"], "a commit is tagged with the version that it holds, and with no other"
+
+
+def test_the_tags_of_a_commit_are_found(tmp_path):
+    assert tags(tmp_path) in ("this is no clone, but a copy of the files", "git is not installed")
+    if not shutil.which("git"):
+        pytest.skip("git is not installed")
+
+    def git(*words):
+        about = ("-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false", "-c", "tag.gpgsign=false")
+        subprocess.run(["git", "-C", str(tmp_path), *about, *words], check=True, capture_output=True)
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "one")
+    git("tag", "before")
+    assert tags(tmp_path) == "the commit carries no tag of a release"
+    git("tag", "v0.2.0")
+    git("tag", "-a", "v0.3.0rc1", "-m", "another")
+    assert tags(tmp_path) == ["v0.2.0", "v0.3.0rc1"]
+    (tmp_path / "inside").mkdir()
+    assert tags(tmp_path / "inside") == "this is no clone, but a copy of the files"
 
 
 def test_the_embedded_model_and_its_card():

@@ -2,8 +2,8 @@
 
 A figure of what takes seconds is computed anew. One of a long run, or of one that needs a download, is drawn from the run's numbers,
 which lie beside it: figures/data/NAME.json names the command that measured them. They have seven digits or
-so, because they were read back from the coordinates of the files that the runs had drawn. The claims' figures are computed anew as well
-(`claims`, about a minute for all of them).
+so, because they were read back from the coordinates of the files that the runs had drawn. What such a file has to hold is declared here
+and checked before anything is drawn. The claims' figures are computed anew as well (`claims`, about a minute for all of them).
 
     PICTURES            {name: Picture}, the name that of the file without .svg
     draw(names, …)      yields (name, the bytes of its file, seconds)
@@ -24,8 +24,8 @@ from ..figures import runs
 from ..figures.memory import account_bars
 from ..figures.paging import paging_costs
 from ..figures.style import one_column, require_matplotlib, save
-from ..models import files
-from ..training.finetune import Report
+from ..models import fields, files
+from ..training.finetune import METHODS, Report
 from . import claims, nf4_construction, nf4_optimum, normality, qlora_numbers
 
 SEEDS = (0, 1, 2)
@@ -37,20 +37,65 @@ DATA = f"{FOLDER}/data"  # where the numbers of long runs are
 class Picture:
     """How a file of figures/ is drawn.
 
-    function   () -> figure; (what its file of numbers holds) -> figure if it is `stored`
-    stored     its numbers lie in data/NAME.json
+    function   () -> figure; (what its file of numbers holds) -> figure if its numbers are `stored`
+    stored     None, or what data/NAME.json has to hold: (its content) -> yields (name, kind), each checked before the next is asked for
     """
 
     function: Callable
-    stored: bool = False
+    stored: Callable | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------- from stored numbers
+def _list(each, length=None):
+    """A list of so many entries of one kind; of at least one where no length is given."""
+    what = f"a list of {length or 'at least one'}, each {each.expected}"
+    return fields.Kind(what, lambda v: type(v) is list and (len(v) == length if length else len(v) > 0), each=each)
+
+
+def _object(declared):
+    """An object that has all of these fields."""
+    what = f"an object with {', '.join(declared)}"
+    return fields.Kind(what, lambda v: type(v) is dict and declared.keys() <= v.keys(), inside=declared)
+
+
+def _named(what, allowed, each):
+    """An object of at least one entry, whose names are `allowed`."""
+    return fields.Kind(
+        f"an object of at least one entry, whose names are {what}",
+        lambda v: type(v) is dict and len(v) > 0 and all(map(allowed, v)),
+        each=each,
+    )
+
+
+def _methods(each):
+    return _named(f"among {', '.join(METHODS)}", METHODS.__contains__, each)
+
+
+_BITS = fields.number(above=0, high=1000)  # bits per byte
+_SEEDS = _list(fields.whole())
+_COUNTS = _list(fields.whole(1, 1 << 30))
+_RISING = fields.Kind("whole numbers, each larger than the one before it", lambda v: v == sorted(set(v)))
+
+
+def _compare_holds(data):
+    yield "seeds", _SEEDS
+    held = _object(dict.fromkeys(("frozen weights", "trained weights", "gradients", "optimizer state"), fields.whole()))
+    yield "methods", _methods(_object({"after": _list(_BITS, len(data["seeds"])), "bytes": held}))
+
+
 def _compare(data):
     def report(run, after):
         return Report({}, {}, after=after, bytes=run["bytes"])
 
     return runs.comparison({m: [report(run, after) for after in run["after"]] for m, run in data["methods"].items()})
+
+
+def _curves_holds(data):
+    yield "seeds", _SEEDS
+    yield "steps", _COUNTS
+    yield "steps", _RISING
+    heldout = _list(_list(_BITS, len(data["steps"])), len(data["seeds"]))
+    yield "methods", _methods(_object({"before": _BITS, "heldout": heldout}))
 
 
 def _curves(data):
@@ -62,9 +107,38 @@ def _curves(data):
     return runs.loss_curves({m: [report(run["before"], values) for values in run["heldout"]] for m, run in methods})
 
 
+def _ranks_holds(data):
+    def rank(name):
+        return name.isascii() and name.isdigit() and len(name) < 8 and name == str(int(name)) != "0"
+
+    yield "seeds", _SEEDS
+    by_rank = _named("ranks, whole numbers from 1", rank, _list(_BITS, len(data["seeds"])))
+    yield "targets", _named("layers", lambda name: name and "$" not in name, by_rank)
+
+
 def _ranks(data):
     return runs.rank_table(
         {(t, int(r)): after for t, by_rank in data["targets"].items() for r, after in by_rank.items()}
+    )
+
+
+def _paging_holds(data):
+    orders = ("around", "back and forth")
+    row = {
+        "order": fields.one_of(*orders),
+        "prefetch": fields.flag(),
+        "fraction": fields.number(above=0, high=1),
+        "moved": fields.number(0, 1000),
+        "time_ratio": fields.number(above=0, high=1e6),
+    }
+    yield "state", fields.whole(1)
+    yield "costs", _list(_object(row))
+    yield (
+        "costs",
+        fields.Kind(
+            f"a list that has rows without prefetch for both orders, {' and '.join(orders)}",
+            lambda costs: {c["order"] for c in costs if not c["prefetch"]} == set(orders),
+        ),
     )
 
 
@@ -77,16 +151,37 @@ def _paging(data):
     return paging_costs(costs, state)
 
 
+def _normality_holds(data):
+    row = {
+        "name": fields.text(100),
+        "length": fields.whole(1, 1 << 30),
+        "rows": fields.whole(1),
+        "rejected": fields.whole(),
+    }
+    yield "model", fields.text(100)
+    yield "kinds", _list(_object(row))
+    no_more = fields.Kind(
+        "rows of which no more are rejected than there are", lambda kind: kind["rejected"] <= kind["rows"]
+    )
+    yield "kinds", _list(no_more)
+    yield "draws", fields.whole(1)
+    yield "lengths", _COUNTS
+    yield "lengths", _RISING
+    found = _list(fields.whole(0, data["draws"]), len(data["lengths"]))
+    yield "rejected", _object(dict.fromkeys(normality.LAWS, found))
+
+
 def _normality(data):
     def group(name, length, rows, rejected):
         unknown = float("nan")
         return normality.Group(name, length, rows, rejected / rows, unknown, (unknown,) * 3, *(unknown,) * 3)
 
     power = {
-        n: {law: group(law, n, data["draws"], found[i]) for law, found in data["rejected"].items()}
+        n: {law: group(law, n, data["draws"], data["rejected"][law][i]) for law in normality.LAWS}
         for i, n in enumerate(data["lengths"])
     }
-    return normality.rejected_against_length({data["model"]: [group(**kind) for kind in data["kinds"]]}, power)
+    kinds = [group(k["name"], k["length"], k["rows"], k["rejected"]) for k in data["kinds"]]
+    return normality.rejected_against_length({data["model"]: kinds}, power)
 
 
 # ------------------------------------------------------------------------------------------------------------------ computed anew
@@ -105,14 +200,14 @@ def _claim(name):
 
 
 PICTURES = {
-    "compare": Picture(_compare, stored=True),
-    "curves-base": Picture(_curves, stored=True),
-    "ranks": Picture(_ranks, stored=True),
+    "compare": Picture(_compare, _compare_holds),
+    "curves-base": Picture(_curves, _curves_holds),
+    "ranks": Picture(_ranks, _ranks_holds),
     "figure6": Picture(qlora_numbers.figure_6),
     "tape": Picture(_tape),
-    "paging": Picture(_paging, stored=True),
-    "normality": Picture(_normality, stored=True),
-    "curves-smollm2": Picture(_curves, stored=True),
+    "paging": Picture(_paging, _paging_holds),
+    "normality": Picture(_normality, _normality_holds),
+    "curves-smollm2": Picture(_curves, _curves_holds),
     "nf4": Picture(nf4_construction.nf4_optimal_for),
     "nf4-law": Picture(nf4_optimum.nf4_law),
     **{
@@ -137,7 +232,7 @@ def chosen(names=()):
 def draw(names, data=DATA):
     """Draw the named figures, one after another. data: the folder with the numbers of long runs. -> yields (name, SVG as bytes, seconds)
 
-    OSError before anything is drawn if numbers are not there.
+    Before anything is drawn: OSError if numbers are not there, ValueError if a file does not hold what its figure is drawn from.
     """
     stored = {name: Path(data, f"{name}.json") for name in names if PICTURES[name].stored}
     for name, path in stored.items():
@@ -145,11 +240,20 @@ def draw(names, data=DATA):
             raise OSError(
                 f"{name}.svg is drawn from the numbers of a long run, and {path} is not there; a clone has it"
             )
-    given = {name: (files.read_json(path),) for name, path in stored.items()}
+    given = {name: (_numbers(path, PICTURES[name].stored),) for name, path in stored.items()}
     for name in names:
         start = time.perf_counter()
         svg = _file(PICTURES[name].function, *given.get(name, ()))
         yield name, svg, time.perf_counter() - start
+
+
+def _numbers(path, holds):
+    """What a file of numbers holds, once all of it is of its kind; ValueError names the file, the value and what was expected."""
+    data = files.read_json(path)
+    fields.check(data, {"command": fields.text()}, path, required=("command",))
+    for name, kind in holds(data):
+        fields.check(data, {name: kind}, path, required=(name,))
+    return data
 
 
 def _file(function, *data):

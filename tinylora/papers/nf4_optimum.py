@@ -3,9 +3,10 @@
 What is computed, for normal weights (E|W − Ŵ|ᵖ, p = 1 or 2; `nf4_construction.nf4_excess` is NF4's excess over the least error):
 
     slopes(q, I, p)         the derivative of the error in each value of a code: 0 at the best code, and nowhere else (Theorem 2)
-    enclosed(q, I, p)       whether the best code lies within a radius of q, by the signs of `slopes` on either side
+    box(q, I, p)            how far a box around q reaches, at whose two corners the signs of `slopes` enclose the best code
+    enclosed(q, I, p)       whether they do, so that the best code lies within a radius of q
     splits(I, p)            the least error for each number of values below 0: the best code is the best of these
-    limit_excess(I, p)      NF4's excess where the code has infinitely many values (Proposition 3)
+    limit_excess(I, p)      NF4's excess where the code has infinitely many values (Proposition 3, for all p > 0)
     best_blocksize(f, …)    the block size at which an excess is least
     usage_blocksize(q)      the block size at which a code's entropy is largest
 
@@ -34,13 +35,15 @@ _POINTS, _WEIGHTS = (_POINTS + 1) / 2, _WEIGHTS / 2
 
 
 # ------------------------------------------------------------------------------------------------------------ the best code
-def slopes(q, blocksize, power):
+def slopes(q, blocksize, power, order=20):
     """Half of ∂E/∂q_ℓ for p = 2, and all of it for p = 1, in the values other than −1, 0 and 1. (n,) code -> (n − 3,) float64
 
     p = 2: q·∫g₂ − ∫x g₂ over the value's cell; p = 1: ∫g₁ over the part below the value less that over the part above.
+
+    order: Gauss–Legendre nodes a panel. Twice as many change no slope by more than 1e-13. The bound 1e-12 of `optimality` is about errors.
     """
     q = np.asarray(q, np.float64)
-    block = optimality.block_law(blocksize)
+    block = optimality.block_law(blocksize, order=order)
     ends = np.concatenate([[-1], (q[1:] + q[:-1]) / 2, [1]])
     at_ends = block.moments(ends, power)
     if power == 2:
@@ -51,6 +54,19 @@ def slopes(q, blocksize, power):
     return slope[~np.isin(q, (-1, 0, 1))]
 
 
+def box(q, blocksize, power, radius=1e-10):
+    """v, half the sides of a box around q: H v ∝ 1, so that near a best code all slopes at q + v are alike. -> (n,) float64
+
+    H: the slopes' derivatives, by differences. v is 0 at −1, 0 and 1, and its largest value is `radius`.
+    """
+    free = ~np.isin(q, (-1, 0, 1))
+    steps = 1e-6 * np.eye(len(q))[free]
+    columns = [slopes(q + e, blocksize, power) - slopes(q - e, blocksize, power) for e in steps]
+    v = np.zeros(len(q))
+    v[free] = np.linalg.solve(np.array(columns).T, np.ones(free.sum()))
+    return v * (radius / np.abs(v).max())
+
+
 def enclosed(q, blocksize, power, radius=1e-10):
     """Whether the best code with the values −1, 0 and 1, and as many on either side of 0, lies within `radius` of q. -> bool
 
@@ -58,14 +74,9 @@ def enclosed(q, blocksize, power, radius=1e-10):
     v > 0, then F maps the box between the two into itself and has a fixed point there, which is the only one (Theorem 2 of docs/nf4.md).
     """
     q = np.asarray(q, np.float64)
-    free = ~np.isin(q, (-1, 0, 1))
-    steps = 1e-6 * np.eye(len(q))[free]
-    columns = [slopes(q + e, blocksize, power) - slopes(q - e, blocksize, power) for e in steps]
-    v = np.zeros(len(q))
-    v[free] = np.linalg.solve(np.array(columns).T, np.ones(free.sum()))
-    v *= radius / np.abs(v).max()
+    v = box(q, blocksize, power, radius)
     above, below = slopes(q + v, blocksize, power), slopes(q - v, blocksize, power)
-    return bool((v[free] > 0).all() and (above > 0).all() and (below < 0).all())
+    return bool((v[~np.isin(q, (-1, 0, 1))] > 0).all() and (above > 0).all() and (below < 0).all())
 
 
 def splits(blocksize, power, levels=16):
