@@ -1,13 +1,15 @@
-"""Write the pages of the paper map, docs/papers.md, docs/errata.md and docs/zh/papers.md, from tinylora/papers/map.toml.
+"""Write what comes from tinylora/papers/map.toml: docs/papers.md, docs/errata.md, docs/zh/papers.md, and the findings of both READMEs.
 
-    python docs/paper_map.py            write the three
+    python docs/paper_map.py            write the five
     python docs/paper_map.py --check    write nothing; say which of them is not what the map gives
 
 The book adds a filter to papers.md (docs/_static/map.js). It reads the lines that are written here: an entry is an item of a list,
-which begins with its place in bold and its verdict in italics. The Chinese page has its statements from docs/zh/map.toml.
+which begins with its place in bold and its verdict in italics. The Chinese page has its statements from docs/zh/map.toml, and the
+findings have their words from docs/findings.toml.
 """
 
 import argparse
+import re
 import sys
 import tomllib
 from collections import Counter
@@ -19,6 +21,10 @@ from tinylora.papers import map as paper_map
 DOCS = Path(__file__).resolve().parent
 NOTE = "<!-- written by docs/paper_map.py from tinylora/papers/map.toml -->"
 STATEMENTS = DOCS / "zh" / "map.toml"
+FINDINGS = DOCS / "findings.toml"
+READMES = ("../README.md", "zh/README.md")
+#: A number of an entry, with its spread and a unit that a finding repeats.
+QUANTITY = re.compile(r"(?<![^\W\d])\d+(?:[.,]\d+)*(?: ± \d+(?:[.,]\d+)*)?(?: (?:%|MB))?")
 CHINESE = {
     "holds exactly": "完全成立",
     "holds at toy scale": "在小规模上成立",
@@ -148,9 +154,53 @@ def chinese_papers(claims):
     )
 
 
+def findings(claims, path=FINDINGS):
+    """The findings in English and in Chinese: ([item of a list, …], […]); ValueError, in a sentence, for one that the map does not give."""
+    by_id = {claim.id: claim for claim in claims}
+
+    def quantity(match):
+        entry, place = match[1], int(match[2])
+        found = QUANTITY.findall(by_id[entry].number) if entry in by_id else []
+        if not 1 <= place <= len(found):
+            raise ValueError(
+                f"{path.name}: {match[0]}: expected an entry of the map, and one of its {len(found)} quantities"
+            )
+        return found[place - 1]
+
+    english, chinese_ones = [], []
+    for finding in tomllib.loads(path.read_text(encoding="utf-8"))["finding"]:
+        named = [by_id[entry] for entry in finding["entries"] if entry in by_id]
+        if len(named) < len(finding["entries"]):
+            raise ValueError(f"{path.name}: {', '.join(finding['entries'])}: expected entries of the map")
+        says, says_chinese = (re.sub(r"\{([a-z\d-]+) (\d+)\}", quantity, finding[of]) for of in ("english", "chinese"))
+        links = ", ".join(f"[{text}]({target})" for text, _, target in finding["links"])
+        links_chinese = "，".join(f"[{text}](../../{target})" for _, text, target in finding["links"])
+        verdicts = ", ".join(f"[{c.id}](docs/papers.md#{c.id}) {c.verdict}" for c in named)
+        verdicts_chinese = "，".join(f"[{c.id}](../papers.md#{c.id}) {chinese(c.verdict)}" for c in named)
+        whose = "the paper's claim" if len(named) == 1 else "the papers' claims"
+        english.append(f"- {says} ({links}; {whose}: {verdicts})")
+        chinese_ones.append(f"- {says_chinese}（{links_chinese}；论文的论断：{verdicts_chinese}）")
+    return english, chinese_ones
+
+
+def with_findings(readme, heading, items):
+    """A README in which the list below this heading has these items."""
+    before, mark, rest = readme.partition(f"\n## {heading}\n")
+    section, end, after = rest.partition("\n## ")
+    kept = [line for line in section.splitlines() if not line.startswith("- ")]
+    if not mark or not end or kept[-1:] != [""]:
+        raise ValueError(f"README: expected a heading, {heading!r}, with a paragraph and a list below it")
+    return before + mark + "\n".join([*kept, *items, ""]) + end + after
+
+
 def page(title, *parts):
     """A page of Markdown."""
     return "\n\n".join([title, NOTE, *parts]) + "\n"
+
+
+def _said(name):
+    """A page's path from the top of the repository."""
+    return f"docs/{name}".replace("docs/../", "")
 
 
 def main(argv=None):
@@ -162,6 +212,8 @@ def main(argv=None):
     try:
         claims = paper_map.claims()
         pages = {"papers.md": papers(claims), "errata.md": errata(claims), "zh/papers.md": chinese_papers(claims)}
+        for name, heading, items in zip(READMES, ("Five findings", "五个发现"), findings(claims), strict=True):
+            pages[name] = with_findings((DOCS / name).read_text(encoding="utf-8"), heading, items)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
@@ -169,12 +221,13 @@ def main(argv=None):
         target = DOCS / name
         if args.check:
             if not target.exists() or target.read_text(encoding="utf-8") != text:
-                print(f"docs/{name} is not what the map gives; run `python docs/paper_map.py`", file=sys.stderr)
+                print(f"{_said(name)} is not what the map gives; run `python docs/paper_map.py`", file=sys.stderr)
                 stale = 1
             continue
         with atomic(target) as temporary:
             Path(temporary).write_text(text, encoding="utf-8", newline="\n")
-        print(f"docs/{name}: {text.count('<a id=')} entries")
+        what = "5 findings" if name in READMES else f"{text.count('<a id=')} entries"
+        print(f"{_said(name)}: {what}")
     return stale
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -226,8 +227,11 @@ def test_statements_that_do_not_fit_the_map_are_refused_in_a_sentence(change, wo
 
 
 def test_a_stale_or_refused_chinese_page_is_said(generator, tmp_path, monkeypatch, capsys):
+    shutil.copy(TOP / "README.md", tmp_path)
+    tmp_path = tmp_path / "docs"
+    (tmp_path / "zh").mkdir(parents=True)
+    shutil.copy(ZH / "README.md", tmp_path / "zh")
     monkeypatch.setattr(generator, "DOCS", tmp_path)
-    (tmp_path / "zh").mkdir()
     assert generator.main([]) == 0 and generator.main(["--check"]) == 0
     assert (tmp_path / "zh" / "papers.md").read_bytes() == (ZH / "papers.md").read_bytes()
     (tmp_path / "zh" / "papers.md").write_text("# 论文地图\n", encoding="utf-8")

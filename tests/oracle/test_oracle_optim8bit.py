@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tinylora import AdamW, Tensor
+from tinylora.paging import WHOLE_TENSORS_FROM
 from tinylora.training import adamw8bit
 from tinylora.training.adamw8bit import AdamW8bit, adamw8bit_step
 
@@ -209,3 +210,22 @@ def test_a_parameter_without_gradient_falls_in_bitsandbytes_too():
     fallen = theirs.detach().numpy()[1::2]
     print(f"after 100 steps: {fallen[0]:.2e}")
     assert f"{fallen.max():.1e}" == f"{fallen.min():.1e}" == "-4.8e-04"
+
+
+def test_bitsandbytes_pages_states_from_100_000_elements_on(monkeypatch):
+    """Its own choice of a buffer, for weights without memory (device meta): what it pages needs a GPU, and is only asked for here."""
+    asked = []
+
+    def get_paged(*shape, dtype, device):
+        asked.append(shape)
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    monkeypatch.setattr(bnb.functional, "get_paged", get_paged)
+    monkeypatch.setattr(bnb.functional, "fill", lambda buffer, value: None)
+    sizes = (1, WHOLE_TENSORS_FROM - 1, WHOLE_TENSORS_FROM, WHOLE_TENSORS_FROM + 1)
+    weights = [torch.nn.Parameter(torch.empty(n, device="meta")) for n in sizes]
+    for paged, optimizer in ((True, bnb.optim.PagedAdamW(weights)), (False, bnb.optim.AdamW(weights))):
+        asked.clear()
+        for weight in weights:
+            assert optimizer.get_state_buffer(weight).shape == weight.shape
+        assert asked == ([(n,) for n in sizes if n >= 100_000] if paged else [])

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import pytest
 from scripts import loaded
 
 from tinylora.costs import memory
-from tinylora.papers import claims, lora_numbers, map, qlora_numbers
+from tinylora.papers import claims, map
 
 TOP = Path(__file__).parents[2]
 CLAIMS = map.claims()
@@ -108,37 +110,76 @@ def test_in_part_is_said_of_experiments_alone():
     assert {claim.id for claim in CLAIMS if claim.why.startswith("In part")} <= measured
 
 
-def test_the_papers_counts_are_those_of_the_audits():
-    lora, qlora = lora_numbers.audit(), qlora_numbers.audit()
-    wrong = sum(row.verdict == "does not follow" for row in lora)
-    assert BY_ID["lora-counts"].number == f"{wrong} of {len(lora)}"
-    fails, false = (sum(row.verdict == verdict for row in qlora) for verdict in ("does not follow", "does not hold"))
-    assert BY_ID["qlora-counts"].number == f"{fails} of {len(qlora)} do not follow, and {false} do not hold"
-
-
-#: The entries that each of the README's five findings is about.
-FINDINGS = (
-    ("qlora-16-bit", "lora-on-par"),
-    ("lora-table-6-embedded",),
-    ("qlora-nf4-optimal",),
-    ("qlora-activations",),
-    ("lora-counts", "qlora-counts"),
-)
 NUMBER = r"(?<![^\W\d])\d+(?:[.,]\d+)*"  # not the digit of a name: NF4
 
 
-def findings():
-    """The README's findings as text, without their links."""
-    readme = (TOP / "README.md").read_text(encoding="utf-8")
-    section = readme.partition("## Five findings")[2].partition("\n## ")[0]
-    return [re.sub(r"\s*\(\[.*$", "", line[2:]) for line in section.splitlines() if line.startswith("- ")]
-
-
 @pytest.mark.parametrize("i", range(5))
-def test_the_readmes_findings_have_the_numbers_of_the_map(i):
-    assert len(findings()) == len(FINDINGS)
-    on_the_map = re.findall(NUMBER, " ".join(BY_ID[name].number for name in FINDINGS[i]))
-    assert set(re.findall(NUMBER, findings()[i])) <= set(on_the_map), findings()[i]
+def test_the_readmes_findings_have_the_numbers_and_the_verdicts_of_the_map(i):
+    section = (TOP / "README.md").read_text(encoding="utf-8").partition("## Five findings")[2].partition("\n## ")[0]
+    findings = [line[2:] for line in section.splitlines() if line.startswith("- ")]
+    assert len(findings) == 5
+    named = re.findall(r"\[([a-z\d-]+)\]\(docs/papers\.md#([a-z\d-]+)\) ([a-z ]+)", findings[i])
+    assert named and all(name == anchor and BY_ID[name].verdict == verdict for name, anchor, verdict in named)
+    on_the_map = re.findall(NUMBER, " ".join(BY_ID[name].number for name, *_ in named))
+    said = re.findall(NUMBER, re.sub(r"\s*\(\[.*$", "", findings[i]))
+    assert said and set(said) <= set(on_the_map), findings[i]
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """docs/paper_map.py, which writes into a folder of its own."""
+    found = loaded(TOP / "docs" / "paper_map.py")
+    (tmp_path / "docs" / "zh").mkdir(parents=True)
+    for readme in ("README.md", "docs/zh/README.md"):
+        shutil.copy(TOP / readme, tmp_path / readme)
+    monkeypatch.setattr(found, "DOCS", tmp_path / "docs")
+    return found
+
+
+def test_a_finding_follows_the_map_into_both_readmes(pages, tmp_path, monkeypatch, capsys):
+    changed = tuple(
+        replace(c, number="9.9999 ± 0.0001 bits per byte", verdict="holds at toy scale") if c.id == "lora-on-par" else c
+        for c in CLAIMS
+    )
+    monkeypatch.setattr(pages.paper_map, "claims", lambda: changed)
+    assert pages.main(["--check"]) == 1
+    said = capsys.readouterr().err
+    assert (
+        "\nREADME.md is not what the map gives; run `python docs/paper_map.py`\n" in said
+        and "\ndocs/zh/README.md is not" in said
+    )
+    assert pages.main([]) == 0 and pages.main(["--check"]) == 0
+    for readme, verdict in (("README.md", "holds at toy scale"), ("docs/zh/README.md", "在小规模上成立")):
+        text, before = ((folder / readme).read_text(encoding="utf-8") for folder in (tmp_path, TOP))
+        assert "9.9999 ± 0.0001" in text and f"papers.md#lora-on-par) {verdict}" in text
+        assert sum(a != b for a, b in zip(text.splitlines(), before.splitlines(), strict=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        (
+            "{lora-on-par 1}",
+            "{lora-on-par 2}",
+            r"\{lora-on-par 2\}: expected an entry of the map, and one of its 1 quantities$",
+        ),
+        ("{lora-on-par 1}", "{lora-no 1}", r"\{lora-no 1\}: expected an entry of the map, and one of its 0"),
+        ('["lora-table-6-embedded"]', '["lora-no"]', "lora-no: expected entries of the map$"),
+    ],
+)
+def test_a_finding_that_the_map_does_not_give_is_refused_in_a_sentence(old, new, words, pages, tmp_path):
+    path = tmp_path / "findings.toml"
+    path.write_text(pages.FINDINGS.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"^findings\.toml: " + words):
+        pages.findings(CLAIMS, path)
+
+
+def test_a_readme_without_the_list_is_refused(pages):
+    with pytest.raises(ValueError, match="expected a heading, 'Five findings', with a paragraph and a list below it"):
+        pages.with_findings("# x\n\n## Findings\n\n- a\n\n## y\n", "Five findings", ["- b"])
+    assert (
+        pages.with_findings("\n## F\n\nx\n\n- a\n\n## y\n", "F", ["- b", "- c"]) == "\n## F\n\nx\n\n- b\n- c\n\n## y\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["qlora-16-bit", "lora-on-par", "lora-table-6-embedded", "qlora-fig-2", "qlora-fig-4"])

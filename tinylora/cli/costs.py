@@ -7,6 +7,7 @@ from .options import (
     check_figure,
     check_memory,
     command,
+    disagreement,
     draw,
     rank,
     size,
@@ -32,7 +33,7 @@ _MEMORY_EXAMPLES = """examples:
   tinylora memory --model llama-65b --method full --precision paper   the paper's > 780 GB
   tinylora memory --model base --method all --batch-size 8 --seq-len 256    four methods on the embedded model
   tinylora memory --model base --measure                run one step, and print what it held beside what was predicted
-  tinylora memory --audit                               the paper's numbers with verdicts, and what does not follow
+  tinylora memory --audit                               the paper's numbers with verdicts, and what the paper map says
 """
 
 
@@ -65,7 +66,9 @@ def memory_parser(commands):
     g = p.add_argument_group("what else to print")
     g.add_argument("--measure", action="store_true", help="also run one step of --model base, and compare row by row")
     g.add_argument(
-        "--audit", action="store_true", help="the QLoRA paper's numbers, recomputed, with verdicts (instead)"
+        "--audit",
+        action="store_true",
+        help="the QLoRA paper's numbers, recomputed, and the paper map's verdicts (instead); 1 if these differ",
     )
     g.add_argument(
         "--out", default=None, metavar="FILE", help="where to draw (memory.svg if matplotlib is installed), or none"
@@ -119,9 +122,10 @@ def _memory(args):
     if args.out not in (None, "none"):
         check_figure(args.out)
     if args.audit:
-        print(qlora_numbers.describe())
+        rows = qlora_numbers.audit()
+        print(qlora_numbers.describe(rows))
         _draw(args, ())
-        return
+        return disagreement(qlora_numbers.contradictions(rows))
     model = args.model or ("base" if args.measure else "llama-65b")
     published = model in memory.MODELS and model.startswith("llama-")
     precision = args.precision or ("paper" if published and not args.measure else "engine")

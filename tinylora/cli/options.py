@@ -35,6 +35,13 @@ def command(commands, name, run, summary, description, epilog=None, device=True,
     return p
 
 
+def disagreement(contradictions):
+    """The exit status of an audit: 1, and each contradiction as a sentence on standard error, if there are any."""
+    for contradiction in contradictions:
+        terminal.say(f"the paper map disagrees: {contradiction}")
+    return 1 if contradictions else 0
+
+
 # ------------------------------------------------------------------------------------------------------------------ numbers
 #: Digits as they stand in a program: no spaces, no _, no digits of other scripts, no nan and no inf.
 _WHOLE = re.compile(r"[+-]?[0-9]{1,400}")

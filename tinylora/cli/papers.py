@@ -11,6 +11,7 @@ from .options import (
     can_draw,
     check_figure,
     command,
+    disagreement,
     draw,
     finite,
     new_tokens,
@@ -71,8 +72,9 @@ def count_parser(commands):
         "count",
         _count,
         "recompute every parameter count of the LoRA paper, and say which rows do not follow their formula",
-        "The audit of the LoRA paper's own numbers: printed, recomputed from its formulas, verdict. Then what does not hold,\n"
-        "and the line that PEFT prints for LoRA on a T5 of 11 billion weights, from its shapes.",
+        "The audit of the LoRA paper's own numbers: printed, recomputed from its formulas, verdict. Then what the paper map says\n"
+        "of them, and the line that PEFT prints for LoRA on a T5 of 11 billion weights, from its shapes. The exit status is 1 if\n"
+        "the map says otherwise than the numbers.",
         device=False,
         seed=False,
     )
@@ -81,8 +83,10 @@ def count_parser(commands):
 def _count(args):
     from ..papers import lora_numbers
 
-    print(lora_numbers.describe())
+    rows = lora_numbers.audit()
+    print(lora_numbers.describe(rows))
     print(f"\n{lora_numbers.post()[0]}")
+    return disagreement(lora_numbers.contradictions(rows))
 
 
 # ----------------------------------------------------------------------------------------------------------------- experiments
@@ -106,7 +110,10 @@ def experiments_parser(commands):
     p.add_argument("--list", action="store_true", help="only list the names")
     p.add_argument("--seeds", type=any_seed, nargs="+", default=(0, 1, 2), help="one run each (0 1 2)")
     p.add_argument(
-        "--out", default=None, metavar="FOLDER", help="also write the table as README.md, with a figure for each claim"
+        "--out",
+        default=None,
+        metavar="FOLDER",
+        help="also write the table as README.md, with a figure for each claim and the numbers of each seed (results.json)",
     )
 
 

@@ -11,6 +11,7 @@
     claims             the qualitative claims, each on a toy
     verdict            what a recomputed number is called
     map                each statement of the papers, beside the code, the test and the notebook that decide it
+    agreement          whether the map says what the two audits compute
 
 A file computes, says and draws one thing. Nothing but the commands and the notebooks imports this room.
 """

@@ -8,9 +8,9 @@ table 13's, and 13 repeats table 3's but for three.
 
 Beside the paper: `post()` derives the line that PEFT prints in a post of 2023, for LoRA on a T5 of 11 billion weights in 8 bits.
 
-What is said: each number gets a verdict (see `verdict`). `describe()` is the audit as text. It ends with `findings()`, the sentences on
-what does not hold; their numbers and the conditions under which they are said come from the audit's rows. Printed numbers are kept as
-printed, with their place.
+What is said: each number gets a verdict (see `verdict`), and most are about an entry of the map of the papers, whose statement, verdict and
+reason `describe()` prints below the numbers (`agreement`). What was derived beside them, `derived()`, comes from the rows. Where the map
+and the rows contradict each other, `contradictions()` says so. Printed numbers are kept as printed, with their place.
 
 What is drawn: nothing here. Notebook 11 draws printed against recomputed (notebooks/drawings/nb11.py).
 """
@@ -28,12 +28,13 @@ from ..costs.parameters import (
     transformer,
 )
 from ..costs.tables import aligned
+from . import agreement
 from .verdict import FAILS, Row, agrees, decimals, fail, in_unit_of, judge, parse, pick, tally
 
 
-def _row(where, model, method, setting, printed, exact, note="", about=False):
+def _row(where, model, method, setting, printed, exact, note="", about=False, claim=""):
     """A Row from an exact number in ones (weights, bytes, ratios)."""
-    return Row.judged(where, model, method, setting, printed, in_unit_of(printed, exact), note, about)
+    return Row.judged(where, model, method, setting, printed, in_unit_of(printed, exact), note, about, claim)
 
 
 def _fitting(printed, count):
@@ -41,7 +42,7 @@ def _fitting(printed, count):
     return [n for n in range(1, 1025) if judge(printed, in_unit_of(printed, count(n))) == "rounds to"]
 
 
-def _fit(where, model, method, letter, printed, count):
+def _fit(where, model, method, letter, printed, count, claim=""):
     """A row whose size the paper leaves out: the whole number that gives the printed count, or the nearest if there is none."""
     value, _, unit = parse(printed)
     fits = _fitting(printed, count)
@@ -49,7 +50,7 @@ def _fit(where, model, method, letter, printed, count):
     note = f"no {letter} fits; this is the nearest"
     if fits:
         note = f"{letter} is not printed; {fits[0]} fits" + f", as do those up to {fits[-1]}" * (len(fits) > 1)
-    return _row(where, model, method, f"{letter} = {n}", printed, count(n), note)
+    return _row(where, model, method, f"{letter} = {n}", printed, count(n), note, claim=claim)
 
 
 # -------------------------------------------------------------------------------------------------------------------- the models
@@ -88,6 +89,14 @@ _GLUE = [
     ("DeBERTa XXL", "FT*", "1500.0M", (91.8, 97.2, 92.0, 72.0, 96.0, 92.7, 93.9, 92.9), "91.1"),
     ("DeBERTa XXL", "LoRA", "4.7M", (91.9, 96.9, 92.6, 72.4, 96.0, 92.9, 94.9, 93.0), "91.3"),
 ]
+
+_GLUE_CLAIMS = {  # the counts with an entry of their own on the map
+    ("RoBERTa base", "LoRA", "0.3M"): "lora-table-2-roberta",
+    ("RoBERTa large", "LoRA", "0.8M"): "lora-table-2-roberta",
+    ("RoBERTa large", "Adapter^P", "3.0M"): "lora-table-2-adapters",
+    ("RoBERTa large", "Adapter^H", "6.0M"): "lora-table-2-adapters",
+    ("DeBERTa XXL", "LoRA", "4.7M"): "lora-table-2-deberta",
+}
 
 
 def _glue_count(model, method, printed):
@@ -142,20 +151,27 @@ def audit():
     return [row for part in parts for row in part()]
 
 
+# fmt: off
 def _section_2_to_4():
     r4, fewer, slower = _qv(GPT3, 4), "fewer trained parameters", "time; in tokens a second it is +32.6 %"
-    mixed = "16 bytes a weight (Adam, mixed) would be 2.8TB"
+    mixed, one = "16 bytes a weight (Adam, mixed) would be 2.8TB", _qv(GPT3, 1) / _GPT3_FT
     return [
-        _row("Abstract", "GPT-3", "LoRA", "q, v, r = 4", "10,000x", _GPT3_FT / r4, fewer, about=True),
-        _row("§2", "GPT-3", "LoRA", "q, v, r = 4", "0.01%", r4 / _GPT3_FT, "|Θ| as a share of |Φ₀|"),
-        _row("§4.2", "GPT-3", "FT", "2 bytes a weight", "350GB", 2 * _GPT3_FT, "checkpoint", about=True),
-        _row("§4.2", "GPT-3", "LoRA", "q, v, r = 4, 2 bytes", "35MB", 2 * r4, "checkpoint", about=True),
-        _row("§4.2", "GPT-3", "LoRA", "350GB/35MB", "10,000x", 350e9 / 35e6, "checkpoints, of the printed sizes"),
-        _row("§4.2", "GPT-3", "FT", "memory in training", "1.2TB", None, mixed),
-        _row("§4.2", "GPT-3", "LoRA", "1.2TB/350GB", "3x", 1.2e12 / 350e9, "abstract: GPU memory by 3 times"),
-        _row("Footnote 4", "GPT-3", "LoRA", "350GB + 100 × 35MB", "354GB", 350e9 + 100 * 35e6),
-        _row("Footnote 4", "GPT-3", "FT", "100 × 350GB", "35TB", 100 * 350e9),
-        _row("Footnote 5", "GPT-3", "LoRA", "1 − 32.5/43.1", "25%", 1 - 32.5 / 43.1, slower),
+        _row("Abstract", "GPT-3", "LoRA", "q, v, r = 4", "10,000x", _GPT3_FT / r4, fewer, about=True,
+             claim="lora-abstract-10000"),
+        _row("§2", "GPT-3", "LoRA", "q, v, r = 4", "0.01%", r4 / _GPT3_FT, f"|Θ| as a share of |Φ₀|; {one:.4%} at r = 1",
+             claim="lora-eq-2"),
+        _row("§4.2", "GPT-3", "FT", "2 bytes a weight", "350GB", 2 * _GPT3_FT, "checkpoint", about=True,
+             claim="lora-checkpoint"),
+        _row("§4.2", "GPT-3", "LoRA", "q, v, r = 4, 2 bytes", "35MB", 2 * r4, f"checkpoint; {2 * r4 / 2**20:.1f} MiB", about=True,
+             claim="lora-checkpoint"),
+        _row("§4.2", "GPT-3", "LoRA", "350GB/35MB", "10,000x", 350e9 / 35e6, "checkpoints, of the printed sizes",
+             claim="lora-checkpoint"),
+        _row("§4.2", "GPT-3", "FT", "memory in training", "1.2TB", None, mixed, claim="lora-vram"),
+        _row("§4.2", "GPT-3", "LoRA", "1.2TB/350GB", "3x", 1.2e12 / 350e9, "abstract: GPU memory by 3 times",
+             claim="lora-vram"),
+        _row("Footnote 4", "GPT-3", "LoRA", "350GB + 100 × 35MB", "354GB", 350e9 + 100 * 35e6, claim="lora-100-adapters"),
+        _row("Footnote 4", "GPT-3", "FT", "100 × 350GB", "35TB", 100 * 350e9, claim="lora-100-adapters"),
+        _row("Footnote 5", "GPT-3", "LoRA", "1 − 32.5/43.1", "25%", 1 - 32.5 / 43.1, slower, claim="lora-speedup"),
     ]
 
 
@@ -166,7 +182,8 @@ def _table_1():
         rows.append(_fit("Table 1", "GPT-2 M", "Adapter^H", "r", printed, lambda r: adapter_h(*GPT2_M, r)))
     for setting, base, low, high in _LATENCY:
         for method, (ms, printed) in (("Adapter^L", low), ("Adapter^H", high)):
-            rows.append(_row("Table 1", "GPT-2 M", method, setting, printed, ms / base - 1, "added latency"))
+            rows.append(_row("Table 1", "GPT-2 M", method, setting, printed, ms / base - 1, "added latency",
+                 claim="lora-table-1"))
     return rows
 
 
@@ -174,8 +191,9 @@ def _table_2():
     rows = []
     for model, method, printed, scores, average in _GLUE:
         setting, exact, note = _glue_count(model, method, printed)
-        rows.append(_row("Table 2", model, method, setting, printed, exact, note, about=method == "FT*"))
-        rows.append(_row("Table 2", model, method, "average of 8", average, sum(scores) / 8))
+        claim = _GLUE_CLAIMS.get((model, method, printed), "")
+        rows.append(_row("Table 2", model, method, setting, printed, exact, note, method == "FT*", claim))
+        rows.append(_row("Table 2", model, method, "average of 8", average, sum(scores) / 8, claim="lora-table-2-averages"))
     return rows
 
 
@@ -185,13 +203,17 @@ def _table_3():
         ("GPT-2 M", GPT2_M, "354.92M", ("0.37M", "11.09M"), "0.35M", "0.35M"),
         ("GPT-2 L", GPT2_L, "774.03M", ("0.88M", "23.00M"), "0.77M", "0.77M"),
     ):
-        rows.append(_row("Table 3", model, "FT*", "", full, _FULL[model]))
-        rows += [_fit("Table 3", model, "Adapter^L", "r", p, lambda r, s=size: adapter_l(*s, r)) for p in adapters]
+        rows.append(_row("Table 3", model, "FT*", "", full, _FULL[model], claim="lora-table-3-full"))
+        rows += [_fit("Table 3", model, "Adapter^L", "r", p, lambda r, s=size: adapter_l(*s, r), "lora-table-3-adapter-l")
+                 for p in adapters]
         if model == "GPT-2 M":
-            rows.append(_fit("Table 3", model, "Adapter^H", "r", "11.09M", lambda r: adapter_h(*GPT2_M, r)))
-            rows.append(_row("Table 3", model, "FT^Top2*", "2 layers", "25.19M", _top_2(size[1])))
-        rows.append(_fit("Table 3", model, "PreLayer*", "l", prefix, lambda n, s=size: prefix_layer(*s, n)))
-        rows.append(_row("Table 3", model, "LoRA", "r_q = r_v = 4", low_rank, _qv(size, 4)))
+            rows.append(_fit("Table 3", model, "Adapter^H", "r", "11.09M", lambda r: adapter_h(*GPT2_M, r),
+                 claim="lora-table-3-adapter-h"))
+            rows.append(_row("Table 3", model, "FT^Top2*", "2 layers", "25.19M", _top_2(size[1]),
+                 claim="lora-table-13-top-2"))
+        rows.append(_fit("Table 3", model, "PreLayer*", "l", prefix, lambda n, s=size: prefix_layer(*s, n),
+             claim="lora-table-3-gpt-2"))
+        rows.append(_row("Table 3", model, "LoRA", "r_q = r_v = 4", low_rank, _qv(size, 4), claim="lora-table-3-gpt-2"))
     return rows
 
 
@@ -203,21 +225,24 @@ def _top_2(d):
 def _table_4():
     L, d = GPT3
     return [
-        _row("Table 4", "GPT-3", "FT", "", "175,255.8M", _FULL["GPT-3"], "the GPT-3 paper's shapes, tied head"),
-        _row("Table 4", "GPT-3", "BitFit", "11 d a layer", "14.2M", bitfit(L, d), "12 d a layer would be 14.16M"),
+        _row("Table 4", "GPT-3", "FT", "", "175,255.8M", _FULL["GPT-3"], "the GPT-3 paper's shapes, tied head",
+             claim="lora-table-4-full"),
+        _row("Table 4", "GPT-3", "BitFit", "11 d a layer", "14.2M", bitfit(L, d), "12 d a layer would be 14.16M",
+             claim="lora-table-4-bitfit"),
         _row("Table 4", "GPT-3", "PreEmbed", "l_p = 256, l_i = 8", "3.2M", prefix_embedding(d, 256, 8)),
-        _row("Table 4", "GPT-3", "PreLayer", "l_p = 8, l_i = 8", "20.2M", prefix_layer(L, d, 8, 8)),
+        _row("Table 4", "GPT-3", "PreLayer", "l_p = 8, l_i = 8", "20.2M", prefix_layer(L, d, 8, 8), claim="lora-prelayer"),
         _row("Table 4", "GPT-3", "Adapter^H", "r = 1", "7.1M", adapter_h(L, d, 1)),
         _row("Table 4", "GPT-3", "Adapter^H", "r = 8", "40.1M", adapter_h(L, d, 8)),
-        _row("Table 4", "GPT-3", "LoRA", "r_v = 2", "4.7M", _qv(GPT3, 2, 1)),
-        _row("Table 4", "GPT-3", "LoRA", "r_q = r_k = r_v = r_o = 4", "37.7M", _qv(GPT3, 4, 4)),
+        _row("Table 4", "GPT-3", "LoRA", "r_v = 2", "4.7M", _qv(GPT3, 2, 1), claim="lora-table-4-lora"),
+        _row("Table 4", "GPT-3", "LoRA", "r_q = r_k = r_v = r_o = 4", "37.7M", _qv(GPT3, 4, 4), claim="lora-table-4-lora"),
     ]
 
 
 def _table_5():
     rows = []
     for names, r in (("q", 8), ("k", 8), ("v", 8), ("o", 8), ("q, k", 4), ("q, v", 4), ("q, k, v, o", 2)):
-        rows.append(_row("Table 5", "GPT-3", "LoRA", f"{names}, r = {r}", "18M", _qv(GPT3, r, len(names.split(", ")))))
+        rows.append(_row("Table 5", "GPT-3", "LoRA", f"{names}, r = {r}", "18M", _qv(GPT3, r, len(names.split(", "))),
+             claim="lora-table-5-budget"))
     return rows
 
 
@@ -226,11 +251,11 @@ def _appendix_d():
     four = "r_q = r_k = r_v = r_o = 2"
     return [
         _row("D.4", "GPT-3", "PreEmbed", "l_p = 256, l_i = 8", "3.2M", prefix_embedding(d, 256, 8)),
-        _row("D.4", "GPT-3", "PreLayer", "l_p = 8, l_i = 8", "20.2M", prefix_layer(L, d, 8, 8)),
+        _row("D.4", "GPT-3", "PreLayer", "l_p = 8, l_i = 8", "20.2M", prefix_layer(L, d, 8, 8), claim="lora-prelayer"),
         _row("D.4", "GPT-3", "LoRA", "r_q = r_v = 1", "4.7M", _qv(GPT3, 1)),
         _row("D.4", "GPT-3", "LoRA", "r_v = 2", "4.7M", _qv(GPT3, 2, 1)),
         _row("D.4", "GPT-3", "LoRA", "r_q = r_v = 8", "37.7M", _qv(GPT3, 8)),
-        _row("D.4", "GPT-3", "LoRA", four, "37.7M", _qv(GPT3, 2, 4), "table 15 has r = 4 for it"),
+        _row("D.4", "GPT-3", "LoRA", four, "37.7M", _qv(GPT3, 2, 4), "table 15 has r = 4 for it", claim="lora-app-d4-rank"),
     ]
 
 
@@ -238,7 +263,8 @@ def _table_13():
     top = _top_2(GPT2_M[1])
     return [
         _row("Table 13", "GPT-2 M", "Fine-Tune", "", "354M", _FULL["GPT-2 M"]),
-        _row("Table 13", "GPT-2 M", "FT^Top2", "2 layers", "24M", top, "table 3 has 25.19M for it"),
+        _row("Table 13", "GPT-2 M", "FT^Top2", "2 layers", "24M", top, "table 3 has 25.19M for it",
+             claim="lora-table-13-top-2"),
         _row("Table 13", "GPT-2 L", "Fine-Tune", "", "774M", _FULL["GPT-2 L"]),
     ]
 
@@ -248,40 +274,63 @@ def _table_15():
     rows.append(_row("Table 15", "GPT-3", "Fine-Tune", "", "175B", _FULL["GPT-3"]))
     for l_p, printed in _PRE_EMBED:
         count = prefix_embedding(d, l_p, 8)
-        rows.append(_row("Table 15", "GPT-3", "PrefixEmbed", f"l_p = {l_p}, l_i = 8", printed, count))
+        rows.append(_row("Table 15", "GPT-3", "PrefixEmbed", f"l_p = {l_p}, l_i = 8", printed, count,
+             claim="lora-table-15-prefix-embedding"))
     for l_p, l_i, printed in _PRE_LAYER:
         setting = f"l_p = {l_p}, l_i = {l_i}"
-        rows.append(_row("Table 15", "GPT-3", "PrefixLayer", setting, printed, prefix_layer(L, d, l_p, l_i)))
+        rows.append(_row("Table 15", "GPT-3", "PrefixLayer", setting, printed, prefix_layer(L, d, l_p, l_i),
+             claim="lora-prelayer"))
     for r, printed in _ADAPTER_H:
-        rows.append(_row("Table 15", "GPT-3", "Adapter^H", f"r = {r}", printed, adapter_h(L, d, r)))
+        rows.append(_row("Table 15", "GPT-3", "Adapter^H", f"r = {r}", printed, adapter_h(L, d, r),
+             claim="lora-table-15-adapters"))
     for setting, matrices, r, printed in _LORA:
-        rows.append(_row("Table 15", "GPT-3", "LoRA", setting, printed, _qv(GPT3, r, matrices)))
+        claim = "lora-table-15-603" if printed == "603.8M" else "lora-table-15-lora"
+        rows.append(_row("Table 15", "GPT-3", "LoRA", setting, printed, _qv(GPT3, r, matrices), claim=claim))
     for r, printed in _LORA_PE:
         exact = _qv(GPT3, r) + prefix_embedding(d, 8, 4)
-        rows.append(_row("Table 15", "GPT-3", "LoRA+PE", f"r_q = r_v = {r}, l_p = 8, l_i = 4", printed, exact))
+        rows.append(_row("Table 15", "GPT-3", "LoRA+PE", f"r_q = r_v = {r}, l_p = 8, l_i = 4", printed, exact,
+             claim="lora-app-e"))
     exact = _qv(GPT3, 8) + prefix_layer(L, d, 8, 4)
-    rows.append(_row("Table 15", "GPT-3", "LoRA+PL", "r_q = r_v = 8, l_p = 8, l_i = 4", "52.8M", exact))
+    rows.append(_row("Table 15", "GPT-3", "LoRA+PL", "r_q = r_v = 8, l_p = 8, l_i = 4", "52.8M", exact,
+         claim="lora-table-15-lora-pl"))
     return rows
 
 
 def _table_7():
     return [
-        _row("§7.3", "GPT-3", "LoRA", "r = 4: 6.91/0.32", "21.5", 6.91 / 0.32, "amplification, from rounded norms"),
-        _row("H.4", "GPT-3", "LoRA", "r = 64: 3.57/1.90", "2", 3.57 / 1.90, "amplification"),
+        _row("§7.3", "GPT-3", "LoRA", "r = 4: 6.91/0.32", "21.5", 6.91 / 0.32, "amplification, from rounded norms",
+             claim="lora-table-7-factors"),
+        _row("H.4", "GPT-3", "LoRA", "r = 64: 3.57/1.90", "2", 3.57 / 1.90, "amplification", claim="lora-table-7-factors"),
     ]
 
 
+# fmt: on
 # ------------------------------------------------------------------------------------------------------------------------ as text
-def describe():
-    """The audit as aligned text, in the paper's order, and the findings."""
-    rows = audit()
+def describe(rows=None):
+    """The rows (`audit`) as aligned text, in the paper's order, and what the map of the papers says of them."""
+    rows = audit() if rows is None else rows
     table = [("where", "model", "method", "setting", "printed", "computed", "difference", "verdict")]
     for r in rows:
         digits = max(3, decimals(r.printed) + 1)
         numbers = ("", "") if r.computed is None else (f"{r.computed:,.{digits}f}", f"{r.difference:+,.{digits}f}")
         table.append((r.where, r.model, r.method, r.setting, r.printed, *numbers, r.verdict))
-    lines = [aligned(table, left=(0, 1, 2, 3, 7)), "", f"{len(rows)} numbers: {tally(rows)}", ""]
-    return "\n".join([*lines, *(f"* {finding}" for finding in findings(rows))])
+    counted = f"{len(rows)} numbers: {tally(rows)}"
+    return "\n".join([aligned(table, left=(0, 1, 2, 3, 7)), "", counted, "", agreement.text(_audited(rows))])
+
+
+def contradictions(rows=None):
+    """What the map of the papers says of these numbers and they do not bear out, as sentences; rows: those of `audit`. -> [str]"""
+    return agreement.contradictions(_audited(audit() if rows is None else rows))
+
+
+def _audited(rows):
+    """The rows with what was derived from them, and with the line that PEFT prints, as `agreement` takes them."""
+    _, trained, whole = post()
+    line = [
+        _row("A post", "T5 11B", "LoRA", f"r = 16, {what}", printed, n, claim="peft-t5-count")
+        for what, printed, n in (("trained", "18,874,368", trained), ("all", "11,154,206,720", whole))
+    ]
+    return agreement.Audit(rows, "lora-counts", derived(rows), line)
 
 
 #: T5 1.1 XXL (Raffel et al. 2020; google/t5-v1_1-xxl, flan-t5-xxl): layers in each half, width, heads, width of a head and of the MLP.
@@ -306,13 +355,12 @@ def post(r=16):
     return text, trained, base + trained
 
 
-def findings(rows=None):
-    """What the audit shows, as sentences with their numbers; rows: those of `audit`. -> [str]
+def derived(rows):
+    """What follows from several rows together, with its numbers: [(ids of the map's entries that it is about, sentence)].
 
-    Each of them is said only where the rows bear it out.
+    None stands for a sentence that the rows do not bear out.
     """
-    rows = audit() if rows is None else rows
-    return [sentence for find in FINDINGS if (sentence := find(rows))]
+    return [(claims, derive(rows)) for claims, derive in DERIVED]
 
 
 def _prefix_layer(rows):
@@ -334,9 +382,8 @@ def _prefix_layer(rows):
     above = ", ".join(f"{100 * (r.value / r.computed - 1):.1f}" for r in found)
     (few, fewer), (many, more) = ((l_p, v) for (l_p, l_i, _), v in zip(_PRE_LAYER, vectors(0), strict=True) if l_i == 0)
     return (
-        f"PrefixLayer (tables 4 and 15, D.4): no row follows L d (l_p + l_i); the printed counts are {above} % above it. No "
-        f"fixed number of vectors a token does: (l_p, l_i) = ({few}, 0) takes {fewer:.1f} and ({many}, 0) {more:.1f}; "
-        f"L = {L}. LoRA+PL inherits it."
+        f"table 15's counts are {above} % above L d (l_p + l_i). (l_p, l_i) = ({few}, 0) would take {fewer:.1f} vectors a token, "
+        f"and ({many}, 0) {more:.1f}; L = {L}."
     )
 
 
@@ -347,8 +394,8 @@ def _deberta(rows):
     if not fail([row]) or len(fits) != 1:
         return None
     return (
-        f"DeBERTa XXL: table 10 says r = 8, which is {row.computed:.2f}M; table 2's {row.printed} is r = {fits[0]} "
-        f"({_qv(DEBERTA_XXL, fits[0]) / 1e6:.2f}M), which the released scripts use."
+        f"r = 8 is {row.computed:.2f}M; {row.printed} is r = {fits[0]} ({_qv(DEBERTA_XXL, fits[0]) / 1e6:.2f}M), which the released "
+        "scripts use."
     )
 
 
@@ -360,9 +407,8 @@ def _budgets(rows):
     if not fail([m, l, *prefix]) or not (agrees(m.printed, share_m) and agrees(l.printed, share_l)):
         return None
     return (
-        f"GPT-2 with r = 4 on q and v: {m.computed:.3f}M and {l.computed:.3f}M, printed as {m.printed} and {l.printed}. No number of "
-        f"prefix tokens gives these for PreLayer either; 0.1 % of {full_m.printed} and {full_l.printed} does ({share_m:.3f}M, "
-        f"{share_l:.3f}M), so they look like labels of a budget."
+        f"r = 4 on q and v is {m.computed:.3f}M and {l.computed:.3f}M, printed as {m.printed} and {l.printed}; 0.1 % of {full_m.printed} "
+        f"and {full_l.printed} is {share_m:.3f}M and {share_l:.3f}M."
     )
 
 
@@ -371,10 +417,7 @@ def _twice_a_truncated(rows):
     (four,), (two,) = (pick(rows, where="Table 15", method="LoRA", printed=p) for p in ("603.8M", "301.9M"))
     if not fail([four]) or two.verdict != "truncated" or four.value != 2 * two.value:
         return None
-    return (
-        f"{four.printed} (q, k, v, o, r = 64) is {four.computed:.2f}M: twice the {two.printed} above it, which is itself "
-        "truncated."
-    )
+    return f"{four.printed} is {four.computed:.2f}M; {two.printed} is {two.computed:.2f}M truncated, and twice as printed {2 * two.value}M."
 
 
 def _truncated(rows):
@@ -398,8 +441,7 @@ def _rank_of_appendix_d(rows):
     if not fail([row]) or right.verdict != "rounds to":
         return None
     return (
-        f"D.4 says that {row.setting} is {row.printed}; it is {row.computed:.2f}M, and table 15 has "
-        f"r = {right.setting.rpartition(' ')[2]} for it."
+        f"{row.setting} is {row.computed:.2f}M; table 15 has {row.printed} for r = {right.setting.rpartition(' ')[2]}."
     )
 
 
@@ -410,10 +452,7 @@ def _biases(rows):
     twelve = 12 * L * d / 1e6
     if not fail([row]) or not agrees(row.printed, twelve):
         return None
-    return (
-        f"BitFit, GPT-3: the biases of such a block are {bitfit(L, d) // (L * d)} d, {row.computed:.2f}M in all; {row.printed} "
-        f"is 12 d ({twelve:.2f}M)."
-    )
+    return f"{bitfit(L, d) // (L * d)} d a layer are {row.computed:.2f}M, and 12 d {twelve:.2f}M."
 
 
 def _full_fine_tuning(rows):
@@ -423,8 +462,8 @@ def _full_fine_tuning(rows):
     if not fail([gpt3, medium]):
         return None
     return (
-        f"Full fine-tuning, GPT-3: the shapes in the GPT-3 paper give {gpt3.computed:,.1f}M, table 4 has {gpt3.printed}. "
-        f"GPT-2 M: {medium.computed:.2f}M, printed {medium.printed}."
+        f"GPT-3's shapes give {gpt3.computed:,.1f}M, printed {gpt3.printed}; those of GPT-2 M {medium.computed:.2f}M, printed "
+        f"{medium.printed}."
     )
 
 
@@ -439,9 +478,8 @@ def _binary_millions(rows):
     if not agrees(right.printed, right.computed):
         return None
     return (
-        f"RoBERTa large, Adapter^P and Adapter^H with r = {r}: {p.computed:.2f}M and {h.computed:.2f}M, printed {p.printed} and "
-        f"{h.printed}; those are the weights without biases in units of 2²⁰ ({binary[0]:.2f} and {binary[1]:.2f}). So is table "
-        f"13's {top.printed} for FT^Top2 ({binary[2]:.2f}; table 3 has {right.printed}, which is right)."
+        f"RoBERTa large, r = {r}: {p.computed:.2f}M and {h.computed:.2f}M, printed {p.printed} and {h.printed}; in units of 2²⁰ and "
+        f"without biases {binary[0]:.2f} and {binary[1]:.2f}. FT^Top2 is {top.computed:.2f}M, and {binary[2]:.2f} · 2²⁰."
     )
 
 
@@ -451,10 +489,7 @@ def _adapters_of_gpt_2(rows):
     if {r.verdict for r in found} != {"rounds to"} or not fail([houlsby]):
         return None
     *first, last = (r.setting.removeprefix("r = ") for r in found)
-    return (
-        f"Adapter^L on GPT-2 follows its formula with the LayerNorms at r = {', '.join(first)} and {last}; Adapter^H's "
-        f"{houlsby.printed} does for no r."
-    )
+    return f"Adapter^L's counts are those of r = {', '.join(first)} and {last}, and {houlsby.printed} is none of Adapter^H's."
 
 
 def _ten_thousand(rows):
@@ -464,21 +499,22 @@ def _ten_thousand(rows):
     if sizes.verdict != "match" or numbers.verdict != "roughly" or saved.verdict != "roughly":
         return None
     return (
-        f"10,000 times fewer is {sizes.setting}; in parameters it is {numbers.computed:,.0f} times, and {saved.printed} is "
+        f"{sizes.setting} is {sizes.computed:,.0f}; in parameters it is {numbers.computed:,.0f} times, and {saved.printed} is "
         f"{saved.computed:.1f}MB."
     )
 
 
-FINDINGS = (
-    _prefix_layer,
-    _deberta,
-    _budgets,
-    _twice_a_truncated,
-    _truncated,
-    _rank_of_appendix_d,
-    _biases,
-    _full_fine_tuning,
-    _binary_millions,
-    _adapters_of_gpt_2,
-    _ten_thousand,
+#: (ids of the entries, what derives the sentence)
+DERIVED = (
+    (("lora-prelayer", "lora-table-15-lora-pl"), _prefix_layer),
+    (("lora-table-2-deberta",), _deberta),
+    (("lora-table-3-gpt-2",), _budgets),
+    (("lora-table-15-603",), _twice_a_truncated),
+    (("lora-table-15-lora", "lora-table-15-prefix-embedding", "lora-app-e", "lora-table-5-budget"), _truncated),
+    (("lora-app-d4-rank",), _rank_of_appendix_d),
+    (("lora-table-4-bitfit",), _biases),
+    (("lora-table-4-full", "lora-table-3-full"), _full_fine_tuning),
+    (("lora-table-2-adapters", "lora-table-13-top-2"), _binary_millions),
+    (("lora-table-3-adapter-l", "lora-table-3-adapter-h"), _adapters_of_gpt_2),
+    (("lora-abstract-10000", "lora-checkpoint"), _ten_thousand),
 )

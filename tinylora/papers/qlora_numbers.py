@@ -16,8 +16,9 @@ What is computed: `audit()` goes through "QLoRA: Efficient Finetuning of Quantiz
 A printed number is a `verdict.Row`. A sentence without a number is a `verdict.Claim`: what decides it is computed, with the functions that
 quantize, multiply and update elsewhere in this package. Where the paper differs from itself, `computed` is its other number.
 
-What is said: `describe()` is the audit as text, and ends with `findings()`, the sentences on what does not hold; their numbers and the
-conditions under which they are said come from the rows. `five_gigabytes()` and `halved_counts()` answer two questions that learners ask.
+What is said: `describe()` is the audit as text. Below the rows stand the entries of the map of the papers that they are about, with its
+statements and verdicts (`agreement`), each followed by what was derived from the rows; `contradictions()` says where rows and map differ.
+`five_gigabytes()` and `halved_counts()` answer two questions that learners ask.
 
 What is drawn: `figure_6()` is the paper's figure 6, our account of the four Llamas over the paper's own labels.
 
@@ -46,7 +47,8 @@ from ..optim import AdamW
 from ..paging import Pager
 from ..quant import quantize
 from ..tensor import Tensor
-from . import nf4_construction, normality
+from ..training.schedule import schedule
+from . import agreement, nf4_construction, normality
 from .verdict import FAILS, HOLDS, Claim, Row, agrees, decimals, fail, parse, pick, tally
 
 SIZES = ("7b", "13b", "33b", "65b")
@@ -122,16 +124,16 @@ def _model(size):
     return f"Llama {size.upper()}" if size else ""
 
 
-def _row(where, size, method, setting, printed, computed, note="", about=False):
+def _row(where, size, method, setting, printed, computed, note="", about=False, claim=""):
     """The Row of a Llama of this size, or of none ("")."""
-    return Row.judged(where, _model(size), method, setting, printed, computed, note, about)
+    return Row.judged(where, _model(size), method, setting, printed, computed, note, about, claim)
 
 
-def _bound(where, size, method, setting, printed, computed):
+def _bound(where, size, method, setting, printed, computed, claim):
     """The Row of a bound, ">780GB" or "<48GB": it holds or does not."""
     bound = parse(printed)[0]
     holds = computed > bound if printed.startswith(">") else computed < bound
-    return Row(where, _model(size), method, setting, printed, computed, HOLDS[holds])
+    return Row(where, _model(size), method, setting, printed, computed, HOLDS[holds], claim=claim)
 
 
 def _roughly(difference, bound):
@@ -155,14 +157,15 @@ def audit():
 def _section_1():
     rows = []
     for size in SIZES:
-        rows.append(_row("§1", size, "", "weights", size.upper(), parameters(llama(size)) / GB, about=True))
+        rows.append(_row("§1", size, "", "weights", size.upper(), parameters(llama(size)) / GB, about=True,
+             claim="qlora-sizes"))
     full, n = 12 * parameters(llama("65b")) / GB, account("65b", checkpointing=True)
     rest = (n.total - n.activations) / GB
     return [
         *rows,
-        _bound("§1", "65b", "full", "12 bytes a weight", ">780GB", full),
-        _bound("§1", "65b", "QLoRA", "r = 64, no activations", "<48GB", rest),
-        _bound("§1", "65b", "QLoRA", "the same, 512 tokens, checkpointing", "<48GB", n.total / GB),
+        _bound("§1", "65b", "full", "12 bytes a weight", ">780GB", full, claim="qlora-780-gb"),
+        _bound("§1", "65b", "QLoRA", "r = 64, no activations", "<48GB", rest, claim="qlora-48-gb"),
+        _bound("§1", "65b", "QLoRA", "the same, 512 tokens, checkpointing", "<48GB", n.total / GB, claim="qlora-48-gb"),
     ]
 
 
@@ -170,12 +173,15 @@ def _section_2():
     c, n = llama("7b"), parameters(llama("7b"))
     blocks, base = 567 * inputs_ratio(), base_bytes("7b") / MB
     return [
-        _row("§2", "7b", "LoRA", "0.2 % of the weights, 2 bytes", "26MB", 0.002 * n * 2 / MB),
-        _row("§2", "7b", "LoRA", "L · 8 · 13 h · 2 bytes, MiB", "26", figure_6_adapters("7b", 8, 13) / MIB, "inferred"),
-        _row("§2", "7b", "LoRA", "input gradients", "567MB", None, "no sequence length is given"),
-        _row("§2", "7b", "LoRA", "567 MB / L: one layer's", "18MB", 567 / c.num_hidden_layers),
-        _row("§2", "7b", "LoRA", "567 MB as inputs of blocks only", "18MB", blocks),
-        _row("§2", "7b", "QLoRA", "NF4 + DQ, rest in 16 bits", "5,048MB", base),
+        _row("§2", "7b", "LoRA", "0.2 % of the weights, 2 bytes", "26MB", 0.002 * n * 2 / MB, claim="qlora-26-mb"),
+        _row("§2", "7b", "LoRA", "L · 8 · 13 h · 2 bytes, MiB", "26", figure_6_adapters("7b", 8, 13) / MIB, "inferred",
+             claim="qlora-26-mb"),
+        _row("§2", "7b", "LoRA", "input gradients", "567MB", None, "no sequence length is given",
+             claim="qlora-checkpointing"),
+        _row("§2", "7b", "LoRA", "567 MB / L: one layer's", "18MB", 567 / c.num_hidden_layers, f"L = {c.num_hidden_layers}",
+             claim="qlora-checkpointing"),
+        _row("§2", "7b", "LoRA", "567 MB as inputs of blocks only", "18MB", blocks, claim="qlora-checkpointing"),
+        _row("§2", "7b", "QLoRA", "NF4 + DQ, rest in 16 bits", "5,048MB", base, claim="qlora-5048-mb"),
     ]
 
 
@@ -191,9 +197,11 @@ def _bits():
 
 def _saved():
     (one, two), n = _bits(), parameters(llama("65b"))
+    plain, double = (predict(llama("65b"), double_quant=dq).constants for dq in (False, True))
+    linear = f"{(plain - double) / GB:.2f} of the linear layers"
     return [
-        _row("§1", "", "NF4 + DQ", "saved a weight, bits", "0.37", one - two),
-        _row("§1", "65b", "NF4 + DQ", "saved in all", "3GB", (one - two) / 8 * n / GB),
+        _row("§1", "", "NF4 + DQ", "saved a weight, bits", "0.37", one - two, claim="qlora-dq-bits"),
+        _row("§1", "65b", "NF4 + DQ", "saved in all", "3GB", (one - two) / 8 * n / GB, linear, claim="qlora-dq-3-gb"),
     ]
 
 
@@ -214,11 +222,16 @@ def _equations_1_to_3():
     off = _off("dense")
     note = "NF4's code is multiplied by absmax; this c divides"
     return [
-        Claim.decided("§2, eq. 1", "Int8", "values that are not the nearest", "round(127/absmax · X)", unequal, unequal == 0),
-        Claim.decided("§2, eq. 1", "Int8", "round trip: largest error / absmax", "<=1/254", worst, worst <= 1 / 254 + 1e-9),
-        Claim.decided("§2, eq. 2", "Int8", "X/c against code · absmax, / absmax", "X/c", apart, apart < 1e-7, note),
-        Claim.decided("§2", "blocks", "b h mod 64 · 256, a Llama's matrices", "b h/B", left, left == 0, f"5 × 13: {blocks} blocks"),
-        Claim.decided("§2, eq. 3", "LoRA", "float32 layer against float64", "XW + s X L1 L2", off, off < 1e-6),
+        Claim.decided("§2, eq. 1", "Int8", "values that are not the nearest", "round(127/absmax · X)", unequal, unequal == 0,
+             f"of {x.size:,}", "qlora-eq-1"),
+        Claim.decided("§2, eq. 1", "Int8", "round trip: largest error / absmax", "<=1/254", worst, worst <= 1 / 254 + 1e-9,
+             claim="qlora-eq-1"),
+        Claim.decided("§2, eq. 2", "Int8", "X/c against code · absmax, / absmax", "X/c", apart, apart < 1e-7, note,
+             claim="qlora-eq-2"),
+        Claim.decided("§2", "blocks", "b h mod 64 · 256, a Llama's matrices", "b h/B", left, left == 0, f"5 × 13: {blocks} blocks",
+             claim="qlora-blocks"),
+        Claim.decided("§2, eq. 3", "LoRA", "float32 layer against float64", "XW + s X L1 L2", off, off < 1e-6,
+             claim="qlora-eq-3"),
     ]
 
 
@@ -248,10 +261,13 @@ def _equation_4():
     least = np.abs(rest).min()
     note = f"q_0 = {q[0]}, then {rest[0]:.3f} … {rest[-1]:.3f}".replace("-inf", "−∞").replace("-", "−")
     return [
-        _row("§3, eq. 4", "", "NF4", "i = 0 … 15 as printed: finite values", "16", len(rest), note),
-        Claim.decided("§3, eq. 4", "NF4", "the least magnitude of these", "no exact 0", least, least > 0, "symmetric"),
-        _row("§3", "", "NF4", "2^(k−1) quantiles below: values up to 0", "8", int((nf4 <= 0).sum()), "7, and the 0"),
-        _row("§3", "", "NF4", "2^(k−1) + 1 above: values from 0 on", "9", int((nf4 >= 0).sum()), "the 0, and 8"),
+        _row("§3, eq. 4", "", "NF4", "i = 0 … 15 as printed: finite values", "16", len(rest), note, claim="qlora-eq-4"),
+        Claim.decided("§3, eq. 4", "NF4", "the least magnitude of these", "no exact 0", least, least > 0, "symmetric",
+             claim="qlora-eq-4-zero"),
+        _row("§3", "", "NF4", "2^(k−1) quantiles below: values up to 0", "8", int((nf4 <= 0).sum()), "7, and the 0",
+             claim="qlora-nf4-counts"),
+        _row("§3", "", "NF4", "2^(k−1) + 1 above: values from 0 on", "9", int((nf4 >= 0).sum()), "the 0, and 8",
+             claim="qlora-nf4-counts"),
     ]
 
 
@@ -268,11 +284,12 @@ def _bins():
     for of, P in usage.items():
         least, most = P.min(), P.max()
         rows.append(Claim.decided("§3", "NF4", f"entropy of the bins, {of}, bits", "equal bins: 4", -P @ np.log2(P), most - least < 1e-9,
-                           f"P from {least:.4f} to {most:.4f}"))
+                           f"P from {least:.4f} to {most:.4f}", claim="qlora-equal-bins"))
     means = {B: optimality.expected_max(B) for B in (16, 64, 256, 4096)}
     cv = np.sqrt(optimality.expected_max(64, 2) - means[64] ** 2) / means[64]
     listed = f"mean {', '.join(f'{m:.3f}' for m in means.values())} σ: B = {', '.join(map(str, means))}"
-    return [*rows, Claim.decided("§3", "absmax", "deviation / mean of the maximum, B = 64", "rescales σ", cv, cv < 1e-9, listed)]
+    return [*rows, Claim.decided("§3", "absmax", "deviation / mean of the maximum, B = 64", "rescales σ", cv, cv < 1e-9, listed,
+         claim="qlora-absmax-rescales")]
 
 
 def constants_cost(nested_code="dynamic8", offset=None, size=1 << 20):
@@ -299,11 +316,13 @@ def _constants():
         (ratio, error), (bare, _) = constants_cost(code), constants_cost(code, offset=0.0)
         more, spread, without = (100 * r for r in (ratio - 1, error, bare - 1))
         note = f"± {spread:.3f}; without the mean {without:.1f}"
-        rows.append(Claim.decided("§3", "NF4 + DQ", f"more squared error, {name}, %", "no loss", more, _roughly(more, 1), note))
+        rows.append(Claim.decided("§3", "NF4 + DQ", f"more squared error, {name}, %", "no loss", more, _roughly(more, 1), note,
+             claim="qlora-dq-no-loss"))
     return [
-        _row("§3", "", "NF4", "32/64 bits a weight", "0.5", one),
-        _row("§3", "", "NF4 + DQ", "8/64 + 32/(64·256) bits a weight", "0.127", two, "and 32 bits a tensor, the mean"),
-        _row("§3", "", "NF4 + DQ", "saved a weight, bits", "0.373", one - two),
+        _row("§3", "", "NF4", "32/64 bits a weight", "0.5", one, claim="qlora-dq-bits"),
+        _row("§3", "", "NF4 + DQ", "8/64 + 32/(64·256) bits a weight", "0.127", two, "and 32 bits a tensor, the mean",
+             claim="qlora-dq-bits"),
+        _row("§3", "", "NF4 + DQ", "saved a weight, bits", "0.373", one - two, claim="qlora-dq-bits"),
         *rows,
     ]
 
@@ -318,11 +337,14 @@ def _equations_5_and_6():
     slope, otherwise, trained = _gradients(layer, x, w)
     only = trained == ["bypasses.default.lora_A.weight", "bypasses.default.lora_B.weight"]
     return [
-        Claim.decided("§3, eq. 5", "QLoRA", "float32 layer against dense Ŵ", "X Ŵ + X L1 L2", near, near < 1e-6, f"bfloat16: {coarse:.4f}"),
-        Claim.decided("§3, eq. 5", "QLoRA", "eq. 3's s, in the scripts α/r = 16/64", "no s", s, s == 1 or FAILS),
-        Claim.decided("§3, eq. 6", "QLoRA", "constants, then weights: unequal values", "equal", unequal, unequal == 0),
+        Claim.decided("§3, eq. 5", "QLoRA", "float32 layer against dense Ŵ", "X Ŵ + X L1 L2", near, near < 1e-6, f"bfloat16: {coarse:.4f}",
+             claim="qlora-eq-5"),
+        Claim.decided("§3, eq. 5", "QLoRA", "eq. 3's s, in the scripts α/r = 16/64", "no s", s, s == 1 or FAILS,
+             claim="qlora-eq-5-scale"),
+        Claim.decided("§3, eq. 6", "QLoRA", "constants, then weights: unequal values", "equal", unequal, unequal == 0,
+             claim="qlora-eq-6"),
         Claim.decided("§3", "QLoRA", "gradients of X, L1, L2 against differences", "through Ŵ", slope, slope < 1e-5 and only,
-               f"X's with W for Ŵ: {100 * otherwise:.1f} % off; W has none"),
+               f"X's with W for Ŵ: {100 * otherwise:.1f} % off; W has none", claim="qlora-gradients"),
     ]
 
 
@@ -368,8 +390,10 @@ def _paged():
     unequal = np.count_nonzero(trained(None) != trained(pager))
     note = f"{pager.counters.bytes_moved:,} bytes moved in 5 steps, {pager.total_bytes:,} held"
     return [
-        Claim.decided("§3", "paged AdamW", "a quarter resident: unequal values", "equal", unequal, unequal == 0, note),
-        Claim.decided("§3", "paged AdamW", "speed, 65B, batches of 16", "the same", None, "not derivable", "bytes can be counted, above"),
+        Claim.decided("§3", "paged AdamW", "a quarter resident: unequal values", "equal", unequal, unequal == 0, note,
+             claim="qlora-paged"),
+        Claim.decided("§3", "paged AdamW", "speed, 65B, batches of 16", "the same", None, "not derivable", "bytes can be counted, above",
+             claim="qlora-paged-speed"),
     ]
 
 
@@ -387,31 +411,40 @@ def _table_2():
     notes["Float4 (E2M1)"] += f"; bitsandbytes' grid {other:.5f}"
     place, last = order.index("Float4 (E3M0)") + 1, errors["Float4 (E3M0)"] / errors[best]
     return [
-        *(_row("Table 2", "", n, "mean perplexity", p, None, notes[n]) for n, (p, _) in TABLE_2.items()),
-        Claim.decided("Table 2", "order", "the nearest rival's error / NF4's", "NF4 first", nearest, best == "NFloat4 + DQ"),
-        Claim.decided("Table 2", "order", "E3M0's place by error", "2nd of 4", place, place == 2 or FAILS,
-               f"{last:.1f} times NF4's error"),
+        *(_row("Table 2", "", n, "mean perplexity", p, None, notes[n], claim="qlora-table-2") for n, (p, _) in TABLE_2.items()),
+        Claim.decided("Table 2", "order", "the nearest rival's error / NF4's", "NF4 first", nearest, best == "NFloat4 + DQ",
+             claim="qlora-table-2-first"),
+        Claim.decided("Table 2", "order", "E3M0's place by error", "2nd of 4", place, "not derivable",
+               f"{last:.1f} times NF4's error; a perplexity need not follow it", "qlora-table-2-order"),
     ]
 
 
 def _table_3():
     one, two = _bits()
     note = f"its bits axis: {4 + one} a weight, {4 + two:.3f} with DQ"
-    rows = [Claim.decided("Figure 3", "", "mean zero-shot accuracy", "a curve", None, "not derivable", note)]
+    rows = [Claim.decided("Figure 3", "", "mean zero-shot accuracy", "a curve", None, "not derivable", note,
+         claim="qlora-fig-3")]
     for model, (full, adapters) in TABLE_3.items():
         apart = np.subtract(adapters, full)
         note = f"{apart.min():+.1f} to {apart.max():+.1f}; scores as printed".replace("-", "−")
         reached = bool(apart.min() >= 0)
-        rows.append(Claim.decided("Table 3", model, "adapters − full fine-tuning, mean", "replicates", apart.mean(), reached, note))
+        claim = f"qlora-table-3-{model.partition('-')[0].lower()}"
+        rows.append(Claim.decided("Table 3", model, "adapters − full fine-tuning, mean", "replicates", apart.mean(), reached, note, claim))
     return rows
+
+
+#: The points between the two by §5.3, which §1 calls more than 20.
+NEARLY = 20
 
 
 def _scores():
     return [
-        Claim.decided("Table 5", "", "MMLU by data set", "accuracies", None, "not derivable", "no arithmetic in it"),
+        Claim.decided("Table 5", "", "MMLU by data set", "accuracies", None, "not derivable", "no arithmetic in it",
+             claim="qlora-table-5"),
         Claim.decided("Table 6", "", "scores against ChatGPT", "percentages", None, "not derivable",
-               "one row twice: Open Assistant 33B, Vicuna 13B"),
-        Claim.decided("§1", "Table 6", "7B's points above Alpaca 13B", "> 20", 20, FAILS, '§5.3: "nearly 20"'),
+               "one row twice: Open Assistant 33B, Vicuna 13B", claim="qlora-table-6"),
+        Claim.decided("§1", "Table 6", "7B's points above Alpaca 13B", "> 20", NEARLY, NEARLY > 20 or FAILS,
+               f'§5.3: "nearly {NEARLY}"', "qlora-20-points"),
     ]
 
 
@@ -425,25 +458,28 @@ def _appendix_e():
     equal = int((codebooks.nf4().view(np.uint32) == published).sum())
     seven, exact = apart(codebooks.NF4_OFFSET), apart(929 / 960)
     return [
-        _row("App. E", "", "NF4", "from quantiles in float32: equal bits", "16", equal),
+        _row("App. E", "", "NF4", "from quantiles in float32: equal bits", "16", equal, claim="qlora-app-e"),
         Claim.decided("App. E", "NF4", "in float64: largest difference", "equal", seven, _roughly(seven, 1e-6),
-               f"{exact:.1e} with 929/960, not cut to 7 digits"),
+               f"{exact:.1e} with 929/960, not cut to 7 digits", claim="qlora-app-e"),
     ]
 
 
 def _appendices():
     share = 100 * normality.PAPER["rejected"]
     least = 100 * normality.least_share(normality.PAPER["rejected"])
+    warm, below = 0.03 * 1875, sum(schedule("constant", step, 1875) < 1 for step in range(1875))
     return [
-        _row("App. B", "", "dropout", "7B and 13B: the text; the table has", "0.05", 0.1),
-        Claim.decided("App. B", "warm-up", "steps: 3 % of 1,875", "constant", 0.03 * 1875, FAILS, "the schedule `constant` has none"),
+        _row("App. B", "", "dropout", "7B and 13B: the text; the table has", "0.05", 0.1, claim="qlora-app-b-dropout"),
+        Claim.decided("App. B", "warm-up", "steps: 3 % of 1,875", "constant", warm, below == warm or FAILS,
+               f"of a schedule that is constant {below} lie below the full rate", "qlora-app-b-warm-up"),
         *_appendix_e(),
-        _row("App. F", "", "normality", "Llama 7B's rows rejected at 5 %", "7.5%", None, "others: quantize --normality"),
-        _row("App. F", "", "normality", "not normal, if all of these are found", f"{share:.1f}%", least, "5 % of normal rows are rejected"),
+        _row("App. F", "", "normality", "Llama 7B's rows rejected at 5 %", "7.5%", None, "others: quantize --normality",
+             claim="qlora-app-f"),
+        _row("App. F", "", "normality", "not normal, if all of these are found", f"{share:.1f}%", least, "5 % of normal rows are rejected",
+             claim="qlora-app-f-share"),
     ]
 
 
-# fmt: on
 def figure_6_rest(size):
     """GiB that figure 6's total leaves beside model, adapters and optimizer, if its MB are MiB and its GB are GiB."""
     model, adapters, optimizer, total = map(_number, FIGURE_6[size])
@@ -453,20 +489,22 @@ def figure_6_rest(size):
 def _figure_6():
     rows, small = [], llama("7b").num_hidden_layers * llama("7b").hidden_size
     for size, (model, adapters, optimizer, total) in FIGURE_6.items():
-        rows.append(_row("Figure 6", size, "model", "NF4 + DQ, rest in 16 bits, MiB", model, base_bytes(size) / MIB))
-        rows.append(
-            _row("Figure 6", size, "adapters", "L · 64 · 18 h · 2 bytes, MiB", adapters, figure_6_adapters(size) / MIB)
-        )
+        rows.append(_row("Figure 6", size, "model", "NF4 + DQ, rest in 16 bits, MiB", model, base_bytes(size) / MIB,
+             claim="qlora-fig-6-model"))
+        rows.append(_row("Figure 6", size, "adapters", "L · 64 · 18 h · 2 bytes, MiB", adapters, figure_6_adapters(size) / MIB,
+             claim="qlora-fig-6-adapters"))
         real = account(size).adapters / MIB
-        rows.append(_row("Figure 6", size, "adapters", "all 7 matrices of a Llama, MiB", adapters, real))
+        rows.append(_row("Figure 6", size, "adapters", "all 7 matrices of a Llama, MiB", adapters, real,
+             claim="qlora-fig-6-llama"))
         four = 4 * figure_6_adapters(size) / MIB
-        rows.append(_row("Figure 6", size, "optimizer", "4 × the adapters, MiB", optimizer, four))
+        rows.append(_row("Figure 6", size, "optimizer", "4 × the adapters, MiB", optimizer, four,
+             claim="qlora-fig-6-optimizer"))
         c, labels = llama(size), list(map(_number, (model, adapters, optimizer)))
         inputs = 567 * c.num_hidden_layers * c.hidden_size / small
-        rows.append(_row("Figure 6", size, "total", "the three labels, GiB", total, sum(labels) / 1024))
-        rows.append(
-            _row("Figure 6", size, "total", "and 567 MB × L h, GiB", total, (sum(labels) + inputs) / 1024, "inferred")
-        )
+        rows.append(_row("Figure 6", size, "total", "the three labels, GiB", total, sum(labels) / 1024,
+             claim="qlora-fig-6-totals"))
+        rows.append(_row("Figure 6", size, "total", "and 567 MB × L h, GiB", total, (sum(labels) + inputs) / 1024, "inferred",
+             claim="qlora-fig-6-totals"))
     return rows
 
 
@@ -474,41 +512,42 @@ def _footprints():
     rows = []
     for table, size, printed in FOOTPRINTS:
         held = base_bytes(size) + account(size).adapters
-        rows.append(_row(f"Table {table}", size, "4-bit", "NF4 + DQ and adapters of r = 64", printed, held / GB))
-    rows.append(
-        _row("Table 1, 6", "13b", "Vicuna, 16-bit", "2 bytes a weight", "26GB", 2 * parameters(llama("13b")) / GB)
-    )
+        rows.append(_row(f"Table {table}", size, "4-bit", "NF4 + DQ and adapters of r = 64", printed, held / GB,
+             claim="qlora-footprints"))
+    rows.append(_row("Table 1, 6", "13b", "Vicuna, 16-bit", "2 bytes a weight", "26GB", 2 * parameters(llama("13b")) / GB,
+         claim="qlora-footprint-26"))
     n = 2 * parameters(llama("33b")) / GB
-    return [*rows, _row("Table 6", "33b", "16-bit", "2 bytes a weight", "66GB", n, "2 · 33B, the nominal size, is 66")]
+    return [
+        *rows,
+        _row("Table 6", "33b", "16-bit", "2 bytes a weight", "66GB", n, "2 · 33B, the nominal size, is 66",
+             claim="qlora-footprint-66"),
+    ]
 
 
 def _table_4():
     behind = np.subtract(TABLE_4["BFloat16"][0], TABLE_4["Float4"][0])
     note = f"{behind.min():.1f} to {behind.max():.1f}; behind in {(behind > 0).sum()} of 8".replace("-", "−")
     return [
-        *(_row("Table 4", "", name, "mean of its 8 values", mean, sum(v) / 8) for name, (v, mean) in TABLE_4.items()),
-        Claim.decided(
-            "Table 4",
-            "Float4",
-            "points behind BFloat16, mean of 8",
-            "consistently 1",
-            behind.mean(),
-            behind.min() > 0,
-            note,
-        ),
+        *(_row("Table 4", "", name, "mean of its 8 values", mean, sum(v) / 8, claim="qlora-table-4-mean")
+          for name, (v, mean) in TABLE_4.items()),
+        Claim.decided("Table 4", "Float4", "points behind BFloat16, mean of 8", "consistently 1", behind.mean(), behind.min() > 0, note,
+               "qlora-table-4-fp4"),
     ]
 
 
 def _elo():
     return [
-        _row("Table 1", "13b", "Elo", "the same model's in table 7", "916", 913),
-        _row("§5.2", "", "Elo", "1100 against 1000", "65%", 100 * win_rate(100), about=True),
-        _row("Table 7", "", "Elo", "10 points", "1.5%", 100 * (win_rate(10) - 0.5), about=True),
-        _row("§5.3", "65b", "Elo", "1023 against GPT-4's 1176", "30%", 100 * win_rate(1023 - 1176), about=True),
-        _row("§5.3", "33b", "Elo", "1009 against GPT-4's 1176", "30%", 100 * win_rate(1009 - 1176), about=True),
+        _row("Table 1", "13b", "Elo", "the same model's in table 7", "916", 913, claim="qlora-elo-13b"),
+        _row("§5.2", "", "Elo", "1100 against 1000", "65%", 100 * win_rate(100), about=True, claim="qlora-elo"),
+        _row("Table 7", "", "Elo", "10 points", "1.5%", 100 * (win_rate(10) - 0.5), about=True, claim="qlora-elo"),
+        _row("§5.3", "65b", "Elo", "1023 against GPT-4's 1176", "30%", 100 * win_rate(1023 - 1176), about=True,
+             claim="qlora-elo"),
+        _row("§5.3", "33b", "Elo", "1009 against GPT-4's 1176", "30%", 100 * win_rate(1009 - 1176), about=True,
+             claim="qlora-elo"),
     ]
 
 
+# fmt: on
 def halved_counts(size="7b", r=64):
     """(trained, bytes and numbers as torch counts them, weights that there are), for Llama with NF4 and bypasses on all layers.
 
@@ -566,13 +605,27 @@ def five_gigabytes(size="7b"):
     ]
 
 
-def findings(rows=None):
-    """What the audit shows, as sentences with their numbers; rows: those of `audit`. -> [str]
+def derived(rows):
+    """What follows from several rows together, with its numbers: [(ids of the map's entries that it is about, sentence)].
 
-    Each of them is said only where the rows bear it out.
+    None stands for a sentence that the rows do not bear out.
     """
-    rows = audit() if rows is None else rows
-    return [sentence for find in FINDINGS if (sentence := find(rows))]
+    return [(claims, derive(rows)) for claims, derive in DERIVED]
+
+
+def contradictions(rows=None):
+    """What the map of the papers says of these rows and they do not bear out, as sentences; rows: those of `audit`. -> [str]"""
+    return agreement.contradictions(_audited(audit() if rows is None else rows))
+
+
+def _audited(rows):
+    """The rows with what was derived from them, and with what the script would print if it counted weights, as `agreement` takes them."""
+    trained, _, there = halved_counts()
+    counted = [
+        _row("qlora.py", "7b", what, "weights", printed, n, claim="qlora-py-counts")
+        for what, printed, n in (("all", "3,660,320,768", there), ("trained", "79,953,920", trained))
+    ]
+    return agreement.Audit(rows, "qlora-counts", derived(rows), counted)
 
 
 def _one(rows, where, setting, **fields):
@@ -612,7 +665,7 @@ def _input_gradients(rows):
     linears = stream / inputs_ratio()
     block = block_tape(c, 1, tokens, ("q_proj", "v_proj"), r=8, number=2)
     return (
-        "567 MB and 18 MB: no sequence length is given. The inputs of all linear layers are "
+        "the inputs of all linear layers are "
         f"{linears / 1e3:,.0f} kB a token in 16 bits, so 567 MB would be {567e6 / linears:.0f} tokens. 18 is "
         f"567/{c.num_hidden_layers} = {share.computed:.1f}: one layer's share. What checkpointing keeps are the "
         f"inputs of the blocks, {stream / 1e3:.0f} kB a token: {kept.computed:.0f} MB at that length, and 18 MB only "
@@ -627,10 +680,7 @@ def _unequal_bins(rows):
     if _verdicts([*bins, *pick(rows, where="§3", method="absmax")]) != {HOLDS[False]}:
         return None
     blocks, constant = (r.note.removeprefix("P from ") for r in bins)
-    return (
-        "NF4's bins are not equally full: a block's maximum is not a constant, so dividing by it is no rescaling of σ. In blocks of 64 "
-        f"a bin holds {blocks} of normal weights; with a constant {constant}."
-    )
+    return f"in blocks of 64 a bin of NF4 holds {blocks} of normal weights; with a constant {constant}."
 
 
 def _order_of_table_2(rows):
@@ -641,7 +691,7 @@ def _order_of_table_2(rows):
     if [a == b for a, b in zip(by_error, by_perplexity, strict=True)] != [True, False, False, False]:
         return None
     listed = ", ".join(f"{name} {errors[name]:.5f}" for name in by_error)
-    return f"Table 2's order is not that of the error of normal weights ({listed}): only NF4's place is the same."
+    return f"errors of normal weights in their order: {listed}; only NF4's place is the same."
 
 
 def _fifth_of_a_percent(rows):
@@ -650,7 +700,7 @@ def _fifth_of_a_percent(rows):
     if agrees(share.printed, share.computed) or formula.verdict != "match":
         return None
     return (
-        f"26 MB: 0.2 % of the weights in 16 bits are {share.computed:.2f} MB; {formula.computed:.0f} MiB exactly is r = 8 with 13 h a "
+        f"0.2 % of the weights in 16 bits are {share.computed:.2f} MB; {formula.computed:.0f} MiB exactly is r = 8 with 13 h a "
         "layer (four h × h matrices and one of h × 4 h)."
     )
 
@@ -663,8 +713,8 @@ def _adapters_of_figure_6(rows):
     if _verdicts(formula) != {"match"} or not fail(real) or len(wide) != 1:
         return None
     return (
-        "Figure 6's adapters follow one formula to the last digit, L · 64 · 18 h · 2 bytes in MiB: a block with a 4 h MLP. A "
-        f"Llama has gate, up and down of {wide.pop()} h: {_each([r.computed for r in real], 1)} MiB."
+        f"L · 64 · 18 h · 2 bytes are {_each([r.computed for r in formula], 1)} MiB; with a Llama's gate, up and down of {wide.pop()} h "
+        f"they are {_each([r.computed for r in real], 1)} MiB."
     )
 
 
@@ -678,7 +728,7 @@ def _models_of_figure_6(rows):
     if not fail([*bars, _one(rows, "§2", "NF4 + DQ, rest in 16 bits")]) or min(left) <= 0:
         return None
     return (
-        f"Figure 6's model bars (and §2's 5,048 MB) do not follow: weights and constants are {_each([r.computed for r in bars])} MiB, "
+        f"weights and constants are {_each([r.computed for r in bars])} MiB, "
         f"the bars lie {_each(gaps)} MiB above. Without double quantization and with the rest in 32 bits {_each(left)} MiB remain."
     )
 
@@ -693,7 +743,7 @@ def _totals_of_figure_6(rows):
     if not fail(labels) or min(r.difference for r in labels) <= 0 or not (yes and no):
         return None
     return (
-        f"Figure 6's totals leave {_each([r.difference for r in labels], 2)} GiB beside the three labels. 567 MB, scaled "
+        f"the totals leave {_each([r.difference for r in labels], 2)} GiB beside the three labels. 567 MB, scaled "
         f"by L h, fills it for {' and '.join(yes)}, not for {' and '.join(no)}."
     )
 
@@ -706,8 +756,8 @@ def _footprint_of_5_bits(rows):
     if five_bits != ["41GB", "21GB"] or small != ["10GB", "5GB", "6GB"]:
         return None
     return (
-        "Footprints: 41 and 21 GB are 5 bits of 65 and 33 billion weights; 10 GB, and 5 or 6, are not "
-        f"({printed['13b', '10GB']:.1f} and {printed['7b', '5GB']:.1f}). Table 1 has 6 GB and table 6 has 5 GB for the same model."
+        f"5 bits of 65 and 33 billion weights are {printed['65b', '41GB']:.1f} and {printed['33b', '21GB']:.1f} GB, of 13 and 7 billion "
+        f"not 10 GB and 5 or 6 ({printed['13b', '10GB']:.1f} and {printed['7b', '5GB']:.1f})."
     )
 
 
@@ -719,8 +769,8 @@ def _means_of_table_4(rows):
         return None
     behind = [round(a - b, 1) for a, b in zip(TABLE_4["BFloat16"][0], TABLE_4["Float4"][0], strict=True)]
     return (
-        f"Table 4: NFloat4 + DQ has a mean of {nf4.computed:.2f}, not {nf4.printed}, and so lies below BFloat16's {bf16.computed:.2f}. FP4 "
-        f'is not "consistently one percentage point behind": by {_each(behind, 1)}, in {sum(x > 0 for x in behind)} of 8 columns.'
+        f"NFloat4 + DQ has a mean of {nf4.computed:.2f}, not {nf4.printed}, and BFloat16 {bf16.computed:.2f}. FP4 is behind by "
+        f"{_each(behind, 1)}, in {sum(x > 0 for x in behind)} of 8 columns."
     )
 
 
@@ -731,7 +781,7 @@ def _elo_rounded_up(rows):
     if _verdicts([hundred, ten, large, small]) != {"roughly"} or min(hundred.difference, ten.difference) <= 0:
         return None
     return (
-        f"Elo: {hundred.computed:.1f} % and {ten.computed:.2f} %, rounded up to {hundred.value:.0f} and {ten.value}; Guanaco 65B and 33B "
+        f"{hundred.computed:.1f} % and {ten.computed:.2f} %, rounded up to {hundred.value:.0f} and {ten.value}; Guanaco 65B and 33B "
         f"against GPT-4 {large.computed:.1f} % and {small.computed:.1f} %, both called {large.value:.0f} %."
     )
 
@@ -743,7 +793,7 @@ def _why_5_gigabytes(rows):
         return None
     half, rest, base, _, _, state, whole = (in_units(n) for _, n in five_gigabytes())
     return (
-        f"Why 5 GB and not 3.5 GB for 7B? {half} are half a byte for every weight. Embedding and head stay in 16 bits ({rest}), "
+        f"{half} are half a byte for every weight. Embedding and head stay in 16 bits ({rest}), "
         f"each block has a constant ({base}); training adds adapters, gradients, m and v ({state}) and activations ({whole}). "
         "What lies between the base and 5,048 MB is not derivable: the driver's context and the allocator's reserve are candidates."
     )
@@ -755,16 +805,27 @@ def _why_halved_counts(rows):
         return None
     trained, counted, there = halved_counts()
     return (
-        f"Why are my parameter counts halved? Two 4-bit weights share a byte, and bytes were counted: {counted:,} = {there:,} less "
+        f"as bytes are counted, {counted:,} = {there:,} less "
         f"half of the linear layers. qlora.py halves the {trained:,} trained 16-bit weights too, though these are not packed. "
         "`size` counts weights here."
     )
 
 
-FINDINGS = (
-    *(_bounds, _input_gradients, _unequal_bins, _order_of_table_2, _fifth_of_a_percent),
-    *(_adapters_of_figure_6, _models_of_figure_6, _totals_of_figure_6),
-    *(_footprint_of_5_bits, _means_of_table_4, _elo_rounded_up, _why_5_gigabytes, _why_halved_counts),
+#: (ids of the entries, what derives the sentence)
+DERIVED = (
+    (("qlora-780-gb", "qlora-48-gb"), _bounds),
+    (("qlora-checkpointing",), _input_gradients),
+    (("qlora-equal-bins", "qlora-absmax-rescales"), _unequal_bins),
+    (("qlora-table-2-first", "qlora-table-2-order"), _order_of_table_2),
+    (("qlora-26-mb",), _fifth_of_a_percent),
+    (("qlora-fig-6-adapters", "qlora-fig-6-llama"), _adapters_of_figure_6),
+    (("qlora-fig-6-model", "qlora-5048-mb"), _models_of_figure_6),
+    (("qlora-fig-6-totals",), _totals_of_figure_6),
+    (("qlora-footprints",), _footprint_of_5_bits),
+    (("qlora-table-4-mean", "qlora-table-4-fp4"), _means_of_table_4),
+    (("qlora-elo",), _elo_rounded_up),
+    (("qlora-5048-mb",), _why_5_gigabytes),
+    (("qlora-py-counts",), _why_halved_counts),
 )
 
 
@@ -794,11 +855,11 @@ def _shown(row):
     return f"{row.computed:,.{0 if row.verdict == 'match' and row.computed > 1e6 else digits}f}"
 
 
-def describe():
-    """The audit as aligned text, the four sizes, and the findings."""
-    rows = audit()
-    said = [f"* {finding}" for finding in findings(rows)]
-    return "\n".join([_table(rows), "", f"{len(rows)} rows: {tally(rows)}", "", by_size(), "", *said])
+def describe(rows=None):
+    """The rows (`audit`) as aligned text, the four sizes, and what the map of the papers says of them."""
+    rows = audit() if rows is None else rows
+    counted = f"{len(rows)} rows: {tally(rows)}"
+    return "\n".join([_table(rows), "", counted, "", by_size(), "", agreement.text(_audited(rows))])
 
 
 # --------------------------------------------------------------------------------------------------------------------- as figure

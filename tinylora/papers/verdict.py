@@ -2,7 +2,8 @@
 
 A `Row` is one printed number beside its recomputation, a `Claim` a statement in words beside the number that decides it; `judge` gives
 the verdict. The audits of both papers (`lora_numbers`, `qlora_numbers`) are lists of these. `pick` finds rows in such a list and
-`tally` counts its verdicts: the sentences in which an audit says what it found ask them, so that no conclusion is written by hand.
+`tally` counts its verdicts: what an audit derives from several rows asks them. The statements themselves, and what they came to, stand in
+the map of the papers; a row names its entry there, and `agreement` compares the two.
 """
 
 import re
@@ -25,11 +26,12 @@ class Row:
     computed: float | None  # in the unit of `printed`; None where nothing in the paper determines it
     verdict: str  # match, rounds to, truncated, roughly, does not follow, not derivable
     note: str = ""
+    claim: str = ""  # the id of the map's entry that the number is about (`map`); "" where it has none of its own
 
     @classmethod
-    def judged(cls, where, model, method, setting, printed, computed, note="", about=False):
+    def judged(cls, where, model, method, setting, printed, computed, note="", about=False, claim=""):
         """The row with the verdict that `judge` gives."""
-        return cls(where, model, method, setting, printed, computed, judge(printed, computed, about), note)
+        return cls(where, model, method, setting, printed, computed, judge(printed, computed, about), note, claim)
 
     @property
     def value(self):
@@ -47,10 +49,10 @@ class Claim(Row):
     """A statement in words beside the number that decides it: `printed` has no value, and nothing can be subtracted from it."""
 
     @classmethod
-    def decided(cls, where, method, setting, printed, computed, verdict, note=""):
+    def decided(cls, where, method, setting, printed, computed, verdict, note="", claim=""):
         """The claim; verdict True or False is "holds" or "does not hold", any other is the word itself."""
         computed = None if computed is None else float(computed)
-        return cls(where, "", method, setting, printed, computed, HOLDS.get(verdict, verdict), note)
+        return cls(where, "", method, setting, printed, computed, HOLDS.get(verdict, verdict), note, claim)
 
     @property
     def value(self):

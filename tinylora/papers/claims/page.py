@@ -1,5 +1,6 @@
-"""The page of claims: every experiment's table row and figure, as files beside each other."""
+"""The page of claims: every experiment's table row and figure, as files beside each other, with the numbers of each seed."""
 
+import json
 from pathlib import Path
 
 from ...figures.style import one_column, save
@@ -17,12 +18,18 @@ lies within the 90 % interval of its mean (`registry.above`). What was tuned sta
 
 
 def write_page(results, seeds, folder, pictures=True):
-    """Write README.md (one section an experiment: claim, paper, measured, verdict, figure) and the figures to a folder."""
+    """Write README.md (`text`), the numbers that it is made from (results.json: {experiment: [one result a seed]}) and the figures."""
     folder = Path(folder)
     drawn = _draw(results, folder) if pictures else {}
-    text = INTRODUCTION.format(seeds=", ".join(map(str, seeds)))
-    text += "".join(_section(name, found, drawn.get(name)) for name, found in results.items())
-    files.write_text(folder / "README.md", text.rstrip() + "\n")
+    stored = ",\n".join(f"{json.dumps(name)}: {json.dumps(found)}" for name, found in results.items())
+    files.write_text(folder / "results.json", f"{{\n{stored}\n}}\n")
+    files.write_text(folder / "README.md", text(results, seeds, drawn))
+
+
+def text(results, seeds, drawn):
+    """The page: one section an experiment with claim, paper, measured, verdict and figure. drawn: {experiment: its figure's name}"""
+    sections = "".join(_section(name, found, drawn.get(name)) for name, found in results.items())
+    return (INTRODUCTION.format(seeds=", ".join(map(str, seeds))) + sections).rstrip() + "\n"
 
 
 def _draw(results, folder):
