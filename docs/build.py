@@ -29,9 +29,16 @@ sys.path[:0] = [str(DOCS / "_ext"), str(DOCS)]
 
 import check  # noqa: E402
 import explorers  # noqa: E402
-from layout import book  # noqa: E402
+from layout import book, relative  # noqa: E402
+
+from tinylora.models.files import write_text  # noqa: E402
 
 FORMULA = re.compile(r"(?<![$`\\])\$[^$`]+\$")
+# what an explorer's page has in the book and not alone: the theme that the reader chose there, and the way back
+THEME = """<script>try { document.documentElement.dataset.theme = localStorage.getItem("theme"); } catch { /* not kept */ }</script>
+</head>"""
+WAY = """<main>
+<nav aria-label="The book"><a href="../index.html">tinylora</a> / <a href="../explorer.html">Explore by hand</a></nav>"""
 
 
 def stage(folder):
@@ -51,6 +58,8 @@ def stage(folder):
         copy(path, source / path.relative_to(known.root))  # where pages find their images
     for path, url in known.files.items():
         copy(known.root / path, extra / url)
+        if url.startswith("explorer/"):
+            write_text(extra / url, in_book((extra / url).read_text(encoding="utf-8"), url))
     reference = stubs()
     for page, text in reference.items():
         target = source / f"{page}.rst"
@@ -62,6 +71,21 @@ def stage(folder):
 def copy(path, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(path, target)
+
+
+def in_book(text, url):
+    """An explorer's page as it stands in the book: with the way back, and links to the files that it names."""
+
+    def linked(found):
+        leads = book().mention(found[1], url)
+        return f'<a href="{relative(leads, url)}">{found[0]}</a>' if leads else found[0]
+
+    text = re.sub("<code>(.+?)</code>", linked, text)
+    for mark, new in (("</head>", THEME), ("<main>", WAY)):
+        if text.count(mark) != 1:
+            raise ValueError(f"{url}: expected one {mark}, got {text.count(mark)}")
+        text = text.replace(mark, new)
+    return text
 
 
 def prepared(text):

@@ -5,17 +5,14 @@
     python docs/pdf.py --html FILE      only the page that is printed, which needs no Chromium
 
 The article becomes one HTML page that loads nothing: mathematics as MathML, figures as SVG within the page. Chromium prints it. Needs
-the extra `book` (markdown-it-py, mdit-py-plugins, latex2mathml), and Chromium for the PDF.
+the extra `book` (markdown-it-py, mdit-py-plugins, latex2mathml, playwright), and Chromium for the PDF.
 """
 
 import argparse
 import base64
-import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from tinylora.models.files import atomic, write_text
@@ -88,21 +85,20 @@ def print_page(page, out):
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         raise RuntimeError(f"docs/pdf.py prints with Chromium, and found none of {', '.join(BROWSERS)} on the PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        source, printed = Path(folder, "page.html"), Path(folder, "page.pdf")
-        source.write_text(page, encoding="utf-8")
-        # Chromium's sandbox refuses to work for root, as in a container; the page is the repository's own
-        sandbox = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
-        command = [browser, "--headless=new", "--disable-gpu", *sandbox, f"--user-data-dir={folder}/profile"]
-        command += ["--no-pdf-header-footer", f"--print-to-pdf={printed}", source.as_uri()]
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        raise RuntimeError("docs/pdf.py needs playwright: pip install -e '.[book]' in a clone of tinylora") from None
+    with sync_playwright() as playwright:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=180)
-        except subprocess.TimeoutExpired:
-            raise RuntimeError("Chromium did not print the page within 180 seconds") from None
-        if done.returncode or not printed.is_file() or printed.read_bytes()[:5] != b"%PDF-":
-            raise RuntimeError(f"Chromium printed no PDF (exit status {done.returncode}): {done.stderr.strip()[-500:]}")
-        with atomic(out) as temporary:
-            shutil.copyfile(printed, temporary)
+            with playwright.chromium.launch(executable_path=browser) as chromium:
+                window = chromium.new_page()
+                window.set_content(page)
+                printed = window.pdf(prefer_css_page_size=True, tagged=True, outline=True)
+        except Error as error:
+            raise RuntimeError(f"Chromium printed no PDF: {error.message.strip()[:500]}") from None
+    with atomic(out) as temporary:
+        Path(temporary).write_bytes(printed)
 
 
 def main(arguments=None):

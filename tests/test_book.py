@@ -7,7 +7,7 @@ import functools
 import http.server
 import json
 import os
-import shutil
+import re
 import sys
 import threading
 from pathlib import Path
@@ -25,6 +25,7 @@ sys.path.insert(0, str(DOCS / "_ext"))
 import api  # noqa: E402
 import check  # noqa: E402
 import layout  # noqa: E402
+import links  # noqa: E402
 import mathml  # noqa: E402
 import search  # noqa: E402
 
@@ -184,6 +185,7 @@ def test_docstrings_stand_as_they_are():
 def test_search_cuts_numbers_as_words():
     cut = search.Search({}).split("NF4's offset 0.9677083, of 5,366,016 bytes; 量化 x_1.")
     assert cut == ["NF4", "s", "offset", "0.9677083", "of", "5,366,016", "bytes", "量", "化", "x_1"]
+    assert search.Search({}).split("5366016 bytes, 1024 in 64.") == ["5,366,016", "bytes", "1,024", "in", "64,"]
 
 
 def test_folded_cells_and_drawings(tmp_path):
@@ -243,20 +245,6 @@ def test_the_number_is_a_word_of_the_search():
 
 
 @pytest.fixture
-def browser():
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is not installed")
-    api = pytest.importorskip(
-        "playwright.sync_api", reason="looking at pages needs playwright: pip install -e '.[book]'"
-    )
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
 def server():
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
@@ -268,18 +256,79 @@ def server():
         server.shutdown()
 
 
+# written out here once more, so that a wrong row of the book's own table is noticed
+REPOSITORIES = {
+    "bitsandbytes": "bitsandbytes-foundation/bitsandbytes",
+    "peft": "huggingface/peft",
+    "qlora": "artidoro/qlora",
+    "lora": "microsoft/LoRA",
+    "trl": "huggingface/trl",
+    "micrograd": "karpathy/micrograd",
+    "llms-from-scratch": "rasbt/LLMs-from-scratch",
+}
+
+
+def mentioned(text):
+    """The addresses of the issues and preprints that a page mentions, found by reading it word by word."""
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", text, flags=re.S)
+    words = re.findall(r"[\w-]+(?:[.,][\w-]+)*|\S", text)
+    found, named, open_, issue, where = set(), None, False, False, {}
+    for i, word in enumerate(words):
+        after, before = (words[i + 1] if i + 1 < len(words) else ""), words[i - 1] if i else ""
+        if word.lower() in REPOSITORIES:
+            named, open_, issue = word.lower(), True, False
+        elif word.lower() in ("issue", "issues") or (before, word) == ("pull", "request"):
+            open_ = issue = True
+        elif word.isdigit() and open_ and (issue or re.fullmatch(r'[;,.:)|"-]|and', after) or not after):
+            tracker = named if words[i - 2].lower() == named else where.get(word, named)
+            where[word] = tracker
+            found.add(f"https://github.com/{REPOSITORIES[tracker]}/issues/{word}")
+        elif not (before.isdigit() and open_ and word in (",", "and", "、", "和")):
+            open_ = issue = False
+    return found | {f"https://arxiv.org/abs/{number}" for number in re.findall(r"\b\d{4}\.\d{5}\b", text)}
+
+
+@built
+def test_mentions_of_issues_and_preprints_are_links():
+    known, total = layout.book(), 0
+    for path, page in known.pages.items():
+        text = (known.root / path).read_text(encoding="utf-8")
+        if path.endswith(".ipynb"):
+            cells = json.loads(text)["cells"]
+            text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+        links = re.findall(r'href="(https://[^"]*)"', (BUILT / f"{page}.html").read_text(encoding="utf-8"))
+        written = set(re.findall(r"\]\((https://[^)]*)\)", text))
+        assert set(links) - written == mentioned(text), path
+        total += len(links)
+    assert total > 150
+
+
+def test_an_issue_of_no_tracker_is_noticed():
+    with pytest.raises(ValueError, match="issue 12 is an issue of no tracker that is named before it"):
+        links.outside("See issue 12.")
+    # versions, counts and other names are no issues
+    assert links.outside("bitsandbytes 0.50.2, LoRA 63 %, LoRA 16 bits, QLoRA 3; LoRA 18,874,368; 1234.56789") == []
+
+
+@built
+def test_the_explorers_lead_back_and_keep_the_theme(open_page, server):
+    for name in ("nf4", "pager"):
+        page, wrong, _ = open_page(f"{server}explorer/{name}.html")
+        page.evaluate("localStorage.setItem('theme', 'dark')")
+        page.reload()
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 26)"
+        assert page.locator("main code").count() > 2 and page.locator("main a code").count() > 2
+        page.click("text=Explore by hand")
+        assert page.url == f"{server}explorer.html" and page.inner_text("h1").startswith("Explore by hand")
+        assert wrong == []
+
+
 @built
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_in_a_browser(browser, server, width, scheme):
+def test_pages_in_a_browser(open_page, server, width, scheme):
     """No error in the console, no request that fails or leaves, nothing to scroll sideways, and formulas have a size."""
-    said = []
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page.on("console", lambda message: message.type == "error" and said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    # what the next page cuts short, such as an icon, did not fail
-    page.on("requestfailed", lambda request: "ABORTED" in request.failure or said.append(f"failed: {request.url}"))
-    page.on("request", lambda request: request.url.startswith((server, "data:")) or said.append(f"left: {request.url}"))
+    page, wrong, asked = open_page(server, viewport={"width": width, "height": 900}, color_scheme=scheme)
     names = ["index", "readme", "figures/index", "notebooks/05_building_nf4", "notebooks/16_what_is_nf4_optimal_for"]
     names += [
         "papers",
@@ -299,25 +348,35 @@ def test_pages_in_a_browser(browser, server, width, scheme):
         if name.startswith("notebooks"):
             sizes = page.evaluate("[...document.querySelectorAll('math')].map(x => x.getBoundingClientRect().height)")
             assert len(sizes) > 10 and min(sizes) > 5
-    assert said == []
+    assert wrong == [] and [url for url in asked if not url.startswith((server, "data:"))] == []
 
 
 @built
-def test_search_in_a_browser(browser, server):
-    page = browser.new_page()
-    page.goto(f"{server}search.html?q=0.9677083")
-    page.wait_for_selector("#search-results li a", timeout=20000)
-    page.wait_for_selector("text=05 · Building NF4 >> visible=true", timeout=20000)
-    titles = page.eval_on_selector_all("#search-results li > a", "links => links.map(x => x.textContent)")
-    assert any("05 · Building NF4" in title for title in titles)
+@pytest.mark.parametrize(
+    ("asked_for", "title", "shown"),
+    [
+        ("0.9677083", "05 · Building NF4", "0.9677083"),
+        # with its commas and without them, whichever way the page writes it
+        ("18874368", "11 · Counting LoRA", "18,874,368"),
+        ("18,874,368", "11 · Counting LoRA", "18,874,368"),
+        ("13020", "GPU", "13020"),
+        ("13,020", "GPU", "13020"),
+        ("bitsandbytes 2086", "18 · Int4 and NF4 at equal bits", "2086"),
+        ("bitsandbytes 968", "Questions", "968"),
+    ],
+)
+def test_search_in_a_browser(open_page, server, asked_for, title, shown):
+    page, wrong, _ = open_page(f"{server}search.html?q={asked_for}")
+    found = page.locator("#search-results li", has=page.locator(f"a:text('{title}')")).first
+    found.locator("p.context", has_text=shown).wait_for(timeout=20000)
+    assert wrong == []
 
 
 @built
-def test_the_map_is_filtered_in_a_browser(browser, server):
+def test_the_map_is_filtered_in_a_browser(open_page, server):
     """By paper, verdict and words; the address keeps the choice, and a link to an entry leads to it."""
     claims = [claim for claim in paper_map.claims() if (claim.paper, claim.verdict) == ("QLoRA", "does not follow")]
-    page = browser.new_page()
-    page.goto(f"{server}papers.html")
+    page, _, _ = open_page(f"{server}papers.html")
     shown = "items => items.filter(item => item.offsetParent).map(item => item.querySelector('a[id]').id)"
     entries = "li:has(> p a[id], > a[id])"
     assert len(page.eval_on_selector_all(entries, shown)) == len(paper_map.claims())

@@ -29,15 +29,30 @@ function widthOf(svg) {
   return Math.max(svg.parentElement.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight), 240);
 }
 
-/** Call move(x in the SVG's pixels) while a finger or the mouse is down on it. */
+/** Call move(x in the SVG's pixels) where the mouse or a finger drags, and where it taps. A finger that scrolls the page moves nothing. */
 function onDrag(svg, move) {
+  let down = null; // where a finger came down that has not moved sideways yet
   const at = (event) => move(event.clientX - svg.getBoundingClientRect().left);
   svg.addEventListener("pointerdown", (event) => {
     if (event.button) return;
-    try { svg.setPointerCapture(event.pointerId); } catch { /* a made-up event has no pointer to capture */ }
+    svg.setPointerCapture(event.pointerId);
+    down = event.pointerType === "touch" ? event : null;
+    if (!down) at(event);
+  });
+  svg.addEventListener("pointermove", (event) => {
+    if (!svg.hasPointerCapture(event.pointerId)) return;
+    if (down && Math.abs(event.clientX - down.clientX) <= Math.abs(event.clientY - down.clientY)) return;
+    down = null;
     at(event);
   });
-  svg.addEventListener("pointermove", (event) => { if (event.buttons & 1) at(event); });
+  svg.addEventListener("pointerup", (event) => { if (svg.hasPointerCapture(event.pointerId)) at(event); });
+}
+
+/** A finger that begins to scroll the page on a slider leaves it as it was. */
+for (const slider of document.querySelectorAll('input[type="range"]')) {
+  let was;
+  slider.addEventListener("pointerdown", () => { was = slider.value; });
+  slider.addEventListener("pointercancel", () => { slider.value = was; slider.dispatchEvent(new Event("input")); });
 }
 
 /** f, once nothing has called it for so many milliseconds. */

@@ -1,7 +1,6 @@
 """The article docs/nf4.md: every table and every number in it is computed again here; what its proofs use; its PDF; how it is cited."""
 
 import re
-import shutil
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -380,9 +379,7 @@ def test_the_page_that_is_printed_loads_nothing_and_typesets_all_mathematics(pdf
     assert re.findall(r"<figcaption>(?:Table|Figure) (\d)", page).count("1") == 2
 
 
-def test_chromium_prints_it(pdf, tmp_path, capsys):
-    if not any(map(shutil.which, pdf.BROWSERS)):
-        pytest.skip("Chromium is not installed")
+def test_chromium_prints_it(pdf, chromium, tmp_path, capsys):
     assert pdf.main(["--out", str(tmp_path / "nf4.pdf")]) == 0
     printed = (tmp_path / "nf4.pdf").read_bytes()
     assert printed.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", printed)) in range(6, 10)
