@@ -16,7 +16,7 @@ import sys
 import warnings
 
 from .. import __version__
-from . import costs, models, papers, terminal, training
+from . import costs, models, papers, terminal, together, training
 from .options import FORMAT, Parser
 
 #: Errors that are raised for what a user or a file did; any other is a fault of the program.
@@ -26,12 +26,20 @@ FAULTS = (RecursionError, OverflowError, ZeroDivisionError)  # also where they b
 
 def main(argv=None):
     """Entry point; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     with terminal.signals():
         try:
-            with terminal.attached() as out:
-                return _run(sys.argv[1:] if argv is None else list(argv), out)
+            if together.asked(argv):
+                return together.together(lambda: _attached(argv))
+            return _attached(argv)
         except (KeyboardInterrupt, terminal.Terminated) as stop:  # once more, while the first was being said
             return _interrupted(stop)
+
+
+def _attached(argv):
+    """The exit status of a command at this terminal."""
+    with terminal.attached() as out:
+        return _run(argv, out)
 
 
 def _run(argv, out):

@@ -33,6 +33,7 @@ _MEMORY_EXAMPLES = """examples:
   tinylora memory --model llama-65b --method full --precision paper   the paper's > 780 GB
   tinylora memory --model base --method all --batch-size 8 --seq-len 256    four methods on the embedded model
   tinylora memory --model base --measure                run one step, and print what it held beside what was predicted
+  tinylora memory --model llama-65b --machines 8 --checkpointing      what eight machines hold and send in a step
   tinylora memory --audit                               the paper's numbers with verdicts, and what the paper map says
 """
 
@@ -64,6 +65,13 @@ def memory_parser(commands):
     _base_and_adapter_options(p.add_argument_group("LoRA and quantization"))
     _step_options(p.add_argument_group("the step"))
     g = p.add_argument_group("what else to print")
+    g.add_argument(
+        "--machines",
+        type=whole(1, 10**6),
+        default=None,
+        metavar="N",
+        help="also what N machines that train it together hold and send, by every method, and how long that takes",
+    )
     g.add_argument("--measure", action="store_true", help="also run one step of --model base, and compare row by row")
     g.add_argument(
         "--audit",
@@ -147,6 +155,10 @@ def _memory(args):
         other = memory.predict(config, args.method, checkpointing=not args.checkpointing, **options)
         print(_checkpointing(args.checkpointing, accounts[0].total, other.total))
     print("\n" + memory.describe(accounts))
+    if args.machines:
+        from ..costs import communication
+
+        print("\n" + communication.describe(config, args.machines, checkpointing=args.checkpointing, **options))
     if args.measure:
         for account, plan in zip(accounts, plans, strict=True):
             print(f"\n{account.label}, predicted and measured, in bytes")

@@ -22,6 +22,7 @@ from .options import (
     size,
     whole,
 )
+from .together import OPTION
 
 # ------------------------------------------------------------------------------------------------------------- finetune
 _FINETUNE = """Fine-tune a pretrained Llama with QLoRA.
@@ -44,6 +45,7 @@ _FINETUNE_EXAMPLES = r"""examples:
   tinylora finetune --method int8 --out int8            LoRA on a base in 8 bits (LLM.int8)
   tinylora finetune --trace --page-budget 256k --out traced  a figure of what was paged, step by step
   tinylora finetune --compare --out compare             full, LoRA, and QLoRA in three 4-bit codes, in one table and figure
+  mpirun -n 4 --bind-to none tinylora finetune --distributed --shards 4    the same bytes from four processes
 
 a real LLM (extra llm), within 1.2 GB of memory:
   tinylora finetune --model SmolLM2-135M-Instruct.Q4_1.gguf --compute-dtype bfloat16 --checkpointing --pool file \
@@ -74,8 +76,35 @@ def finetune_parser(commands):
         "--eval-every", type=natural, default=0, help="steps between held-out evaluations (0: only before and after)"
     )
     recipe_options(p, LORA_RECIPE)
+    _distributed_option(p)
     p.set_defaults(kept="the last checkpoint, if there was one, is kept")
     p.set_defaults(lr=None)  # full fine-tuning has a rate of its own
+
+
+def _distributed_option(p):
+    p.add_argument(
+        OPTION,
+        action="store_true",
+        help="train in all processes that mpirun has started, on one machine or on several (extra mpi). They share out the "
+        "--shards of each step; how many they are changes no bit of the result. docs/many_machines.md says how to start them",
+    )
+
+
+def _ranks(name, args, plan):
+    """The processes that train together; a sentence where some of them have nothing to do."""
+    import warnings
+
+    from ..training.distributed import ALONE, world
+
+    ranks = world() if args.distributed else ALONE
+    shards = plan.accumulate * min(plan.shards, plan.batch_size)
+    if shards < ranks.size:
+        warnings.warn(
+            f"{name}: a step has {shards} shards, which leaves {ranks.size - shards} of {ranks.size} processes without work; give more "
+            "--shards, or a larger --batch-size or --accumulate (with another number of shards a run ends with other bytes)",
+            stacklevel=2,
+        )
+    return ranks
 
 
 def _model_options(p):
@@ -219,6 +248,10 @@ def _finetune(args):
     plan = recipe(args, LORA_RECIPE)
     _say_what_has_no_effect(args, job)
     _check_finetune(args, job, plan)
+    if args.distributed and args.compare:
+        raise ValueError(
+            "finetune: --distributed shares out one run, and --compare makes several; leave one of them out"
+        )
     if args.trace and args.compare:
         raise ValueError("finetune: --trace follows one run, and --compare makes several; leave one of them out")
     if args.trace and job.page_budget is None:
@@ -304,11 +337,12 @@ def _check_step(args, name, config, method, plan, **options):
 def _finetune_once(args, job, plan):
     from ..training.finetune import describe, finetune, finished
 
-    if finished(job, plan, args.out) is not None:
+    ranks = _ranks("finetune", args, plan)
+    if ranks.first(lambda: finished(job, plan, args.out)) is not None:
         print(f"this run has ended before; its report from {args.out}:", file=sys.stderr)
-    report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every, trace=args.trace)
+    report = finetune(job, plan, args.out, args.eval_every, args.checkpoint_every, trace=args.trace, ranks=ranks)
     print(describe(report))
-    if args.trace:
+    if args.trace and ranks.rank == 0:
         _timeline(args.out, job.page_budget)
 
 
@@ -372,6 +406,7 @@ def pretrain_parser(commands):
         g.add_argument("--" + name.replace("_", "-"), type=whole(1, most), default=default, help=f"({default})")
     p.add_argument("--checkpoint-every", type=natural, default=200, help="steps between checkpoints on disk (200)")
     recipe_options(p, RECIPE)
+    _distributed_option(p)
     p.set_defaults(kept="the last checkpoint, if there was one, is kept")
 
 
@@ -382,7 +417,8 @@ def _pretrain(args):
     config = LlamaConfig(**{f.name: getattr(args, f.name) for f in fields(LlamaConfig) if hasattr(args, f.name)})
     plan = recipe(args, RECIPE)
     _check_step(args, "pretrain", config, "full", plan)
-    scores = pretrain(args.texts, args.out, plan, config, args.checkpoint_every, device=args.device)
+    ranks = _ranks("pretrain", args, plan)
+    scores = pretrain(args.texts, args.out, plan, config, args.checkpoint_every, device=args.device, ranks=ranks)
     for name, bits in scores.items():
         print(f"{name:<24}{bits:.4f} bits per byte, held out")
     print(f"{'mean':<24}{sum(scores.values()) / len(scores):.4f}\nthe model lies in {args.out}")

@@ -6,6 +6,7 @@ train       the loop: batches, accumulation, clipping, evaluation, checkpoints, 
 schedule    the learning rate over the steps
 corpus      running text, and questions with answers, of which a conversation is a chain
 datafiles   what a file of training data holds: text, or records in the usual JSON forms
+distributed  several processes, on one machine or many: the same bytes from a step whose shards are dealt out
 pretrain    how the embedded model was made
 adamw8bit   AdamW with 8-bit states, as bitsandbytes rounds them
 """

@@ -30,6 +30,7 @@ from ..tensor import Tensor
 from .adamw8bit import AdamW8bit
 from .checkpoints import ROW, check_run
 from .corpus import Pairs, question_and_answer, read_corpus, read_text, running_text
+from .distributed import ALONE, describe_traffic
 from .train import Recipe, bits_per_byte, fit
 
 
@@ -173,6 +174,7 @@ _REPORT = {
     "first_step": fields.whole(),
     "seconds": fields.number(0),
     "tokens_per_second": fields.number(0),
+    "traffic": fields.mapping(fields.number(0)),
     "adapter": fields.optional(fields.text()),
 }
 
@@ -199,6 +201,7 @@ class Report:
     first_step: int = 0  # more than 0 if the run was resumed: time and paging are then counted from there
     seconds: float = 0.0
     tokens_per_second: float = 0.0
+    traffic: dict = field(default_factory=dict)  # what several processes sent to each other (see `distributed`)
     adapter: str | None = None
 
 
@@ -278,48 +281,72 @@ def corpus(job, tokenizer):
     return tuple(running_text(data.jargon(split), tokenizer) for split in ("train", "heldout"))
 
 
-def finetune(job, recipe, out=None, eval_every=0, checkpoint_every=50, measure_before=True, progress=True, trace=False):
+def finetune(
+    job,
+    recipe,
+    out=None,
+    eval_every=0,
+    checkpoint_every=50,
+    measure_before=True,
+    progress=True,
+    trace=False,
+    ranks=ALONE,
+):
     """Run a job; returns its Report. With `out`, the folder gets report.json, checkpoint.safetensors and adapter/ (or model/).
 
     Killed and started again with the same arguments, it goes on from the last checkpoint; on the same machine, with the same BLAS
     kernel, it ends with the same bytes as a run that was left alone. A folder that another process is training in is refused.
 
     trace    also write paging.csv (step, page, event, bytes), from the step at which this process began
+    ranks    the processes that train together, all of which call this; the first has the folder, and each gets the Report
     """
+    with contextlib.ExitStack() as held:
+        done = ranks.first(lambda: _held(held, job, recipe, out))
+        if done is not None:
+            return done
+        progress = progress and ranks.rank == 0
+        return _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace, ranks)
+
+
+def _held(held, job, recipe, out):
+    """Hold the folder for as long as the ExitStack `held` is open; the Report of the run if it has ended there before."""
     if out and job.adapter is not None and files.same(Path(out) / "adapter", job.adapter):
         raise ValueError(
             f"--out {out} would overwrite the adapter that is trained further ({job.adapter}); choose another folder"
         )
-    with files.locked(out) if out else contextlib.nullcontext():
-        done = finished(job, recipe, out)
-        if done is not None:
-            return done
-        if out:
-            files.check_target(out)
-        return _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace)
+    if out:
+        held.enter_context(files.locked(out))
+    done = finished(job, recipe, out)
+    if out and done is None:
+        files.check_target(out)
+    return done
 
 
-def _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace):
+def _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progress, trace, ranks):
     """What `finetune` does, in a folder that is held for it."""
-    model = prepare(job, recipe.seed)
-    digests = inputs(job)  # which reads the text, and forgets it before the corpus does
-    train, heldout = corpus(job, model.tokenizer)
+
+    def begun():
+        model = prepare(job, recipe.seed)
+        digests = inputs(job)  # which reads the text, and forgets it before the corpus does
+        return model, digests, *corpus(job, model.tokenizer)
+
+    model, digests, train, heldout = ranks.each(begun)
     recipe = recipe.planned(train)
     report = Report(asdict(job), asdict(recipe), digests)
     report.trainable, report.parameters = adapters.count_parameters(model)
     report.bits_per_param = _bits_per_param(model)
     about, defaults = _identity(job, report.inputs), {"job": asdict(Job())}
-    check_run(out, train, recipe, about, defaults)  # before anything long
+    ranks.of_one_run(about)
+    ranks.first(lambda: check_run(out, train, recipe, about, defaults))  # before anything long
     pager = Pager(job.page_budget, job.page_bytes, job.pool, job.device, trace=trace, whole_tensors=job.whole_tensors)
 
     def score():
         limits = {"seq_len": recipe.seq_len, "shards": recipe.shards, "limit": job.heldout}
-        return bits_per_byte(model, heldout, progress=progress, **limits), sample(
-            model, None if job.text is None else heldout
-        )
+        bits = bits_per_byte(model, heldout, progress=progress, ranks=ranks, **limits)
+        return bits, ranks.first(lambda: sample(model, None if job.text is None else heldout))
 
     if measure_before:
-        report.weight_error = _weight_error(model, job)
+        report.weight_error = ranks.first(lambda: _weight_error(model, job))
         report.before, report.samples["before"] = score()
     result = fit(
         model,
@@ -335,14 +362,22 @@ def _run(job, recipe, out, eval_every, checkpoint_every, measure_before, progres
         optimizer=OPTIMIZERS[job.optimizer],
         pager=pager,
         progress=progress,
+        ranks=ranks,
     )
     report.after, report.samples["after"] = score()
     report.first_step, report.history = result.first_step, result.history
     report.seconds, report.tokens_per_second = result.seconds, result.tokens_per_second
     report.bytes, report.paging = _bytes(model, result, pager), _paging(pager)
-    if out:
-        _save(report, model, job, Path(out), pager.trace if trace else None)
-    return report
+    if ranks.comm is not None:
+        base = report.parameters - (report.trainable if METHODS[job.method].adapts else 0)
+        report.traffic = ranks.traffic(report.trainable, base, recipe.steps - result.first_step)
+
+    def ended():
+        if out:
+            _save(report, model, job, Path(out), pager.trace if trace else None)
+        return report
+
+    return ranks.first(ended)
 
 
 def _identity(job, digests):
@@ -513,6 +548,7 @@ def describe(report):
     if p["budget"] is not None:
         faults = f"{p['faults']:,} ({p['evictions']:,}) on {p['pages']:,} pages, budget {p['budget']:,} bytes{since}"
         rows += [("page faults (evictions)", faults), ("bytes moved by paging", f"{p['bytes moved']:,}{since}")]
+    rows += describe_traffic(report.traffic)
     rows.append(("training", f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s{since}"))
     if report.adapter:
         what = "adapter" if Path(report.adapter).name == "adapter" else "model"

@@ -4,6 +4,7 @@ Each file is one source. Its last 5 % is never trained on; at the end the finish
 and the folder gets a model card with the recipe and the bits per byte of each source.
 """
 
+import contextlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..models import files
 from ..models.llama import Llama, LlamaConfig
 from .corpus import Text
 from .datafiles import read_records, read_text
+from .distributed import ALONE
 from .train import Recipe, bits_per_byte, fit
 
 HELD_OUT = 0.05
@@ -31,24 +33,27 @@ RECIPE = Recipe(
 )
 
 
-def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, device="cpu", progress=True):
+def pretrain(paths, out, recipe=RECIPE, config=None, checkpoint_every=200, device="cpu", progress=True, ranks=ALONE):
     """Train a Llama on the files and write a Hugging Face folder `out`. Returns {source: bits per byte held out}.
 
     Killed and started again with the same arguments, it goes on from the last checkpoint in `out`, and on the same machine, with the
-    same BLAS kernel, it ends with the same bytes.
+    same BLAS kernel, it ends with the same bytes. `ranks` are the processes that train together (see `finetune`).
     """
-    with files.locked(out):
+
+    def hold():
+        held.enter_context(files.locked(out))
         files.check_target(out)
-        return _run(paths, out, recipe, config or LlamaConfig(), checkpoint_every, device, progress)
+
+    with contextlib.ExitStack() as held:
+        ranks.first(hold)
+        progress = progress and ranks.rank == 0
+        return _run(paths, out, recipe, config or LlamaConfig(), checkpoint_every, device, progress, ranks)
 
 
-def _run(paths, out, recipe, config, checkpoint_every, device, progress):
+def _run(paths, out, recipe, config, checkpoint_every, device, progress, ranks):
     """What `pretrain` does, in a folder that is held for it."""
     backend.module_for(device)
-    names = [Path(p).stem for p in paths]
-    if len(set(names)) < len(names):
-        raise ValueError(f"pretrain: two sources have the same name ({', '.join(names)}); rename a file")
-    texts = {Path(p).stem: np.frombuffer(_running_text(p), np.uint8) for p in paths}
+    texts = ranks.each(lambda: _sources(paths))
     cut = {name: int(len(t) * (1 - HELD_OUT)) for name, t in texts.items()}
     train = Text([t[: cut[name]] for name, t in texts.items()])
     recipe = recipe.planned(train)
@@ -56,7 +61,20 @@ def _run(paths, out, recipe, config, checkpoint_every, device, progress):
     backend.seed(recipe.seed)
     model = Llama(config).to(device)
     about = {"config": asdict(config)}
-    fit(model, train, recipe, out=out, checkpoint_every=checkpoint_every, about=about, progress=progress)
+    fit(model, train, recipe, out=out, checkpoint_every=checkpoint_every, about=about, progress=progress, ranks=ranks)
+    return ranks.first(lambda: _finish(model, out, recipe, config, texts, cut, progress))
+
+
+def _sources(paths):
+    """{name of a file: its bytes as an array}."""
+    names = [Path(p).stem for p in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"pretrain: two sources have the same name ({', '.join(names)}); rename a file")
+    return {Path(p).stem: np.frombuffer(_running_text(p), np.uint8) for p in paths}
+
+
+def _finish(model, out, recipe, config, texts, cut, progress):
+    """Write the finished model and its card; {source: bits per byte held out}."""
     # Positions that were never trained are no part of the finished model.
     model.config = replace(config, max_position_embeddings=min(config.max_position_embeddings, recipe.seq_len))
     model.save_pretrained(out)

@@ -8,6 +8,8 @@ A micro-batch is cut into `shards` that run in threads, BLAS held to one thread 
 lock while it computes; elementwise work then uses both cores too, which a threaded BLAS alone would not do). The
 gradients are summed in a fixed order: the number of shards is part of the recipe, the number of cores is not. On a GPU, which
 is slow at many small pieces, a micro-batch stays whole unless dropout draws masks for each shard.
+
+Where several processes train together (`distributed`), each computes some of a step's shards, and no bit of the result changes.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from ..tape import tape_bytes, watch_rebuilds
 from ..tensor import no_grad, state
 from . import checkpoints
 from .corpus import Pairs, scored_bytes
+from .distributed import ALONE
 from .schedule import schedule
 
 _WAITING = 1024  # batches that are handed to the threads at a time
@@ -136,10 +139,11 @@ def _check_targets(targets, n):
         raise IndexError(f"targets run from {targets.min()} to {targets.max()}; the model knows tokens 0 to {n - 1}")
 
 
-def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False, limit=None):
+def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=False, limit=None, ranks=ALONE):
     """−Σ log₂ p(target | context) / the bytes that the targets stand for, each token of `data` scored once (see `windows`).
 
-    limit: the first so many windows only. The token that ends an answer costs bits and stands for no byte.
+    limit: the first so many windows only. The token that ends an answer costs bits and stands for no byte. Each of the `ranks` scores a
+    part of the batches.
     """
     check_length(model, seq_len)
     places = data.scored(seq_len)
@@ -147,6 +151,7 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     # Logits of more than 4 MB are not piled up.
     batch_size = max(min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1)
     starts = range(0, n, batch_size)
+    mine = [starts[i] for i in ranks.own(len(starts))]
     training = model.training
 
     def score(start):
@@ -160,12 +165,15 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
             nats = ops.softmax_cross_entropy(z, move(wanted, xp), move(counted, xp), reduction="sum").item()
         return nats, scored_bytes(data, targets, mask)
 
+    def scored():
+        with workers(shards) as pool:
+            groups = (mine[i : i + _WAITING] for i in range(0, len(mine), _WAITING))
+            done = itertools.chain.from_iterable(pool.map(score, group) for group in groups)
+            return list(progress_bar(done, progress, total=len(mine), desc="held-out", leave=False))
+
     model.eval()
     try:
-        with workers(shards) as pool:
-            groups = (starts[i : i + _WAITING] for i in range(0, len(starts), _WAITING))
-            done = itertools.chain.from_iterable(pool.map(score, group) for group in groups)
-            scores = list(progress_bar(done, progress, total=len(starts), desc="held-out", leave=False))
+        scores = list(itertools.chain.from_iterable(ranks.gathered(scored)))
     finally:
         model.train(training)
     nbytes = sum(counted for _, counted in scores)
@@ -196,6 +204,7 @@ def fit(
     optimizer=AdamW,
     pager=None,
     progress=True,
+    ranks=ALONE,
 ):
     """Train the model's parameters that require a gradient, in place; returns a Result.
 
@@ -207,6 +216,7 @@ def fit(
     about                     what identifies the run besides the recipe (base model, adapters), compared on resuming
     defaults                  {"job": {option: value}}: what a checkpoint that does not name an option had
     optimizer, pager          AdamW or AdamW8bit, and where its state lives
+    ranks                     the processes that train together, each with this model and these data; the first has `out`
     """
     recipe = recipe.planned(data)
     check_length(model, recipe.seq_len)
@@ -214,17 +224,21 @@ def fit(
     trainable = model.trainable()
     optimizer = _optimizer(optimizer, trainable, recipe, pager)
     result = Result(gradient_bytes=sum(p.nbytes for _, p in trainable), optimizer_bytes=optimizer.state_bytes)
-    identity, path, resuming = checkpoints.check_run(out, data, recipe, about, defaults)
+    checked = ranks.each(lambda: checkpoints.check_run(None if ranks.rank else out, data, recipe, about, defaults))
+    ranks.of_one_run(checked[0])
+    identity, path, resuming = ranks.first(lambda: checked)
     if isinstance(data, Pairs):
         data.within(recipe.seq_len, "learned")  # says what is left out, before the first step
     if resuming:
-        result.first_step = checkpoints.resume(path, recipe, trainable, optimizer, result)
+        result.first_step = ranks.first(lambda: checkpoints.resume(path, recipe, trainable, optimizer, result))
+        result.history, result.tape_bytes = ranks.first(lambda: (result.history, result.tape_bytes))
+    ranks.spread_state(trainable, optimizer if resuming else None)
     first = result.first_step
     evaluated = eval_every if heldout is not None else 0
     weights = [w for _, w in model.named_weights()]
 
     def evaluate():
-        return bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, limit=heldout_limit)
+        return bits_per_byte(model, heldout, recipe.seq_len, shards=recipe.shards, limit=heldout_limit, ranks=ranks)
 
     model.train()
     pace = _Pace()
@@ -237,7 +251,7 @@ def fit(
             optimizer.pager.step = done
             measured = weights if step == first else None
             batches = sampler.batches(step)
-            loss, tape, tokens = _scaled_backward(model, batches, recipe, step, pool, optimizer.pager, measured)
+            loss, tape, tokens = _scaled_backward(model, batches, recipe, step, pool, optimizer.pager, measured, ranks)
             _clip_and_step(optimizer, trainable, recipe, step, loss, path)
             row = {"step": done, "loss": loss}
             if evaluated and (last or done % evaluated == 0):
@@ -248,7 +262,8 @@ def fit(
             result.seconds, result.tokens_per_second = pace.after(loss, tokens)
             bar.set_postfix_str(pace.text(row), refresh=False)
             if path and (last or (checkpoint_every and done % checkpoint_every == 0)):
-                checkpoints.save(path, identity, trainable, optimizer, result)
+                ranks.check_equal(trainable)
+                ranks.first(lambda: checkpoints.save(path, identity, trainable, optimizer, result))
             elif last:
                 checkpoints.check_finite([(name, p.data) for name, p in trainable], asdict(recipe), result)
     model.eval()
@@ -346,7 +361,7 @@ def _scaled_backward(model, *arguments):
             return found
 
 
-def _backward(model, batches, recipe, step, pool, pager=None, measure=None, scale=1.0):
+def _backward(model, batches, recipe, step, pool, pager=None, measure=None, ranks=ALONE, scale=1.0):
     """Set .grad of the mean loss over the step's target tokens; returns (loss, tape bytes if measure lists the weights, tokens read).
 
     scale: of the loss during the backward pass. Where memory runs out, the pager's pages make room (QLoRA §3) and the shard that failed is
@@ -357,31 +372,33 @@ def _backward(model, batches, recipe, step, pool, pager=None, measure=None, scal
         raise ValueError(
             f"step {step + 1}: none of its tokens counts in the loss; give more text, or a larger --seq-len"
         )
-    gradients, loss, tape, tokens = {}, 0.0, 0, 0
-    pieces = _pieces(model, recipe)
-    for i, batch in enumerate(batches):
-        parts = list(zip(*(np.array_split(a, min(pieces, len(a))) for a in batch), strict=True))
+    pieces, trained = _pieces(model, recipe), [p for _, p in model.trainable()]
+    parts = [list(zip(*(np.array_split(a, min(pieces, len(a))) for a in batch), strict=True)) for batch in batches]
+    places = [(i, j) for i, batch in enumerate(parts) for j in range(len(batch))]
 
-        def shard(j, parts=parts, i=i):
-            trying = np.errstate(all="ignore" if scale != 1 else None)  # a gradient that overflows has the scale halved
-            with backend.using_generator(np.random.default_rng([recipe.seed, step, i, j])), trying:
-                return _shard(model, parts[j], count / scale, measure)
+    def shard(place):
+        trying = np.errstate(all="ignore" if scale != 1 else None)  # a gradient that overflows has the scale halved
+        i, j = place
+        with backend.using_generator(np.random.default_rng([recipe.seed, step, i, j])), trying:
+            return _shard(model, parts[i][j], count / scale, measure)
 
-        shards = _side_by_side(pool, shard, len(parts), pager)
-        tape = max(tape, sum(found.tape_bytes for found in shards))
-        for found in shards:
-            loss += found.loss / scale
-            tokens += found.tokens
-            for p, g in found.gradients.items():
-                if p in gradients:
-                    gradients[p] += g
-                else:
-                    gradients[p] = g
-    for _, p in model.trainable():
+    def computed():
+        """Of each shard of this process ({parameter: gradient}, [micro-batch, loss, bytes of its tape, tokens])."""
+        mine = [places[n] for n in ranks.own(len(places))]
+        for i, batch in itertools.groupby(mine, lambda place: place[0]):
+            for found in _side_by_side(pool, shard, list(batch), pager):
+                yield found.gradients, (i, found.loss / scale, found.tape_bytes, found.tokens)
+
+    gradients, told = ranks.summed(computed(), trained)
+    loss, tapes = 0.0, [0] * len(batches)
+    for i, share, nbytes, _ in told:
+        loss += share
+        tapes[i] += nbytes
+    for p in trained:
         p.grad = gradients.get(p)
         if scale != 1 and p.grad is not None:
             p.grad *= 1 / scale
-    return loss, tape, tokens
+    return loss, max(tapes), sum(read for *_, read in told)
 
 
 def _pieces(model, recipe):
@@ -410,9 +427,9 @@ def _shard(model, part, count, measure):
     return _Shard(loss.item(), gradients, tape + max(rebuilt), inputs.size)
 
 
-def _side_by_side(pool, shard, n, pager):
-    """[shard(0), …, shard(n − 1)]; those that ran out of memory again, one after the other and with no page resident."""
-    futures, results = [pool.submit(shard, j) for j in range(n)], []
+def _side_by_side(pool, shard, places, pager):
+    """[shard(place), …]; those that ran out of memory again, one after the other and with no page resident."""
+    futures, results = [pool.submit(shard, place) for place in places], []
     for future in futures:
         try:
             results.append(future.result())
@@ -422,5 +439,5 @@ def _side_by_side(pool, shard, n, pager):
     for j in (j for j, result in enumerate(results) if result is None):
         if pager is not None and pager.evict_all():
             pager.counters.rescues += 1
-        results[j] = shard(j)
+        results[j] = shard(places[j])
     return results
