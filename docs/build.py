@@ -2,6 +2,7 @@
 
     python docs/build.py                 into docs/_build/html; open index.html there
     python docs/build.py --out FOLDER    into FOLDER, which must be new, empty or an earlier book
+    python docs/build.py --repository OWNER/NAME    notebooks link to their copies on Colab and Binder, from that repository of GitHub
 
 It needs `pip install -e '.[book]'`. Notebooks are shown with their stored outputs and are not executed. The book works from a disk
 and from any web server, without a network: nothing in it is loaded from anywhere else.
@@ -29,6 +30,7 @@ sys.path[:0] = [str(DOCS / "_ext"), str(DOCS)]
 
 import check  # noqa: E402
 import explorers  # noqa: E402
+from folders import replace  # noqa: E402
 from layout import book, relative  # noqa: E402
 
 from tinylora.models.files import write_text  # noqa: E402
@@ -41,7 +43,7 @@ WAY = """<main>
 <nav aria-label="The book"><a href="../index.html">tinylora</a> / <a href="../explorer.html">Explore by hand</a></nav>"""
 
 
-def stage(folder):
+def stage(folder, repository=None):
     """Copy what Sphinx reads into a folder, as the book's pages are named; returns how many pages there are."""
     from api import stubs
 
@@ -53,7 +55,9 @@ def stage(folder):
         target = source / (page + Path(path).suffix)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = (known.root / path).read_text(encoding="utf-8")
-        target.write_text(prepared(text) if path.endswith(".ipynb") else text, encoding="utf-8")
+        target.write_text(
+            prepared(text, hosted(path, repository)) if path.endswith(".ipynb") else text, encoding="utf-8"
+        )
     for path in (*known.root.glob("figures/**/*.svg"), *(known.root / path for path in known.files)):
         copy(path, source / path.relative_to(known.root))  # where pages find their images
     for path, url in known.files.items():
@@ -88,8 +92,21 @@ def in_book(text, url):
     return text
 
 
-def prepared(text):
-    """A notebook's text in which folded cells have their first comment as title, and drawings have alt text.
+def hosted(path, repository):
+    """The Markdown that links a notebook to Colab and Binder; empty if the repository OWNER/NAME is not known."""
+    if repository is None:
+        return ""
+    name = repository.partition("/")[2]
+    colab = f"https://colab.research.google.com/github/{repository}/blob/HEAD/{path}"
+    binder = f"https://mybinder.org/v2/gh/{repository}/HEAD?labpath={path}"
+    return (
+        f"Open this notebook in [Colab]({colab}) or in [Binder]({binder}). In Colab, run this in a new first cell:\n\n"
+        f"    !git clone -q --depth 1 https://github.com/{repository} && pip install -q ./{name}\n    %cd {name}/notebooks"
+    )
+
+
+def prepared(text, links=""):
+    """A notebook's text in which folded cells have their first comment as title, drawings have alt text, and `links` stand below the title.
 
     Both come from the cell's first line: "# Measures: how far the codes lie from appendix E", "# Draws: …". Formulas become one line, since
     Jupyter finds them before it reads Markdown, and a line that begins with + would be a list.
@@ -110,7 +127,16 @@ def prepared(text):
                 )
             settings["image"] = {"alt": what.removeprefix("Draws: ")}
         cell["metadata"]["mystnb"] = settings
+    if links:
+        notebook["cells"].insert(1, {"cell_type": "markdown", "id": "hosted", "metadata": {}, "source": links})
     return json.dumps(notebook)
+
+
+def repository(text):
+    """OWNER/NAME, checked."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no repository; expected OWNER/NAME")
+    return text
 
 
 def sphinx(folder, out):
@@ -119,22 +145,6 @@ def sphinx(folder, out):
 
     command = ["-b", "html", "-c", DOCS, "-d", folder / "doctrees", "-j", min(4, os.cpu_count() or 1)]
     return not build_main([str(word) for word in (*command, "-q", "-W", "--keep-going", folder / "src", out)])
-
-
-def replace(new, out):
-    """Put a folder in another's place."""
-    beside = out.with_name(out.name + ".new")  # on the same disk, so that a rename suffices
-    shutil.rmtree(beside, ignore_errors=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(shutil.move(new, beside))
-    if out.exists():
-        old = out.with_name(out.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        out.rename(old)
-        new.rename(out)
-        shutil.rmtree(old)
-    else:
-        new.rename(out)
 
 
 def main(argv=None):
@@ -146,6 +156,9 @@ def main(argv=None):
     )
     parser.add_argument(
         "--out", type=Path, default=DOCS / "_build" / "html", metavar="FOLDER", help="where (docs/_build/html)"
+    )
+    parser.add_argument(
+        "--repository", type=repository, metavar="OWNER/NAME", help="on GitHub, for links to Colab and Binder (none)"
     )
     args = parser.parse_args(argv)
     out, began = args.out.resolve(), time.perf_counter()
@@ -160,7 +173,7 @@ def main(argv=None):
     new = DOCS / "_build" / "new"
     shutil.rmtree(new, ignore_errors=True)
     explorers.main([DOCS / "explorer"])
-    pages = stage(DOCS / "_build")
+    pages = stage(DOCS / "_build", args.repository)
     print(
         f"{pages} pages staged in {time.perf_counter() - began:.0f} s; Sphinx reads and writes them (about a minute)",
         flush=True,
