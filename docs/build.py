@@ -23,6 +23,7 @@ import re
 import shutil
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
@@ -31,7 +32,7 @@ sys.path[:0] = [str(DOCS / "_ext"), str(DOCS)]
 import check  # noqa: E402
 import explorers  # noqa: E402
 from folders import replace  # noqa: E402
-from layout import book, relative  # noqa: E402
+from layout import book, globbed, relative  # noqa: E402
 
 from tinylora.models.files import write_text  # noqa: E402
 
@@ -42,6 +43,37 @@ THEME = """<script>try { document.documentElement.dataset.theme = localStorage.g
 WAY = """<main>
 <nav aria-label="The book"><a href="../index.html">tinylora</a> / <a href="../explorer.html">Explore by hand</a></nav>"""
 
+# what a reader of the book downloads: all that the two commands below need, and a copy of what students write in
+ARCHIVE = ("pyproject.toml", "README.md", "LICENSE", "tinylora/**/*", "notebooks/**/*")
+SINGLE = ("notebooks/my_qlora.py", "notebooks/build_it.md")
+# where the box stands that leads to the downloads: before this mark of a page
+GET = {
+    "README.md": "<!-- main-job -->",
+    "docs/zh/README.md": "```bash",
+    "notebooks/README.md": "<!-- get it -->",
+    "notebooks/build_it.md": "<!-- get it -->",
+}
+BOX = """:::{{admonition}} Get it
+:class: get-it
+{archive} holds the package, the model and the text that come with it, the notebooks, and what grades the answers. Unpack it, and in a
+terminal in its folder:
+
+```bash
+python3 -m venv .venv && .venv/bin/pip install -q -e '.[notebooks]'
+.venv/bin/pytest notebooks -k my-1  # grades step 1 of "Build it"
+```
+
+It needs Python 3.11 or later and pip, and a network once, for the installation. Single files: {single}.
+:::
+
+"""
+CHINESE_BOX = """:::{{admonition}} 下载
+:class: get-it
+{archive} 里有软件包、随附的模型和文本、notebook，以及批改答案的程序。解压后，在终端里进入该文件夹，再运行下面的命令。单个文件：{single}。
+:::
+
+"""
+
 
 def stage(folder, repository=None):
     """Copy what Sphinx reads into a folder, as the book's pages are named; returns how many pages there are."""
@@ -51,13 +83,15 @@ def stage(folder, repository=None):
     for old in (source, extra, folder / "doctrees"):
         shutil.rmtree(old, ignore_errors=True)
     extra.mkdir(parents=True)
+    size = downloads(known, extra / "downloads")
     for path, page in known.pages.items():
         target = source / (page + Path(path).suffix)
         target.parent.mkdir(parents=True, exist_ok=True)
         text = (known.root / path).read_text(encoding="utf-8")
-        target.write_text(
-            prepared(text, hosted(path, repository)) if path.endswith(".ipynb") else text, encoding="utf-8"
-        )
+        if path in GET:
+            text = with_box(text, path, page, size)
+        text = prepared(text, hosted(path, repository)) if path.endswith(".ipynb") else text
+        target.write_text(text, encoding="utf-8")
     for path in (*known.root.glob("figures/**/*.svg"), *(known.root / path for path in known.files)):
         copy(path, source / path.relative_to(known.root))  # where pages find their images
     for path, url in known.files.items():
@@ -70,6 +104,34 @@ def stage(folder, repository=None):
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text, encoding="utf-8")
     return len(known.pages) + len(reference)
+
+
+def downloads(known, folder):
+    """Write what a reader downloads, without the solutions; returns the bytes of the archive. Equal files give equal bytes."""
+    folder.mkdir()
+    for path in SINGLE:
+        copy(known.root / path, folder / Path(path).name)
+    with zipfile.ZipFile(folder / "tinylora.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in globbed(ARCHIVE, known.root):
+            if path not in known.withheld and not path.endswith(".pyc"):
+                entry = zipfile.ZipInfo(f"tinylora/{path}", (1980, 1, 1, 0, 0, 0))
+                entry.external_attr = 0o644 << 16
+                archive.writestr(entry, (known.root / path).read_bytes(), zipfile.ZIP_DEFLATED)
+    return (folder / "tinylora.zip").stat().st_size
+
+
+def with_box(text, path, page, size):
+    """A page's text with the box that leads to the downloads, before its mark."""
+    before, mark, after = text.partition(GET[path] + "\n")
+    if not mark:
+        raise ValueError(f"{path} has no line {GET[path]}, before which the book says how to get the files")
+
+    def link(name, more=""):
+        return f'<a download href="{relative(f"downloads/{name}", page)}">{name}</a>{more}'
+
+    box = CHINESE_BOX if path.startswith("docs/zh/") else BOX
+    single = ("、" if box is CHINESE_BOX else " and ").join(link(Path(name).name) for name in SINGLE)
+    return before + box.format(archive=link("tinylora.zip", f" ({size / 1e6:.1f} MB)"), single=single) + mark + after
 
 
 def copy(path, target):

@@ -14,7 +14,17 @@ project, author, release = "tinylora", "the tinylora authors", tinylora.__versio
 html_title = f"tinylora {release}"
 language = "en"
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.linkcode", "api", "links", "mathml", "search", "sources"]
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.linkcode",
+    "api",
+    "links",
+    "look",
+    "mathml",
+    "search",
+    "sources",
+]
 templates_path = [str(DOCS / "_templates")]
 
 # Markdown and notebooks: outputs are the stored ones, and links are resolved by the extension `links`
@@ -37,7 +47,7 @@ html_static_path = [str(DOCS / "_static")]
 html_extra_path = [str(DOCS / "_build" / "extra")]
 html_favicon = str(DOCS / "_static" / "favicon.svg")
 html_css_files = ["book.css"]
-html_js_files = ["map.js"]
+html_js_files = ["map.js", "scroll.js"]
 html_theme_options = {"top_of_page_buttons": []}
 html_copy_source = html_show_sourcelink = False
 html_domain_indices = False

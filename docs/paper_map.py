@@ -4,8 +4,9 @@
     python docs/paper_map.py --check    write nothing; say which of them is not what the map gives
 
 The book adds a filter to papers.md (docs/_static/map.js). It reads the lines that are written here: an entry is an item of a list,
-which begins with its place in bold and its verdict in italics. The Chinese page has its statements from docs/zh/map.toml, and the
-findings have their words from docs/findings.toml.
+which begins with its place in bold and its verdict in italics, ends its first line with a link to itself, and folds where it is
+computed, tested and derived. The Chinese page has its statements from docs/zh/map.toml, and the findings have their words from
+docs/findings.toml.
 """
 
 import argparse
@@ -44,11 +45,21 @@ def places(claim):
     return " · ".join(f"{what}: " + ", ".join(f"`{place}`" for place in found) for what, found in named if found)
 
 
-def entry(claim, verdict=True):
-    """An entry as an item of a list, with its id as an anchor."""
+def fold(claim):
+    """What the line of `places` folds to, such as "code, 2 tests, notebook 03"."""
+    tests, sections = len(claim.test), dict.fromkeys(place[:2] for place in claim.notebook)
+    parts = ["code"] * bool(claim.code) + [f"{tests} test{'s' * (tests > 1)}"] * bool(tests)
+    return ", ".join([*parts, *(f"notebook {name}" for name in sections)])
+
+
+def entry(claim, verdict=True, page="papers.md"):
+    """An entry as an item of a list, with its id as an anchor and as a link to itself."""
     head = f'<a id="{claim.id}"></a>**{claim.place}** · {claim.kind}' + f" · *{claim.verdict}*" * verdict
     found = f"Found: {claim.number}. {claim.why}" if claim.number else claim.why
-    return "\\\n  ".join(["- " + head, claim.says, found, *([line] if (line := places(claim)) else [])])
+    text = "\\\n  ".join([f"- {head} · [{claim.id}]({page}#{claim.id})", claim.says, found])
+    if not (line := places(claim)):
+        return text
+    return f"{text}\n\n  <details><summary>{fold(claim)}</summary>\n\n  {line}\n\n  </details>"
 
 
 def chinese(word):
@@ -113,6 +124,7 @@ def papers(claims):
         "# The paper map",
         f"The map has {len(claims)} equations, tables, figures and claims of the two papers, of what came after them, and of the "
         "code, each with its verdict. A verdict is held by the tests that the entry names. The statements are in our words.",
+        "<details><summary>What the four verdicts mean, and how often each is given</summary>",
         "- *Holds exactly*: it is arithmetic or algebra, and it comes out, to the printed digits or to a float's rounding.\n"
         "- *Holds at toy scale*: it was seen on a toy or on a small model, which cannot confirm what is said of a large one. "
         'An entry whose explanation begins with "In part" was seen in part.\n'
@@ -120,6 +132,7 @@ def papers(claims):
         "Slips among these are listed under [errata](errata.md).\n"
         "- *Cannot be checked here*: no test decides it. The entry says what is missing, and what was measured.",
         counts(claims),
+        "</details>",
         *listed(claims),
     )
 
@@ -130,9 +143,9 @@ def errata(claims):
     return page(
         "# Errata",
         f"These {len(slips)} statements of the papers, and of the code that came with them, are slips. Each says what stands there, "
-        "what comes out instead, and which test shows it. An entry is cited by its address, which does not change. "
+        "what comes out instead, and which test shows it. An entry is cited by the address of its link, which does not change. "
         "All of them are on [the paper map](papers.md), too.",
-        *listed(slips, lambda claim: entry(claim, verdict=False)),
+        *listed(slips, lambda claim: entry(claim, verdict=False, page="errata.md")),
     )
 
 

@@ -5,11 +5,13 @@ TINYLORA_BOOK=docs/_build/html pytest tests/test_book.py
 
 import functools
 import http.server
+import importlib.util
 import json
 import os
 import re
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -188,16 +190,36 @@ def test_search_cuts_numbers_as_words():
     assert search.Search({}).split("5366016 bytes, 1024 in 64.") == ["5,366,016", "bytes", "1,024", "in", "64,"]
 
 
-def test_folded_cells_and_drawings(tmp_path):
+@pytest.fixture
+def build():
+    """docs/build.py as a module."""
     sys.path.insert(0, str(DOCS))
     try:
-        import importlib.util
-
         spec = importlib.util.spec_from_file_location("build_book", DOCS / "build.py")
         build = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(build)
     finally:
         sys.path.remove(str(DOCS))
+    return build
+
+
+def test_a_page_gets_the_box_of_the_downloads_before_its_mark(build):
+    text = build.with_box("before\n\n<!-- get it -->\nafter", "notebooks/build_it.md", "notebooks/build_it", 6_900_000)
+    before, _, after = text.partition("<!-- get it -->\n")
+    assert before.startswith("before\n\n:::{admonition} Get it") and after == "after"
+    assert '<a download href="../downloads/tinylora.zip">tinylora.zip</a> (6.9 MB)' in before
+    with pytest.raises(ValueError, match=r"notebooks/README\.md has no line <!-- get it -->, before which"):
+        build.with_box("no mark", "notebooks/README.md", "notebooks/index", 1)
+    for path, mark in build.GET.items():
+        assert f"{mark}\n" in (layout.ROOT / path).read_text(encoding="utf-8")
+
+
+def test_the_gallery_begins_with_its_contents():
+    contents, *parts = re.split(r"^##+ (.+)$", (DOCS / "gallery.md").read_text(encoding="utf-8"), flags=re.M)
+    assert re.findall(r"\[([^]]+)\]\(#", contents) == parts[::2]
+
+
+def test_folded_cells_and_drawings(build):
     drawn = [{"output_type": "execute_result", "data": {"image/png": ""}, "metadata": {}}]
     cells = [
         {"cell_type": "markdown", "source": ["costs $a\n", "+ b$, and `$x\n$`"], "metadata": {}},
@@ -242,6 +264,63 @@ def test_every_built_page():
 @built
 def test_the_number_is_a_word_of_the_search():
     assert "0.9677083" in check.terms(BUILT)
+
+
+def _page(name):
+    return (BUILT / f"{name}.html").read_text(encoding="utf-8")
+
+
+@built
+def test_the_archive_holds_what_students_need_and_no_solution(build):
+    known = layout.book()
+    with zipfile.ZipFile(BUILT / "downloads" / "tinylora.zip") as archive:
+        held = {name.removeprefix("tinylora/"): archive.read(name) for name in archive.namelist()}
+    assert held.keys() >= {
+        "pyproject.toml",
+        "tinylora/data/base/model.safetensors",
+        "notebooks/conftest.py",
+        "notebooks/my_qlora.py",
+    }
+    assert not held.keys() & known.withheld
+    assert not [name for name, inside in held.items() if re.search(rb"^\s*# BEGIN SOLUTION\s*$", inside, re.M)]
+    for path in build.SINGLE:
+        assert (BUILT / "downloads" / Path(path).name).read_bytes() == (known.root / path).read_bytes()
+    for path in build.GET:
+        assert "downloads/tinylora.zip" in _page(known.pages[path]), path
+
+
+@built
+def test_the_first_page_says_what_it_is_about_and_leads_to_the_explorers():
+    text = _page("index").partition('role="main"')[2]
+    first = text.partition("</p>")[0]
+    assert "LoRA fine-tunes a large language model" in first and "QLoRA" in first
+    assert text.index('href="explorer.html"') < text.index("<table")
+    assert re.search(r'class="next-page" href="readme.html">.*?class="title">The README<', text, re.S)
+
+
+@built
+@pytest.mark.parametrize("name", ["papers", "errata"])
+def test_each_entry_shows_its_address_and_folds_its_tests(name):
+    text = _page(name)
+    ids = [claim.id for claim in paper_map.claims() if name == "papers" or claim.erratum]
+    for one in ids:
+        entry = text.partition(f'<a id="{one}"></a>')[2].partition("</li>")[0]
+        assert re.search(rf'<a [^>]*href="{name}\.html#{one}">{one}</a>', entry), one
+        assert "::test_" not in entry.partition("<details>")[0], one
+
+
+@built
+def test_each_test_of_the_questions_leads_to_its_line():
+    named = re.findall(r"(<a [^>]*>)?<code[^>]*><span class=\"pre\">(test_\w+)</span>", _page("questions"))
+    assert len(named) > 20
+    for link, name in named:
+        assert re.search(r'href="tests/[\w/]+\.py\.html#L-\d+"', link), name
+
+
+@built
+def test_chinese_pages_say_so():
+    assert all('lang="zh-Hans"' in _page(page)[:200] for page in layout.book().pages.values() if page.startswith("zh/"))
+    assert 'lang="en"' in _page("index")[:200]
 
 
 @pytest.fixture
@@ -372,23 +451,102 @@ def test_search_in_a_browser(open_page, server, asked_for, title, shown):
     assert wrong == []
 
 
+# the entries of the map that are seen; playwright's own selectors take a second for it
+SHOWN = "[...document.querySelectorAll('li > p > a[id]')].filter(anchor => anchor.parentElement.offsetParent).map(anchor => anchor.id)"
+
+
 @built
 def test_the_map_is_filtered_in_a_browser(open_page, server):
     """By paper, verdict and words; the address keeps the choice, and a link to an entry leads to it."""
     claims = [claim for claim in paper_map.claims() if (claim.paper, claim.verdict) == ("QLoRA", "does not follow")]
     page, _, _ = open_page(f"{server}papers.html")
-    shown = "items => items.filter(item => item.offsetParent).map(item => item.querySelector('a[id]').id)"
-    entries = "li:has(> p a[id], > a[id])"
-    assert len(page.eval_on_selector_all(entries, shown)) == len(paper_map.claims())
+    assert len(page.evaluate(SHOWN)) == len(paper_map.claims())
     page.select_option(".map-filter select[aria-label=paper]", "QLoRA")
     page.select_option(".map-filter select[aria-label=verdict]", "does not follow")
-    assert page.eval_on_selector_all(entries, shown) == [claim.id for claim in claims]
+    assert page.evaluate(SHOWN) == [claim.id for claim in claims]
     assert page.inner_text(".map-filter p") == f"{len(claims)} of {len(paper_map.claims())} entries"
     page.fill(".map-filter input", "eq. 4")
-    assert "qlora-eq-4" in page.eval_on_selector_all(entries, shown) and "words=eq.+4" in page.url
+    assert "qlora-eq-4" in page.evaluate(SHOWN) and "words=eq.+4" in page.url
     page.goto(page.url)  # anew
-    assert "qlora-eq-4" in page.eval_on_selector_all(entries, shown)
+    assert "qlora-eq-4" in page.evaluate(SHOWN)
     page.goto(f"{server}errata.html#{next(claim.id for claim in claims if claim.erratum)}")
     page.wait_for_function(
         "Math.abs(document.querySelector(location.hash).getBoundingClientRect().top) < 900", timeout=20000
+    )
+
+
+@built
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_map_begins_with_its_filter(open_page, server, width):
+    """It stands above the first entry, both on the first screen, and stays while one reads."""
+    page, _, _ = open_page(f"{server}papers.html", viewport={"width": width, "height": 800})
+    top = "document.querySelector({!r}).getBoundingClientRect().top"
+    assert page.evaluate(top.format(".map-filter")) < page.evaluate(top.format("#lora-eq-1")) < 700
+    assert page.eval_on_selector_all("details[open]", "x => x.length") == 0
+    page.evaluate("scrollTo({top: 9000, behavior: 'instant'})")
+    assert 0 <= page.evaluate(top.format(".map-filter")) < 60
+    page.goto(f"{server}papers.html?words=eq#qlora-eq-4")
+    page.wait_for_function("scrollY > 0")
+    box = page.evaluate("document.querySelector('.map-filter').getBoundingClientRect().bottom")
+    assert box <= page.evaluate("document.querySelector('#qlora-eq-4').parentElement.getBoundingClientRect().top") < 400
+
+
+@built
+def test_the_map_finds_places_and_numbers_as_they_are_written(open_page, server):
+    page, _, _ = open_page(f"{server}papers.html")
+
+    def found(words):
+        page.fill(".map-filter input", words)
+        return page.evaluate(SHOWN)
+
+    places = {claim.id: claim.place for claim in paper_map.claims()}
+    for ways, stands in [
+        (("figure 2", "fig. 2"), r"figure 2\b"),
+        (("eq. 4", "equation 4"), r"eq\. 4\b"),
+        (("section 4.2", "§4.2"), r"§4\.2\b"),
+        (("appendix D", "appendix d"), r"appendix D|D\.\d"),
+    ]:
+        assert {tuple(found(words)) for words in ways} == {tuple(found(ways[0]))}
+        assert set(found(ways[0])) == {one for one, place in places.items() if re.search(stands, place)}, ways
+    assert {"lora-table-3-full", "lora-eq-1"} & set(found("table 3")) == {"lora-table-3-full"}
+    assert "tables 2 to 4" in {places[one][:13] for one in found("table 3")}
+    for one, other in [("1.2TB", "1.2 TB"), ("18874368", "18,874,368")]:
+        assert found(one) == found(other) != []
+    assert found("figure 99") == [] and page.inner_text(".map-filter p").startswith("0 of ")
+    assert page.get_attribute(".map-filter p", "aria-live") == "polite"
+    page.click("text=show all")
+    assert len(page.evaluate(SHOWN)) == len(places) and "?" not in page.url
+
+
+@built
+def test_what_is_wide_says_so(open_page, server):
+    """On a phone, what scrolls is reached by the keyboard and has a name and a shadow; on a screen no line of code is cut."""
+    page, _, _ = open_page(f"{server}index.html", viewport={"width": 390, "height": 800})
+    for name in ["notebooks/build_it", "notebooks/05_building_nf4", "api/quant", "tinylora/quant.py"]:
+        page.goto(f"{server}{name}.html")
+        page.eval_on_selector_all("details", "all => all.forEach(one => { one.open = true; })")
+        page.wait_for_selector("article [role=region]")
+        page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        wide = page.eval_on_selector_all(
+            "article .table-wrapper, article pre",
+            """boxes => boxes.filter(box => box.scrollWidth > box.clientWidth + 1).map(box =>
+            [box.tabIndex, box.getAttribute("role"), !!box.getAttribute("aria-label"), getComputedStyle(box).boxShadow !== "none"])""",
+        )
+        assert wide and set(map(tuple, wide)) == {(0, "region", True, True)}, name
+    page.set_viewport_size({"width": 1280, "height": 800})
+    for name in ["api/quant", "tinylora/quant.py", "tinylora/kernels/rounding.py", "notebooks/05_building_nf4"]:
+        page.goto(f"{server}{name}.html")
+        cut = page.eval_on_selector_all(
+            "article pre", "boxes => boxes.filter(box => box.scrollWidth > box.clientWidth + 1).length"
+        )
+        assert cut == 0, name
+
+
+@built
+def test_a_folded_cell_looks_as_the_notebooks_call_it(open_page, server):
+    page, _, _ = open_page(f"{server}notebooks/05_building_nf4.html")
+    assert "Click •••" in page.inner_text("article")
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('details.hide > summary'), '::before').content")
+        == '"•••"'
     )

@@ -2,6 +2,7 @@
 
 import html
 import posixpath
+import re
 
 from layout import book
 from sphinx.util.display import status_iterator
@@ -20,7 +21,10 @@ def pages(app):
     for path, page in named:
         text = (shown.root / path).read_text(encoding="utf-8")
         language = LANGUAGES.get(posixpath.splitext(path)[1], "bash" if path == ".ci/run" else "text")
-        code = highlighter.highlight_block(text, language, linenos="inline", lineanchors="L", anchorlinenos=True)
+        code = highlighter.highlight_block(
+            text, language, linenos="inline", lineanchors="L", anchorlinenos=True, linespans="S"
+        )
+        code = re.sub(r'<span id="S-\d+">', "<span>", code)  # around each line, which wraps by itself
         title = html.escape(path)
         yield (
             page,

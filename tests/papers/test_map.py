@@ -278,5 +278,6 @@ def test_the_pages_are_what_the_map_gives(capsys):
         "a-b", "LoRA", "eq. 1", "equation", "It is so.", "holds exactly", "2 bits", "It came out.", ("a/b.py:c",)
     )
     assert pages.entry(one) == (
-        '- <a id="a-b"></a>**eq. 1** · equation · *holds exactly*\\\n  It is so.\\\n  Found: 2 bits. It came out.\\\n  Code: `a/b.py:c`'
+        '- <a id="a-b"></a>**eq. 1** · equation · *holds exactly* · [a-b](papers.md#a-b)\\\n  It is so.\\\n  Found: 2 bits. It came out.'
+        "\n\n  <details><summary>code</summary>\n\n  Code: `a/b.py:c`\n\n  </details>"
     )
