@@ -243,7 +243,7 @@ def draw(names, data=DATA):
     given = {name: (_numbers(path, PICTURES[name].stored),) for name, path in stored.items()}
     for name in names:
         start = time.perf_counter()
-        svg = _file(PICTURES[name].function, *given.get(name, ()))
+        svg = as_svg(PICTURES[name].function, *given.get(name, ()))
         yield name, svg, time.perf_counter() - start
 
 
@@ -256,7 +256,7 @@ def _numbers(path, holds):
     return data
 
 
-def _file(function, *data):
+def as_svg(function, *data):
     """The figure that function(*data) draws as a file's bytes, whatever a matplotlibrc of this machine says."""
     require_matplotlib()
     from matplotlib import style
