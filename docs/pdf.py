@@ -62,6 +62,9 @@ def render(article=ARTICLE):
     markdown.use(dollarmath_plugin, renderer=mathematics)
     body = markdown.render(article.read_text(encoding="utf-8").replace(" %", "\N{NO-BREAK SPACE}%"))
     body = re.sub(r'<img src="([^"]+)"', lambda found: f'<img src="{_embedded(article.parent / found[1])}"', body)
+    body = re.sub(
+        r'<a href="(?!#)[^"]*">(.*?)</a>', r"\1", body
+    )  # files of the repository are not beside what is printed
     caption = r"<p><em>((?:Figure|Table) \d+\..*?)</em></p>"
     body = re.sub(
         rf"(?:<p>(<img [^>]*>)</p>|(<table>.*?</table>))\n{caption}",

@@ -109,9 +109,8 @@ Y = X @ W_hat.T + (X @ A.T @ B.T) * s
 assert Y.tobytes() == layer(tl.Tensor(X)).data.tobytes() and s == 0.25
 
 # %% [markdown]
-# The output has the library's bits. A LoRA layer on a dense $\hat W$ has the same
-# output and the same gradients (folded). **To the rest of the network a QLoRA layer is
-# a LoRA layer on $\hat W$.**
+# A LoRA layer on a dense $\hat W$ has the same output and the same gradients (folded).
+# **To the rest of the network a QLoRA layer is a LoRA layer on $\hat W$.**
 
 
 # %% tags=["hide-input"]
@@ -341,6 +340,37 @@ assert (round(stored / 1e9, 2), round(2 * sum(weights) / 1e9, 2)) == (3.34, 12.9
 # %% [markdown]
 # ## 6 · What a training run adds
 #
+# One step with AdamW, on the layer of section 2:
+
+
+# %% tags=["hide-input"]
+# Measures: what each tensor of a step is stored in, what it is computed in, and whether it has a gradient
+def dtype(*arrays):
+    (name,) = {str(np.asarray(a).dtype) for a in arrays}
+    return name
+
+
+stepped, x = copy.deepcopy(layer), tl.Tensor(X, requires_grad=True)
+stepped.zero_grad()
+y = stepped(x)
+y.backward(G)
+optimizer, base = tl.AdamW(stepped.trainable(), lr=2e-4), stepped.base_layer
+optimizer.step()
+moments = [a for name, a in optimizer.state_dict().items() if name.endswith((".m", ".v"))]
+bypass_ = [stepped.lora_A.weight, stepped.lora_B.weight]
+rows = [
+    ("tensor", "stored in", "computed in", "gradient"),
+    ("x, y", dtype(x.data, y.data), base.compute_dtype, dtype(x.grad, G)),
+    ("W", f"{dtype(q.packed)}, two NF4 codes a byte", f"{base.compute_dtype}, as Ŵ", "none"),
+    ("absmax", f"{dtype(k)}; n and μ {dtype(n, mu)}", dtype(m), "none"),
+    ("A, B", dtype(*(p.data for p in bypass_)), stepped.lora_A.compute_dtype, dtype(*(p.grad for p in bypass_))),
+    ("Adam's m, v", dtype(*moments), dtype(*moments), "none"),
+]
+for row in rows:
+    print("{:12} {:32} {:16} {}".format(*row))
+assert len(moments) == 4 and not hasattr(q, "grad")  # m and v of A and of B; the bytes of W have no gradient
+
+# %% [markdown]
 # - **bfloat16.** QLoRA rounds $X$, $\hat W$ and $Y$ to bfloat16
 #   ([21](21_the_same_equation_on_a_gpu.ipynb), section 3).
 # - **Checkpointing** rebuilds a block's tape in the backward pass, with the same bits
@@ -351,7 +381,7 @@ assert (round(stored / 1e9, 2), round(2 * sum(weights) / 1e9, 2)) == (3.34, 12.9
 #
 # ## Where paper and code differ
 #
-# - **Scale.** Equation 5 has none. As printed, its bypass is 4 times as strong.
+# - **Scale.** As printed, equation 5's bypass is 4 times as strong.
 # - **"∂X/∂W".** §3 asks for this derivative. What is needed is
 #   $\partial Y/\partial X = \hat W$.
 # - **One weight or two.** bitsandbytes' backward pass rounds $\hat W$ to the dtype of

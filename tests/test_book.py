@@ -131,6 +131,81 @@ def test_addresses_seen_from_a_page():
     assert layout.relative("#here", "a/b") == "#here" and layout.relative("mailto:a@b", "a/b") == "mailto:a@b"
 
 
+@pytest.fixture(scope="module")
+def build():
+    """docs/build.py."""
+    sys.path.insert(0, str(DOCS))
+    try:
+        spec = importlib.util.spec_from_file_location("build_book", DOCS / "build.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(DOCS))
+    return module
+
+
+#: What a line may not be where MyST reads Markdown: it would vanish from its page, or become something else than prose.
+LOST = {
+    "a comment": r" {0,3}%",
+    "a break between cells": r" {0,3}\+\+\+",
+    "a target": r" {0,3}\([^)\n]*\)=\s*$",
+    "the address of a link": r" {0,3}\[[^\]\n]+\]:\s",
+    "a directive": r" {0,3}:::",
+    "a heading with a number and no words": r" {0,3}#{1,6}\s+[−-]?\d[\d.,]*(\s*%)?(\s[^·\s].*)?$",
+}
+#: What ends a paragraph if a line of its prose happens to begin so.
+CUT = r" {0,3}(#{1,6}(\s|$)|1[.)]\s|[-+*]\s|=+\s*$|-+\s*$|>)"
+
+
+def lost(text):
+    """The lines of a page of Markdown that MyST takes for something else than the prose that they are. -> [(what, line)]"""
+    found, before, fence, display = [], "", False, False
+    for line in text.splitlines():
+        if re.match(r"\s*(```|~~~)", line):
+            before, fence = "", not fence
+            continue
+        opened, display = display, display ^ (line.count("$$") % 2 == 1)
+        if fence or opened:
+            continue
+        found += [(what, line) for what, form in LOST.items() if re.match(form, line)]
+        if before and not re.match(r"\s|([-*+]|\d+[.)]|>|\||#)", before) and re.match(CUT, line):
+            found.append(("no part of the paragraph before it", line))
+        before = "" if display else line.strip() and line
+    return found
+
+
+def test_no_line_of_a_page_vanishes_or_is_taken_for_something_else(build):
+    book, seen = layout.book(), 0
+    for path in book.pages:
+        text = (book.root / path).read_text(encoding="utf-8")
+        if path.endswith(".ipynb"):
+            cells = json.loads(build.prepared(text))["cells"]
+            parts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        else:
+            parts = [text]
+        for part in parts:
+            assert lost(part) == [], path
+            seen += part.count("\n")
+    assert seen > 9000
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("it is 0.0258\n% and 0.0413 %.", "a comment"),
+        ("one\n+++ two", "a break between cells"),
+        ("one\n\n(name)=\n\ntwo", "a target"),
+        ("one\n\n[two]: three", "the address of a link"),
+        ("as in issue\n# 299 of qlora", "a heading with a number and no words"),
+        ("a sum\n+ b", "no part of the paragraph before it"),
+        ("there are\n1. two", "no part of the paragraph before it"),
+    ],
+)
+def test_a_line_that_would_vanish_is_named(text, what):
+    assert what in [found for found, _ in lost(text)]
+    assert lost(f"```text\n{text}\n```") == lost(f"$$\n{text}\n$$") == []
+
+
 def test_no_solution_has_a_page():
     book = layout.book()
     shown = {*book.pages, *book.sources}
@@ -188,19 +263,6 @@ def test_search_cuts_numbers_as_words():
     cut = search.Search({}).split("NF4's offset 0.9677083, of 5,366,016 bytes; 量化 x_1.")
     assert cut == ["NF4", "s", "offset", "0.9677083", "of", "5,366,016", "bytes", "量", "化", "x_1"]
     assert search.Search({}).split("5366016 bytes, 1024 in 64.") == ["5,366,016", "bytes", "1,024", "in", "64,"]
-
-
-@pytest.fixture
-def build():
-    """docs/build.py as a module."""
-    sys.path.insert(0, str(DOCS))
-    try:
-        spec = importlib.util.spec_from_file_location("build_book", DOCS / "build.py")
-        build = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(build)
-    finally:
-        sys.path.remove(str(DOCS))
-    return build
 
 
 def test_a_page_gets_the_box_of_the_downloads_before_its_mark(build):

@@ -359,6 +359,29 @@ def test_at_its_own_block_size_nf4_is_best_in_absolute_and_not_in_squared_error(
     )  # "equal expected number of values" (QLoRA §3) does not hold
 
 
+def test_in_blocks_of_32_nf4_is_further_from_the_best_code_and_still_errs_less():
+    """docs/questions.md: excess and entropy at 32 beside those at 64, and NF4's own squared error."""
+    assert [f"{excess(32, p):.4%}" for p in (1, 2)] == ["0.5697%", "10.9806%"]
+    assert [f"{excess(64, p):.4%}" for p in (1, 2)] == ["0.0250%", "5.8628%"]
+    assert f"{entropy(NF4, 32):.4f}" == "3.9473" and min(excess(32, p) - excess(64, p) for p in (1, 2)) > 0
+    assert f"{1 - expected_error(NF4, 32, 2) / expected_error(NF4, 64, 2):.1%}" == "9.9%"
+
+
+def test_fp4_and_int4_against_nf4_and_the_best_code_in_blocks_of_64():
+    """What each costs above the best code with −1, 0 and 1 and 16 values; `fp4` is bitsandbytes', and `fp4_e2m1` is OCP's."""
+    above = {
+        name: [f"{expected_error(CODES[name][0](64), 64, p) / expected_error(optimal_code(64, p), 64, p) - 1:.1%}"
+               for p in (1, 2)] for name in ("fp4", "int4", "fp4_e2m1", "nf4")
+    }  # fmt: skip
+    assert above == {
+        "fp4": ["32.7%", "86.1%"],
+        "int4": ["25.4%", "44.9%"],
+        "fp4_e2m1": ["10.3%", "39.8%"],
+        "nf4": ["0.0%", "5.9%"],
+    }
+    assert excess(64, 1) < 0.1 / 100
+
+
 def test_closed_forms_stay_within_four_tenths_of_a_percent():
     for I in BLOCKSIZES:
         for p, criterion, bound in ((1, "mae", 0.0008), (2, "mse", 0.0034)):

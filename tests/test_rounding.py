@@ -59,13 +59,43 @@ def test_a_boundary_is_the_midpoints_decimal_rounded_once():
     ours, middle = rounding.decimal_midpoints(values), codebooks.midpoints(values)
     edges = [(x, np.nextafter(x, f32(2))) for x in ours]
     assert all(plain.cuda_nf4(x) == i and plain.cuda_nf4(above) == i + 1 for i, (x, above) in enumerate(edges))
-    assert np.flatnonzero(ours != middle).tolist() == [0, 8, 12, 14]
+    apart = np.flatnonzero(
+        ours != middle
+    )  # boundary i lies between values i and i + 1: 1, 9, 13 and 15 are the upper ones
+    assert apart.tolist() == [0, 8, 12, 14] and (apart + 1).tolist() == [1, 9, 13, 15]
     assert [float(x).hex() for x in ours[[0, 8, 12, 14]]] == [
         "-0x1.b239b20000000p-1",
         "0x1.ec90c60000000p-4",
         "0x1.00da060000000p-1",
         "0x1.b913b20000000p-1",
     ]
+    assert [f"{x:.4f}" for x in ours[[0, 8, 12, 14]]] == ["-0.8481", "0.1203", "0.5017", "0.8615"]
+    assert (np.abs(ours.view(np.int32) - middle.view(np.int32)) <= 1).all(), (
+        "so that of each, 1 float32 is rounded otherwise"
+    )
+
+
+def test_what_a_gpu_wrote_has_the_16_values_of_nf4_and_no_neighbours_of_them():
+    """Were one of the 16 values an ulp off in the CUDA kernel, a product that it wrote would not be the one of codebooks.nf4()."""
+    products = []
+    for case in INDEX_CUDA["cases"]:
+        if case["code"] == "nf4" and not case["nested"]:
+            theirs = arrays(case, QUANT_CUDA)
+            codes = np.stack([theirs["packed"] >> 4, theirs["packed"] & 15], axis=1).ravel()[
+                : theirs["deq_float32"].size
+            ]
+            products.append(
+                (codes, np.repeat(theirs["absmax"], case["blocksize"])[: codes.size], theirs["deq_float32"])
+            )
+    codes, m, written = (np.concatenate(part) for part in zip(*products, strict=True))
+    fine = (m > 1e-30) & (m < 1e30)
+    codes, m, written = codes[fine], m[fine], written[fine]
+    values = codebooks.nf4()
+    assert same(values[codes] * m, written) and len(set(codes.tolist())) == 16
+    for i in range(16):
+        here = codes == i
+        for other in (np.nextafter(values[i], f32(2)), np.nextafter(values[i], f32(-2))):
+            assert not same(other * m[here], written[here]), i
 
 
 def test_the_gpus_reciprocal(rng):

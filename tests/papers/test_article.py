@@ -48,6 +48,11 @@ def percent(x, digits):
     return f"{100 * x:.{digits}f} %"
 
 
+def year():
+    """The year of the article, which the licence has too."""
+    return re.search(r"\(c\) (\d{4})", (TOP / "LICENSE").read_text(encoding="utf-8"))[1]
+
+
 def at_least(x, digits):
     """A percentage that is rounded down."""
     return percent(np.floor(x * 10 ** (digits + 2)) / 10 ** (digits + 2), digits)
@@ -77,14 +82,18 @@ def sentences():
     at = {(I, p): nf4_excess(I, p) for I in (32, 64) for p in (1, 2)}
     fullest = nf4_optimum.usage_blocksize(NF4)
     H = {I: f"{entropy(NF4, I):.4f} bits" for I in (64, fullest)}
-    yield f"tinylora {tinylora.__version__}.*"
-    yield f"In: tinylora, version {tinylora.__version__}."
+    yield f"tinylora {tinylora.__version__}, {year()}.*"
+    yield f"In: the book of tinylora, version {tinylora.__version__}, {year()}."
+    yield f"note = {{In: the book of tinylora, version {tinylora.__version__}}}, year = {{{year()}}}"
     yield f"Its error is {percent(at[64, 1], 4)} above the least."
     yield f"its squared error is {percent(at[64, 2], 4)} above the least. NF4 is nearly optimal for the squared error in blocks of {c2}."
     yield f"its absolute error is {percent(at[32, 1], 4)} above the least, and its squared error is {percent(at[32, 2], 4)} above it."
     yield f"$s_0 = {nf4_optimum.cut():.4f}$"
+    best = {(I, p): percent(nf4_excess(I, p), 4) for I, p in ((c1, 1), (c2, 2))}
+    yield f"NF4 is best for the absolute error in blocks of {c1}, {best[c1, 1]} above the least, and for"
+    yield f"the squared error in blocks of {c2}, {best[c2, 2]} above the least."
     assert max(1 - p1 / c1, 1 - p2 / c2) < 0.05
-    yield "it misses NF4's two best block sizes by less than 5 %."
+    yield "The law misses these two block sizes by less than 5 %."
     yield f"It is {H[64]} in blocks of 64. It is largest in blocks of {fullest}, where it is {H[fullest]}."
     yield f"$o = {codebooks.NF4_OFFSET}$"
     # section 3: all splits
@@ -105,6 +114,8 @@ def sentences():
     within = [I for I in range(40, 120) if nf4_excess(I, 1) < 0.001]
     assert within == list(range(within[0], within[-1] + 1))
     yield f"In blocks of {within[0]} to {within[-1]} weights, and in no others up to 4096,"
+    yield f"and for $p = 1$ in blocks of {within[0]} to {within[-1]}."
+    yield f"for $p = 1$ from {within[0]} to {within[-1]};"
     yield "NF4's absolute error is within 0.1 % of the least"
     away = [np.abs(NF4 - optimal_code(64, p)).max() for p in (1, 2)]
     yield f"No value of NF4 lies more than {away[0]:.4f} from the best code for the absolute error."
@@ -115,6 +126,8 @@ def sentences():
     worst = max(abs(law[0] / law[2] - 1) for law in laws.values())
     yield f"from {OFFSETS[0]} to {OFFSETS[-1]} the law misses $\\text{{E}}[M]$ by at most {at_most(missed, 1)}."
     yield f"the block size is missed by at most {at_most(worst, 0)}."
+    yield f"For codes with other offsets than NF4's it is up to {at_most(worst, 0)} off (Table 5)."
+    yield f"less than 5 % off for NF4, up to {at_most(worst, 0)} off for the others;"
     for p in (1, 2):
         off = [nf4_optimum.deviation(laws[p, o][2], p, o) for o in OFFSETS]
         assert off == sorted(off)
@@ -139,7 +152,8 @@ def sentences():
     below = f"{1e8 * (nf4_excess(c2 - 1, 2) - nf4_excess(c2, 2)):.1f} · 10⁻⁸"
     yield f"the closest are {c2 - 1} and {c2} for $p = 2$. The excess at {c2} is {below} below that at {c2 - 1}."
     yield f"{c1} and {c2} are the best block sizes"
-    yield f"computed, at the block sizes of Table 1, {c1} and {c2} |"
+    yield f"{c1} and {c2} among all from 2 to 4096"
+    yield f"computed, at the block sizes of Table 1, {c1} and {c2};"
     yield f"All were computed at each block size of Table 1, and at {c1} and {c2}."
     yield f"The signs were computed for all best codes of Table 3, and at {c1} and {c2}"
     least = {(I, p): min(np.abs(slope).min() for slope in at_the_corners(I, p)) * p for I in searched for p in (1, 2)}
@@ -190,6 +204,16 @@ def test_the_best_block_sizes_are_the_best_of_all_up_to_4096():
         step = np.diff([nf4_optimum.limit_excess(I, power) for I in range(2, 4097)])
         assert (step[: best - 2] < 0).all() and (step[best - 2 :] > 0).all()
     assert max(range(2, 4097), key=lambda I: entropy(NF4, I)) == 12
+
+
+@pytest.mark.slow
+def test_nf4s_split_is_the_best_wherever_the_text_says():
+    """At the computed block sizes of Table 5 for each error, and from 52 to 93 for p = 1, by as much as at those of Table 1."""
+    sizes = [(nf4_optimum.law(p, o)[2], p) for p in (1, 2) for o in OFFSETS] + [(I, 1) for I in range(52, 94)]
+    for I, p in sizes:
+        least = splits(I, p)
+        assert min(least, key=least.get) == 6 and sorted(least.values(), reverse=True) == list(least.values())
+        assert least[5] / least[6] - 1 > {1: 0.0372, 2: 0.114}[p], (I, p)
 
 
 # --------------------------------------------------------------------------------------------------------------- what proofs use
@@ -372,7 +396,7 @@ def pdf():
 
 def test_the_page_that_is_printed_loads_nothing_and_typesets_all_mathematics(pdf):
     page = pdf.render()
-    assert not re.search(r"""(?:src|href)="(?!data:)|url\(|@import|<script""", page)
+    assert not re.search(r"""(?:src|href)="(?!data:|#)|url\(|@import|<script""", page)
     body = re.sub(r"<math.*?</math>", "", page.split("</style>")[1], flags=re.S)
     assert "$" not in body and "\\" not in body and page.count("<math") > 150
     assert page.count("<figcaption>") == 10, "eight tables and two figures"
@@ -399,3 +423,16 @@ def test_the_citation_is_a_citation():
     assert citation["cff-version"] == "1.2.0" and citation["authors"] == [{"name": "The tinylora authors"}]
     assert citation["license"] == "MIT" and citation["message"] and citation["title"]
     assert citation["version"] == tinylora.__version__, "which YAML would read as a number if it had one point"
+    (article,) = citation["references"]
+    assert str(article["year"]) == year() and f"# {article['title']}\n" in TEXT
+
+
+def test_what_can_be_cited_has_an_anchor_before_it():
+    places = re.findall(r'<a id="([a-z]+-\d|law)"></a>\**(.*)\n\n?(.*)', TEXT)
+    named = {anchor: first for anchor, first, _ in places}
+    for anchor in ("theorem-1", "theorem-2", "proposition-3", "law"):
+        assert named[anchor].lower().startswith(anchor.replace("-", " ") if "-" in anchor else "the law.")
+    tables_of = re.findall(r'<a id="table-(\d)"></a>\n\n(?:\|.*\n)+\n\*Table (\d)\.', TEXT)
+    assert tables_of == [(str(n), str(n)) for n in range(1, 9)] and len(places) == 12
+    linked = set(re.findall(r"\]\(#([^)]+)\)", TEXT))
+    assert linked <= set(named) and {*named} - linked == {f"table-{n}" for n in range(2, 8)}

@@ -3,8 +3,10 @@
 A name that says "not" holds a claim that fails, or a number that does not follow.
 """
 
+import re
 from dataclasses import replace
 from math import erf, sqrt
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 import tinylora as tl
 from tinylora import codebooks, quantize
 from tinylora.costs import memory
-from tinylora.papers import nf4_construction, normality, qlora_numbers
+from tinylora.papers import map, nf4_construction, normality, qlora_numbers
 from tinylora.papers.qlora_numbers import FIGURE_6, SIZES, TABLE_4
 
 ROWS = qlora_numbers.audit()
@@ -115,6 +117,9 @@ def test_eq_4_literally_is_not_NF4_and_contains_the_0_that_the_text_denies():
     assert (least.computed, least.verdict) == (0, "does not hold")
     q = nf4_construction.equation_4()[1:]
     assert np.abs(q + q[::-1]).max() < 1e-15 and q[7] == 0
+    Q = [NormalDist().inv_cdf(i / 16) for i in range(1, 16)]  # 2^k in the denominators: what the text means
+    meant = np.add(Q[:-1], Q[1:]) / 2
+    assert len(meant) == 14 and np.abs(meant + meant[::-1]).max() < 1e-15 and np.abs(meant).min() > 0.07
 
 
 def test_s3_NF4_has_8_values_up_to_0_and_9_from_0_on():
@@ -274,6 +279,8 @@ def test_table_4_the_last_mean_is_not_that_of_its_row():
 def test_table_4_FP4_is_not_consistently_a_point_behind():
     behind = [round(a - b, 1) for a, b in zip(TABLE_4["BFloat16"][0], TABLE_4["Float4"][0], strict=True)]
     assert behind == [1.2, 1.6, -0.1, 0.6, 1.8, 2.0, 0.5, -0.8]
+    (why,) = (claim.why for claim in map.claims() if claim.id == "qlora-table-4-fp4")
+    assert [float(n) for n in re.findall(r"\d\.\d", why)] == [0.1, 0.8, min(x for x in behind if x > 0), max(behind)]
     row = one("Table 4", "points behind")
     assert row.verdict == "does not hold" and f"{row.computed:.2f}" == "0.85"
     assert row.note == "−0.8 to 2.0; behind in 6 of 8"
