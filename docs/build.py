@@ -17,6 +17,7 @@ converted, an image without alt text. FOLDER is replaced only when all pages are
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -44,7 +45,8 @@ WAY = """<main>
 <nav aria-label="The book"><a href="../index.html">tinylora</a> / <a href="../explorer.html">Explore by hand</a></nav>"""
 
 # what a reader of the book downloads: all that the two commands below need, and a copy of what students write in
-ARCHIVE = ("pyproject.toml", "README.md", "LICENSE", "tinylora/**/*", "notebooks/**/*")
+ARCHIVE = ("pyproject.toml", "README.md", "LICENSE", "tinylora/**/*", *(f"notebooks/*.{end}" for end in ("py", "ipynb", "md")),
+           "notebooks/checks/*.py", "notebooks/drawings/*.py")  # fmt: skip
 SINGLE = ("notebooks/my_qlora.py", "notebooks/build_it.md")
 # where the box stands that leads to the downloads: before this mark of a page
 GET = {
@@ -108,6 +110,7 @@ def stage(folder, repository=None):
 
 def downloads(known, folder):
     """Write what a reader downloads, without the solutions; returns the bytes of the archive. Equal files give equal bytes."""
+    refuse_answers((known.root / "notebooks/my_qlora.py").read_text(encoding="utf-8"))
     folder.mkdir()
     for path in SINGLE:
         copy(known.root / path, folder / Path(path).name)
@@ -118,6 +121,16 @@ def downloads(known, folder):
                 entry.external_attr = 0o644 << 16
                 archive.writestr(entry, (known.root / path).read_bytes(), zipfile.ZIP_DEFLATED)
     return (folder / "tinylora.zip").stat().st_size
+
+
+def refuse_answers(text):
+    """ValueError if a function of my_qlora.py does more than raise NotImplementedError: the book gives that file to students."""
+    for function in ast.parse(text).body:
+        if isinstance(function, ast.FunctionDef) and not isinstance(function.body[-1], ast.Raise):
+            raise ValueError(
+                f"notebooks/my_qlora.py holds an answer, {function.name}, which the book would give away; move the file away and run "
+                "`python notebooks/build.py my_qlora`"
+            )
 
 
 def with_box(text, path, page, size):

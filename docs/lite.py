@@ -13,7 +13,7 @@ that this command prints, since the page and its Python go together.
 
 The notebooks of the repository stay as they are. The copies in the site begin with a cell that installs tinylora from the site, have
 no stored outputs, and links to files that the site lacks are text. Notebook 01 trains for 20 steps there and not for 60, since a
-browser multiplies matrices about ten times slower.
+browser multiplies matrices more slowly (docs/zero_install.md has the seconds).
 """
 
 import argparse
@@ -55,7 +55,7 @@ def course_copy(name, text, there):
     notebook = json.loads(text)
     says = "**In the browser.** The cell below installs tinylora into this page. It takes less than a minute."
     if name == NOTEBOOKS[0]:
-        says += " Training takes 20 steps here, and 60 in the repository, where NumPy is about ten times faster."
+        says += " Training takes 20 steps here, and 60 in the repository, where NumPy is faster."
         for cell in notebook["cells"]:
             cell["source"] = "".join(cell["source"])
         for old, new, times in SHORTER:
@@ -114,14 +114,16 @@ def normal(name):
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def missing(folder):
-    """What a folder lacks that should be a Pyodide distribution: file names, sorted."""
+def missing(folder, version):
+    """What a folder lacks that should be this version of Pyodide's distribution: file names, and the version; sorted."""
     files = {"pyodide.mjs", "pyodide.asm.wasm", "pyodide-lock.json", "python_stdlib.zip"}
     lacks = {name for name in files if not (folder / name).is_file()}
     if "pyodide-lock.json" in lacks:
         return sorted(lacks)
-    lock = json.loads((folder / "pyodide-lock.json").read_text(encoding="utf-8"))["packages"]
-    packages, waiting = {normal(name): package for name, package in lock.items()}, [*NEEDED]
+    lock = json.loads((folder / "pyodide-lock.json").read_text(encoding="utf-8"))
+    if (found := lock.get("info", {}).get("version")) != version:
+        lacks.add(f"version {version} (its own is {found})")
+    packages, waiting = {normal(name): package for name, package in lock["packages"].items()}, [*NEEDED]
     for name in waiting:  # the list grows while it is walked
         if name not in packages:
             lacks.add(f"the package {name}")
@@ -162,7 +164,7 @@ def main(argv=None):
         from jupyterlite_pyodide_kernel.constants import PYODIDE_CDN_URL, PYODIDE_VERSION
     except ImportError as error:
         parser.error(f"{error.name} is not installed; run pip install -e '.[lite]'")
-    if args.pyodide and (lacks := missing(args.pyodide)):
+    if args.pyodide and (lacks := missing(args.pyodide, PYODIDE_VERSION)):
         parser.error(
             f"{args.pyodide} lacks {', '.join(lacks[:5])}{' and more' * (len(lacks) > 5)}; "
             f"expected an unpacked full distribution of Pyodide {PYODIDE_VERSION}"

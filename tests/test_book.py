@@ -276,6 +276,18 @@ def test_a_page_gets_the_box_of_the_downloads_before_its_mark(build):
         assert f"{mark}\n" in (layout.ROOT / path).read_text(encoding="utf-8")
 
 
+def test_a_file_with_answers_is_not_given_away(build):
+    own = (layout.ROOT / "notebooks" / "my_qlora.py").read_text(encoding="utf-8")
+    build.refuse_answers(own)
+    with pytest.raises(ValueError, match=r"holds an answer, nearest, which the book would give away"):
+        build.refuse_answers(own.replace('raise NotImplementedError("your answer")', "return x", 1))
+    given = layout.globbed(build.ARCHIVE)
+    assert not [
+        path for path in given if path.startswith("notebooks/") and path.count("/") > 1 and not path.endswith(".py")
+    ]
+    assert not [path for path in given if "for-teachers" in path]
+
+
 def test_the_gallery_begins_with_its_contents():
     contents, *parts = re.split(r"^##+ (.+)$", (DOCS / "gallery.md").read_text(encoding="utf-8"), flags=re.M)
     assert re.findall(r"\[([^]]+)\]\(#", contents) == parts[::2]

@@ -230,6 +230,44 @@ def test_a_run_goes_on_with_another_number_of_ranks(tmp_path):
     assert trained("qlora", longer, out=out)[:2] == expected
 
 
+def test_a_parameter_that_lies_by_columns_is_spread_too():
+    def run(ranks):
+        p = tl.Tensor(np.asfortranarray(np.full((3, 4), ranks.rank, np.float32)))
+        ranks.spread_state([("w", p)])
+        return p.data.tolist()
+
+    assert on_ranks(2, run) == [np.zeros((3, 4)).tolist()] * 2
+
+
+@pytest.mark.parametrize("option", ["eval_every", "checkpoint_every", "heldout_limit"])
+def test_ranks_that_were_told_to_look_at_other_times_are_found(option, tmp_path):
+    def run(ranks):
+        options = {"heldout": TEXT, "eval_every": 1, "checkpoint_every": 1, "heldout_limit": 2} | {
+            option: 2 + ranks.rank
+        }
+        with pytest.raises(ValueError, match=r"rank 1 was given another run than rank 0"):
+            fit(start("lora"), TEXT, RECIPE, progress=False, ranks=ranks, **options)
+
+    on_ranks(2, run)
+
+
+def test_all_ranks_clip_by_the_first_ones_norm(monkeypatch):
+    """Its last bit depends on the BLAS kernel: here each rank's is another one."""
+    here, own = threading.local(), train.clip_grad_norm
+
+    def wrong(parameters, limit, norm=None):
+        return own(parameters, limit, norm) * (1 + 1e-3 * getattr(here, "rank", 0))
+
+    monkeypatch.setattr(train, "clip_grad_norm", wrong)
+    expected = trained("lora", replace(RECIPE, clip=1e-3))[:2]
+
+    def run(ranks):
+        here.rank = ranks.rank
+        return trained("lora", replace(RECIPE, clip=1e-3), ranks=ranks)[:2]
+
+    assert on_ranks(3, run) == [expected] * 3
+
+
 def test_the_evaluation_is_shared_out():
     m = start("lora")
     alone = bits_per_byte(m, TEXT, 16, batch_size=2)

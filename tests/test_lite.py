@@ -65,16 +65,17 @@ def test_where_python_comes_from():
 
 
 def test_a_folder_that_is_no_distribution(tmp_path):
-    assert "pyodide.mjs" in lite.missing(tmp_path)
+    assert "pyodide.mjs" in lite.missing(tmp_path, "314.0.6")
     for name in ("pyodide.mjs", "pyodide.asm.wasm", "python_stdlib.zip", "i.whl"):
         (tmp_path / name).touch()
     lock = {name: {"file_name": "i.whl", "depends": ["Stack_Data"]} for name in (*lite.NEEDED, "stack-data")}
-    (tmp_path / "pyodide-lock.json").write_text(json.dumps({"packages": lock}))
-    assert lite.missing(tmp_path) == []
+    (tmp_path / "pyodide-lock.json").write_text(json.dumps({"info": {"version": "314.0.6"}, "packages": lock}))
+    assert lite.missing(tmp_path, "314.0.6") == []
+    assert lite.missing(tmp_path, "314.0.7") == ["version 314.0.7 (its own is 314.0.6)"]
     lock["numpy"]["file_name"] = "numpy.whl"
     del lock["scipy"]
-    (tmp_path / "pyodide-lock.json").write_text(json.dumps({"packages": lock}))
-    assert lite.missing(tmp_path) == ["numpy.whl", "the package scipy"]
+    (tmp_path / "pyodide-lock.json").write_text(json.dumps({"info": {"version": "314.0.6"}, "packages": lock}))
+    assert lite.missing(tmp_path, "314.0.6") == ["numpy.whl", "the package scipy"]
 
 
 @pytest.mark.parametrize("a_turned", [False, True])

@@ -91,6 +91,19 @@ def test_a_wrong_pullback_is_named(xp):
         broken(leaf(xp, 2, 3)).backward(xp.ones((2, 3), dtype=np.float32))
 
 
+def test_no_grad_decorates_functions_and_is_used_again():
+    x, off = leaf(np, 3), no_grad()
+
+    @no_grad()
+    def inner(n):
+        return x + x if n == 0 else inner(n - 1)
+
+    assert not inner(3).requires_grad
+    with off, off:
+        assert not (x + x).requires_grad
+    assert (x + x).requires_grad
+
+
 def test_no_grad_builds_no_tape(xp):
     a = leaf(xp, 3)
     with no_grad():

@@ -239,7 +239,7 @@ def test_a_diverging_run_says_so():
 def test_a_gradient_that_is_not_finite_reaches_neither_weights_nor_checkpoint(tmp_path, monkeypatch):
     m = adapted()
     before = state(m)
-    monkeypatch.setattr("tinylora.training.train.clip_grad_norm", lambda params, limit: math.nan)
+    monkeypatch.setattr("tinylora.training.train.clip_grad_norm", lambda *given: math.nan)
     with pytest.raises(FloatingPointError, match="norm of its gradient nan"):
         fit(m, TEXT, RECIPE, out=tmp_path, checkpoint_every=1, progress=False)
     assert state(m) == before and not (tmp_path / "checkpoint.safetensors").exists()

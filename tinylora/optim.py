@@ -188,10 +188,10 @@ class AdamW:
         self.pager.write(slot.pages, np.stack([parts["m"].reshape(-1), parts["v"].reshape(-1)]))
 
 
-def clip_grad_norm(params, max_norm):
+def clip_grad_norm(params, max_norm, norm=None):
     """g ← g · min(1, max_norm / ‖g‖₂) over all gradients together; returns ‖g‖₂ before clipping (Pascanu et al. 2013)."""
     grads = [p.grad for p in params if p.grad is not None]
-    total = math.sqrt(sum(device.squares(grads)))
+    total = math.sqrt(sum(device.squares(grads))) if norm is None else norm
     if total > max_norm:
         for g in grads:
             g *= max_norm / total

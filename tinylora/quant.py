@@ -192,18 +192,18 @@ def _quantize(w, form, nested_code, offset, check_finite, name):
 
 def _on_host(flat, form, rule, bounds, order, check_finite, name):
     """(packed, absmax) of a flat float32 weight; of some whole blocks at a time (`in_pieces`), so that it comes into the cache once."""
-    whole, size = np.ascontiguousarray(move(flat, "cpu")), form.blocksize
+    weight, size = np.ascontiguousarray(move(flat, "cpu")), form.blocksize
 
     def quantized(flat):
         absmax = rule.absmax(flat, size)
         # a block's absmax is finite if its weights are; the GPU's rule passes NaN over
         if check_finite and not np.isfinite(absmax if rule is CPU else CPU.absmax(flat, size)).all():
-            _refuse(whole, form.shape, name)
+            _refuse(weight, form.shape, name)
         if form.signed:
             absmax = signed_absmax(flat, absmax, size)
         return _pack(rule.indices(flat, absmax, size, bounds, order, form.code_name == "fp4")), absmax
 
-    return in_pieces(quantized, whole, size)
+    return in_pieces(quantized, weight, size)
 
 
 def _refuse(flat, shape, name):

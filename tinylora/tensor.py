@@ -26,6 +26,7 @@ Differs from torch: gradients are plain arrays. Views do not share a gradient, a
 Leaves out: double backward (the gradient of a gradient), which nothing in LoRA or QLoRA needs.
 """
 
+import contextlib
 import functools
 import heapq
 import itertools
@@ -224,21 +225,22 @@ def _as_array(x):
     return np.asarray(x) if isinstance(x, np.generic) else x
 
 
-class setting:
-    """Within the block, this thread's `state.name` is `value`."""
-
-    __slots__ = ("name", "value", "before")
+class setting(contextlib.ContextDecorator):
+    """Within the block, or within the function that it decorates, this thread's `state.name` is `value`."""
 
     def __init__(self, name, value):
-        self.name, self.value = name, value
+        self.name, self.value, self.before = name, value, []
+
+    def _recreate_cm(self):  # for each call of a decorated function, which several threads may make
+        return setting(self.name, self.value)
 
     def __enter__(self):
-        self.before = getattr(state, self.name)
+        self.before.append(getattr(state, self.name))
         setattr(state, self.name, self.value)
         return self.value
 
     def __exit__(self, *error):
-        setattr(state, self.name, self.before)
+        setattr(state, self.name, self.before.pop())
 
 
 def unbroadcast(g, shape):

@@ -8,7 +8,8 @@
 
 4 |Θ| bytes pass each link of the chain in each direction. They go in pieces of at most 1 MiB; that the last machine waits for the first
 piece, N − 2 pieces long, and every message's latency are left out of t. f counts the products with matrices, forward and backward
-(`flops`); attention's scores are left out. Memory is that of one machine, and no less with more of them: each holds the whole model.
+(`flops`); attention's scores are left out. Memory is that of one machine that computes one part of a step, and no less with more of
+them: each holds the whole model. Each further part of a machine other than the first holds 4 |Θ| bytes of gradients more.
 """
 
 from ..backend import whole

@@ -5,6 +5,8 @@ import threading
 
 import numpy as np
 
+LARGEST = 1 << 18  # elements; more are not kept
+
 
 class _Buffers(threading.local):
     """buffer(name, shape, dtype): the calling thread's array of that name. What it held is lost with the next call of that name."""
@@ -14,6 +16,8 @@ class _Buffers(threading.local):
 
     def __call__(self, name, shape, dtype=np.float32):
         size, dtype = math.prod(shape), np.dtype(dtype)
+        if size > LARGEST:
+            return np.empty(shape, dtype)
         kept = self._kept.get((name, dtype))
         if kept is None or len(kept) < size:
             kept = self._kept[name, dtype] = np.empty(size, dtype)

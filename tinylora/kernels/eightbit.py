@@ -62,7 +62,7 @@ def round_blocks(rows, codes_of, codes, absmax):
 
 
 def fma(a, b, c):
-    """float32(a·b + c), rounded once, on any array module. a, b, c: float32, of shapes that broadcast to that of a."""
+    """float32(a·b + c), rounded once, on any array module. a and c: float32 of one shape; b: float32 that broadcasts to it."""
     xp = array_module(a)
     product = xp.multiply(a, b, dtype=np.float64)  # exact: 24 + 24 bits of 53
     total = product + c  # rounded, and below rounded again: that errs only where it lies half way between two float32

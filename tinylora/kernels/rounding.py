@@ -151,11 +151,9 @@ def cpu_quantize_8bit(x, code, blocksize=256):
     two v_i and comes out as code 131 (2.1e-5) instead of 127 (0). A block of zeros gives code 0, which does no harm
     since its absmax is 0. NaN does not count for absmax and gets the code of v_0.
     """
-    codes_of, blocks, whole = (
-        eightbit.table(code.astype(np.float32).tobytes()),
-        -(-len(x) // blocksize),
-        len(x) // blocksize,
-    )
+    x = np.asarray(x, np.float32)
+    codes_of = eightbit.table(code.astype(np.float32).tobytes())
+    blocks, whole = -(-len(x) // blocksize), len(x) // blocksize
     codes, absmax = np.empty((blocks, blocksize), np.uint8), np.empty(blocks, np.float32)
     step = max(eightbit.CHUNK // blocksize, 1)
     for b in range(0, whole, step):

@@ -15,9 +15,10 @@ trained numbers in float32
 So N is no part of the recipe: one rank, two and four end with the bytes of one process without MPI. MPI's Allreduce sends as little, but
 the order in which it adds depends on N and on the MPI.
 
-Every rank holds all parameters, gradients and optimizer state, and makes the same update. (Sharding them, as ZeRO does, is left out.) Until
-the sum reaches it, a rank other than the first holds the gradients of each of its shards. Rank 0 reads and writes the run's folder; what
-it has read goes to the others. What differs between ranks is said: another text or model, or machines whose BLAS kernels round otherwise.
+Every rank holds all parameters, gradients and optimizer state, and makes the same update, clipped by the norm that rank 0 finds. (Sharding
+them, as ZeRO does, is left out.) Until the sum reaches it, a rank other than the first holds the gradients of each of its shards. Rank 0
+reads and writes the run's folder; what it has read goes to the others. What differs between ranks is said: another text or model, other
+options, or machines whose BLAS kernels round otherwise.
 """
 
 import functools
@@ -50,6 +51,7 @@ class Ranks:
     def __init__(self, comm=None):
         self.comm, self.sent = comm, 0
         self.rank, self.size = (0, 1) if comm is None else (comm.Get_rank(), comm.Get_size())
+        self.leaving = None  # a copy of `comm` for the end alone, so that no other call is met there
 
     def own(self, n):
         """The range of those of n parts that are this rank's."""
@@ -114,12 +116,12 @@ class Ranks:
         """Give every rank rank 0's values of the (name, parameter) pairs, and of an optimizer's state."""
         if self.size == 1:
             return
-        host = [np.array(move(p.data, "cpu")) for _, p in trainable]
+        host = [np.array(move(p.data, "cpu"), order="C") for _, p in trainable]
         self.spread(host)
         for (_, p), values in zip(trainable, host, strict=True):
             p.data = move(values, array_module(p.data))
         if optimizer is not None:
-            state = {name: np.array(a) for name, a in optimizer.state_dict().items()}
+            state = {name: np.array(a, order="C") for name, a in optimizer.state_dict().items()}
             self.spread(state.values())
             optimizer.load_state_dict(state)
 
@@ -289,7 +291,7 @@ def world():
             "beside this Python"
         )
     ranks = Ranks(comm)
-    ranks.leaving = comm.Dup() if ranks.size > 1 else None  # for the end alone, so that no other call is met there
+    ranks.leaving = comm.Dup() if ranks.size > 1 else None
     return ranks
 
 

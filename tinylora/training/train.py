@@ -148,6 +148,7 @@ def bits_per_byte(model, data, seq_len=256, batch_size=16, shards=2, progress=Fa
     check_length(model, seq_len)
     places = data.scored(seq_len)
     n = len(range(len(places))[:limit])
+    ranks.of_one_run({"number of held-out windows": n})
     # Logits of more than 4 MB are not piled up.
     batch_size = max(min(batch_size, (1 << 20) // model.config.vocab_size // seq_len), 1)
     starts = range(0, n, batch_size)
@@ -225,7 +226,7 @@ def fit(
     optimizer = _optimizer(optimizer, trainable, recipe, pager)
     result = Result(gradient_bytes=sum(p.nbytes for _, p in trainable), optimizer_bytes=optimizer.state_bytes)
     checked = ranks.each(lambda: checkpoints.check_run(None if ranks.rank else out, data, recipe, about, defaults))
-    ranks.of_one_run(checked[0])
+    ranks.of_one_run(checked[0] | {"eval_every": eval_every, "checkpoint_every": checkpoint_every})
     identity, path, resuming = ranks.first(lambda: checked)
     if isinstance(data, Pairs):
         data.within(recipe.seq_len, "learned")  # says what is left out, before the first step
@@ -252,7 +253,7 @@ def fit(
             measured = weights if step == first else None
             batches = sampler.batches(step)
             loss, tape, tokens = _scaled_backward(model, batches, recipe, step, pool, optimizer.pager, measured, ranks)
-            _clip_and_step(optimizer, trainable, recipe, step, loss, path)
+            _clip_and_step(optimizer, trainable, recipe, step, loss, path, ranks)
             row = {"step": done, "loss": loss}
             if evaluated and (last or done % evaluated == 0):
                 row["heldout"] = optimizer.pager.yielding(evaluate)
@@ -278,9 +279,16 @@ def _optimizer(kind, trainable, recipe, pager):
     return kind([matrices, vectors], lr=recipe.lr, betas=betas, eps=recipe.eps, pager=pager)
 
 
-def _clip_and_step(optimizer, trainable, recipe, step, loss, checkpoint):
+def _norm(parameters, ranks):
+    """‖g‖₂ as the first rank adds it, on every rank: its sum depends on the BLAS kernel, and so would what is clipped."""
+    return ranks.first(lambda: clip_grad_norm(parameters, math.inf))
+
+
+def _clip_and_step(optimizer, trainable, recipe, step, loss, checkpoint, ranks=ALONE):
     """Clip the gradients, step at the schedule's rate and drop them; FloatingPointError if loss or norm is not finite."""
-    norm = clip_grad_norm([p for _, p in trainable], recipe.clip or math.inf)
+    parameters = [p for _, p in trainable]
+    norm = _norm(parameters, ranks)
+    clip_grad_norm(parameters, recipe.clip or math.inf, norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step + 1}: the loss is {loss} and the norm of its gradient {norm}; lower the learning rate "
@@ -348,7 +356,7 @@ class _Shard:
     tokens: int
 
 
-def _scaled_backward(model, *arguments):
+def _scaled_backward(model, batches, recipe, step, pool, pager=None, measure=None, ranks=ALONE):
     """`_backward` with a loss scale (Micikevicius et al. 2018) where the model multiplies in float16, whose smallest number is 6e-8.
 
     Gradients of 2¹⁶ times the loss are divided by 2¹⁶ again. Where one is not finite, the step is done anew with half the scale; every
@@ -356,8 +364,8 @@ def _scaled_backward(model, *arguments):
     """
     narrow = any(getattr(module, "compute_dtype", "") == "float16" for _, module in model.named_modules())
     for exponent in range(16, -1, -1) if narrow else (0,):
-        found = _backward(model, *arguments, scale=2.0**exponent)
-        if exponent == 0 or math.isfinite(clip_grad_norm([p for _, p in model.trainable()], math.inf)):
+        found = _backward(model, batches, recipe, step, pool, pager, measure, ranks, scale=2.0**exponent)
+        if exponent == 0 or math.isfinite(_norm([p for _, p in model.trainable()], ranks)):
             return found
 
 
