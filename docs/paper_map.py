@@ -25,7 +25,9 @@ STATEMENTS = DOCS / "zh" / "map.toml"
 FINDINGS = DOCS / "findings.toml"
 READMES = ("../README.md", "zh/README.md")
 #: A number of an entry, with its spread and a unit that a finding repeats.
-QUANTITY = re.compile(r"(?<![^\W\d])\d+(?:[.,]\d+)*(?: ± \d+(?:[.,]\d+)*)?(?: (?:%|MB))?")
+QUANTITY = r"(?<![\w.,])\d+(?:[.,]\d+)*(?: ± \d+(?:[.,]\d+)*)?(?: (?:%|MB))?"
+#: What `why` says of a statement that is imprecise and no slip.
+NEARLY = re.compile(r"\b(?:roughly|nearly) right\b")
 CHINESE = {
     "holds exactly": "完全成立",
     "holds at toy scale": "在小规模上成立",
@@ -93,7 +95,14 @@ def chinese_entry(claim, statement):
     """An entry of the Chinese page, with a link to the English one, where its code, tests and sections stand."""
     head = f'<a id="{claim.id}"></a>**{claim.place}** · *{chinese(claim.verdict)}*'
     found = [f"结果：{claim.number}"] if claim.number else []
+    if nearly(claim):
+        found.append("这一陈述大致正确，只是不精确，不算笔误。")
     return "\\\n  ".join(["- " + head, statement, *found, f"[英文条目](../papers.md#{claim.id})"])
+
+
+def nearly(claim):
+    """Whether an entry does not follow and is nearly right all the same, as `why` says."""
+    return claim.verdict == "does not follow" and NEARLY.search(claim.why) is not None
 
 
 def counts(claims, say=str):
@@ -129,7 +138,8 @@ def papers(claims):
         "- *Holds at toy scale*: it was seen on a toy or on a small model, which cannot confirm what is said of a large one. "
         'An entry whose explanation begins with "In part" was seen in part.\n'
         "- *Does not follow*: it comes out otherwise, here or by the paper's own numbers. "
-        "Slips among these are listed under [errata](errata.md).\n"
+        "Slips among these are listed under [errata](errata.md). "
+        'An entry whose explanation has "roughly right" or "nearly right" is imprecise and no slip, and is not listed there.\n'
         "- *Cannot be checked here*: no test decides it. The entry says what is missing, and what was measured.",
         counts(claims),
         "</details>",
@@ -160,7 +170,8 @@ def chinese_papers(claims):
         "- *完全成立*：这是算术或代数，结果相符，精确到印出的数位或浮点数的舍入。\n"
         "- *在小规模上成立*：在玩具问题或小模型上观察到了，这不能证实关于大模型的说法。"
         "如果英文条目的说明以“In part”开头，就只观察到了一部分。\n"
-        "- *不成立*：得出的结果不同，可能是在这里的计算中，也可能是按论文自己的数字。其中的笔误和差错列在[勘误](../errata.md)中（英文）。\n"
+        "- *不成立*：得出的结果不同，可能是在这里的计算中，也可能是按论文自己的数字。其中的笔误和差错列在[勘误](../errata.md)中（英文）。"
+        "标明“大致正确”的陈述只是不精确，不算笔误，也不列在勘误中。\n"
         "- *这里无法检验*：没有测试能够判定它。英文条目说明缺少什么，以及测量了什么。",
         counts(claims, chinese),
         *listed(claims, lambda claim: chinese_entry(claim, found[claim.id]), "## {}（{}）", chinese),
@@ -172,20 +183,24 @@ def findings(claims, path=FINDINGS):
     by_id = {claim.id: claim for claim in claims}
 
     def quantity(match):
-        entry, place = match[1], int(match[2])
-        found = QUANTITY.findall(by_id[entry].number) if entry in by_id else []
-        if not 1 <= place <= len(found):
+        entry, words = match.groups()
+        pattern = words.replace("#", f"({QUANTITY})")
+        found = re.findall(pattern, by_id[entry].number) if entry in by_id else []
+        if "#" not in words or len(found) != 1:
             raise ValueError(
-                f"{path.name}: {match[0]}: expected an entry of the map, and one of its {len(found)} quantities"
+                f"{path.name}: {match[0]}: expected an entry of the map, and words that fit one of its quantities "
+                f"(they fit {len(found)})"
             )
-        return found[place - 1]
+        return found[0]
 
     english, chinese_ones = [], []
     for finding in tomllib.loads(path.read_text(encoding="utf-8"))["finding"]:
         named = [by_id[entry] for entry in finding["entries"] if entry in by_id]
         if len(named) < len(finding["entries"]):
             raise ValueError(f"{path.name}: {', '.join(finding['entries'])}: expected entries of the map")
-        says, says_chinese = (re.sub(r"\{([a-z\d-]+) (\d+)\}", quantity, finding[of]) for of in ("english", "chinese"))
+        says, says_chinese = (
+            re.sub(r"\{([a-z\d-]+): ([^{}]+)\}", quantity, finding[of]) for of in ("english", "chinese")
+        )
         links = ", ".join(f"[{text}]({target})" for text, _, target in finding["links"])
         links_chinese = "，".join(f"[{text}](../../{target})" for _, text, target in finding["links"])
         verdicts = ", ".join(f"[{c.id}](docs/papers.md#{c.id}) {c.verdict}" for c in named)

@@ -168,7 +168,7 @@ def test_eq_6_in_two_steps_is_dequantize_to_the_bit():
 
 def test_s3_gradients_run_through_the_dequantized_weight_and_stop_at_it():
     row = one("§3", "gradients of X")
-    assert row.verdict == "holds" and 0 < row.computed < 1e-6
+    assert row.verdict == "holds" and 0 < row.computed < 2e-8
     assert row.note == "X's with W for Ŵ: 9.3 % off; W has none"
 
 
@@ -243,7 +243,7 @@ def test_figure_3_and_tables_5_and_6_are_not_derivable():
             None,
             None,
         ) and row.note
-    assert one("Figure 3", "").note == "its bits axis: 4.5 a weight, 4.127 with DQ"
+    assert one("Figure 3", "").note == "its bits axis: 4.5 bits a weight, 4.127 with DQ; table 2 has perplexities"
 
 
 def test_table_3_adapters_replicate_RoBERTa_and_do_not_reach_full_fine_tuning_of_T5_11B():

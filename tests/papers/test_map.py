@@ -138,7 +138,9 @@ def pages(tmp_path, monkeypatch):
 
 def test_a_finding_follows_the_map_into_both_readmes(pages, tmp_path, monkeypatch, capsys):
     changed = tuple(
-        replace(c, number="9.9999 ± 0.0001 bits per byte", verdict="holds at toy scale") if c.id == "lora-on-par" else c
+        replace(c, number="9.9999 ± 0.0001 bits per byte behind it", verdict="holds at toy scale")
+        if c.id == "lora-on-par"
+        else c
         for c in CLAIMS
     )
     monkeypatch.setattr(pages.paper_map, "claims", lambda: changed)
@@ -159,11 +161,17 @@ def test_a_finding_follows_the_map_into_both_readmes(pages, tmp_path, monkeypatc
     "old, new, words",
     [
         (
-            "{lora-on-par 1}",
-            "{lora-on-par 2}",
-            r"\{lora-on-par 2\}: expected an entry of the map, and one of its 1 quantities$",
+            "{lora-on-par: # bits",
+            "{lora-on-par: # bytes",
+            r"\{lora-on-par: # bytes .*\}: expected an entry of the map, and words that fit .* \(they fit 0\)$",
         ),
-        ("{lora-on-par 1}", "{lora-no 1}", r"\{lora-no 1\}: expected an entry of the map, and one of its 0"),
+        ("{lora-on-par: #", "{lora-no: #", r"\{lora-no: # .*\}: expected an entry of the map, and words that fit"),
+        (
+            "{lora-on-par: # bits per byte behind}",
+            "{lora-on-par: so}",
+            r"\{lora-on-par: so\}: expected .* \(they fit 0\)$",
+        ),
+        ("{lora-table-6-embedded: least r = #}", "{lora-table-6-embedded: r = #}", r".* \(they fit 2\)$"),
         ('["lora-table-6-embedded"]', '["lora-no"]', "lora-no: expected entries of the map$"),
     ],
 )
@@ -172,6 +180,26 @@ def test_a_finding_that_the_map_does_not_give_is_refused_in_a_sentence(old, new,
     path.write_text(pages.FINDINGS.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     with pytest.raises(ValueError, match=r"^findings\.toml: " + words):
         pages.findings(CLAIMS, path)
+
+
+def test_a_finding_follows_its_words_and_fails_without_them(pages):
+    one = BY_ID["lora-table-6-embedded"]
+    turned = "2.5099 ± 0.0021 bits per byte at the largest r = 64, and 2.6180 ± 0.0035 at the least r = 1"
+    altered = [
+        tuple(replace(c, number=number) if c is one else c for c in CLAIMS) for number in (turned, "0.0035 at r = 1")
+    ]
+    assert pages.findings(altered[0]) == pages.findings(CLAIMS)
+    with pytest.raises(ValueError, match="they fit 0"):
+        pages.findings(altered[1])
+
+
+def test_what_is_nearly_right_is_no_erratum_and_the_pages_say_so(pages):
+    found = [claim for claim in CLAIMS if pages.nearly(claim)]
+    assert {"lora-unmerge", "lora-abstract-10000", "qlora-elo"} <= {claim.id for claim in found}
+    assert not any(claim.erratum for claim in found)
+    text, chinese = (pages.papers(CLAIMS), pages.chinese_papers(CLAIMS))
+    assert '"roughly right" or "nearly right" is imprecise and no slip' in text
+    assert chinese.count("  这一陈述大致正确") == len(found)
 
 
 def test_a_readme_without_the_list_is_refused(pages):

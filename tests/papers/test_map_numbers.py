@@ -121,26 +121,6 @@ def test_a_verdict_of_rows_is_that_of_the_worst():
     assert agreement.bears_out(claim, [Claim.decided("§1", "", "", "none", 1e-9, "roughly")]) == "holds"
 
 
-@pytest.mark.parametrize(
-    "number, lacking",
-    [
-        ("12.98 M", []),
-        ("12.97 M", []),  # cut off
-        ("12.99 M", ["12.99"]),
-        ("14.2 M", []),  # printed
-        ("1.2 M less", []),  # the difference
-        ("below 13 M, at most 13 M", []),
-        ("below 12 M, at least 13 M", ["12", "13"]),
-        ("NF4", []),
-    ],
-)
-def test_a_number_of_the_map_is_looked_for_among_what_was_computed(number, lacking):
-    row = Row.judged("Table 4", "GPT-3", "BitFit", "", "14.2M", 12.976128)
-    claim = replace(BY_ID["lora-eq-1"], place="§1", says="It is so.", number=number)
-    assert agreement.missing(claim, [row]) == lacking
-    assert agreement.missing(claim, [row], " ".join(lacking)) == []
-
-
 # ------------------------------------------------------------------------------------------------------------------ the experiments
 @cache
 def stored():

@@ -76,7 +76,8 @@ def memory_parser(commands):
     g.add_argument(
         "--audit",
         action="store_true",
-        help="the QLoRA paper's numbers, recomputed, and the paper map's verdicts (instead); 1 if these differ",
+        help="the QLoRA paper's numbers, recomputed, and the paper map's verdicts (instead); exit status 1 if one of these, "
+        "or a number in digits beside them, is not computed; words and reasons are not compared",
     )
     g.add_argument(
         "--out", default=None, metavar="FILE", help="where to draw (memory.svg if matplotlib is installed), or none"

@@ -74,7 +74,8 @@ def count_parser(commands):
         "recompute every parameter count of the LoRA paper, and say which rows do not follow their formula",
         "The audit of the LoRA paper's own numbers: printed, recomputed from its formulas, verdict. Then what the paper map says\n"
         "of them, and the line that PEFT prints for LoRA on a T5 of 11 billion weights, from its shapes. The exit status is 1 if\n"
-        "the map says otherwise than the numbers.",
+        "a verdict there is not that of the numbers, or if a number in digits is not among them, in what the map says was found\n"
+        "or in what it says the paper says. Its words, its reasons and numbers in words are not compared.",
         device=False,
         seed=False,
     )

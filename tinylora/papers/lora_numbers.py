@@ -167,7 +167,7 @@ def _section_2_to_4():
         _row("§4.2", "GPT-3", "LoRA", "350GB/35MB", "10,000x", 350e9 / 35e6, "checkpoints, of the printed sizes",
              claim="lora-checkpoint"),
         _row("§4.2", "GPT-3", "FT", "memory in training", "1.2TB", None, mixed, claim="lora-vram"),
-        _row("§4.2", "GPT-3", "LoRA", "1.2TB/350GB", "3x", 1.2e12 / 350e9, "abstract: GPU memory by 3 times",
+        _row("§4.2", "GPT-3", "LoRA", "1.2TB/350GB", "3x", 1.2e12 / 350e9, "abstract: GPU memory by 3 times; §4.2: up to 2/3",
              claim="lora-vram"),
         _row("Footnote 4", "GPT-3", "LoRA", "350GB + 100 × 35MB", "354GB", 350e9 + 100 * 35e6, claim="lora-100-adapters"),
         _row("Footnote 4", "GPT-3", "FT", "100 × 350GB", "35TB", 100 * 350e9, claim="lora-100-adapters"),

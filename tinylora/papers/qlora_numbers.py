@@ -264,9 +264,9 @@ def _equation_4():
         _row("§3, eq. 4", "", "NF4", "i = 0 … 15 as printed: finite values", "16", len(rest), note, claim="qlora-eq-4"),
         Claim.decided("§3, eq. 4", "NF4", "the least magnitude of these", "no exact 0", least, least > 0, "symmetric",
              claim="qlora-eq-4-zero"),
-        _row("§3", "", "NF4", "2^(k−1) quantiles below: values up to 0", "8", int((nf4 <= 0).sum()), "7, and the 0",
+        _row("§3", "", "NF4", "2^(k−1) quantiles below: values up to 0", "8", int((nf4 <= 0).sum()), "7 negative values, and 0",
              claim="qlora-nf4-counts"),
-        _row("§3", "", "NF4", "2^(k−1) + 1 above: values from 0 on", "9", int((nf4 >= 0).sum()), "the 0, and 8",
+        _row("§3", "", "NF4", "2^(k−1) + 1 above: values from 0 on", "9", int((nf4 >= 0).sum()), "0, and 8 positive values",
              claim="qlora-nf4-counts"),
     ]
 
@@ -421,7 +421,7 @@ def _table_2():
 
 def _table_3():
     one, two = _bits()
-    note = f"its bits axis: {4 + one} a weight, {4 + two:.3f} with DQ"
+    note = f"its bits axis: {4 + one} bits a weight, {4 + two:.3f} with DQ; table 2 has perplexities"
     rows = [Claim.decided("Figure 3", "", "mean zero-shot accuracy", "a curve", None, "not derivable", note,
          claim="qlora-fig-3")]
     for model, (full, adapters) in TABLE_3.items():
@@ -475,8 +475,8 @@ def _appendices():
         *_appendix_e(),
         _row("App. F", "", "normality", "Llama 7B's rows rejected at 5 %", "7.5%", None, "others: quantize --normality",
              claim="qlora-app-f"),
-        _row("App. F", "", "normality", "not normal, if all of these are found", f"{share:.1f}%", least, "5 % of normal rows are rejected",
-             claim="qlora-app-f-share"),
+        _row("App. F", "", "normality", "not normal, if all of these are found", f"{share:.1f}%", least,
+             "5 % of normal rows are rejected; these are Llama 7B's", claim="qlora-app-f-share"),
     ]
 
 
@@ -538,7 +538,8 @@ def _table_4():
 def _elo():
     return [
         _row("Table 1", "13b", "Elo", "the same model's in table 7", "916", 913, claim="qlora-elo-13b"),
-        _row("§5.2", "", "Elo", "1100 against 1000", "65%", 100 * win_rate(100), about=True, claim="qlora-elo"),
+        _row("§5.2", "", "Elo", "1100 against 1000", "65%", 100 * win_rate(100), "a lead of 100 points", about=True,
+             claim="qlora-elo"),
         _row("Table 7", "", "Elo", "10 points", "1.5%", 100 * (win_rate(10) - 0.5), about=True, claim="qlora-elo"),
         _row("§5.3", "65b", "Elo", "1023 against GPT-4's 1176", "30%", 100 * win_rate(1023 - 1176), about=True,
              claim="qlora-elo"),
@@ -622,8 +623,12 @@ def _audited(rows):
     """The rows with what was derived from them, and with what the script would print if it counted weights, as `agreement` takes them."""
     trained, _, there = halved_counts()
     counted = [
-        _row("qlora.py", "7b", what, "weights", printed, n, claim="qlora-py-counts")
-        for what, printed, n in (("all", "3,660,320,768", there), ("trained", "79,953,920", trained))
+        _row("qlora.py", "7b", what, "weights, r = 64", printed, n, claim="qlora-py-counts")
+        for what, printed, n in (
+            ("all", "3,660,320,768", there),
+            ("trained", "79,953,920", trained),
+            ("trained", "2.184%", 100 * trained / there),
+        )
     ]
     return agreement.Audit(rows, "qlora-counts", derived(rows), counted)
 
