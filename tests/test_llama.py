@@ -130,6 +130,38 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_it_is_said(window):
             list(m.stream(text[:window], 9))
 
 
+@pytest.mark.parametrize("code", ["nf4", "bfloat16", "int8_vectorwise"])
+def test_generation_on_dense_weights_is_the_same_and_leaves_the_model_as_it_was(code, rng, monkeypatch):
+    m = tl.add_lora(tl.quantize_linears(tiny.model(), code, **({"blocksize": 16} if code == "nf4" else {})), r=2)
+    stored = held(m)
+    prompt, made = tiny.ids(rng, 1, 5)[0].tolist(), []
+    for kind in {type(w) for w in stored}:
+        own = kind.dequantize
+        monkeypatch.setattr(kind, "dequantize", lambda q, dtype=None, own=own: made.append(q) or own(q, dtype))
+    expected, each_time = list(m.stream(prompt, 12, temperature=0.7)), len(made)
+    made.clear()
+    tokens = m.stream(prompt, 12, temperature=0.7, dense=True)
+    assert next(tokens) == expected[0]
+    assert all(layer is w for layer, w in zip(held(m), stored, strict=True)), "between two tokens"
+    assert list(tokens) == expected[1:] and [id(q) for q in held(m)] == [id(q) for q in stored]
+    assert each_time in (0, 12 * len(stored)) and len(made) in (0, len(stored))  # LLM.int8 multiplies whole numbers
+    with pytest.raises(ValueError, match="logits hold NaN"):
+        m.model.embed_tokens.weight.data[:] = np.nan
+        list(m.stream(prompt, 3, dense=True))
+    assert [id(q) for q in held(m)] == [id(q) for q in stored]
+
+
+def test_the_command_generates_the_same_text_on_dense_weights(capsys):
+    command = ["generate", "--quantize", "nf4", "--max-new-tokens", "6"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert main([*command, "--dense"]) == 0 and capsys.readouterr().out == text and len(text) > 6
+
+
+def held(m):
+    return [layer.weight for _, layer in m.named_modules() if isinstance(layer, tl.nn.FrozenLinear)]
+
+
 def test_generation_is_without_dropout_and_leaves_the_mode_alone():
     m = tiny.randomize_lora(tl.add_lora(tiny.model(), r=4, dropout=0.5), np.random.default_rng(0)).train()
     assert m.generate("a", 30, seed=1) == m.generate("a", 30, seed=1) and m.training

@@ -55,6 +55,11 @@ def generate_parser(commands):
     p.add_argument("--temperature", type=rate, default=0.7, help="(0.7)")
     p.add_argument("--top-k", type=positive, default=None, help="(off)")
     p.add_argument("--top-p", type=share, default=None, help="(off)")
+    p.add_argument(
+        "--dense",
+        action="store_true",
+        help="keep the frozen weights dense while the text is generated: the same text sooner, for 4 bytes of memory a weight",
+    )
     p.add_argument("--out", default=None, help="write the text to this file instead of the terminal")
 
 
@@ -68,7 +73,7 @@ def _generate(args):
     model = _open(args, args.adapter, args.weights)
     model.to(args.device).eval()
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
-    options |= {"top_k": args.top_k, "top_p": args.top_p}
+    options |= {"top_k": args.top_k, "top_p": args.top_p, "dense": args.dense}
     if args.chat and not model.tokenizer.chats:
         raise ValueError("--chat: the model knows no turns (it has no chat template); leave --chat out")
     if args.chat and args.prompt is None:

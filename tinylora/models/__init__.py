@@ -5,6 +5,7 @@ folders       model folders, opened without loading them and written one tensor 
 fourbit       a 4-bit weight as bitsandbytes stores it
 eightbit      LLM.int8: the weight, the layer, and how bitsandbytes stores them
 identity      which base a model is, and how it is held: what an adapter carries of its base
+dense         frozen weights that stay dense while a text is generated
 safetensors   the file format of folders, with bfloat16
 rope          rotary positions, scaled or not
 gguf          the file format of llama.cpp, read; gguf_writer writes it

@@ -19,6 +19,7 @@ Left out, with a sentence if a config asks for it: activations other than silu, 
 directions, other architectures. `attention_dropout` is not applied in training.
 """
 
+import contextlib
 import math
 import re
 import warnings
@@ -46,6 +47,7 @@ from ..nn import (
 from ..tape import checkpoint
 from ..tensor import Tensor, no_grad
 from . import eightbit, files, folders, fourbit, rope
+from .dense import DenseWeights
 from .fields import check, either, flag, number, optional, several, shown, text, whole
 from .safetensors import check_finite
 from .tokenizers import ByteTokenizer
@@ -466,11 +468,20 @@ class Llama(Module):
 
     # ------------------------------------------------------------------------------------------------------------- generation
     def generate(
-        self, prompt, max_new_tokens=200, temperature=0.8, top_k=None, top_p=None, seed=0, use_cache=True, stop=None
+        self,
+        prompt,
+        max_new_tokens=200,
+        temperature=0.8,
+        top_k=None,
+        top_p=None,
+        seed=0,
+        use_cache=True,
+        stop=None,
+        dense=False,
     ):
         """The continuation of `prompt` as text. temperature 0 is greedy; equal seeds give equal text. See `stream`."""
         return self.tokenizer.continuation(
-            self.stream(prompt, max_new_tokens, temperature, top_k, top_p, seed, use_cache, stop)
+            self.stream(prompt, max_new_tokens, temperature, top_k, top_p, seed, use_cache, stop, dense=dense)
         )
 
     def stream(
@@ -484,6 +495,7 @@ class Llama(Module):
         use_cache=True,
         stop=None,
         cache=None,
+        dense=False,
     ):
         """Yield new token ids one at a time, each drawn from softmax(logits / temperature).
 
@@ -493,7 +505,7 @@ class Llama(Module):
         tokenizer's end_ids, if there are any (stop=() never stops). With a KV cache each token is one position of work;
         `cache` is one that has seen the prompt's first tokens already. Past max_position_embeddings the window slides:
         the second half of the context is read again and the cache starts anew. A prompt that is longer than that loses its
-        beginning, which a warning says.
+        beginning, which a warning says. `dense` keeps frozen weights dense in between, for 4 bytes each (see models.dense).
         """
         if not (math.isfinite(temperature) and temperature >= 0):
             raise ValueError(f"generate: temperature = {temperature}, expected 0 (greedy) or more")
@@ -509,6 +521,7 @@ class Llama(Module):
         stops = {stop} if isinstance(stop, (int, np.integer)) else set(stop)
         rng, window = np.random.default_rng(seed), self.config.max_position_embeddings
         first = 0  # where the window that the model sees begins
+        weights = DenseWeights(self) if dense else contextlib.nullcontext
         if len(ids) > window and max_new_tokens > 0:
             first, cache = len(ids) - max(window - 1, 1), None
             warnings.warn(
@@ -525,7 +538,7 @@ class Llama(Module):
             training = self.training
             self.eval()  # no dropout; the mode is put back before the caller gets the token
             try:
-                with no_grad(), np.errstate(all="ignore"):  # what overflows is said below, and not by NumPy
+                with weights(), no_grad(), np.errstate(all="ignore"):  # what overflows is said below, and not by NumPy
                     logits = self.forward(np.array([new]), cache).data[0, -1]
             finally:
                 self.train(training)
