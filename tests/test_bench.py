@@ -130,7 +130,7 @@ def test_what_is_not_there_is_said_and_the_others_run():
         "x",
         (
             ours("whole_process", "runs", code="pass"),
-            ours("tinylora_generate", "no option", tokens=1, dense=True),
+            ours("tinylora_generate", "no option", tokens=1, more={"no_such": True}),
             theirs("no library", "copy", "no_such_library", n=4),
             theirs("fails", "copy", n="four"),
             theirs("ends", "whole_process", code="import sys; sys.exit(3)"),
@@ -140,7 +140,7 @@ def test_what_is_not_there_is_said_and_the_others_run():
     found, _ = measure.measure(case, 1, {"here": rows.ROOT}, rounds=2, short=True)
     said = {m.name: m.skipped for m in found}
     assert said["runs"] is None and len(found[0].rounds) == 2
-    assert said["no option"].startswith("not there (AttributeError: generate has no option")
+    assert said["no option"].startswith("not there (AttributeError: generate has no option no_such")
     assert said["no library"] == "left out in a short run"
     assert said["fails"].startswith("failed: TypeError") and said["ends"].startswith("failed: CalledProcessError")
     entry = report.entry("row", case, 1, found, None, ["here"])

@@ -414,8 +414,8 @@ def _torch_step(n, tensors, optimizer):
 PROMPT = "hacker\n  n. "
 
 
-def tinylora_generate(tokens, held="nf4", dense=False):
-    """So many tokens from the embedded model. dense: with the option of `generate` that keeps dense weights, whatever its name."""
+def tinylora_generate(tokens, held="nf4", more=None):
+    """So many tokens from the embedded model. more: {option of `generate`, which an older checkout may lack: value}."""
     import inspect
 
     from tinylora import Llama
@@ -425,12 +425,10 @@ def tinylora_generate(tokens, held="nf4", dense=False):
         from tinylora import quantize_linears
 
         quantize_linears(model, code=held)
-    options = {"max_new_tokens": tokens, "temperature": 0.8, "stop": ()}
-    if dense:
-        found = [name for name in inspect.signature(model.generate).parameters if "dense" in name]
-        if not found:
-            raise AttributeError("generate has no option that keeps dense weights")
-        options[found[0]] = True
+    more = more or {}
+    if lacking := more.keys() - inspect.signature(model.generate).parameters.keys():
+        raise AttributeError(f"generate has no option {', '.join(sorted(lacking))}")
+    options = {"max_new_tokens": tokens, "temperature": 0.8, "stop": (), **more}
     return lambda: model.generate(PROMPT, **options)
 
 

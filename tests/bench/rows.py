@@ -317,7 +317,7 @@ def generate(short):
             "base",
             (
                 ours("tinylora_generate", tokens=tokens),
-                ours("tinylora_generate", dense, tokens=tokens, dense=True),
+                ours("tinylora_generate", dense, tokens=tokens, more={"dense": True}),
                 ours("tinylora_generate", "tinylora, float32", tokens=tokens, held="float32"),
                 theirs(peer, "transformers_generate", "torch", "transformers", sizes=embedded(), tokens=tokens),
             ),
