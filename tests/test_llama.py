@@ -137,7 +137,9 @@ def test_generation_on_dense_weights_is_the_same_and_leaves_the_model_as_it_was(
     prompt, made = tiny.ids(rng, 1, 5)[0].tolist(), []
     for kind in {type(w) for w in stored}:
         own = kind.dequantize
-        monkeypatch.setattr(kind, "dequantize", lambda q, dtype=None, own=own: made.append(q) or own(q, dtype))
+        monkeypatch.setattr(
+            kind, "dequantize", lambda q, dtype=None, own=own, **to: made.append(q) or own(q, dtype, **to)
+        )
     expected, each_time = list(m.stream(prompt, 12, temperature=0.7)), len(made)
     made.clear()
     tokens = m.stream(prompt, 12, temperature=0.7, dense=True)

@@ -7,9 +7,9 @@ import plain
 import pytest
 from goldens import INDEX, QUANT, arrays
 
-from tinylora import backend, codebooks, quantize
+from tinylora import Tensor, backend, codebooks, ops, quantize
 from tinylora.dtypes import BFloat16Array, bfloat16_bits, from_bfloat16_bits, round_to
-from tinylora.kernels import products, rounding
+from tinylora.kernels import dequantize, products, rounding
 from tinylora.kernels.rounding import cpu_quantize_8bit, torch_mean
 
 
@@ -95,7 +95,10 @@ def test_pieces_of_a_weight_give_the_bits_of_the_whole(n, blocksize, rule, rng, 
 @pytest.mark.parametrize(
     "n, blocksize", [(1, 64), (63, 64), (64, 64), (1000, 64), (999, 32), (515, 128), (300, 7), (260, 1), (4097, 4096)]
 )
-def test_the_fast_path_is_the_plain_one(code, n, blocksize, rng):
+@pytest.mark.parametrize("large", [False, True], ids=["pairs", "quadruples"])
+def test_the_fast_path_is_the_plain_one(code, n, blocksize, large, rng, monkeypatch):
+    monkeypatch.setattr(dequantize, "_LARGE", 0 if large else n + 1)
+    monkeypatch.setattr(dequantize, "_CHUNK", 100)
     values = np.sort(rng.standard_normal(11)).astype(np.float32) if code == "custom" else codebooks.get(code)[1]
     w = (rng.standard_normal(n) * 10.0 ** rng.integers(-30, 30, n)).astype(np.float32)
     ties = rng.integers(0, n, n // 4)
@@ -106,7 +109,52 @@ def test_the_fast_path_is_the_plain_one(code, n, blocksize, rng):
     codes, absmax = plain.quantize_4bit(w, values, blocksize)
     assert same(q.indices(), codes) and same(q.absmax, absmax)
     assert same(q.packed, plain.pack(codes, int((codebooks.midpoints(values) < 0).sum())))
-    assert q.dequantize().tobytes() == plain.dequantize_4bit(codes, absmax, values, blocksize).tobytes()
+    expected = plain.dequantize_4bit(codes, absmax, values, blocksize)
+    assert q.dequantize().tobytes() == expected.tobytes()
+    ready = np.full(n, np.nan, np.float32)
+    assert q.dequantize(out=ready) is ready and ready.tobytes() == expected.tobytes()
+    assert dequantize.for_product(q, "float32").tobytes() == expected.tobytes()
+    assert q.dequantize("bfloat16", out=ready) is ready and ready.tobytes() == round_to(expected, "bfloat16").tobytes()
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        np.empty(64, np.float32),
+        np.empty((8, 8)),
+        np.empty((8, 8), np.float32).T,
+        np.frombuffer(bytes(256), np.float32).reshape(8, 8),
+        np.empty((8, 16), np.float32)[:, ::2],
+        [0.0] * 64,
+    ],
+    ids=["shape", "dtype", "order", "read-only", "gaps", "list"],
+)
+def test_what_cannot_hold_the_weight_is_refused(out):
+    q = quantize(np.ones((8, 8), np.float32))
+    with pytest.raises(
+        ValueError, match=r"dequantize: out is .*, expected a NumPy array, float32 \(8, 8\), in one piece and writeable"
+    ):
+        q.dequantize(out=out)
+
+
+def test_float16_goes_into_no_float32():
+    with pytest.raises(ValueError, match="out is float32 and cannot hold float16"):
+        quantize(np.ones((8, 8), np.float32)).dequantize("float16", out=np.empty((8, 8), np.float32))
+
+
+def test_the_memory_of_a_product_is_used_again_and_a_result_never_lies_in_it(rng):
+    """Two layers of one shape, one after the other: neither the outputs nor the gradients change when the other's weight comes."""
+    x, g = (rng.standard_normal((3, 8)).astype(np.float32) for _ in range(2))
+    weights = [quantize(rng.standard_normal((8, 8)).astype(np.float32)) for _ in range(2)]
+    assert dequantize.for_product(weights[0], "float32") is not weights[0].dequantize()
+    assert np.shares_memory(*(dequantize.for_product(q, "float32") for q in weights))
+    inputs = [Tensor(x, requires_grad=True) for _ in weights]
+    outputs = [ops.linear_frozen(given, q) for given, q in zip(inputs, weights, strict=True)]
+    for y in outputs:
+        y.backward(g)
+    for given, y, q in zip(inputs, outputs, weights, strict=True):
+        w = q.dequantize()
+        assert y.data.tobytes() == (x @ w.T).tobytes() and given.grad.tobytes() == (g @ w).tobytes()
 
 
 def test_large_inputs_cross_the_chunks(rng):

@@ -31,6 +31,7 @@ from . import backend
 from .backend import array_module, rowdot
 from .kernels import device
 from .kernels.attention import in_blocks, unseen
+from .kernels.dequantize import for_product
 from .kernels.products import product, rounded
 from .kernels.scatter import scatter_add
 from .tensor import Tensor, primitive
@@ -246,8 +247,8 @@ def linear_frozen(x, q, b=None, compute_dtype="float32", backward_weight="stored
     """
     _check_linear(x, q.shape)
     lead, first = x.shape[:-1], compute_dtype if backward_weight == "forward" or q.dtype == "float32" else q.dtype
-    y = product(_rows(x), q.dequantize(compute_dtype).T, compute_dtype, b)
-    return y.reshape(*lead, q.shape[0]), (lambda g: product(_rows(g), q.dequantize(first), compute_dtype).reshape(*lead, q.shape[1]),
+    y = product(_rows(x), for_product(q, compute_dtype).T, compute_dtype, b)
+    return y.reshape(*lead, q.shape[0]), (lambda g: product(_rows(g), for_product(q, first), compute_dtype).reshape(*lead, q.shape[1]),
                                           None,
                                           lambda g: rounded(_rows(rounded(g, compute_dtype)).sum(0), compute_dtype))
 

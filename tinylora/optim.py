@@ -27,6 +27,7 @@ import numpy as np
 
 from .backend import array_module
 from .kernels import device
+from .kernels.threads import elementwise
 from .paging import Pager
 from .tensor import Tensor
 
@@ -82,12 +83,13 @@ class AdamW:
     back_and_forth = True
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, pager=None):
-        self.pager = Pager() if pager is None else pager
+        # Without a pager nothing is paged: a parameter's state is one page.
+        self.pager = Pager(page_bytes=1 << 60) if pager is None else pager
         self.step_count, self.eps, self.betas = 0, eps, tuple(betas)
         params, kind = list(params), type(self).__name__
         groups = params if params and isinstance(params[0], dict) else [{"params": params}]
         self.groups = [{"lr": lr, "weight_decay": weight_decay, **g} for g in groups]
-        self._slots, self._scratch, seen = [], None, set()
+        self._slots, seen = [], set()
         for group in self.groups:
             for entry in group["params"]:
                 name, p = entry if isinstance(entry, tuple) else (f"param{len(self._slots)}", entry)
@@ -136,15 +138,11 @@ class AdamW:
 
     def _update(self, slot, page, p, g, start, lr):
         """Update p, which begins at element `start` of the slot's parameter, and its page of state."""
-        m, v = page
-        step = device.adamw_step if device.compiles(p, g, m, v) else adamw_step
-        step(p, g, m, v, slot.t, lr, self.betas, self.eps, slot.group["weight_decay"], self._buffer(page))
-
-    def _buffer(self, page):
-        """Two rows to compute in, as long as the page; kept from page to page."""
-        if self._scratch is None or self._scratch.shape[1] < page.shape[1]:
-            self._scratch = array_module(page).empty((2, page.shape[1]), np.float32)
-        return self._scratch
+        numbers = slot.t, lr, self.betas, self.eps, slot.group["weight_decay"]
+        if device.compiles(p, g, *page):
+            device.adamw_step(p, g, *page, *numbers)
+        else:
+            elementwise(adamw_step, (p, g, *page), *numbers)
 
     def zero_grad(self):
         for slot in self._slots:

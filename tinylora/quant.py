@@ -109,13 +109,14 @@ class QuantizedTensor(Stored):
         xp = array_module(self.packed)
         return xp.stack([self.packed >> 4, self.packed & 15], axis=1).reshape(-1)[: self.size].reshape(self.shape)
 
-    def dequantize(self, dtype=None):
+    def dequantize(self, dtype=None, out=None):
         """`dequantize(self)` by a faster kernel, equal in every bit; rounded once to `dtype` (default: the weight's own).
 
-        bfloat16 comes in float32 storage on the host, and as ml_dtypes.bfloat16 on a device.
+        bfloat16 comes in float32 storage on the host, and as ml_dtypes.bfloat16 on a device. out: on the host, a float32 array of the
+        weight's shape, in one piece, that is written to and returned; ValueError for any other, and for float16.
         """
         with np.errstate(all="ignore"):
-            return dequantized(self, dtype_name(dtype or self.dtype))
+            return dequantized(self, dtype_name(dtype or self.dtype), out)
 
     def to(self, move):
         """The same weight with its arrays passed through `move` (see backend.move)."""

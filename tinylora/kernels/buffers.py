@@ -5,18 +5,21 @@ import threading
 
 import numpy as np
 
-LARGEST = 1 << 18  # elements; more are not kept
+LARGEST = 1 << 18  # elements
 
 
 class _Buffers(threading.local):
-    """buffer(name, shape, dtype): the calling thread's array of that name. What it held is lost with the next call of that name."""
+    """buffer(name, shape, dtype): the calling thread's array of that name. What it held is lost with the next call of that name.
+
+    largest: an array of more elements is a fresh one
+    """
 
     def __init__(self):
         self._kept = {}
 
-    def __call__(self, name, shape, dtype=np.float32):
+    def __call__(self, name, shape, dtype=np.float32, largest=LARGEST):
         size, dtype = math.prod(shape), np.dtype(dtype)
-        if size > LARGEST:
+        if size > largest:
             return np.empty(shape, dtype)
         kept = self._kept.get((name, dtype))
         if kept is None or len(kept) < size:

@@ -6,9 +6,7 @@ operations can be kept, the bits are equal; a kernel that adds up a row, or take
 """
 
 import contextlib
-import hashlib
 import os
-import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -41,7 +39,7 @@ def _kernel(xp, name):
 def _module(xp):
     """The loaded module. Its binary is kept beside CuPy's own kernels, behind its hash, because every process would compile it again."""
     about = source(), OPTIONS, xp.__version__, xp.cuda.nvrtc.getVersion(), xp.cuda.Device().compute_capability
-    name = f"tinylora_{hashlib.sha256(repr(about).encode()).hexdigest()[:32]}.cubin"
+    name = f"tinylora_{_hash(repr(about).encode()).hex()[:32]}.cubin"
     if (binary := _kept(name)) is None:
         # not by CuPy's RawModule, which adds -ftz=true to any options: denormals would be zeros, and 1e-38 a denormal
         binary, _ = xp.cuda.compiler.compile_using_nvrtc(source(), OPTIONS)
@@ -49,6 +47,12 @@ def _module(xp):
     module = xp.cuda.function.Module()
     module.load(binary)
     return module
+
+
+def _hash(data):
+    import hashlib
+
+    return hashlib.sha256(data).digest()
 
 
 def folder():
@@ -64,18 +68,20 @@ def _kept(name):
         found = (folder() / name).read_bytes() if folder() else b""
     except OSError:
         return None
-    return found[32:] if found[32:] and hashlib.sha256(found[32:]).digest() == found[:32] else None
+    return found[32:] if found[32:] and _hash(found[32:]) == found[:32] else None
 
 
 def _keep(name, binary):
     """Write a file whole, or not at all. Where nothing can be written it is compiled again next time."""
     if not folder():
         return
+    import tempfile  # on a GPU only, as hashlib below: importing them takes longer than importing the core
+
     with contextlib.suppress(OSError):
         folder().mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder(), prefix=name, delete=False) as new:
             try:
-                new.write(hashlib.sha256(binary).digest() + binary)
+                new.write(_hash(binary) + binary)
                 new.close()
                 os.replace(new.name, folder() / name)
             except OSError:

@@ -2,29 +2,58 @@
 
     flat = code[q] · absmax of the block          two 4-bit indices lie in each packed byte
 
-`scaled` looks up 256 pairs of values by the packed byte, on any array module. `scaled_on_host` looks up 65,536 quadruples by two
-bytes, in chunks that stay in the cache. Both give the bits that the plain product gives (tests/test_quant.py).
+`scaled` looks up 256 pairs of values by the packed byte, on any array module. `scaled_on_host` does so on NumPy, in chunks that stay in the
+cache; a large weight looks up 65,536 quadruples by two bytes. That table is 1 MB: in a loop of its own it takes 0.85 of the time of pairs,
+and after each product, which drives it out of the cache, 1.6 of it on 1024 × 1024. All give the bits of the plain product
+(tests/test_quant.py).
 """
 
-from functools import lru_cache
+import inspect
+import math
+from functools import cache, lru_cache
 
 import numpy as np
 
 from ..backend import array_module
 from ..dtypes import round_bits, round_to
 from . import device
+from .buffers import buffer
 from .products import held
 from .reciprocal import flush
+from .threads import alone, side_by_side
 
-_CHUNK = 1 << 17  # elements dequantized at a time, so that they stay in the cache
+_CHUNK = 1 << 18  # elements dequantized at a time, so that they stay in the cache
+_LARGE = 1 << 23  # from so many weights on a table of quadruples is worth reading it
+_LARGEST = 1 << 24  # weights whose memory is kept: 64 MB
 
 
-def dequantized(q, dtype):
+def for_product(q, dtype):
+    """`q.dequantize(dtype)` of a stored weight for one product: the next call in this thread may use its memory again.
+
+    Fresh arrays of 16 MB and more cost page faults each time. It stays in this thread: BLAS's own threads, which wait for the product,
+    have the other cores. A weight whose `dequantize` takes no out= is as it is.
+    """
+    fresh = dtype == "float16" or math.prod(q.shape) > _LARGEST or not _takes_out(type(q))
+    if fresh or array_module(q.held) is not np:
+        return q.dequantize(dtype)
+    with alone():
+        return q.dequantize(dtype, out=buffer("weight", q.shape, largest=_LARGEST))
+
+
+@cache
+def _takes_out(kind):
+    method = getattr(kind, "dequantize", None)  # a weight may be any object that has one
+    return method is not None and "out" in inspect.signature(method).parameters
+
+
+def dequantized(q, dtype, out=None):
     """code[q] · absmax of a QuantizedTensor, rounded once to `dtype`; denormals are zeros under the GPU's rule.
 
-    bfloat16 is held in float32 on NumPy, and on a device as it is.
+    bfloat16 is held in float32 on NumPy, and on a device as it is. out: as `QuantizedTensor.dequantize` has it
     """
     flushed = q.rule == "bitsandbytes-cuda"
+    if out is not None:
+        _check_out(out, q, dtype)
     if array_module(q.packed) is not np:
         w = device.dequantized(q, dtype)
         if w is None:
@@ -33,8 +62,26 @@ def dequantized(q, dtype):
         return w
     absmax = q.absmax
     in_chunks = dtype == "bfloat16" and not flushed and bool(np.isfinite(absmax).all())  # in the cache; no NaN arises
-    flat = scaled_on_host(q, absmax, in_chunks)[: q.size].reshape(q.shape)
-    return flat if in_chunks else round_to(flush(flat) if flushed else flat, dtype)
+    flat = scaled_on_host(q, absmax, in_chunks, out)[: q.size].reshape(q.shape)
+    w = flat if in_chunks else round_to(flush(flat) if flushed else flat, dtype)
+    if out is None:
+        return w
+    if not np.shares_memory(w, out):
+        out[...] = w
+    return out
+
+
+def _check_out(out, q, dtype):
+    """ValueError unless `out` can hold the weight."""
+    there = isinstance(out, np.ndarray) and out.flags.c_contiguous and out.flags.writeable
+    if not there or (out.shape, out.dtype) != (tuple(q.shape), np.float32) or array_module(q.packed) is not np:
+        given = f"{out.dtype} {out.shape}" if hasattr(out, "dtype") else type(out).__name__
+        raise ValueError(
+            f"dequantize: out is {given}, expected a NumPy array, float32 {tuple(q.shape)}, in one piece and writeable, "
+            "for a weight on the host"
+        )
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dequantize: out is float32 and cannot hold {dtype}; leave it out")
 
 
 def scaled(q, absmax):
@@ -49,15 +96,27 @@ def scaled(q, absmax):
     return flat
 
 
-def scaled_on_host(q, absmax, bfloat16=False):
-    """The same on NumPy, in chunks that stay in the cache, four neighbours at once: 65,536 quadruples indexed by two packed bytes."""
-    packed = np.append(q.packed, np.zeros(1, np.uint8)) if len(q.packed) % 2 else q.packed
-    packed, table = packed.view("<u2"), _quadruples(q.code.astype("<f4", copy=False).tobytes())
-    flat = np.empty(4 * len(packed), np.float32)
+def scaled_on_host(q, absmax, bfloat16=False, out=None):
+    """The same on NumPy, in chunks that stay in the cache; of a large weight four neighbours at once.
+
+    out: float32 in one piece, to be written to where whole entries of the table fill it. Two threads take half the chunks each.
+    """
+    packed, code = q.packed, q.code.astype("<f4", copy=False).tobytes()
+    if q.size < _LARGE:
+        table = _pairs_of(code)
+    else:
+        packed = np.append(packed, np.zeros(1, np.uint8)) if len(packed) % 2 else packed
+        packed, table = packed.view("<u2"), _quadruples(code)
+    each = table.itemsize // 4
+    n = each * len(packed)
+    flat = out.reshape(-1) if out is not None and out.size == n else np.empty(n, np.float32)
     step = max(_CHUNK // (4 * q.blocksize), 1) * 4 * q.blocksize  # whole blocks and whole quadruples
-    for start in range(0, len(flat), step):
+
+    def dequantize(start):
         part = flat[start : start + step]
-        np.take(table, packed[start // 4 : (start + len(part)) // 4], out=part.view(np.complex128), mode="clip")
+        index = buffer("index", (len(part) // each,), np.intp)
+        index[...] = packed[start // each : (start + len(part)) // each]  # np.take would widen them in fresh memory
+        np.take(table, index, out=part.view(table.dtype), mode="clip")
         scale = absmax[start // q.blocksize : (start + len(part)) // q.blocksize]
         body = part[: len(scale) * q.blocksize].reshape(-1, q.blocksize)
         body *= scale[:, None]
@@ -66,6 +125,8 @@ def scaled_on_host(q, absmax, bfloat16=False):
             rest *= absmax[-1]
         if bfloat16:
             round_bits(part.view(np.uint32), part.view(np.uint32) >> 16)
+
+    side_by_side(dequantize, range(0, n, step))
     return flat
 
 
@@ -79,10 +140,16 @@ def _pairs(code):
     return table.reshape(-1).view(np.complex64)
 
 
+@lru_cache(maxsize=8)
+def _pairs_of(code):
+    """`_pairs` of a code in bytes."""
+    return _pairs(np.frombuffer(code, "<f4"))
+
+
 @lru_cache(maxsize=8)  # 1 MB each
 def _quadruples(code):
     """(65536,) complex128: entry (b₁ << 8 | b₀) is the pair of byte b₀ and the pair of byte b₁. code: its bytes"""
-    pairs = _pairs(np.frombuffer(code, "<f4"))
+    pairs = _pairs_of(code)
     table = np.empty((256, 256, 2), np.complex64)
     table[..., 0], table[..., 1] = pairs[None, :], pairs[:, None]
     return table.reshape(-1).view(np.complex128)

@@ -256,8 +256,8 @@ def squares(gradients):
     return move(xp.stack([xp.vdot(g, g) for g in pieces]), "cpu").tolist()
 
 
-def adamw_step(p, g, m, v, t, lr, betas, eps, weight_decay, scratch=None):
-    """optim.adamw_step in one kernel, equal in every bit; it needs no scratch."""
+def adamw_step(p, g, m, v, t, lr, betas, eps, weight_decay):
+    """optim.adamw_step in one kernel, equal in every bit."""
     b1, b2 = betas
     numbers = b1, 1 - b1, b2, 1 - b2, 1 / math.sqrt(1 - b2**t), eps, lr / (1 - b1**t), 1 - lr * weight_decay
     cuda.launch(array_module(p), "adamw", p.size, p, g, m, v, *map(f32, numbers), i64(p.size))

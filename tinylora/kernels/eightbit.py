@@ -19,7 +19,7 @@ import numpy as np
 from ..backend import array_module
 from .buffers import buffer
 
-CHUNK = 1 << 15  # elements worked on at a time
+CHUNK = 1 << 17  # elements worked on at a time
 _ONE, _HALF, _TINY = np.float32(1), np.float32(0.5), 2.0**-126  # _TINY: the smallest normal float32
 _HALF_WAY = np.iinfo(np.int64).min
 _BELOW_TINY = np.uint64((np.float64(_TINY).view(np.uint64) << np.uint64(1)) - np.uint64(1))

@@ -17,8 +17,6 @@ used again for the page that comes in, where the sizes agree: no allocation, and
 import contextlib
 import mmap
 import os
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -58,6 +56,8 @@ class HostPool:
         if self._stream:
             return self._stream.exchange(back, source)
         if ahead and self._queue is None:
+            from concurrent.futures import ThreadPoolExecutor
+
             queue = ThreadPoolExecutor(1, thread_name_prefix="pager")
             queue.submit(int)  # RuntimeError where no thread can be started: there is no queue then
             self._queue = queue
@@ -113,6 +113,8 @@ class FilePool(HostPool):
     """
 
     def __init__(self, xp):
+        import tempfile
+
         super().__init__(xp)
         self._file = tempfile.TemporaryFile(prefix="tinylora-pages-")  # noqa: SIM115 (closed, and by that removed, with the pool)
         # the file's length; its last stretch, and how much of it is given out
@@ -125,6 +127,8 @@ class FilePool(HostPool):
         try:
             mapped, first = self._stretch(room[-1])
         except OSError as error:
+            import tempfile
+
             folder = tempfile.gettempdir()
             raise OSError(
                 f"pager: no room for {room[-1]:,} bytes of pages in {folder} ({error}); TMPDIR chooses another"

@@ -31,14 +31,16 @@ the compiler, which rounds a decimal once, takes the nearer float32 and not the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 
 from . import eightbit
 from .reciprocal import flush, rcp
+from .threads import side_by_side
 
-_CHUNK = 1 << 18  # elements worked on at a time, so that the temporaries stay in the cache
+_CHUNK = (
+    1 << 20
+)  # elements worked on at a time, so that the temporaries stay in the cache, and two threads seldom wait for each other
 _LEAST = np.float32(1e-38)  # where the CPU rule clamps absmax
 
 
@@ -61,9 +63,12 @@ def in_pieces(quantized, flat, blocksize):
     if len(flat) <= step:
         return quantized(flat)
     packed, absmax = np.empty(-(-len(flat) // 2), np.uint8), np.empty(-(-len(flat) // blocksize), np.float32)
-    for start in range(0, len(flat), step):
+
+    def piece(start):
         pairs, largest = quantized(flat[start : start + step])
         packed[start // 2 :][: len(pairs)], absmax[start // blocksize :][: len(largest)] = pairs, largest
+
+    side_by_side(piece, range(0, len(flat), step))
     return packed, absmax
 
 
@@ -194,11 +199,14 @@ def cuda_absmax(flat, blocksize):
 def decimal_midpoints(values):
     """float32 of the shortest decimal of (cᵢ + cᵢ₊₁)/2: the boundaries as CUDA's compiler reads them in the source. (n − 1,)"""
     exact = (values[:-1].astype(np.float64) + values[1:]) / 2  # float64 holds the midpoint of two float32 of like size
-    return np.array([_nearest(Fraction(repr(float(x)))) for x in exact], np.float32)
+    return np.array([_nearest(repr(float(x))) for x in exact], np.float32)
 
 
-def _nearest(x):
-    """The float32 nearest to a fraction, rounded once."""
+def _nearest(decimal):
+    """The float32 nearest to a decimal, rounded once."""
+    from fractions import Fraction
+
+    x = Fraction(decimal)
     near = np.float32(float(x))
     around = (near, np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf)))
     return min(around, key=lambda y: abs(Fraction(float(y)) - x))

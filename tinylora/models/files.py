@@ -15,7 +15,6 @@ import errno
 import glob
 import json
 import os
-import shutil
 import stat
 import threading
 import time
@@ -94,6 +93,8 @@ def _remove_stale(folder, start):
 
 def _remove(path):
     """Remove a file or a folder, and be content if it cannot be."""
+    import shutil
+
     with contextlib.suppress(OSError):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

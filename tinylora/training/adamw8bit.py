@@ -53,6 +53,7 @@ from ..backend import array_module
 from ..kernels import device, eightbit
 from ..kernels.eightbit import fma
 from ..kernels.reciprocal import flush, rcp
+from ..kernels.threads import side_by_side
 from ..optim import AdamW
 
 BLOCKSIZE = 256
@@ -91,12 +92,16 @@ def adamw8bit_step(
     whole = n // BLOCKSIZE * BLOCKSIZE
     chunk = eightbit.CHUNK if array_module(p) is np else max(whole, 1)
     starts = [*range(0, whole, chunk)] + [whole] * (whole < n)  # a last partial block comes alone
-    for start, end in zip(starts, [*starts[1:], n], strict=True):
+
+    def chunk(place):
+        start, end = place
         blocks = slice(start // BLOCKSIZE, -(-end // BLOCKSIZE))
         rows = (blocks.stop - blocks.start, -1)
         parts = (x[start:end].reshape(rows) for x in (p, g, codes_m, codes_v))
         with np.errstate(all="ignore"):
             update(*parts, absmax_m[blocks], absmax_v[blocks], t, lr, betas, eps, weight_decay)
+
+    side_by_side(chunk, zip(starts, [*starts[1:], n], strict=True))
 
 
 def _check(rule, p, g, codes_m, codes_v, absmax_m, absmax_v):

@@ -24,7 +24,7 @@ import numpy as np
 
 from .. import backend, ops
 from ..backend import move, whole
-from ..kernels import copies
+from ..kernels import copies, threads
 from ..optim import AdamW, clip_grad_norm
 from ..tape import tape_bytes, watch_rebuilds
 from ..tensor import no_grad, state
@@ -104,8 +104,13 @@ def workers(n):
     from threadpoolctl import threadpool_limits
 
     copies.keep_freed_memory()
-    counted = {"initializer": setattr, "initargs": (state, "around", state.around)}
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n, **counted) as pool:
+    around = state.around
+
+    def begin():
+        threads.stay()
+        state.around = around
+
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(n, initializer=begin) as pool:
         yield pool
 
 
