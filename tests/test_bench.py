@@ -195,7 +195,7 @@ def test_a_short_run_writes_its_files(tmp_path, capsys):
         data = json.loads((tmp_path / "data" / f"{name}.json").read_text(encoding="utf-8"))
         assert (
             data["versions"] == ["here", "again"]
-            and data["command"] == f"python -m tests.bench {' '.join(names)} --short"
+            and data["command"] == f"python -m tests.bench {' '.join(names)} --short --tinylora again=…"
         )
         assert {"date", "CPU", "vectors", "numpy", "kernels", "tinylora, here", "tinylora, again"} <= set(data["about"])
         assert (tmp_path / f"{name}.svg").stat().st_size > 1000

@@ -156,10 +156,13 @@ def files(found, out, whole, short):
 
 
 def as_data(name, entries, options, versions, rounds):
-    """The content of data/NAME.json."""
+    """The content of data/NAME.json. The command is without folders, which are of one machine: a checkout has its commit."""
     about = report.machine() | {"rounds": str(rounds), **report.seen(entries)}
     about |= {f"tinylora, {name}": report.commit(folder) for name, folder in versions.items()}
     words = ["python -m tests.bench", *options.rows, *(["--short"] if options.short else [])]
+    words += [f"--{kind} {' '.join(map(str, given))}" for kind, given in
+              {"threads": options.threads, "rounds": options.rounds and [options.rounds]}.items() if given]  # fmt: skip
+    words += [f"--tinylora {name}=…" for name, _ in options.tinylora]
     return {
         "command": " ".join(words),
         "about": about,
