@@ -32,7 +32,7 @@ def test_a_ratio_is_taken_within_its_round():
     line = Line("a", "b")
     found = [Measured("a", "here", 1, [1.0, 2.0, 1.2]), Measured("b", None, 1, [2.0, 4.0, 2.0])]
     assert measure.number(line, found, "here") == (0.5, 0.5, 0.55)
-    assert Line("a", "b", kind="ns a weight", per=1e9).value(3.0, 1.0) == 2 and Line("a", kind="µs").value(2e-6) == 2
+    assert Line("a", kind="ns a weight", per=1e9).value(2.0) == 2 and Line("a", kind="µs").value(2e-6) == 2
     assert measure.quartiles([3.0]) == (3.0, 3.0, 3.0) and measure.quartiles([1, 2, 3, 4, 5]) == (2, 3, 4)
 
 

@@ -78,11 +78,19 @@ def sgemm(rows, size):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- NF4
-def tinylora_quantize(shape, double_quant=False):
+def tinylora_quantize(shape):
     from tinylora import quantize
 
     w = numbers(*shape, std=0.02)
-    return lambda: quantize(w, "nf4", 64, double_quant=double_quant)
+    return lambda: quantize(w, "nf4", 64)
+
+
+def tinylora_constants(n):
+    """n constants, the largest magnitudes of blocks, in 8 bits around their mean."""
+    from tinylora.quant import quantize_constants
+
+    absmax = abs(numbers(n, std=0.02)) + f32(0.03)
+    return lambda: quantize_constants(absmax)
 
 
 def bitsandbytes_quantize(shape):
