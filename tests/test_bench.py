@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -179,6 +180,14 @@ def test_a_process_that_ends_is_said():
     with pytest.raises(measure.Gone, match=r"the process ended \(status -15\)"):
         process.answer()
     process.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc here")
+def test_what_a_contestant_starts_is_counted_as_its_own():
+    """Else a row that measures whole processes calls them other work."""
+    before = measure._cpu_of(os.getpid())
+    subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.3: pass"], check=True)
+    assert measure._cpu_of(os.getpid()) - before > 0.25
 
 
 # ------------------------------------------------------------------------------------------------------------------ the command

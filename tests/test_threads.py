@@ -74,6 +74,14 @@ def test_errors_of_arithmetic_are_treated_as_in_the_caller(two):
         threads.side_by_side(lambda i: zero / zero if i else None, range(2))
 
 
+def test_where_no_thread_can_be_started_the_work_is_done_here(two, monkeypatch):
+    def none():
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threads, "_helper", none)
+    assert threads.side_by_side(where, range(4)) == [threading.get_ident()] * 4
+
+
 def test_several_callers_at_once_get_each_its_own(two):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda k: threads.side_by_side(lambda i: (k, i), range(5)), range(40)))

@@ -112,7 +112,9 @@ def _cpu_of(pid):
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return (int(fields[11]) + int(fields[12])) / _TICK
+    return (
+        sum(map(int, fields[11:15])) / _TICK
+    )  # its own and, of the processes that it started and that have ended, theirs
 
 
 def machine_cpu():
