@@ -7,13 +7,12 @@
     tl.add_lora(model, r=16, alpha=32, target_modules="all-linear")
     tl.print_trainable_parameters(model)
 
-Importing loads NumPy and nothing else; scipy and tqdm are imported where they are used.
+Importing loads NumPy and nothing else; scipy and tqdm are imported where they are used, and the models with the first `tl.Llama`.
 """
 
 import importlib
 import importlib.machinery
 import os
-import signal
 import sys
 import types
 
@@ -21,8 +20,11 @@ import types
 _command = os.path.basename(sys.orig_argv[1]) if len(sys.orig_argv) > 1 else ""
 if _command == "-m" and len(sys.orig_argv) > 2:
     _command = sys.orig_argv[2].removesuffix(".cli")
-if _command in ("tinylora", "tinylora.exe") and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if _command in ("tinylora", "tinylora.exe"):
+    import signal
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant, tape, tensor
 from .adapters import (
@@ -43,8 +45,6 @@ from .adapters import (
 from .backend import seed
 from .kernels import attention, copies, pools, scatter
 from .lora import LoRALinear
-from .models import folders
-from .models.llama import KVCache, Llama, LlamaConfig
 from .nn import quantize_linears
 from .optim import AdamW
 from .paging import Pager
@@ -109,7 +109,9 @@ for _old, _new, _names in (
     for _name in _names.split():
         setattr(_old, _name, getattr(_new, _name))
 del _old, _new, _names, _name
-lora.Bypass, folders.Checkpoint, folders.open_checkpoint = lora.LinearBypass, folders.ModelFiles, folders.open_model
+lora.Bypass = lora.LinearBypass
+#: What takes a while to import and is not always wanted.
+_LATE = {"KVCache": "models.llama", "Llama": "models.llama", "LlamaConfig": "models.llama"}
 ROOMS = (
     "cli",
     "costs",
@@ -125,8 +127,15 @@ ROOMS = (
 )
 
 
+def __dir__():
+    return sorted({*globals(), *__all__, *ROOMS})
+
+
 def __getattr__(name):
-    """Rooms are opened when they are asked for, and so is what has moved into one: tinylora.interop, tinylora.experiments, …"""
+    """Rooms are opened when they are asked for, and so are the models, and what has moved: tinylora.interop, tinylora.experiments, …"""
+    if name in _LATE:
+        globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
+        return globals()[name]
     if name not in MOVED and name not in ROOMS:
         raise AttributeError(f"module 'tinylora' has no attribute {name!r}")
     found = [importlib.import_module(f"{__name__}.{place}") for place in MOVED.get(name, name).split()]

@@ -8,7 +8,6 @@ operations can be kept, the bits are equal; a kernel that adds up a row, or take
 import contextlib
 import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +26,8 @@ def available(xp):
 
 @cache
 def source():
-    return Path(__file__).with_name("cuda.cu").read_text(encoding="utf-8")
+    with open(os.path.join(os.path.dirname(__file__), "cuda.cu"), encoding="utf-8") as file:
+        return file.read()
 
 
 @cache
@@ -59,6 +59,8 @@ def folder():
     """Where CuPy keeps compiled kernels: CUPY_CACHE_DIR, or ~/.cupy/kernel_cache; None if CUPY_CACHE_IN_MEMORY is set."""
     if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") not in ("", "0"):
         return None
+    from pathlib import Path
+
     return Path(os.environ.get("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache"))
 
 
@@ -75,7 +77,7 @@ def _keep(name, binary):
     """Write a file whole, or not at all. Where nothing can be written it is compiled again next time."""
     if not folder():
         return
-    import tempfile  # on a GPU only, as hashlib below: importing them takes longer than importing the core
+    import tempfile  # only where it is needed, as hashlib and pathlib: they take as long to import as half of the core
 
     with contextlib.suppress(OSError):
         folder().mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ the nearest float32 (733,799 of 8,388,608), and one for each where it is one bel
 of −27, 0, 1 and 23 gave the same one. Eight bits to a byte it takes 2 MB in memory, which are read when they are first wanted.
 """
 
+import os
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
@@ -42,6 +42,6 @@ def rcp(x):
 @cache
 def _tables(xp):
     """The two rows of 2²³ bits: above, below."""
-    with np.load(Path(__file__).with_name("rcp_approx.npz")) as stored:
+    with np.load(os.path.join(os.path.dirname(__file__), "rcp_approx.npz")) as stored:
         rows = stored["delta"].reshape(2, -1)
     return tuple(backend.move(row, xp) for row in rows)

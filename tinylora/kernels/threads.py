@@ -1,12 +1,14 @@
-"""Two pieces of elementwise work at a time: NumPy computes on one core, and gives the interpreter free while it does.
+"""Two pieces of elementwise work at a time: NumPy computes on one core, and releases the interpreter's lock meanwhile.
 
     side_by_side(f, parts) = [f(part) for part in parts]
     elementwise(step, vectors, *numbers) = step(*vectors, *numbers)            in chunks that stay in the cache
 
-Each part must be worth a thread: whoever computes takes the interpreter back between two NumPy calls, so that pieces of 16K elements are
+Each part must be worth a thread: between two NumPy calls a thread takes the lock back, so that pieces of 16K elements are
 slower on two threads than on one. No element depends on how the work is shared out, and so no bit does. Two threads are what was measured;
 more are never taken. On two cores with AVX-512, dequantizing 16M weights takes 0.65 of one thread's time, quantizing 0.65, a step of AdamW
-0.65, and of AdamW in 8 bits, which looks more up than it computes, 0.8. A thread of `training.train.workers` has its core to itself and no other: there, work stays in the thread (`stay`).
+0.65, and one of AdamW in 8 bits, which looks more up than it computes, 0.8.
+
+A thread of `training.train.workers` has its core to itself and no other: there, work stays in the thread (`stay`).
 """
 
 import contextlib

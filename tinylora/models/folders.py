@@ -196,3 +196,6 @@ def rounded(w, dtype, name="weight"):
     elif dtype != "float32":
         raise ValueError(f"dtype {dtype!r} is unknown: expected 'float32' or 'bfloat16'")
     return w
+
+
+Checkpoint, open_checkpoint = ModelFiles, open_model  # their names of before, for one release
