@@ -9,6 +9,7 @@ import shutil
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (pytest -n), which share the cores that there are
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import fake_cupy
 import numpy as np

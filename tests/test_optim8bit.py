@@ -214,9 +214,10 @@ def cuda_kernel(p, g, codes_m, codes_v, absmax_m, absmax_v, t, lr, b1, b2, eps, 
             codes_m[i] = code % 256
 
 
-@pytest.mark.parametrize("n", [1, 256, 700, 3 * eightbit.CHUNK + 40])
-def test_the_step_in_buffers_gives_the_bits_of_the_plain_one(n, rng):
+@pytest.mark.parametrize("n", [1, 256, 700, 3 * 4096 + 40])
+def test_the_step_in_buffers_gives_the_bits_of_the_plain_one(n, rng, monkeypatch):
     """`kernels.eightbit` stands for `_cpu_update` on the host: eight steps, gradients of all sizes, some of them no numbers."""
+    monkeypatch.setattr(eightbit, "CHUNK", 4096)
     p = rng.standard_normal(n).astype(f32)
     slow, slow_state, state = p.copy(), fresh(np, n), fresh(np, n)
     for t in range(1, 9):

@@ -1,7 +1,10 @@
 """Work on two threads: the bits are those of one, errors arrive, and who has neighbours keeps to its core."""
 
 import os
+import select
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -23,10 +26,29 @@ def where(_):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7])
 def test_results_come_in_order_from_at_most_two_threads(n, two):
-    assert threads.side_by_side(lambda i: i * i, iter(range(n))) == [i * i for i in range(n)]
-    idents = threads.side_by_side(where, range(n))
-    assert idents[: -(-n // 2)] == [threading.get_ident()] * -(-n // 2)
-    assert len(set(idents)) == min(n, 2)
+    half, began = -(-n // 2), threading.Event()
+
+    def f(i):
+        if i >= half:
+            began.set()
+        elif n > 1:
+            assert began.wait(30), "the other half has not begun"
+        return i * i, threading.get_ident()
+
+    found = threads.side_by_side(f, iter(range(n)))
+    assert [square for square, _ in found] == [i * i for i in range(n)]
+    assert [ident for _, ident in found[:half]] == [threading.get_ident()] * half
+    assert len({ident for _, ident in found}) == min(n, 2)
+
+
+def test_what_the_other_thread_has_no_time_for_is_done_here(two):
+    """Several callers, as in somebody's own pool of threads: nobody waits for work that has not begun."""
+    busy, free = threading.Event(), threading.Event()
+    held = threads._helper().submit(lambda: busy.set() or free.wait(30))
+    assert busy.wait(30)
+    assert threads.side_by_side(where, range(4)) == [threading.get_ident()] * 4
+    free.set()
+    assert held.result(30)
 
 
 def test_what_the_environment_allows_is_kept(monkeypatch):
@@ -56,14 +78,20 @@ def test_a_worker_of_training_shares_nothing_out(two):
 def test_an_error_arrives_when_both_halves_are_over(bad, two):
     done = []
 
+    other = threading.Event()
+
     def f(i):
+        if i < 2:
+            other.wait(30)
+        other.set()
         if i == bad:
             raise ValueError(f"part {i}")
+        time.sleep(0.05)
         done.append(i)
 
     with pytest.raises(ValueError, match=f"part {bad}"):
         threads.side_by_side(f, range(4))
-    assert {2} <= set(done) if bad == 0 else {0, 1} <= set(done)
+    assert sorted(done) == ([2, 3] if bad == 0 else [0, 1, 2])
 
 
 def test_errors_of_arithmetic_are_treated_as_in_the_caller(two):
@@ -75,11 +103,17 @@ def test_errors_of_arithmetic_are_treated_as_in_the_caller(two):
 
 
 def test_where_no_thread_can_be_started_the_work_is_done_here(two, monkeypatch):
-    def none():
+    def none(thread):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threads, "_helper", none)
-    assert threads.side_by_side(where, range(4)) == [threading.get_ident()] * 4
+    done = []
+    threads._helper.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none)
+        assert threads.side_by_side(where, range(4)) == [threading.get_ident()] * 4
+        threads.side_by_side(done.append, range(4))
+    threads.side_by_side(done.append, range(4, 8))
+    assert sorted(done) == list(range(8)), "and nothing is done a second time when a thread can be started again"
 
 
 def test_several_callers_at_once_get_each_its_own(two):
@@ -101,6 +135,8 @@ def test_a_forked_process_has_a_helper_of_its_own(two):
         finally:
             os._exit(code)
     os.close(write)
+    if not select.select([read], [], [], 60)[0]:
+        os.kill(child, signal.SIGKILL)
     assert os.read(read, 10) == bytes([1, 2, 3, 4])
     assert os.waitpid(child, 0)[1] == 0
     os.close(read)

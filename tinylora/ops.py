@@ -11,8 +11,8 @@ Three operations are the papers' own:
     linear                   y = x Wᵀ + b;   x̄ = ḡ W,   W̄ = ḡᵀ x
     linear_frozen            y = x Ŵᵀ + b with Ŵ = dequantize(q);   x̄ = ḡ Ŵ, and no W̄         (QLoRA eq. 5 without its adapter)
 
-The pullback of `linear_frozen` captures the 4-bit q and never Ŵ. The dense weight is rebuilt for the backward pass and
-dropped again.
+The pullback of `linear_frozen` captures the 4-bit q and never Ŵ. The dense weight is rebuilt for the backward pass, in
+memory that the next layer uses again.
 
 Shapes: the last axis is the feature axis, as in torch. float32 in gives float32 out.
 
@@ -238,7 +238,7 @@ def linear_frozen(x, q, b=None, compute_dtype="float32", backward_weight="stored
     """y = x Ŵᵀ + b, Ŵ = dequantize(q);   x̄ = ḡ Ŵ,   b̄ = Σ ḡ over rows.   QLoRA eq. 5 without the adapter.
 
     x (..., in); q any stored weight with `shape` (out, in), `dtype` and `dequantize(dtype)`; b (out,). There is no pullback for Ŵ. The
-    one for x captures q, and neither Ŵ nor x: the dense weight is rebuilt for the backward pass and dropped again.
+    one for x captures q, and neither Ŵ nor x: the dense weight is rebuilt for the backward pass, in memory that the next one uses.
 
     compute_dtype     "float32", or "bfloat16" or "float16": x, Ŵ, b, then y, and the gradients are rounded to it around float32 sums
     backward_weight   "stored": in the backward pass Ŵ is first rounded to the weight's original dtype, as bitsandbytes does. Where that

@@ -92,6 +92,7 @@ class QuantizedTensor(Stored):
     nbytes = property(lambda self: self.packed.nbytes + self.constants.nbytes)
     held = property(lambda self: self.packed)
     double_quant = property(lambda self: isinstance(self.constants, DoubleQuantized))
+    takes_out = True  # dequantize has out=
 
     @property
     def absmax(self):

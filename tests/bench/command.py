@@ -1,6 +1,6 @@
 """Measures tinylora beside NumPy's floors, torch, PEFT, bitsandbytes and transformers on this CPU, and beside other checkouts of itself.
 
-    python -m tests.bench                                every row but growth, with one and with two threads: most of an hour
+    python -m tests.bench                                every row but growth, with one and with two threads: 16 minutes
     python -m tests.bench quantize llama-qlora           two rows; those of one number of threads take it whatever --threads says
     python -m tests.bench --tinylora today=../main       each of tinylora's contestants twice: of this checkout, which is called
                                                          "here", and of the one in ../main, which is called "today"

@@ -224,7 +224,9 @@ def _four_bits():
 
 # -------------------------------------------------------------------------------------------------------------- training steps
 class Fit:
-    """`train.fit` in a thread, held before each step until it is told to go on: what is timed is what `tinylora finetune` runs.
+    """`train.fit` in a thread, held before each step until it is told to go on.
+
+    What is timed is the loop of `tinylora finetune`, without its pager.
 
     A step goes from drawing its batch (which lies ready here) to the next step's drawing: forward, backward, clipping, AdamW.
     """

@@ -108,13 +108,12 @@ def environment(threads, tinylora=None):
 
 
 def _cpu_of(pid):
+    """Seconds of CPU time of a process and of those that it started and that have ended; None where the system does not say."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    return (
-        sum(map(int, fields[11:15])) / _TICK
-    )  # its own and, of the processes that it started and that have ended, theirs
+    return sum(map(int, fields[11:15])) / _TICK
 
 
 def machine_cpu():

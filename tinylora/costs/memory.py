@@ -18,7 +18,7 @@ What the dtypes are is a `Precision`: ENGINE is what tinylora holds, PAPER what 
 Adam: 12 bytes a parameter in full fine-tuning), MASTER the same with a float32 copy of what is trained (16 bytes).
 
 What torch holds differs in the activations: there a fused attention keeps no probabilities, and autocast keeps copies. Not
-counted: the working memory of an operation, dequantized weights (rebuilt and dropped one at a time), the process itself.
+counted: the working memory of an operation, dequantized weights (one at a time in each thread), the process itself.
 The paper's own numbers, recomputed with this, are in `qlora_numbers`.
 """
 

@@ -3,14 +3,13 @@
     flat = code[q] · absmax of the block          two 4-bit indices lie in each packed byte
 
 `scaled` looks up 256 pairs of values by the packed byte, on any array module. `scaled_on_host` does so on NumPy, in chunks that stay in the
-cache; a large weight looks up 65,536 quadruples by two bytes. That table is 1 MB: in a loop of its own it takes 0.85 of the time of pairs,
-and after each product, which drives it out of the cache, 1.6 of it on 1024 × 1024. All give the bits of the plain product
+cache; a large weight looks up 65,536 quadruples by two bytes. That table is 1 MB. In a loop of its own it takes 0.85 of the time of pairs;
+after a product, which drives it out of the cache, it takes 1.6 times theirs (1024 × 1024). All give the bits of the plain product
 (tests/test_quant.py).
 """
 
-import inspect
 import math
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -23,27 +22,22 @@ from .reciprocal import flush
 from .threads import alone, side_by_side
 
 _CHUNK = 1 << 18  # elements dequantized at a time, so that they stay in the cache
-_LARGE = 1 << 23  # from so many weights on a table of quadruples is worth reading it
+_LARGE = 1 << 23  # from this many weights on, the table of quadruples is worth its reading
 _LARGEST = 1 << 24  # weights whose memory is kept: 64 MB
 
 
 def for_product(q, dtype):
     """`q.dequantize(dtype)` of a stored weight for one product: the next call in this thread may use its memory again.
 
-    Fresh arrays of 16 MB and more cost page faults each time. It stays in this thread: BLAS's own threads, which wait for the product,
-    have the other cores. A weight whose `dequantize` takes no out= is as it is.
+    Fresh arrays of 16 MB and more cost page faults each time. The memory, 64 MB at the most, is the thread's until it ends. One core
+    dequantizes, because BLAS's threads spin on the others until the product comes. `takes_out` says of a kind of weight that its
+    `dequantize` has out=; any other is dequantized into fresh memory.
     """
-    fresh = dtype == "float16" or math.prod(q.shape) > _LARGEST or not _takes_out(type(q))
+    fresh = dtype == "float16" or math.prod(q.shape) > _LARGEST or not getattr(type(q), "takes_out", False)
     if fresh or array_module(q.held) is not np:
         return q.dequantize(dtype)
     with alone():
         return q.dequantize(dtype, out=buffer("weight", q.shape, largest=_LARGEST))
-
-
-@cache
-def _takes_out(kind):
-    method = getattr(kind, "dequantize", None)  # a weight may be any object that has one
-    return method is not None and "out" in inspect.signature(method).parameters
 
 
 def dequantized(q, dtype, out=None):

@@ -51,17 +51,18 @@ def width():
     return min(int(asked), 2) if asked.isdigit() and int(asked) else min(_cores(), 2)
 
 
-@cache
 def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @cache
 def _helper():
-    """The other thread, which stays for the next time."""
+    """The other thread, which stays for the next time. RuntimeError where no thread can be started; nothing waits in its queue then."""
     from concurrent.futures import ThreadPoolExecutor
 
-    return ThreadPoolExecutor(1, thread_name_prefix="tinylora", initializer=stay)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="tinylora", initializer=stay)
+    pool.submit(int)
+    return pool
 
 
 if hasattr(os, "register_at_fork"):
@@ -69,7 +70,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def side_by_side(f, parts):
-    """[f(part) for part in parts], the second half of them in another thread where there is one. f must write to nothing but its part."""
+    """[f(part) for part in parts], the second half in the other thread unless somebody else keeps it busy. f writes to its part alone."""
     parts = list(parts)
     half = -(-len(parts) // 2)
     if len(parts) < 2 or width() < 2:
@@ -82,12 +83,23 @@ def side_by_side(f, parts):
     try:
         mine = [f(part) for part in parts[:half]]
     finally:
-        other.exception()  # whatever happens here, nobody writes to the caller's arrays any more
-    return mine + other.result()
+        begun = not other.cancel()
+        if begun:
+            _wait_for(other)
+    return mine + (other.result() if begun else [f(part) for part in parts[half:]])
+
+
+def _wait_for(future):
+    """Return when it is over, after Ctrl-C too: nobody may write to the caller's arrays any more."""
+    try:
+        future.exception()
+    except KeyboardInterrupt:
+        future.exception()
+        raise
 
 
 def elementwise(step, vectors, *numbers):
-    """step(*vectors, *numbers) in place, for a step that knows no neighbours, with `scratch` (2, n) float32 to compute in."""
+    """step(*vectors, *numbers) in place, for a step that knows no neighbours. On NumPy it gets `scratch`, (2, n) float32 to compute in."""
     n = len(vectors[0])
     if array_module(vectors[0]) is not np:
         return step(*vectors, *numbers)

@@ -90,8 +90,10 @@ def adamw8bit_step(
         maps, tables = ([f(np, signed) for signed in (True, False)] for f in (_map, _lookup))
         update = partial(eightbit.adamw, maps=maps, tables=tables)
     whole = n // BLOCKSIZE * BLOCKSIZE
-    chunk = eightbit.CHUNK if array_module(p) is np else max(whole, 1)
-    starts = [*range(0, whole, chunk)] + [whole] * (whole < n)  # a last partial block comes alone
+    on_host = array_module(p) is np
+    starts = [*range(0, whole, eightbit.CHUNK if on_host else max(whole, 1))] + [whole] * (
+        whole < n
+    )  # a last partial block comes alone
 
     def chunk(place):
         start, end = place
@@ -101,7 +103,8 @@ def adamw8bit_step(
         with np.errstate(all="ignore"):
             update(*parts, absmax_m[blocks], absmax_v[blocks], t, lr, betas, eps, weight_decay)
 
-    side_by_side(chunk, zip(starts, [*starts[1:], n], strict=True))
+    places = zip(starts, [*starts[1:], n], strict=True)
+    side_by_side(chunk, places) if on_host else [chunk(place) for place in places]  # a device belongs to the thread
 
 
 def _check(rule, p, g, codes_m, codes_v, absmax_m, absmax_v):
