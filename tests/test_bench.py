@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,39 @@ def test_a_run_of_some_rows_writes_nothing_unless_it_is_asked_to(capsys):
     assert command.main(["import", "--short"]) == 0
     assert {path: path.stat().st_mtime_ns for path in (rows.ROOT / "figures").rglob("*")} == before
     assert "written" not in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------------------ what was found
+def found():
+    """{(row, case, threads, line): median} of figures/data/bench.json."""
+    data = json.loads((rows.ROOT / "figures" / "data" / "bench.json").read_text(encoding="utf-8"))
+    assert not data["noisy"], "the committed numbers are those of a quiet machine"
+    return {
+        (row["row"], row["case"], row["threads"], line["name"]): line["values"]["here"][1]
+        for row in data["rows"]
+        for line in row["lines"]
+    }
+
+
+@pytest.mark.parametrize("name", ["bench", "growth"])
+def test_the_pages_are_those_of_their_numbers(name):
+    text = (rows.ROOT / "figures" / "data" / f"{name}.json").read_text(encoding="utf-8")
+    data = json.loads(text)
+    page = report.growth_page if name == "growth" else report.page
+    assert page(data) == (rows.ROOT / "figures" / f"{name}.md").read_text(encoding="utf-8")
+    assert report.as_json(data) == text and "with changes" not in str(data["about"])
+
+
+def test_the_sentences_on_speed_are_rows_of_the_table():
+    median, three = found(), measure.three
+    step = three(median["llama-qlora", "base", 2, "tinylora over bitsandbytes + PEFT"])
+    quantized = three(median["quantize", "64M", 2, "tinylora over bitsandbytes"])
+    said = f"takes {step} of the time of bitsandbytes and PEFT, and quantizing to NF4 {quantized} of bitsandbytes'"
+    assert said in " ".join((rows.ROOT / "README.md").read_text(encoding="utf-8").split())
+    chinese = (rows.ROOT / "docs" / "zh" / "README.md").read_text(encoding="utf-8")
+    assert step in chinese and quantized in chinese
+    text = (rows.ROOT / "figures" / "README.md").read_text(encoding="utf-8")
+    text = text.split("## On a CPU\n")[1].split("## On a GPU\n")[0]
+    pages = "".join((rows.ROOT / "figures" / f"{name}.md").read_text(encoding="utf-8") for name in ("bench", "growth"))
+    numbers = re.findall(r"\d+\.\d+", text)
+    assert len(numbers) > 20 and not set(numbers) - set(re.findall(r"\d+\.\d+", pages))

@@ -201,10 +201,14 @@ def spoiled(value, name=None):
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_numbers_that_are_not_what_a_figure_is_drawn_from_are_said(name, tmp_path, monkeypatch, capsys):
+def test_what_is_no_file_of_numbers_is_said(name, tmp_path, monkeypatch, capsys):
     for text in ("", "[]", "null", "3", "{", '{"command": "tinylora"}'):
         refused(name, text, tmp_path, monkeypatch, capsys)
     assert "command is missing" in refused(name, "{}", tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in STORED if name not in ("bench", "growth")])
+def test_numbers_that_are_not_what_a_figure_is_drawn_from_are_said(name, tmp_path, monkeypatch, capsys):
     nan = stored(name) | {
         "seeds" if "seeds" in stored(name) else "costs" if name == "paging" else "lengths": [math.nan]
     }
@@ -215,6 +219,60 @@ def test_numbers_that_are_not_what_a_figure_is_drawn_from_are_said(name, tmp_pat
         with pytest.raises(ValueError, match=rf"{name}\.json: .*(expected|is missing)"):
             next(gallery.draw([name], path.parent))
             pytest.fail(f"drawn, although {what}")
+
+
+def changed(data, path, value):
+    """A copy of data with another value at this path, whose parts are names and numbers; `...` in the value's place removes it."""
+    data = json.loads(json.dumps(data))
+    *way, last = path
+    for step in way:
+        data = data[step]
+    if value is ...:
+        del data[last]
+    else:
+        data[last] = value
+    return data
+
+
+_LINE, _STEP = ("rows", 0, "lines", 0), ("rows", 0, "contestants", 0)
+_BOTH = [(("about", "CPU"), ...), (("about",), []), (("versions",), []), (("versions",), [3]), (("noisy",), 1), (("rows",), []),
+         (("rows", -1, "threads"), 0), (("rows", -1, "threads"), ...), (("rows", -1), None)]  # fmt: skip
+SPOILED = [("bench", *wrong) for wrong in _BOTH] + [("growth", *wrong) for wrong in _BOTH]
+SPOILED += [("bench", (*_LINE, *path), value) for path, value in [
+    (("must",), "0.1"), (("aim",), math.inf), (("aim",), -1), (("reached",), "yes"), (("more",), None), (("kind",), 3),
+    (("values",), {}), (("values", "here"), [1, 2]), (("values", "here"), [1, math.nan, 2]), (("values", "here"), [0, 1, 2]),
+    (("values", "here"), ...), (("name",), ...)]]  # fmt: skip
+SPOILED += [("growth", (*_STEP, *path), value) for path, value in [
+    (("seconds",), [1, 2]), (("seconds", 1), 0), (("seconds", 1), math.nan), (("facts", "flops"), ...), (("facts", "bytes"), 0),
+    (("facts",), []), (("peak",), 0), (("held",), -1), (("version",), 3), (("threads",), "2"), (("name",), ...)]]  # fmt: skip
+SPOILED += [
+    ("growth", ("rows", 0, "case"), "width 128"),
+    ("growth", ("rows", 0, "contestants", 1, "facts", "flops"), ...),
+]
+
+
+@pytest.mark.parametrize(
+    "name, path, value", SPOILED, ids=lambda x: ".".join(map(str, x)) if type(x) is tuple else None
+)
+def test_a_measurement_that_no_figure_can_be_drawn_from_is_said(name, path, value, tmp_path):
+    file = tmp_path / f"{name}.json"
+    file.write_text(json.dumps(changed(stored(name), path, value)), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}\.json: .*(expected|is missing)"):
+        next(gallery.draw([name], tmp_path))
+
+
+@pytest.mark.parametrize("name", ["bench", "growth"])
+def test_a_measurement_with_nothing_in_it_is_said(name, tmp_path):
+    """Every contestant was left out, as where no peer is installed."""
+    data = stored(name)
+    for row in data["rows"]:
+        for line in row["lines"]:
+            line["values"] = dict.fromkeys(line["values"])
+        for c in row["contestants"]:
+            c["seconds"] = None
+    (tmp_path / f"{name}.json").write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name}\.json: rows.* expected a list with a "):
+        next(gallery.draw([name], tmp_path))
 
 
 def test_claims_stands_for_all_of_theirs():

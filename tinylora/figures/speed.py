@@ -49,7 +49,7 @@ def ratios(data):
     if data["noisy"]:
         ax.set_title(NOISY, fontsize=10)
         return figure
-    ax.set_title(f"{reached} of {len(asked)} targets reached on {data['about']['CPU'].partition(' (')[0]}, {data['about']['date']}",
+    ax.set_title(f"{reached} of these {len(asked)} targets reached on {data['about']['CPU'].partition(' (')[0]}, {data['about']['date']}",
                  fontsize=10)  # fmt: skip
     return figure
 
@@ -79,8 +79,9 @@ def growth(data):
     figure, (left, right) = canvas(9.2, 3.9, ncols=2)
     steps = [(found, c) for found in _most_threads(data["rows"]) for c in found["contestants"]
              if c["version"] == data["versions"][0] and c["seconds"]]  # fmt: skip
+    most = max(found["threads"] for found in data["rows"])
     floors = [c["facts"]["flops"] / c["seconds"][1] for found in data["rows"] for c in found["contestants"]
-              if c["name"] == "sgemm" and c["seconds"] and c["threads"] == steps[0][1]["threads"]]  # fmt: skip
+              if c["name"] == "sgemm" and c["seconds"] and c["threads"] == most]  # fmt: skip
     rate = sorted(floors)[len(floors) // 2]
     kinds = {"d": ("width d, 2 × 256 tokens", "o", COLOURS[0]), "c": ("context, 2,048 tokens", "s", COLOURS[2])}
     for kind, (name, mark, colour) in kinds.items():
@@ -106,8 +107,12 @@ def growth(data):
         ax.legend(frameon=False, fontsize=8.5, loc="upper left")
     left.set(xlabel="FLOPs of a step's products", ylabel="seconds")
     right.set(xlabel="bytes predicted", ylabel="bytes measured")
-    largest = max(steps, key=lambda pair: pair[1]["facts"]["flops"])[1]
-    share = largest["facts"]["flops"] / largest["seconds"][1] / rate
+    found, largest = max(steps, key=lambda pair: pair[1]["facts"]["flops"])
+    floor = next((c for c in found["contestants"] if c["name"] == "sgemm" and c["seconds"]), None)
+    beside = (
+        rate if floor is None else floor["facts"]["flops"] / floor["seconds"][1]
+    )  # in the same rounds, as in the table
+    share = largest["facts"]["flops"] / largest["seconds"][1] / beside
     left.set_title(
         NOISY if data["noisy"] else f"{share:.2f} of the bare products' rate at the largest step", fontsize=10
     )

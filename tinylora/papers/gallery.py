@@ -12,6 +12,7 @@ The same matplotlib gives the same bytes. Another version places letters otherwi
 last digits with another BLAS kernel.
 """
 
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from ..costs import memory
 from ..costs.paging import Cost
-from ..figures import runs
+from ..figures import runs, speed
 from ..figures.memory import account_bars
 from ..figures.paging import paging_costs
 from ..figures.style import one_column, require_matplotlib, save
@@ -184,6 +185,63 @@ def _normality(data):
     return normality.rejected_against_length({data["model"]: kinds}, power)
 
 
+_TAKEN = fields.optional(_list(fields.number(above=0, high=1e9), 3))  # a median between its quartiles
+_BOUND = fields.optional(fields.number(above=0, high=1e9))
+
+
+def _bench_holds(data):
+    """What both files of `python -m tests.bench` begin with."""
+    yield "about", _object({"CPU": fields.text(), "date": fields.text(100)})
+    yield "versions", _list(fields.text(100))
+    yield "noisy", fields.flag()
+
+
+def _ratios_holds(data):
+    yield from _bench_holds(data)
+    line = {"name": fields.text(), "kind": fields.text(), "more": fields.flag(), "must": _BOUND, "aim": _BOUND}
+    line |= {"reached": fields.one_of("aim", "must", "no", "")}
+    line["values"] = fields.mapping(_TAKEN)
+    row = {"row": fields.text(), "case": fields.text(), "threads": fields.whole(1), "lines": _list(_object(line))}
+    yield "rows", _list(_object(row))
+
+    def measured(row):
+        return any(s["kind"] == "ratio" and not s["more"] and any(s["values"].values()) for s in row["lines"])
+
+    there = fields.Kind(
+        f"an object with {', '.join(data['versions'])}", lambda values: set(data["versions"]) <= values.keys()
+    )
+    yield "rows", _list(_object({"lines": _list(_object({"values": there}))}))
+    yield "rows", fields.Kind("a list with a ratio that was measured", lambda rows: any(map(measured, rows)))
+
+
+def _growth_holds(data):
+    yield from _bench_holds(data)
+    size, ours = fields.whole(), data["versions"][0]
+    contestant = {"name": fields.text(), "version": fields.optional(fields.text()), "threads": fields.whole(1)}
+    contestant |= {"seconds": _TAKEN, "peak": size, "held": size, "facts": fields.mapping(fields.number(1, 1e18))}
+    row = {"case": fields.text(100), "threads": fields.whole(1), "contestants": _list(_object(contestant))}
+    yield "rows", _list(_object(row))
+    named = fields.Kind('"d = " or "context ", and a number', re.compile(r"(d = |context )\d+").fullmatch)
+    yield "rows", _list(_object({"case": named}))
+
+    def right(c):
+        if not c["seconds"] or c["version"] not in (ours, None):
+            return True
+        return "flops" in c["facts"] and (c["version"] is None or ("bytes" in c["facts"] and c["peak"] > c["held"]))
+
+    def measured(rows):
+        most = max(row["threads"] for row in rows)
+        found = [c for row in rows for c in row["contestants"] if c["seconds"] and c["threads"] == most]
+        return any(c["version"] == ours for c in found) and any(c["name"] == "sgemm" for c in found)
+
+    what = "of a step its flops, its bytes and a peak above what was held, and of sgemm its flops"
+    yield "rows", _list(_object({"contestants": _list(fields.Kind(what, right))}))
+    yield (
+        "rows",
+        fields.Kind(f"a list with a step of {ours!r} and sgemm, both measured with the most threads", measured),
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------------ computed anew
 def _tape():
     """`tinylora memory --model base --method all --batch-size 8 --seq-len 256 -r 16`."""
@@ -208,6 +266,8 @@ PICTURES = {
     "paging": Picture(_paging, _paging_holds),
     "normality": Picture(_normality, _normality_holds),
     "curves-smollm2": Picture(_curves, _curves_holds),
+    "bench": Picture(speed.ratios, _ratios_holds),
+    "growth": Picture(speed.growth, _growth_holds),
     "nf4": Picture(nf4_construction.nf4_optimal_for),
     "nf4-law": Picture(nf4_optimum.nf4_law),
     **{
