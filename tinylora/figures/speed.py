@@ -109,9 +109,8 @@ def growth(data):
     right.set(xlabel="bytes predicted", ylabel="bytes measured")
     found, largest = max(steps, key=lambda pair: pair[1]["facts"]["flops"])
     floor = next((c for c in found["contestants"] if c["name"] == "sgemm" and c["seconds"]), None)
-    beside = (
-        rate if floor is None else floor["facts"]["flops"] / floor["seconds"][1]
-    )  # in the same rounds, as in the table
+    # against the products of the same rounds, as in the table
+    beside = rate if floor is None else floor["facts"]["flops"] / floor["seconds"][1]
     share = largest["facts"]["flops"] / largest["seconds"][1] / beside
     left.set_title(
         NOISY if data["noisy"] else f"{share:.2f} of the bare products' rate at the largest step", fontsize=10

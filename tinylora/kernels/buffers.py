@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 
-LARGEST = 1 << 18  # elements
+LARGEST = 1 << 18  # elements of an array that is kept, unless a call allows more
 
 
 class _Buffers(threading.local):

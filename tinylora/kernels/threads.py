@@ -5,8 +5,8 @@
 
 Each part must be worth a thread: between two NumPy calls a thread takes the lock back, so that pieces of 16K elements are
 slower on two threads than on one. No element depends on how the work is shared out, and so no bit does. Two threads are what was measured;
-more are never taken. On two cores with AVX-512, dequantizing 16M weights takes 0.65 of one thread's time, quantizing 0.65, a step of AdamW
-0.65, and one of AdamW in 8 bits, which looks more up than it computes, 0.8.
+more are never taken. In the times of figures/bench.md, dequantizing 16M weights takes 0.61 of one thread's time, quantizing 0.62, a step of
+AdamW 0.70, and one of AdamW in 8 bits, which looks more up than it computes, 0.75.
 
 A thread of `training.train.workers` has its core to itself and no other: there, work stays in the thread (`stay`).
 """

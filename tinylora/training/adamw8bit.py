@@ -104,7 +104,11 @@ def adamw8bit_step(
             update(*parts, absmax_m[blocks], absmax_v[blocks], t, lr, betas, eps, weight_decay)
 
     places = zip(starts, [*starts[1:], n], strict=True)
-    side_by_side(chunk, places) if on_host else [chunk(place) for place in places]  # a device belongs to the thread
+    if on_host:
+        side_by_side(chunk, places)
+    else:  # the current device and stream are this thread's
+        for place in places:
+            chunk(place)
 
 
 def _check(rule, p, g, codes_m, codes_v, absmax_m, absmax_v):
