@@ -139,6 +139,24 @@ def test_fused_multiply_adds_round_once(xp, rng):
     assert ours.dtype == f32 and ours[told].tolist() == np.array(expected)[told].tolist()
     twice = (a.astype(np.float64) * b + c).astype(f32)
     assert (ours[200:400] != twice[200:400]).any() and (flushes(xp) or (ours[400:] != twice[400:]).any())
+    if xp is not np:
+        return
+    for some in (
+        slice(None),
+        slice(200),
+        slice(200, 400),
+        slice(400, None),
+    ):  # the fast one: all kinds together, and each alone
+        x, y, z = a[some].copy(), b[some].copy(), c[some].copy()
+        for out in (np.empty_like(x), z):
+            eightbit._fma(x, y, z, out)
+            assert out.tobytes() == ours[some].tobytes()
+    a, c, half = (2.0**exponent).astype(f32), c[200:400], f32(2.0**-24)  # half an ulp of c: ties
+    eightbit._fma(a, half, c, a)
+    assert a.tolist() == [
+        nearest_float32(Fraction(2) ** int(e) * Fraction(1, 1 << 24) + Fraction(float(z)))
+        for e, z in zip(exponent, c, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -88,21 +88,33 @@ def _look_up(values, at, out):
 
 
 def _fma(a, b, c, out):
-    """out ← fma(a, b, c), which is asked itself where a sum of the chunk may be rounded twice. out may be a, b or c."""
+    """out ← fma(a, b, c), which is asked itself for the few sums that may be rounded twice.
+
+    b: a number, or of a's shape. out may be a, b or c.
+    """
     total, other = buffer("wide", a.shape, "f8"), buffer("other", a.shape, "f8")
     bits, unsigned = other.view(np.int64), other.view(np.uint64)
     total[...] = a
     total *= b
     other[...] = c
     total += other
+    doubtful = []
     np.left_shift(
         total.view(np.int64), 35, out=bits
     )  # half way between two float32: of the last 29 bits the first is set alone
-    doubtful = bits.min(initial=0) == _HALF_WAY
+    if bits.min(initial=0) == _HALF_WAY:
+        doubtful.append(np.flatnonzero(bits == _HALF_WAY))
     np.left_shift(total.view(np.uint64), np.uint64(1), out=unsigned)  # without the sign
     unsigned -= np.uint64(1)  # 0 becomes the largest
-    doubtful |= unsigned.min(initial=_BELOW_TINY) < _BELOW_TINY
-    out[...] = fma(a, b, c) if doubtful else total
+    if unsigned.min(initial=_BELOW_TINY) < _BELOW_TINY:
+        doubtful.append(np.flatnonzero(unsigned < _BELOW_TINY))
+    if not doubtful:
+        out[...] = total
+        return
+    at = np.concatenate(doubtful)
+    once = fma(*(x.reshape(-1)[at] if np.ndim(x) else x for x in (a, b, c)))
+    out[...] = total
+    out.reshape(-1)[at] = once
 
 
 def adamw(p, g, codes_m, codes_v, absmax_m, absmax_v, t, lr, betas, eps, weight_decay, maps, tables):
