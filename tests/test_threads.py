@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tinylora import AdamW, AdamW8bit, Pager, Tensor, quantize
-from tinylora.kernels import dequantize, eightbit, rounding, threads
+from tinylora.kernels import dequantize, eightbit, pagewise, rounding, threads
 from tinylora.training import train
 
 
@@ -26,19 +26,17 @@ def where(_):
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7])
 def test_results_come_in_order_from_at_most_two_threads(n, two):
-    half, began = -(-n // 2), threading.Event()
+    both = threading.Barrier(2)
 
     def f(i):
-        if i >= half:
-            began.set()
-        elif n > 1:
-            assert began.wait(30), "the other half has not begun"
+        if i < 2 <= n:
+            both.wait(30)  # each thread has taken a part
         return i * i, threading.get_ident()
 
     found = threads.side_by_side(f, iter(range(n)))
     assert [square for square, _ in found] == [i * i for i in range(n)]
-    assert [ident for _, ident in found[:half]] == [threading.get_ident()] * half
     assert len({ident for _, ident in found}) == min(n, 2)
+    assert not n or threading.get_ident() in {ident for _, ident in found}
 
 
 def test_what_the_other_thread_has_no_time_for_is_done_here(two):
@@ -74,24 +72,37 @@ def test_a_worker_of_training_shares_nothing_out(two):
     assert threads.width() == 2
 
 
-@pytest.mark.parametrize("bad", [0, 3], ids=["here", "in the other thread"])
-def test_an_error_arrives_when_both_halves_are_over(bad, two):
-    done = []
-
-    other = threading.Event()
+@pytest.mark.parametrize("here", [True, False], ids=["here", "in the other thread"])
+def test_an_error_arrives_when_what_is_under_way_is_over_and_nothing_else_begins(here, two):
+    done, both, me = [], threading.Barrier(2), threading.get_ident()
 
     def f(i):
-        if i < 2:
-            other.wait(30)
-        other.set()
-        if i == bad:
-            raise ValueError(f"part {i}")
+        both.wait(30)
+        if (threading.get_ident() == me) is here:
+            raise ValueError("a bad part")
         time.sleep(0.05)
         done.append(i)
 
-    with pytest.raises(ValueError, match=f"part {bad}"):
-        threads.side_by_side(f, range(4))
-    assert sorted(done) == ([2, 3] if bad == 0 else [0, 1, 2])
+    with pytest.raises(ValueError, match="a bad part"):
+        threads.side_by_side(f, range(8))
+    assert len(done) == 1 and done[0] < 2
+
+
+def test_a_thread_that_is_free_takes_the_next_part(two):
+    """Parts of unequal size: while one thread is at the first, the other does all the rest."""
+    rest, count = threading.Event(), []
+
+    def f(i):
+        if i == 0:
+            assert rest.wait(30)
+        else:
+            count.append(i)
+            if len(count) == 6:
+                rest.set()
+        return threading.get_ident()
+
+    first, *others = threads.side_by_side(f, range(7))
+    assert set(others) == {other for other in others if other != first}
 
 
 def test_errors_of_arithmetic_are_treated_as_in_the_caller(two):
@@ -144,7 +155,8 @@ def test_a_forked_process_has_a_helper_of_its_own(two):
 
 # --------------------------------------------------------------------------------------------- the bits of one thread
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(threads, "_CHUNK", 512)
+    monkeypatch.setattr(pagewise, "_PIECE", 512)
+    monkeypatch.setattr(pagewise, "_WORTH", 0)
     monkeypatch.setattr(eightbit, "CHUNK", 512)
     monkeypatch.setattr(rounding, "_CHUNK", 512)
     monkeypatch.setattr(dequantize, "_CHUNK", 512)
@@ -169,19 +181,76 @@ def test_quantizing_and_dequantizing_give_the_same_bits(n, code, double, rng, mo
 
 
 @pytest.mark.parametrize("kind", [AdamW, AdamW8bit])
-@pytest.mark.parametrize("page_bytes", [1 << 12, 1 << 60])
-def test_both_optimizers_end_with_the_same_bits(kind, page_bytes, rng, monkeypatch):
+@pytest.mark.parametrize("page_bytes, budget", [(1 << 12, None), (1 << 12, 1 << 14), (1 << 60, None)])
+def test_both_optimizers_end_with_the_same_bits(kind, page_bytes, budget, rng, monkeypatch):
     small_chunks(monkeypatch)
     start = [rng.standard_normal(n).astype(np.float32) for n in (5000, 12_345, 100)]
     gradients = [[rng.standard_normal(p.shape).astype(np.float32) for p in start] for _ in range(4)]
 
     def trained():
         params = [Tensor(p.copy(), requires_grad=True) for p in start]
-        optimizer = kind(params, lr=1e-2, weight_decay=0.1, pager=Pager(page_bytes=page_bytes))
+        pager = Pager(budget, page_bytes=page_bytes, trace=True)
+        optimizer = kind(params, lr=1e-2, weight_decay=0.1, pager=pager)
         for step in gradients:
             for p, g in zip(params, step, strict=True):
                 p.grad = g.copy()
             optimizer.step()
-        return [p.data.tobytes() for p in params] + [x.tobytes() for x in optimizer.state_dict().values()]
+        moved = pager.trace, pager.peak_resident_bytes
+        return moved, [p.data.tobytes() for p in params], [x.tobytes() for x in optimizer.state_dict().values()]
 
     assert on(1, monkeypatch, trained) == on(2, monkeypatch, trained)
+
+
+# ---------------------------------------------------------------------------------------------------------- a step over pages
+def steps(pager, numbers, monkeypatch, piece=8):
+    """What `over_pages` calls, with each page's elements counted up by one: [(k, first, elements)]."""
+    monkeypatch.setattr(pagewise, "_PIECE", piece)
+    calls = []
+
+    def update(k, page, first):
+        page += 1
+        calls.append((k, first, page.shape[1]))
+
+    pagewise.over_pages(update, pager, numbers)
+    return calls
+
+
+def test_pages_come_in_pieces_and_in_groups_that_the_budget_holds(two, monkeypatch):
+    monkeypatch.setattr(pagewise, "_WORTH", 1 << 30)  # one thread, so that the order can be told
+    pager = Pager(2 * 160, page_bytes=160)  # pages of 2 x 20, two of them resident
+    numbers = pager.allocate(2, 50)
+    assert steps(pager, numbers, monkeypatch) == [
+        *((0, 0, 8), (0, 8, 8), (0, 16, 4), (1, 0, 8), (1, 8, 8), (1, 16, 4)),
+        *((2, 0, 8), (2, 8, 2)),
+    ]
+    assert pager.read(numbers).tolist() == [[1.0] * 50] * 2 and pager.peak_resident_bytes == 320
+
+    def groups():
+        places = [(k, number, None) for k, number in enumerate(numbers)]
+        return [[k for k, *_ in group] for group in pagewise._groups(pager, places)]
+
+    assert groups() == [[0, 1], [2]], "what the budget holds"
+    monkeypatch.setattr(pagewise, "_TOGETHER", 30)
+    assert groups() == [[0], [1, 2]], "and no more than is worth it"
+    monkeypatch.setattr(pagewise, "_TOGETHER", 1 << 20)
+    pager.prefetch = True
+    assert groups() == [[0], [1], [2]], "the next page comes beside the one in use"
+
+
+def test_where_memory_runs_out_within_a_group_pages_come_one_at_a_time(two, monkeypatch):
+    """A page that went for the next one of its group is out of reach: what is written to its old frame is lost."""
+    pager = Pager(1 << 20, page_bytes=160)
+    numbers = pager.allocate(2, 60)
+    exchange, frames = pager.pool.exchange, []
+
+    def short(back, source, ahead=False):  # memory for two frames
+        if source is not None and not back and len(pager._resident) >= 2:
+            raise MemoryError
+        frames.append(len(pager._resident))
+        return exchange(back, source, ahead)
+
+    monkeypatch.setattr(pager.pool, "exchange", short)
+    calls = steps(pager, numbers, monkeypatch, piece=100)
+    assert calls == [(0, 0, 20), (1, 0, 20), (2, 0, 20)] and max(frames) <= 2
+    assert pager.read(numbers).tolist() == [[1.0] * 60] * 2
+    assert pager.counters.evictions >= 2

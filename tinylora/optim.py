@@ -27,18 +27,19 @@ import numpy as np
 
 from .backend import array_module
 from .kernels import device
-from .kernels.threads import elementwise
+from .kernels.buffers import buffer
+from .kernels.pagewise import over_pages
 from .paging import Pager
 from .tensor import Tensor
 
 
-def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, scratch=None):
+def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
     """One AdamW update of p, m and v in place (the module's equation), for step t = 1, 2, …
 
-    p, g, m, v: float32 vectors of one length. scratch: a (2, n) buffer, so that no memory is allocated.
+    p, g, m, v: float32 vectors of one length.
     """
     xp = array_module(p)
-    a, b = xp.empty((2, len(p)), p.dtype) if scratch is None else scratch[:, : len(p)]
+    a, b = buffer("a, b", (2, len(p)), p.dtype) if xp is np else xp.empty((2, len(p)), p.dtype)
     b1, b2 = betas
     m *= b1  # m ← β₁ m + (1 − β₁) g
     xp.multiply(g, 1 - b1, out=a)
@@ -112,7 +113,7 @@ class AdamW:
     def step(self, lr_scale=1.0):
         """Apply the gradients (p.grad); a parameter without one is left alone, and its t stands still. lr_scale multiplies every lr.
 
-        Where a page cannot be brought, the error is raised, and the pages before it have had the step: load a state of before.
+        Where a page cannot be brought, the error is raised, and some pages before it have had the step: load a state of before.
         """
         self.step_count += 1
         self.pager.step = self.step_count
@@ -124,13 +125,14 @@ class AdamW:
         todo = [(slot, i) for slot in slots for i in range(len(slot.pages))]
         if self.back_and_forth and self.step_count % 2 == 0:
             todo.reverse()
-        numbers = [slot.pages[i] for slot, i in todo]
-        for (slot, i), number, after in zip(todo, numbers, [*numbers[1:], None], strict=False):
-            page = self.pager.page(number, then=after)
-            start = i * self.pager.shape(slot.pages[0])[1]
-            part = slice(start, start + page.shape[1])
-            p, g = slot.p.data.reshape(-1)[part], slot.p.grad.reshape(-1)[part]
+
+        def update(k, page, first):  # page: what page i of the slot holds from its element `first` on
+            slot, i = todo[k]
+            start = i * self.pager.shape(slot.pages[0])[1] + first
+            p, g = (x.reshape(-1)[start : start + page.shape[1]] for x in (slot.p.data, slot.p.grad))
             self._update(slot, page, p, g, start, slot.group["lr"] * lr_scale)
+
+        over_pages(update, self.pager, [slot.pages[i] for slot, i in todo])
 
     def _allocate(self, p):
         """The pages of a parameter's state."""
@@ -142,7 +144,7 @@ class AdamW:
         if device.compiles(p, g, *page):
             device.adamw_step(p, g, *page, *numbers)
         else:
-            elementwise(adamw_step, (p, g, *page), *numbers)
+            adamw_step(p, g, *page, *numbers)
 
     def zero_grad(self):
         for slot in self._slots:

@@ -141,7 +141,10 @@ class Pager:
         return self._pages[number].shape
 
     def page(self, number, then=None):
-        """The resident array of a page; valid until the next call. Writes to it are kept. then: the page that is wanted next."""
+        """The resident array of a page. then: the page that is wanted next.
+
+        Writes to it are kept until the next call, and beyond it for as long as the page is `resident`: the budget may hold several.
+        """
         number = range(len(self._pages))[number]  # one page has one number
         if number not in self._moves:
             return self._pages[number]
@@ -160,6 +163,10 @@ class Pager:
         if then is not None and self.prefetch:
             self._prefetch(then, beside=number)
         return frame
+
+    def resident(self, number):
+        """True if a page never moves, or was brought and is still there."""
+        return number not in self._moves or number in self._resident
 
     def _prefetch(self, number, beside):
         """Start to bring a page in, if it fits the budget beside the one in use."""

@@ -6,6 +6,7 @@ dequantize   code[q] · absmax by tables of pairs and quadruples
 eightbit     absmax, and AdamW's m and v, in 8 bits on the host, in buffers that stay in the cache
 buffers      memory to compute in, kept from call to call
 threads      elementwise work on two cores, where the calling thread has them to itself
+pagewise     an optimizer's step over its pages, shared by two threads
 vectorwise   int8 with one scale a row, as bitsandbytes rounds it: products of whole numbers, and outlier columns apart
 attention    attention on blocks of queries, which never look at the keys after them
 products     matrices in bfloat16 and float16: rounded on NumPy, on the tensor cores of a GPU

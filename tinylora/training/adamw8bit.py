@@ -53,7 +53,6 @@ from ..backend import array_module
 from ..kernels import device, eightbit
 from ..kernels.eightbit import fma
 from ..kernels.reciprocal import flush, rcp
-from ..kernels.threads import side_by_side
 from ..optim import AdamW
 
 BLOCKSIZE = 256
@@ -89,26 +88,14 @@ def adamw8bit_step(
     if rule == "bitsandbytes-cpu" and array_module(p) is np:
         maps, tables = ([f(np, signed) for signed in (True, False)] for f in (_map, _lookup))
         update = partial(eightbit.adamw, maps=maps, tables=tables)
-    whole = n // BLOCKSIZE * BLOCKSIZE
-    on_host = array_module(p) is np
-    starts = [*range(0, whole, eightbit.CHUNK if on_host else max(whole, 1))] + [whole] * (
-        whole < n
-    )  # a last partial block comes alone
-
-    def chunk(place):
-        start, end = place
+    whole, each = n // BLOCKSIZE * BLOCKSIZE, eightbit.CHUNK if array_module(p) is np else max(n, 1)
+    starts = [*range(0, whole, each)] + [whole] * (whole < n)  # a last partial block comes alone
+    for start, end in zip(starts, [*starts[1:], n], strict=True):
         blocks = slice(start // BLOCKSIZE, -(-end // BLOCKSIZE))
         rows = (blocks.stop - blocks.start, -1)
         parts = (x[start:end].reshape(rows) for x in (p, g, codes_m, codes_v))
         with np.errstate(all="ignore"):
             update(*parts, absmax_m[blocks], absmax_v[blocks], t, lr, betas, eps, weight_decay)
-
-    places = zip(starts, [*starts[1:], n], strict=True)
-    if on_host:
-        side_by_side(chunk, places)
-    else:  # the current device and stream are this thread's
-        for place in places:
-            chunk(place)
 
 
 def _check(rule, p, g, codes_m, codes_v, absmax_m, absmax_v):
