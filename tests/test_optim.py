@@ -105,6 +105,41 @@ def test_a_parameter_given_twice_is_refused():
         AdamW([{"params": [("one", p)]}, {"params": [q, ("two", p)], "lr": 0.1}])
     with pytest.raises(ValueError, match=r"AdamW: parameter one of shape \(3,\) is given twice"):
         AdamW([("one", p), ("one", q)])  # the state of one would be saved over that of the other
+    w = np.zeros((4, 6), np.float32)
+    whole, right, left = (Tensor(x, requires_grad=True) for x in (w, w[:, 3:], w[:, :3]))
+    with pytest.raises(ValueError, match=r"AdamW: parameter right of shape \(4, 3\) is given twice"):
+        AdamW([("whole", whole), ("right", right)])  # two threads would write to it
+    AdamW([("left", left), ("right", right)])  # columns beside each other
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_parameters_of_other_dtypes_are_updated_in_float32(dtype, rng):
+    """v of float16's gradients lies below float16's smallest number."""
+    start, grads = rng.standard_normal(300).astype(dtype), [rng.standard_normal(300) * 1e-3 for _ in range(3)]
+    p, m, v = Tensor(start.copy(), requires_grad=True), 0.0, 0.0
+    optimizer, slow = AdamW([p], lr=0.01, weight_decay=0.1), start.astype(np.float64)
+    for t, g in enumerate(grads, 1):
+        p.grad = g.astype(dtype)
+        g = p.grad.astype(np.float64)
+        m, v = m * 0.9 + g * 0.1, v * 0.999 + g * g * 0.001
+        slow = slow * (1 - 0.01 * 0.1) - 0.01 / (1 - 0.9**t) * m / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        optimizer.step()
+    assert p.dtype == dtype
+    np.testing.assert_allclose(
+        p.data, slow, rtol=2e-3 if dtype == "float16" else 1e-6, atol=2e-3 if dtype == "float16" else 1e-8
+    )
+
+
+def test_a_gradient_that_lies_column_by_column_is_turned_once(rng):
+    """As ops leave it now and then: each piece of a page would turn the whole again."""
+    p = Tensor(rng.standard_normal((600, 500)).astype(np.float32), requires_grad=True)
+    g = rng.standard_normal((500, 600)).astype(np.float32)
+    plain = Tensor(p.data.copy(), requires_grad=True)
+    p.grad, plain.grad = g.T, np.ascontiguousarray(g.T)
+    optimizers = [AdamW([x], pager=Pager(page_bytes=1 << 14)) for x in (p, plain)]
+    for optimizer in optimizers:
+        optimizer.step()
+    assert p.data.tobytes() == plain.data.tobytes() and p.grad.flags.c_contiguous and (p.grad == g.T).all()
 
 
 @pytest.mark.parametrize("key", ["step", "x.t"])

@@ -5,6 +5,7 @@ import select
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -74,18 +75,20 @@ def test_a_worker_of_training_shares_nothing_out(two):
 
 @pytest.mark.parametrize("here", [True, False], ids=["here", "in the other thread"])
 def test_an_error_arrives_when_what_is_under_way_is_over_and_nothing_else_begins(here, two):
-    done, both, me = [], threading.Barrier(2), threading.get_ident()
+    begun, done, both, me = [], [], threading.Barrier(2), threading.get_ident()
 
     def f(i):
-        both.wait(30)
+        begun.append(i)
+        if i < 2:
+            both.wait(30)
         if (threading.get_ident() == me) is here:
             raise ValueError("a bad part")
-        time.sleep(0.05)
+        time.sleep(0.2)
         done.append(i)
 
     with pytest.raises(ValueError, match="a bad part"):
         threads.side_by_side(f, range(8))
-    assert len(done) == 1 and done[0] < 2
+    assert sorted(begun) == [0, 1] and len(done) == 1
 
 
 def test_a_thread_that_is_free_takes_the_next_part(two):
@@ -106,11 +109,17 @@ def test_a_thread_that_is_free_takes_the_next_part(two):
 
 
 def test_errors_of_arithmetic_are_treated_as_in_the_caller(two):
-    zero = np.zeros(4, np.float32)
+    zero, both, me = np.zeros(4, np.float32), threading.Barrier(2), threading.get_ident()
+
+    def divide_there(_):
+        both.wait(30)
+        if threading.get_ident() != me:
+            return zero / zero
+
     with np.errstate(all="ignore"):
-        threads.side_by_side(lambda _: zero / zero, range(2))
+        threads.side_by_side(divide_there, range(2))
     with np.errstate(all="raise"), pytest.raises(FloatingPointError):
-        threads.side_by_side(lambda i: zero / zero if i else None, range(2))
+        threads.side_by_side(divide_there, range(2))
 
 
 def test_where_no_thread_can_be_started_the_work_is_done_here(two, monkeypatch):
@@ -157,6 +166,7 @@ def test_a_forked_process_has_a_helper_of_its_own(two):
 def small_chunks(monkeypatch):
     monkeypatch.setattr(pagewise, "_PIECE", 512)
     monkeypatch.setattr(pagewise, "_WORTH", 0)
+    monkeypatch.setattr(pagewise, "_LEAST", 0)
     monkeypatch.setattr(eightbit, "CHUNK", 512)
     monkeypatch.setattr(rounding, "_CHUNK", 512)
     monkeypatch.setattr(dequantize, "_CHUNK", 512)
@@ -202,9 +212,15 @@ def test_both_optimizers_end_with_the_same_bits(kind, page_bytes, budget, rng, m
 
 
 # ---------------------------------------------------------------------------------------------------------- a step over pages
-def steps(pager, numbers, monkeypatch, piece=8):
+@pytest.fixture
+def small_pages(two, monkeypatch):
+    """Pages of any size come together, in pieces of 8; one thread, so that the order can be told."""
+    for name, value in {"_PIECE": 8, "_LEAST": 0, "_WORTH": 1 << 30}.items():
+        monkeypatch.setattr(pagewise, name, value)
+
+
+def steps(pager, numbers):
     """What `over_pages` calls, with each page's elements counted up by one: [(k, first, elements)]."""
-    monkeypatch.setattr(pagewise, "_PIECE", piece)
     calls = []
 
     def update(k, page, first):
@@ -215,11 +231,10 @@ def steps(pager, numbers, monkeypatch, piece=8):
     return calls
 
 
-def test_pages_come_in_pieces_and_in_groups_that_the_budget_holds(two, monkeypatch):
-    monkeypatch.setattr(pagewise, "_WORTH", 1 << 30)  # one thread, so that the order can be told
+def test_pages_come_in_pieces_and_in_groups_that_the_budget_holds(small_pages, monkeypatch):
     pager = Pager(2 * 160, page_bytes=160)  # pages of 2 x 20, two of them resident
     numbers = pager.allocate(2, 50)
-    assert steps(pager, numbers, monkeypatch) == [
+    assert steps(pager, numbers) == [
         *((0, 0, 8), (0, 8, 8), (0, 16, 4), (1, 0, 8), (1, 8, 8), (1, 16, 4)),
         *((2, 0, 8), (2, 8, 2)),
     ]
@@ -230,6 +245,11 @@ def test_pages_come_in_pieces_and_in_groups_that_the_budget_holds(two, monkeypat
         return [[k for k, *_ in group] for group in pagewise._groups(pager, places)]
 
     assert groups() == [[0, 1], [2]], "what the budget holds"
+    monkeypatch.setattr(pagewise, "_LEAST", 15)
+    pager.budget = 1000
+    assert groups() == [[0, 1], [2]], "a small page begins a group"
+    monkeypatch.setattr(pagewise, "_LEAST", 0)
+    assert groups() == [[0, 1, 2]]
     monkeypatch.setattr(pagewise, "_TOGETHER", 30)
     assert groups() == [[0], [1, 2]], "and no more than is worth it"
     monkeypatch.setattr(pagewise, "_TOGETHER", 1 << 20)
@@ -237,20 +257,46 @@ def test_pages_come_in_pieces_and_in_groups_that_the_budget_holds(two, monkeypat
     assert groups() == [[0], [1], [2]], "the next page comes beside the one in use"
 
 
-def test_where_memory_runs_out_within_a_group_pages_come_one_at_a_time(two, monkeypatch):
-    """A page that went for the next one of its group is out of reach: what is written to its old frame is lost."""
-    pager = Pager(1 << 20, page_bytes=160)
-    numbers = pager.allocate(2, 60)
-    exchange, frames = pager.pool.exchange, []
+class Short:
+    """Memory for so many bytes of frames: a pool's `exchange` that counts the frames that somebody still holds."""
 
-    def short(back, source, ahead=False):  # memory for two frames
-        if source is not None and not back and len(pager._resident) >= 2:
-            raise MemoryError
-        frames.append(len(pager._resident))
-        return exchange(back, source, ahead)
+    def __init__(self, pager, nbytes):
+        self.exchange, self.nbytes, self.frames, self.most = pager.pool.exchange, nbytes, [], 0
+        pager.pool.exchange = self
 
-    monkeypatch.setattr(pager.pool, "exchange", short)
-    calls = steps(pager, numbers, monkeypatch, piece=100)
-    assert calls == [(0, 0, 20), (1, 0, 20), (2, 0, 20)] and max(frames) <= 2
-    assert pager.read(numbers).tolist() == [[1.0] * 60] * 2
-    assert pager.counters.evictions >= 2
+    def held(self):
+        self.frames = [frame for frame in self.frames if frame() is not None]
+        return sum({id(frame()): frame().nbytes for frame in self.frames}.values())
+
+    def __call__(self, back, source, ahead=False):
+        freed = back[-1][0].nbytes if back else 0
+        if source is not None and self.held() - freed + source.nbytes > self.nbytes:
+            self.exchange(back, None)  # what was to go has gone
+            if self.held() + source.nbytes > self.nbytes:
+                raise MemoryError
+        frame = self.exchange(back, source, ahead)
+        if source is not None:
+            self.frames.append(weakref.ref(frame))
+            self.most = max(self.most, self.held())
+        return frame
+
+
+@pytest.mark.parametrize("sizes", [[20] * 5, [20, 21, 22, 23, 24]], ids=["of one size", "of five sizes"])
+def test_where_memory_runs_out_before_the_budget_pages_come_one_at_a_time(sizes, small_pages):
+    """A page that went for another of its group is out of reach: what is written to its old frame would be lost."""
+    pager = Pager(1 << 20, page_bytes=1 << 10)
+    numbers = [i for n in sizes for i in pager.allocate(2, n)]
+    memory = Short(pager, 400)
+    assert {(k, first) for k, first, _ in steps(pager, numbers)} == {(k, i) for k in range(5) for i in (0, 8, 16)}
+    assert memory.most <= 400 and pager.counters.evictions >= 3
+    for number in numbers:
+        assert (pager.read([number]) == 1).all()
+
+
+def test_no_frame_is_held_beyond_the_budget(small_pages):
+    """Frames of unequal sizes are not used again; those of the group before must be gone."""
+    pager = Pager(400, page_bytes=200)
+    numbers = [i for n in (20, 21, 22, 23, 24) for i in pager.allocate(2, n)]
+    memory = Short(pager, 1 << 20)
+    steps(pager, numbers)
+    assert memory.most <= 400 and pager.peak_resident_bytes <= 400

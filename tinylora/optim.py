@@ -8,7 +8,7 @@ For a parameter p with gradient g, at step t = 1, 2, … with the learning rate 
 
 This is algorithm 2 of Loshchilov & Hutter 2019 in the form that torch has: the decay is scaled by η and comes first.
 
-No element depends on another. So the update of a tensor is the update of its pieces, one after the other, and m and v can
+No element depends on another. So the update of a tensor is the update of its pieces, in any order, and m and v can
 be kept in pages (QLoRA §3, "Paged Optimizers"; see `paging`). A page holds m in its first row and v in its second.
 Whatever the budget of pages is, the parameters end with the same bits.
 
@@ -36,11 +36,11 @@ from .tensor import Tensor
 def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
     """One AdamW update of p, m and v in place (the module's equation), for step t = 1, 2, …
 
-    p, g, m, v: float32 vectors of one length.
+    p, g, m, v: vectors of one length, m and v float32. Others than float32 are computed in it.
     """
-    xp = array_module(p)
-    a, b = buffer("a, b", (2, len(p)), p.dtype) if xp is np else xp.empty((2, len(p)), p.dtype)
-    b1, b2 = betas
+    xp, (b1, b2) = array_module(p), betas
+    a, b = buffer("a, b", (2, len(p))) if xp is np else xp.empty((2, len(p)), np.float32)
+    g = g.astype(np.float32, copy=False)
     m *= b1  # m ← β₁ m + (1 − β₁) g
     xp.multiply(g, 1 - b1, out=a)
     m += a
@@ -72,9 +72,9 @@ class Slot:
 class AdamW:
     """AdamW over parameters, or over groups [{"params": [...], "lr": ..., "weight_decay": ...}, ...].
 
-    params may be Tensors or (name, Tensor) pairs; names appear in `state_dict`. With `pager`, the state lives in its
-    pages and is updated a page at a time: for every budget the parameters equal those of the unpaged optimizer bit for
-    bit.
+    params may be Tensors or (name, Tensor) pairs, and no two may share memory; names appear in `state_dict`. With `pager`, the state lives
+    in its pages and is updated as they come (`kernels.pagewise`): for every budget the parameters equal those of the unpaged optimizer bit
+    for bit.
 
     Every second step goes through the pages from the last to the first (`back_and_forth`). No element depends on another, so no bit
     changes; but the pages used last are the ones that are still resident. If every step began at the first page, the least recently
@@ -98,7 +98,8 @@ class AdamW:
                     raise ValueError(f"{kind}: parameter {name} does not require a gradient; leave it out")
                 if not p.size:
                     raise ValueError(f"{kind}: parameter {name} of shape {p.shape} has no element; leave it out")
-                if seen & {id(p), name}:
+                part = self.pager.xp is np and any(np.shares_memory(p.data, other.p.data) for other in self._slots)
+                if part or seen & {id(p), name}:
                     raise ValueError(f"{kind}: parameter {name} of shape {p.shape} is given twice; leave one out")
                 seen |= {id(p), name}
                 self._slots.append(Slot(name, p, group, self._allocate(p)))
@@ -119,9 +120,8 @@ class AdamW:
         self.pager.step = self.step_count
         slots = [slot for slot in self._slots if slot.p.grad is not None]
         for slot in slots:
-            slot.t, p = slot.t + 1, slot.p
-            if not p.data.flags.c_contiguous:
-                p.data = array_module(p.data).ascontiguousarray(p.data)  # so that the flat view below is no copy
+            slot.t, p, xp = slot.t + 1, slot.p, array_module(slot.p.data)  # the flat views below must be no copies
+            p.data, p.grad = (x if x.flags.c_contiguous else xp.ascontiguousarray(x) for x in (p.data, p.grad))
         todo = [(slot, i) for slot in slots for i in range(len(slot.pages))]
         if self.back_and_forth and self.step_count % 2 == 0:
             todo.reverse()

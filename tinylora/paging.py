@@ -143,7 +143,7 @@ class Pager:
     def page(self, number, then=None):
         """The resident array of a page. then: the page that is wanted next.
 
-        Writes to it are kept until the next call, and beyond it for as long as the page is `resident`: the budget may hold several.
+        Writes to it are kept as long as the page is resident. The next call may evict it; `frame` tells.
         """
         number = range(len(self._pages))[number]  # one page has one number
         if number not in self._moves:
@@ -164,9 +164,9 @@ class Pager:
             self._prefetch(then, beside=number)
         return frame
 
-    def resident(self, number):
-        """True if a page never moves, or was brought and is still there."""
-        return number not in self._moves or number in self._resident
+    def frame(self, number):
+        """The array of a page that is resident now, else None. Counts nothing and moves no page."""
+        return self._resident.get(number) if number in self._moves else self._pages[number]
 
     def _prefetch(self, number, beside):
         """Start to bring a page in, if it fits the budget beside the one in use."""

@@ -93,7 +93,7 @@ def scaled(q, absmax):
 def scaled_on_host(q, absmax, bfloat16=False, out=None):
     """The same on NumPy, in chunks that stay in the cache; of a large weight four neighbours at once.
 
-    out: float32 in one piece, to be written to where whole entries of the table fill it. Two threads take half the chunks each.
+    out: float32 in one piece, to be written to where whole entries of the table fill it. Two threads share the chunks.
     """
     packed, code = q.packed, q.code.astype("<f4", copy=False).tobytes()
     if q.size < _LARGE:

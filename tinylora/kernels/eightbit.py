@@ -88,10 +88,7 @@ def _look_up(values, at, out):
 
 
 def _fma(a, b, c, out):
-    """out ← fma(a, b, c), which is asked itself for the few sums that may be rounded twice.
-
-    b: a number, or of a's shape. out may be a, b or c.
-    """
+    """out ← fma(a, b, c); `fma` itself computes the few sums that may be rounded twice. b: also a number. out may be a, b or c."""
     total, other = buffer("wide", a.shape, "f8"), buffer("other", a.shape, "f8")
     bits, unsigned = other.view(np.int64), other.view(np.uint64)
     total[...] = a

@@ -71,19 +71,16 @@ def side_by_side(f, parts):
     parts = list(parts)
     if len(parts) < 2 or width() < 2:
         return [f(part) for part in parts]
-    left, found = deque(range(len(parts))), [None] * len(parts)
+    found, ends = [None] * len(parts), (None, None)  # one for each thread
+    left = deque((*range(len(parts)), *ends))
 
     def work():
-        while True:
-            try:
-                i = left.popleft()
-            except IndexError:
-                return
-            try:
+        try:
+            for i in iter(left.popleft, None):
                 found[i] = f(parts[i])
-            except BaseException:
-                left.clear()
-                raise
+        except BaseException:
+            left.extendleft(ends)
+            raise
 
     context = contextvars.copy_context()  # np.errstate counts in it, too
     try:
