@@ -36,11 +36,11 @@ from .tensor import Tensor
 def adamw_step(p, g, m, v, t, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
     """One AdamW update of p, m and v in place (the module's equation), for step t = 1, 2, …
 
-    p, g, m, v: vectors of one length, m and v float32. Others than float32 are computed in it.
+    p, g, m, v: vectors of one length. What is computed has the dtype of m and v: float32.
     """
     xp, (b1, b2) = array_module(p), betas
-    a, b = buffer("a, b", (2, len(p))) if xp is np else xp.empty((2, len(p)), np.float32)
-    g = g.astype(np.float32, copy=False)
+    a, b = buffer("a, b", (2, len(p)), m.dtype) if xp is np else xp.empty((2, len(p)), m.dtype)
+    g = g.astype(m.dtype, copy=False)
     m *= b1  # m ← β₁ m + (1 − β₁) g
     xp.multiply(g, 1 - b1, out=a)
     m += a

@@ -71,14 +71,26 @@ def keep_freed_memory():
     length do not fit the next, and the heap grows with every new length. Linux with glibc only. Never called at import: it
     changes the whole process.
     """
+    mallopt = _of_glibc("mallopt")
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    settings = {m_mmap_threshold: 16 << 20, m_trim_threshold: 2**31 - 1, m_top_pad: 64 << 20}
+    return mallopt is not None and sum(mallopt(what, value) for what, value in settings.items()) == len(settings)
+
+
+def return_freed_memory():
+    """Ask glibc to return what is free to the kernel, kept blocks too (`keep_freed_memory`): a large array finds no room in them."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name):
+    """One of its own functions; None elsewhere."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     import ctypes
 
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError):
-        return False
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    big = 2**31 - 1
-    return all([mallopt(m_mmap_threshold, 16 << 20), mallopt(m_trim_threshold, big), mallopt(m_top_pad, 64 << 20)])
+        return None

@@ -91,7 +91,8 @@ class HostPool:
             if source is not None and old.shape == source.shape and old.dtype == source.dtype:
                 frame = old
             del old  # before anything new is allocated
-        if source is None:
+        if source is None:  # the memory was asked for now
+            copies.return_freed_memory()
             return None
         if frame is None:
             frame = np.empty(source.shape, source.dtype)
