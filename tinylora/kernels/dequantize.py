@@ -21,7 +21,7 @@ from .products import held
 from .reciprocal import flush
 from .threads import alone, side_by_side
 
-_CHUNK = 1 << 18  # elements dequantized at a time, so that they stay in the cache
+_CHUNK = 1 << 19  # elements dequantized at a time, so that they stay in the cache
 _LARGE = 1 << 23  # from this many weights on, the table of quadruples is worth its reading
 _LARGEST = 1 << 24  # weights whose memory is kept: 64 MB
 
