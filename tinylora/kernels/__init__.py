@@ -15,5 +15,5 @@ cuda.cu      what a GPU computes in one launch, each kernel under its equation; 
 device       which operations and optimizer steps are such kernels where their arrays lie on a GPU
 scatter      the gradient of a table look-up
 pools        where the pages of a Pager live: host memory, a file, CUDA managed memory
-copies       memory that a device reaches by itself, and blocks that the allocator keeps
+copies       memory that a device reaches by itself, and freed memory that is returned at once or kept
 """

@@ -1,5 +1,8 @@
-"""Memory that a device can reach by itself, copies in a stream, and freed blocks that the allocator keeps."""
+"""Memory that a device can reach by itself, copies in a stream, and freed memory of the host: returned at once, or kept."""
 
+import contextlib
+import math
+import mmap
 import sys
 
 import numpy as np
@@ -62,7 +65,19 @@ def _prefetch_to_host(address, nbytes, stream):
         raise RuntimeError(f"pager: managed memory could not be prefetched to the host ({error.name})")
 
 
-# --------------------------------------------------------------------------------------------------------------------- speed
+# ------------------------------------------------------------------------------------------------------ freed memory of the host
+def returned_when_dropped(shape, dtype):
+    """An array whose memory goes back to the system when the last reference does. malloc may keep it in a hole of its heap, where the large
+    array that needs room finds none. For 64 kB and more; smaller ones, and more than the system maps, come from malloc all the same.
+    """
+    nbytes, private = math.prod(shape) * np.dtype(dtype).itemsize, getattr(mmap, "MAP_PRIVATE", None)
+    if nbytes >= 1 << 16:
+        with contextlib.suppress(OSError):
+            memory = mmap.mmap(-1, nbytes) if private is None else mmap.mmap(-1, nbytes, flags=private)
+            return np.frombuffer(memory, dtype).reshape(shape)
+    return np.empty(shape, dtype)
+
+
 def keep_freed_memory():
     """Ask glibc to keep freed blocks below 16 MB instead of returning them to the kernel. True if it was possible.
 
@@ -71,26 +86,14 @@ def keep_freed_memory():
     length do not fit the next, and the heap grows with every new length. Linux with glibc only. Never called at import: it
     changes the whole process.
     """
-    mallopt = _of_glibc("mallopt")
-    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-    settings = {m_mmap_threshold: 16 << 20, m_trim_threshold: 2**31 - 1, m_top_pad: 64 << 20}
-    return mallopt is not None and sum(mallopt(what, value) for what, value in settings.items()) == len(settings)
-
-
-def return_freed_memory():
-    """Ask glibc to return what is free to the kernel, kept blocks too (`keep_freed_memory`): a large array finds no room in them."""
-    malloc_trim = _of_glibc("malloc_trim")
-    if malloc_trim is not None:
-        malloc_trim(0)
-
-
-def _of_glibc(name):
-    """One of its own functions; None elsewhere."""
     if not sys.platform.startswith("linux"):
-        return None
+        return False
     import ctypes
 
     try:
-        return getattr(ctypes.CDLL(None), name)
+        mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return None
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    big = 2**31 - 1
+    return all([mallopt(m_mmap_threshold, 16 << 20), mallopt(m_trim_threshold, big), mallopt(m_top_pad, 64 << 20)])

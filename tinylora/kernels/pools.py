@@ -91,11 +91,10 @@ class HostPool:
             if source is not None and old.shape == source.shape and old.dtype == source.dtype:
                 frame = old
             del old  # before anything new is allocated
-        if source is None:  # the memory was asked for now
-            copies.return_freed_memory()
+        if source is None:
             return None
         if frame is None:
-            frame = np.empty(source.shape, source.dtype)
+            frame = copies.returned_when_dropped(source.shape, source.dtype)
         frame[...] = source
         self.release(source)
         return frame
