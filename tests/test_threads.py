@@ -252,7 +252,7 @@ def test_pages_come_in_pieces_and_in_groups_that_the_budget_holds(small_pages, m
     assert groups() == [[0, 1, 2]]
     monkeypatch.setattr(pagewise, "_TOGETHER", 30)
     assert groups() == [[0], [1, 2]], "and no more than is worth it"
-    monkeypatch.setattr(pagewise, "_TOGETHER", 1 << 20)
+    monkeypatch.setattr(pagewise, "_TOGETHER", 1 << 22)
     pager.prefetch = True
     assert groups() == [[0], [1], [2]], "the next page comes beside the one in use"
 

@@ -2,10 +2,10 @@
 
     over_pages(update, pager, numbers) = update(k, pager.page(numbers[k]), 0) for k = 0, 1, …
 
-Asking the other thread takes longer than the work on a page of 256 kB. So large pages are brought until they have a million elements, or as
-many as the budget surely holds, and then the two threads take pieces of them. One thread calls the pager, for the same pages in the same
-order as a plain loop: the same pages are evicted. No element depends on another, and so no bit changes. Only where memory runs out before
-the budget does are some pages brought twice, and from there on each is brought by itself.
+Asking the other thread takes longer than the work on a page of 256 kB. So large pages are brought until they have four million elements,
+or as many as the budget surely holds, and then the two threads take pieces of them. One thread calls the pager, for the same pages in the
+same order as a plain loop: the same pages are evicted. No element depends on another, and so no bit changes. Only where memory runs out
+before the budget does are some pages brought twice, and from there on each is brought by itself.
 
 With half of the state of 10M parameters resident, a step of AdamW in 8 bits takes 0.67 of one thread's time (two cores, AVX-512). AdamW's
 pages of 256 kB come one by one: they hold 32K elements, and pieces of so few gain nothing.
@@ -19,7 +19,7 @@ from .threads import side_by_side, width
 
 _PIECE = 1 << 17  # elements, which stay in the cache; a multiple of the blocks of states in 8 bits
 _LEAST = 1 << 16  # elements of a page that is brought beside others
-_TOGETHER = 1 << 20  # elements of the pages that are brought together
+_TOGETHER = 1 << 22  # elements of the pages that are brought together
 _WORTH = 1 << 18  # elements from which on the other thread is asked
 
 
