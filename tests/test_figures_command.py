@@ -1,5 +1,6 @@
 """tinylora figures: the same bytes again, legible on a phone and without colours; and the gallery that shows them."""
 
+import importlib.util
 import json
 import math
 import re
@@ -124,6 +125,50 @@ def test_the_stored_numbers_are_those_of_the_tables():
     data = stored("normality")
     for law, group in normality.drawn(data["lengths"][0], data["draws"]).items():
         assert group.rejected == data["rejected"][law][0] / data["draws"], law
+
+
+def test_the_numbers_of_runs_are_copied_and_print_the_rows_of_the_tables(tmp_path, monkeypatch, capsys):
+    """From reports that say what the stored numbers say, the same files and the rows of the page come out."""
+    spec = importlib.util.spec_from_file_location("from_runs", FIGURES / "from_runs.py")
+    from_runs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(from_runs)
+    monkeypatch.setattr(from_runs, "DATA", tmp_path / "data")
+
+    def report(run, **found):
+        (tmp_path / "runs" / run).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "runs" / run / "report.json").write_text(json.dumps({"before": None, "history": [], **found}))
+
+    def rows_of(name):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        other = re.sub(r"\d\.\d{4,7}", "9.5", json.dumps(stored(name)))  # other numbers than those of the runs
+        (tmp_path / "data" / f"{name}.json").write_text(other)
+        from_runs.main([name, str(tmp_path / "runs")])
+        assert (tmp_path / "data" / f"{name}.json").read_bytes() == (FIGURES / "data" / f"{name}.json").read_bytes()
+        return [[cell.strip() for cell in row.strip("|").split("|")] for row in capsys.readouterr().out.splitlines()]
+
+    page = table("Full fine-tuning, LoRA and QLoRA on the embedded model")[2:]
+    for row, (method, run) in zip(page, stored("compare")["methods"].items(), strict=True):
+        for seed, after in enumerate(run["after"]):
+            report(f"{method}-seed{seed}", before=float(row[1]) if seed == 0 else None, after=after, bytes=run["bytes"])
+    assert [row[1:] for row in rows_of("compare")] == [row[1:5] for row in page]
+    for method, run in stored("curves-base")["methods"].items():
+        for seed, values in enumerate(run["heldout"]):
+            history = [
+                {"step": 1},
+                *({"step": s, "heldout": v} for s, v in zip(range(50, 301, 50), values, strict=True)),
+            ]
+            report(f"{method}-seed{seed}", before=run["before"], after=values[-1], history=history)
+    assert [row[2] for row in rows_of("curves-base")] == [page[2][2], page[1][2]]
+    for label, by_rank in stored("ranks")["targets"].items():
+        for r, values in by_rank.items():
+            for seed, after in enumerate(values):
+                report(f"{label.replace(', ', '-')}-r{r}-seed{seed}", after=after)
+    assert [row[1:] for row in rows_of("ranks")] == [row[1:] for row in table("Is a rank of 1 enough?")[2:]]
+    (tmp_path / "runs" / "all-linear-r64-seed2" / "report.json").unlink()
+    before = (tmp_path / "data" / "ranks.json").read_bytes()
+    with pytest.raises(SystemExit, match=r"all-linear-r64-seed2.*has not ended"):
+        from_runs.main(["ranks", str(tmp_path / "runs")])
+    assert (tmp_path / "data" / "ranks.json").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------------------------- the command
