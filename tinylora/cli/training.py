@@ -388,7 +388,7 @@ def pretrain_parser(commands):
         "Pretrain a Llama on UTF-8 text files; every file is a source from which batches draw evenly, and its last 5 % is held out.\n"
         "The finished folder (config.json, model.safetensors in bfloat16, README.md with the measured bits per byte)\n"
         "opens in tinylora and in transformers. The embedded base model was made by this command with its defaults.",
-        "example: the embedded base model, a good hour on two cores\n"
+        "example: the embedded base model, about two hours on two cores\n"
         "  python -m tinylora.data.make_texts texts\n"
         "  tinylora pretrain texts/shakespeare.txt texts/bible.txt texts/factbook.txt --out base\n",
     )

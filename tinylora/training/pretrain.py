@@ -20,10 +20,10 @@ from .train import Recipe, bits_per_byte, fit
 
 HELD_OUT = 0.05
 RECIPE = Recipe(
-    steps=17000,
+    steps=55000,
     batch_size=8,
     seq_len=256,
-    lr=2e-3,
+    lr=1.5e-3,
     schedule="cosine",
     warmup=200,
     floor=0.02,
