@@ -5,30 +5,34 @@
     python figures/from_runs.py ranks ranks
 
 The first argument is a file figures/data/NAME.json, whose methods, ranks and seeds are looked for; the second is the folder that its
-"command" wrote. Nothing is written unless each of the runs has ended.
+"command" wrote. Nothing is written unless each of the runs has ended, and had the steps of that command.
 """
 
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from tinylora.cli import parsed
 from tinylora.models import files
 
 DATA = Path(__file__).parent / "data"
 
 
-def report(folder, run):
-    """A run's report; SystemExit with a sentence where the run has not ended."""
-    path = folder / run / "report.json"
+def report(data, folder, run):
+    """A run's report; SystemExit with a sentence where the run has not ended, or was not one of the command's."""
+    path, steps = folder / run / "report.json", parsed(shlex.split(data["command"])[1:]).steps
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         sys.exit(f"{path} is not there: that run has not ended")
     if found["after"] is None:
         sys.exit(f"{path} has no bits per byte after training")
+    if found["recipe"]["steps"] != steps:
+        sys.exit(f"{path} is of {found['recipe']['steps']} steps, and `{data['command']}` takes {steps}")
     return found
 
 
@@ -41,7 +45,7 @@ def compare(data, folder):
     """{method: after of each seed, and bytes}; rows of the table of methods: before, after, minus LoRA's, minus full's."""
     rows, methods = [], data["methods"]
     for method, run in methods.items():
-        found = [report(folder, f"{method}-seed{seed}") for seed in data["seeds"]]
+        found = [report(data, folder, f"{method}-seed{seed}") for seed in data["seeds"]]
         run["after"] = [round(r["after"], 7) for r in found]
         run["bytes"] = {name: found[0]["bytes"][name] for name in run["bytes"]}
         rows.append([method, f"{found[0]['before']:.4f}", spread(run["after"])])
@@ -56,7 +60,7 @@ def curves(data, folder):
     """{method: before, and what was held out at each of the steps, a row for each seed}; rows of the table of curves."""
     rows = []
     for method, run in data["methods"].items():
-        found = [report(folder, f"{method}-seed{seed}") for seed in data["seeds"]]
+        found = [report(data, folder, f"{method}-seed{seed}") for seed in data["seeds"]]
         run["before"] = round(found[0]["before"], 7)
         run["heldout"] = []
         for r in found:
@@ -74,7 +78,7 @@ def ranks(data, folder):
     for label, by_rank in data["targets"].items():
         for r in by_rank:
             name = re.sub(r"[^a-z_-]+", "-", label)
-            found = [report(folder, f"{name}-r{r}-seed{seed}") for seed in data["seeds"]]
+            found = [report(data, folder, f"{name}-r{r}-seed{seed}") for seed in data["seeds"]]
             by_rank[r] = [round(f["after"], 7) for f in found]
         rows.append([label, *map(spread, by_rank.values())])
     return rows

@@ -134,9 +134,10 @@ def test_the_numbers_of_runs_are_copied_and_print_the_rows_of_the_tables(tmp_pat
     spec.loader.exec_module(from_runs)
     monkeypatch.setattr(from_runs, "DATA", tmp_path / "data")
 
-    def report(run, **found):
+    def report(run, steps=300, **found):
+        found = {"before": None, "history": [], "recipe": {"steps": steps}, **found}
         (tmp_path / "runs" / run).mkdir(parents=True, exist_ok=True)
-        (tmp_path / "runs" / run / "report.json").write_text(json.dumps({"before": None, "history": [], **found}))
+        (tmp_path / "runs" / run / "report.json").write_text(json.dumps(found))
 
     def rows_of(name):
         (tmp_path / "data").mkdir(exist_ok=True)
@@ -162,10 +163,14 @@ def test_the_numbers_of_runs_are_copied_and_print_the_rows_of_the_tables(tmp_pat
     for label, by_rank in stored("ranks")["targets"].items():
         for r, values in by_rank.items():
             for seed, after in enumerate(values):
-                report(f"{label.replace(', ', '-')}-r{r}-seed{seed}", after=after)
+                report(f"{label.replace(', ', '-')}-r{r}-seed{seed}", steps=200, after=after)
     assert [row[1:] for row in rows_of("ranks")] == [row[1:] for row in table("Is a rank of 1 enough?")[2:]]
-    (tmp_path / "runs" / "all-linear-r64-seed2" / "report.json").unlink()
     before = (tmp_path / "data" / "ranks.json").read_bytes()
+    report("all-linear-r8-seed1", steps=50, after=2.3)
+    with pytest.raises(SystemExit, match=r"all-linear-r8-seed1.* is of 50 steps, and `tinylora ranks` takes 200"):
+        from_runs.main(["ranks", str(tmp_path / "runs")])
+    report("all-linear-r8-seed1", steps=200, after=2.3)
+    (tmp_path / "runs" / "all-linear-r64-seed2" / "report.json").unlink()
     with pytest.raises(SystemExit, match=r"all-linear-r64-seed2.*has not ended"):
         from_runs.main(["ranks", str(tmp_path / "runs")])
     assert (tmp_path / "data" / "ranks.json").read_bytes() == before

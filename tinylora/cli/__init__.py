@@ -46,7 +46,7 @@ def _run(argv, out):
     """The exit status of a command, after its errors are said, and that of its output; SystemExit from argparse."""
     args, leaving = argparse.Namespace(traceback=False), None
     try:
-        args = _parsed(argv)
+        args = parsed(argv)
         with warnings.catch_warnings():
             warnings.showwarning = _warn
             status = args.run(args) or 0
@@ -92,7 +92,7 @@ def _result_in_files(args):
     return any(getattr(args, name, None) not in (None, "none") for name in ("out", "figure"))
 
 
-def _parsed(argv):
+def parsed(argv):
     """The Namespace of a command line; `given` in it are the options that stand there."""
     parser = _parser()
     commands = list(parser._subparsers._group_actions[0].choices)
