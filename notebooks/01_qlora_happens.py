@@ -44,7 +44,7 @@ from tinylora import ops
 # next bytes a probability.
 #
 # `named_weights` lists its arrays with their names. `size` counts an array's numbers,
-# and `nbytes` its bytes in memory. (The file on disk holds 16 bits a number.)
+# and `nbytes` its bytes in memory.
 
 # %%
 model = tl.Llama.from_pretrained("base")
@@ -109,11 +109,11 @@ print(f"held-out text, as loaded: {measured['as loaded']:.3f} bits per byte")
 # for a gradient.
 #
 # Each run of 64 weights forms a *block*, which stores its largest magnitude. There are
-# 16 fixed values from −1 to 1, called NF4. Divide a weight by the magnitude of its
+# 16 fixed values from −1 to 1: NF4. Divide a weight by the magnitude of its
 # block; the nearest of the 16 values is its *choice*, and only that is stored.
 #
 # `get` finds a part of the model by its path, and `dequantize` gives the rounded
-# weights back. Here are five weights of one matrix, before and after:
+# weights back. Five weights of one matrix, before and after:
 
 # %%
 path = "model.layers.0.mlp.up_proj"
@@ -134,7 +134,7 @@ measured["in 4 bits"] = bits_per_byte(model)
 # - one float32 for the matrix, `offset`: the mean of the largest magnitudes
 
 # %% tags=["hide-input"]
-# Checks: the parts of a 4-bit matrix, the bits a weight, and what rounding costs.
+# Checks: the parts of a 4-bit matrix, the bits a weight, and what rounding changes.
 parts = [getattr(q, name).nbytes for name in ("packed", "absmax_codes", "nested_absmax", "offset")]
 stored = [w for _, w in model.named_weights() if isinstance(w, tl.QuantizedTensor)]
 bits = 8 * sum(w.nbytes for w in stored) / sum(w.size for w in stored)
@@ -143,22 +143,23 @@ lost = measured["in 4 bits"] - measured["as loaded"]
 print(f"{path}: {' + '.join(f'{n:,}' for n in parts)} = {q.nbytes:,} bytes")
 print(f"all {len(stored)} matrices: {bits:.3f} bits a weight (with float32 magnitudes: {4 + 32 / 64})")
 print(f"the whole model: {small_bytes:,} bytes; {dense_bytes:,} in 32 bits, {dense_bytes // 2:,} in 16")
-print(f"rounding costs {lost:.3f} bits per byte: {measured['as loaded']:.3f} became {measured['in 4 bits']:.3f}")
+print(f"rounding changes bits per byte by {lost:.3f}: {measured['as loaded']:.3f} became {measured['in 4 bits']:.3f}")
 assert sum(parts) == q.nbytes and len(stored) == 35 and round(bits, 2) == 4.13
-assert 0 < lost < 0.03 and dense_bytes > 2 * 3.3 * small_bytes
+assert abs(lost) < 0.03 and dense_bytes > 2 * 3.3 * small_bytes
 assert (tl.dtypes.round_to(before, "bfloat16") == before).all()  # as it was loaded, it fits into 16 bits
 
 # %% [markdown]
-# So rounding costs little. But the rounded weights cannot be trained as they are. When
-# all weights are trained, a step moves each by about the learning rate, 0.001 say. The
-# next of the 16 values is farther away, so rounding after the step undoes it.
+# So rounding changes little. (Here it even helps: the model is too sure on a text unlike
+# what it has read.) But the rounded weights cannot be trained as they are. When all
+# weights are trained, a step moves each by about the learning rate, 0.001 say. For most,
+# the next of the 16 values is farther away, so rounding after the step undoes it.
 # `indices` gives each weight's choice:
 
 # %%
 stepped = tl.quantize(q.dequantize() + 0.001, double_quant=True)  # a step, then rounding
 back = (stepped.indices() == q.indices()).sum()
 print(f"{back:,} of {q.size:,} weights are rounded back to where they were")
-assert back == q.size
+assert 0.97 < back / q.size < 1
 
 # %% [markdown]
 # ## 4 · The bypass
@@ -232,11 +233,11 @@ measured["trained"] = bits_per_byte(model)
 for name, value in measured.items():
     print(f"{name:10} {value:.3f} bits per byte")
 print(f"the {len(base_before):,} bytes of the 4-bit matrices: unchanged")
-print("\n" + prompt + model.generate(prompt, 160, temperature=0.6, seed=3))
+print("\n" + prompt + model.generate(prompt, 160, temperature=0.6, seed=2))
 
 # %% [markdown]
 # The sentences make no sense: the model is tiny, and 60 steps are few. But it no longer
-# writes a play. It writes about software, and begins a new entry.
+# writes a play. It writes of programs and computers.
 #
 # Memory is the reason for all this. A trained number takes 16 bytes: 4 for itself, 4
 # for its gradient, 8 for the two averages of `AdamW`. A frozen 4-bit weight takes 4.13
@@ -283,7 +284,7 @@ learning_and_memory(losses, checks, memory)
 #
 # ## Where paper and code differ
 #
-# - QLoRA computes in bfloat16, numbers of 16 bits; this notebook computes in float32.
+# - QLoRA computes in bfloat16 (16 bits), this notebook in float32.
 # - QLoRA's equation 5 leaves out the scale $s$. The authors' code has it, and so has
 #   tinylora.
 # - LoRA's paper adapts two matrices of each layer in most experiments. QLoRA and this
