@@ -8,9 +8,10 @@ from tinylora.numerics import distributions, optimality
 
 #: layers of the base model far from the curve: which point is labelled, and where the label goes
 NAMED = (
-    ("layers.3.self_attn.k_proj", 1, "k_proj of layer 3", (-32, 6)),
+    ("layers.0.self_attn.k_proj", 1, "k_proj of layer 0", (-30, 6)),
     ("layers.4.mlp.down_proj", 1, "down_proj\nof layer 4", (-26, 6)),
-    ("layers.0.mlp.up_proj", 2, "gate, up of layer 0", (7, -3)),
+    ("layers.0.mlp.gate_proj", 2, "gate, up of layer 0", (-58, -13)),
+    ("layers.0.self_attn.v_proj", 2, "v_proj of layer 0", (-56, -13)),
 )
 
 
@@ -42,26 +43,26 @@ def price_and_gain(layers, outliers=(3, 4, 6, 10, 20)):
     left.minorticks_off()
     left.set_title("One large weight raises the error of its block", fontsize=10)
 
-    tau = np.array([0, 0.06, 0.12, 0.18, 0.24, 0.3, 0.35, 0.38, 0.39, 0.44, 0.5])
+    tau = np.array([0, 0.06, 0.12, 0.18, 0.24, 0.3, 0.35, 0.38, 0.39, 0.44, 0.5, 0.56, 0.62, 0.68, 0.74])
     spread = [distributions.ScaleMixture.lognormal(t) for t in tau]
     points = np.array(list(layers.values())).T
-    kinds = ((16, points[1], COLOURS[2], "^", "-", 1.6), (22, points[2], COLOURS[0], "o", "-.", 0.72))
-    for levels, measured, colour, marker, style, height in kinds:
+    kinds = ((16, points[1], COLOURS[2], "^", "-", (0.6, 2.85)), (22, points[2], COLOURS[0], "o", "-.", (0.63, 1.68)))
+    for levels, measured, colour, marker, style, place in kinds:
         cost = [optimality.distortion(optimality.optimal_levels(levels, 2, law), 2, law) for law in spread]
         ratio = np.array(cost) / undisturbed
         right.plot(tau, ratio, style, color=colour, lw=1.8)
         right.plot(points[0], measured, marker, color=colour, ms=4.5, mec="white", mew=0.4)
         label = f"{levels} values, {np.log2(levels):.3g} bits"
-        right.annotate(label, (0.51, height), color=colour, ha="right", fontsize=8.5)
+        right.annotate(label, place, color=colour, ha="right", fontsize=8.5)
     even = float(np.interp(1, ratio, tau))
     right.axhline(1, color="0.4", lw=1, ls="--")
-    right.annotate("blocks: 4.5 bits", (0.51, 1), (0, -11), ha="right", color="0.3", **SMALL)
+    right.annotate("blocks: 4.5 bits", (0.72, 1), (0, 3), ha="right", color="0.3", **SMALL)
     right.plot(even, 1, "s", color=COLOURS[0], ms=5)
-    right.annotate(f"τ = {even:.3f}", (even, 1), (-5, 4), ha="right", color=COLOURS[0], **SMALL)
+    right.annotate(f"τ = {even:.3f}", (even, 1), (5, -11), color=COLOURS[0], **SMALL)
     for path, point, label, place in NAMED:
         for row in (row for name, row in layers.items() if path in name):
             right.annotate(label, (row[0], row[point]), place, color="0.3", **SMALL)
-    right.set(xlim=(-0.015, 0.515), xlabel="spread τ of the blocks' scales (sd of log σ)")
-    right.set(ylim=(0.4, 2.45), ylabel="squared error, one quantizer / blocks")
-    right.set_title("Blocks win where scales vary (points: 35 layers)", fontsize=10)
+    right.set(xlim=(-0.015, 0.73), xlabel="spread τ of the blocks' scales (sd of log σ)")
+    right.set(ylim=(0.36, 3.2), ylabel="squared error, one quantizer / blocks")
+    right.set_title("Curves: log-normal scales. Points: 35 layers", fontsize=10)
     return figure
