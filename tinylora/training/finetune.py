@@ -56,8 +56,8 @@ METHODS = {
 COMPARED = ("full", "lora", "qlora", "qlora-fp4", "qlora-int4")
 
 #: The default recipes. The learning rates were chosen on the last twentieth of the training text, never on the held-out one, with the
-#: model that was embedded before; figures/README.md lists what was tried. LoRA wants the larger one: 3 times as large here. "LoRA Without Regret" fits about 10 times
-#: on large models.
+#: model that was embedded before; figures/README.md lists what was tried. LoRA wants the larger one: 3 times as large here. "LoRA Without
+#: Regret" fits about 10 times on large models.
 LORA_RECIPE = Recipe(steps=300, batch_size=8, seq_len=256, lr=3e-3, schedule="cosine", warmup=12)
 FULL_RECIPE = replace(LORA_RECIPE, lr=1e-3)
 
