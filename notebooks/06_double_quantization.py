@@ -279,15 +279,16 @@ assert abs(COST["int8"][2] / COST["int8"][0] / (4.14 / 1.54) ** 2 - 1) < 0.05
 # ## 6 · "No performance degradation"?
 #
 # The paper observes none (§3, §4), but only its figure 3 shows NF4 with and without
-# double quantization. Here we can check the embedded base model (2 million weights), on
-# 32 windows of 256 bytes of text. We measure two things in bits a byte: the divergence
+# double quantization. Here we check the embedded base model (2 million weights) on 32
+# windows of 256 bytes. We measure, in bits a byte, the divergence
 # $D(p \,\|\, \hat p) = \sum p \log_2 (p/\hat p)$ of its predictions $\hat p$ from those
 # of the unquantized model, $p$, and the change of the loss.
 
 # %% tags=["hide-input"]
 # Measures: divergence and loss of the quantized base model.
-text = np.frombuffer(tl.data.jargon("heldout")[: 32 * 256 + 1], np.uint8).astype(int)
-inputs, targets = text[:-1].reshape(32, 256), text[1:].reshape(32, 256, 1)
+windows = 32  # the last sentence below is about 256, which take a minute
+text = np.frombuffer(tl.data.jargon("heldout")[: windows * 256 + 1], np.uint8).astype(int)
+inputs, targets = text[:-1].reshape(windows, 256), text[1:].reshape(windows, 256, 1)
 
 
 def log2_p(**how):
@@ -311,22 +312,23 @@ for name, how in settings.items():
     lost = p - log2_p(**how)
     by_window = (np.exp2(p) * lost).sum(axis=-1).mean(axis=1)
     kl[name] = by_window.mean()
-    assert name != "exact constants" or round(by_window[:16].mean(), 3) == 0.030  # notebook 04's KL
+    assert name != "exact constants" or abs(by_window[:16].mean() - 0.069) < 0.001  # notebook 22's KL
     loss[name] = np.take_along_axis(lost, targets, axis=-1).mean(axis=(1, 2))  # of each window
     change = loss[name] - loss["exact constants"]
-    difference[name] = change.mean(), change.std() / np.sqrt(32)
+    difference[name] = change.mean(), change.std() / np.sqrt(windows)
     print("{:19} divergence {:.5f}   loss {:+.4f} ± {:.4f}".format(name, kl[name], *difference[name]))
 base, fine, coarse = kl.values()
 print(f"divergence: {fine / base - 1:+.2%} and {coarse / base - 1:+.2%}")
-assert abs(fine / base - 1) < 0.005 and 0.1 < coarse / base - 1 < 0.2
-(more, _), (less, se) = difference["dynamic8 with mean"], difference["E4M3 without mean"]
-assert 0.0003 < more < 0.0009 and -2 * se < less < 0
+assert abs(fine / base - 1) < 0.005 and 0.08 < coarse / base - 1 < 0.12
+(less, _), (more, se) = difference["dynamic8 with mean"], difference["E4M3 without mean"]
+assert -0.0012 < less < -0.0006 and abs(more) < se / 2
 
 # %% [markdown]
 # The divergence follows the error. Double quantization changes it by less than 0.5 %.
-# E4M3 without the mean raises it by more than 10 %. The loss does not follow: double
-# quantization raises it by 0.0006 bits, and E4M3 without the mean lowers it, by 1.3
-# standard errors. A loss on a small text shows neither harm nor its absence.
+# E4M3 without the mean raises it by 10 %. The loss does not follow on so small a text:
+# double quantization lowers it by 0.0009 bits, and E4M3 without the mean raises it by
+# under half a standard error. On eight times the text E4M3 raises it by 0.0065 bits, 7
+# standard errors.
 #
 # ## Where paper and code differ
 #
