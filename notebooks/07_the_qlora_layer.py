@@ -292,9 +292,9 @@ for name, errors in off.items():
     print(f"{name:12}" + "".join(f"{e:10.1e}" for e in errors))
 cosine = [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(claimed["W"], claimed["Ŵ"], strict=True)]
 print("cosine between the gradients with W and with Ŵ:", *(f"{c:.4f}" for c in cosine))
-assert max(off["Ŵ"]) < 5e-8 and 0.987 < min(cosine) < 0.989
-assert [f"{off['W'][i]:.1%}" for i in (-1, 0)] == ["5.9%", "15.9%"] and off["W"] == sorted(off["W"], reverse=True)
-assert min(off["bfloat16(Ŵ)"]) > 0.0009 and max(off["bfloat16(Ŵ)"]) < 0.003
+assert max(off["Ŵ"]) < 5e-8 and 0.982 < min(cosine) < 0.985
+assert [f"{off['W'][i]:.1%}" for i in (-1, 0)] == ["6.7%", "18.4%"] and off["W"] == sorted(off["W"], reverse=True)
+assert 0.0009 < min(off["bfloat16(Ŵ)"]) < 0.0015 and 0.0025 < max(off["bfloat16(Ŵ)"]) < 0.0035
 
 # %% tags=["hide-input"]
 # Draws: the error of the gradient, block by block
@@ -302,9 +302,9 @@ gradient_by_depth(off)
 
 # %% [markdown]
 # The slope agrees with $\hat W$ to seven digits. With $W$ the gradient is wrong by
-# 5.9 % in the block next to the loss. Each layer on the way down multiplies by the
-# wrong matrix once more. In the first block the error is 15.9 %. The wrong gradient
-# still points downhill: its cosine with the right one is at least 0.987. So a training
+# 6.7 % in the block next to the loss. Each layer on the way down multiplies by the
+# wrong matrix once more. In the first block the error is 18.4 %. The wrong gradient
+# still points downhill: its cosine with the right one is at least 0.98. So a training
 # run would hardly betray the mistake.
 #
 # ## 5 · What the tape holds
@@ -497,7 +497,7 @@ _ = grade("07-2", exercise_2)
 #   `tinylora/nn.py`; `tests/oracle/test_oracle_linear4bit.py` compares it with
 #   bitsandbytes).
 # - $\bar x = \bar y\,\hat W$. Finite differences agree to seven digits; with $W$ the
-#   gradient is wrong by 6 to 16 % (`ops.linear_frozen`; `tests/test_lora.py`).
+#   gradient is wrong by 7 to 18 % (`ops.linear_frozen`; `tests/test_lora.py`).
 # - The pullback holds the bytes and not $\hat W$: 136,320 bytes instead of 1,048,576
 #   (`tinylora/tensor.py`; `tests/test_tensor.py`).
 #

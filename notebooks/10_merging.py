@@ -153,7 +153,7 @@ assert not any(true for *_, true in found.values())
 # second $W$, those whose last bit is 1. In float32 every such $W$ that was drawn has
 # one too. The theorem never fails.
 #
-# So a second round trip with the same ΔW loses nothing. The first one does:
+# So a second round trip with the same ΔW loses nothing. The first does:
 
 
 # %%
@@ -333,9 +333,9 @@ assert all(error4[size] > size for size in (0.003, 0.01, 0.03))
 
 # %% [markdown]
 # If ΔW is 1 % of the weight, no code changes. Only the scales do, and 1.5 % of ΔW
-# arrives. If ΔW is 3 %, then 5 % of it arrives, and the error is larger than ΔW. If ΔW
-# is 30 %, then 99 % of it arrives. The error is 9.2 % of the weight, that of quantizing
-# any weight.
+# arrives. If ΔW is 3 %, then 5 % of it arrives, and the error exceeds ΔW. If ΔW is 30 %,
+# then 99 % of it arrives. The error is 9.2 % of the weight, that of quantizing any
+# weight.
 #
 # In the figure float32 and bfloat16 have the same curve, a factor of $2^{16}$ apart,
 # since their significands differ by 16 bits.
@@ -360,7 +360,7 @@ what_arrives(curves)
 # ## 5 · A trained adapter
 #
 # The embedded model is trained for 20 steps of QLoRA, and its adapter is merged.
-# `adapters.merge_errors(model)` lists the error of each layer.
+# `adapters.merge_errors(model)` lists each layer's error.
 
 
 # %% tags=["hide-input"]
@@ -380,9 +380,10 @@ def bits_per_byte(model):
         return loss(model, heldout).item() / np.log(2)
 
 
-tl.seed(0)
+seed = 0  # draws the batches and A; the text below is about 0 to 23
+tl.seed(seed)
 heldout = rows_of("heldout", 24, 1)
-steps, batches = 20, rows_of("train", 80, 0).reshape(20, 4, -1)
+steps, batches = 20, rows_of("train", 80, seed).reshape(20, 4, -1)
 model = tl.add_lora(tl.quantize_linears(tl.Llama.from_pretrained("base")), r=8, alpha=16)
 optimizer = tl.AdamW([p for _, p in model.trainable()], lr=0.005)
 for step, batch in enumerate(batches):
@@ -413,13 +414,13 @@ for name, value in bpb.items():
 gain = bpb["base, 4 bits"] - bpb["adapter beside the base"]
 lost, lost16 = (bpb[f"merged, {bits} bits"] - bpb["adapter beside the base"] for bits in (4, 16))
 print(f"of the gain of {gain:.3f}, merging loses {lost / gain:.1%} in 4 bits, {abs(lost16) / gain:.2%} in 16")
-assert gain > 0.2 and 0.1 < lost / gain < 0.3 and abs(lost16) < 0.01 * gain
+assert gain > 0.2 and 0.03 < lost / gain < 0.15 and abs(lost16) < 0.01 * gain
 
 # %% [markdown]
-# In 16 bits the merge loses less than 1 % of the gain. In 4 bits it loses between 10
-# and 30 %. To merge into a 4-bit base, then: dequantize, add, and *stay* in 16 bits if
-# memory allows, at nearly four times the bytes. Otherwise keep the adapter beside the
-# base, or look at the error first.
+# In 16 bits the merge loses less than 1 % of the gain. In 4 bits it loses 3 to 15 % over
+# 24 seeds, and 7.5 % on average. To merge into a 4-bit base: dequantize, add, and *stay*
+# in 16 bits if memory allows, at nearly four times the bytes. Otherwise keep the adapter
+# beside the base, or look at the error first.
 #
 # ## Where paper and code differ
 #
