@@ -252,23 +252,42 @@ for B, expected in ((64, (1.131, 1.084, 1.131)), (32, (1.073, 1.026, 1.066))):
 # Measures: both formats on the base model's weights, in six block sizes.
 model = tl.Llama.from_pretrained("base")
 weights = [v.data for name, v in model.named_parameters() if name.endswith("proj.weight")]
-energy = sum(np.square(v).sum(dtype=np.float64) for v in weights)
+
+
+def relative_error(weights, restore):
+    lost = sum(np.square(restore(v) - v).sum(dtype=np.float64) for v in weights)
+    return lost / sum(np.square(v).sum(dtype=np.float64) for v in weights)
+
+
 measured = {"nf4": {}, "affine": {}}
+even = [v / np.sqrt(np.square(v).mean(axis=0)) for v in weights]  # all columns of one size
+over, over_even = {}, {}  # NF4's error above the normal law's, on the weights and with even columns
 for B in (16, 32, 64, 128, 256, 512):
     for name, restore in (("nf4", plain_nf4), ("affine", plain_affine)):
-        measured[name][B] = sum(np.square(restore(v, B) - v).sum(dtype=np.float64) for v in weights) / energy
-    print(f"blocks of {B:3}: NF4 {measured['nf4'][B]:.6f}   affine int4 {measured['affine'][B]:.6f}")
-same = sum(np.square(quantize(v).dequantize() - v).sum(dtype=np.float64) for v in weights) / energy
+        measured[name][B] = relative_error(weights, lambda v, B=B, restore=restore: restore(v, B))
+    over[B] = measured["nf4"][B] / nf4_error(B) - 1
+    over_even[B] = relative_error(even, lambda v, B=B: plain_nf4(v, B)) / nf4_error(B) - 1
+    print(
+        f"blocks of {B:3}: NF4 {measured['nf4'][B]:.6f}   affine int4 {measured['affine'][B]:.6f}"
+        f"   NF4 above the normal law's {over[B]:+.1%}, with even columns {over_even[B]:+.1%}"
+    )
+same = relative_error(weights, lambda v: quantize(v).dequantize())
 assert len(weights) == 35 and abs(measured["nf4"][64] / same - 1) < 1e-4  # the library's, with float32 constants
 assert all((measured["affine"][B] < measured["nf4"][B]) == (B <= 64) for B in measured["nf4"])
 assert all((measured["affine"][2 * B] < measured["nf4"][B]) == (B <= 16) for B in (16, 32, 64, 128, 256))
-assert all(abs(measured["nf4"][B] / nf4_error(B) - 1) < 0.03 for B in measured["nf4"])
+assert all((abs(over[B]) < 0.01) == (B <= 64) for B in over) and all(abs(over_even[B]) < 0.01 for B in over)
+assert 0.033 < over[512] < 0.039 and list(over.values()) == sorted(over.values())
 
 # %% [markdown]
-# NF4's errors on the model are within 3 % of the normal law's, and the comparisons come
-# out the same. At equal block size affine int4 errs less in blocks of 64 and below. At
-# equal bits with 16-bit constants, affine int4 errs less at 5 bits (its blocks of 32
-# against NF4's of 16). NF4 errs less at 4.5 bits and below.
+# NF4's errors on the model are within 1 % of the normal law's in blocks of 64 and below.
+# In larger blocks they lie above it, by up to 3.6 %. The columns of a weight differ in
+# size, and a large block mixes more of them. If each column is divided by its root mean
+# square, NF4's errors are within 1 % of the normal law's in all six block sizes.
+#
+# The comparisons come out as on normal weights. At equal block size affine int4 errs
+# less in blocks of 64 and below. At equal bits with 16-bit constants, affine int4 errs
+# less at 5 bits (its blocks of 32 against NF4's of 16). NF4 errs less at 4.5 bits and
+# below.
 #
 # The figure compares at equal block size (left) and at equal bits (right). On the right,
 # each curve is shifted by the bits of its constants. Rings are the base model's weights.

@@ -226,7 +226,10 @@ print(f"one step of LoftQ on a flat spectrum: {laws[0]['loftq_1']:.3f}, √(1 �
 print(f"base model: p from {min(p):.2f} to {max(p):.2f}; PiSSA nearer than one step on {one}, than five on {five}")
 assert miss < 0.03 and abs(laws[0]["loftq_1"] - np.sqrt(1 - g)) < 0.01
 assert round(laws[-1]["loftq_1"] / np.sqrt(1 - g), 2) == 0.92
-assert len(p) == 35 and one == 35 and five == 7
+assert len(p) == 35 and one == 34 and five == 5
+(tie,) = (h for h, f in zip(linears, matrices, strict=True) if f["pissa"] >= f["loftq_1"])
+noise = share(np.random.default_rng(0).standard_normal(tie.dense().shape))  # g for its shape
+assert tie is base.model.layers[3].self_attn.v_proj and abs(share(tie.dense()) - noise) < 0.005
 assert all(0.88 < f["loftq_5"] / f["loftq_1"] < 0.93 for f in laws)
 
 # %% tags=["hide-input"]
@@ -236,8 +239,9 @@ which_start(laws, matrices)
 # %% [markdown]
 # PiSSA's half of the rule holds to 3 % for all. LoftQ's half predicts 8 % too much on the
 # steepest power law. On the power laws, five steps of LoftQ leave about a tenth less than
-# one. On the base model PiSSA is nearer than one step in all 35 matrices, and than five
-# in 7. Whether a nearer start trains better was not measured.
+# one. On the base model PiSSA is nearer than one step in 34 of the 35 matrices, and than
+# five in 5. One step is nearer in a `v_proj`, where $p$ equals $g$ for its shape (.21) and
+# the rule expects a tie. Whether a nearer start trains better was not measured.
 #
 # **Outlier columns** break the condition on $ε$. Such a column inflates the maxima of its
 # blocks, and their other weights are quantized too coarsely. PiSSA takes just that column

@@ -22,9 +22,9 @@ def which_start(laws, matrices):
     share, one, five = (registry.values(laws, key) for key in ("share", "loftq_1", "loftq_5"))
     ax.plot(share, one, "-", color=COLOURS[0], lw=1)
     ax.plot(share, five, "-", color=COLOURS[1], lw=1)
-    ax.annotate("PiSSA (circles); line: √(1 − p)", (0.66, np.sqrt(0.34)), (9, 3), color=COLOURS[2], **SMALL)
-    ax.annotate("LoftQ, 1 step (squares)", (share[-4], one[-4]), (-30, 9), color=COLOURS[0], **SMALL)
-    ax.annotate("LoftQ, 5 steps (triangles)", (share[-4], five[-4]), (-30, -17), color=COLOURS[1], **SMALL)
+    ax.annotate("PiSSA (circles); line: √(1 − p)", (0.66, np.sqrt(0.34)), (16, 3), color=COLOURS[2], **SMALL)
+    ax.annotate("LoftQ, 1 step (squares)", (share[-4], one[-4]), (-8, 9), color=COLOURS[0], **SMALL)
+    ax.annotate("LoftQ, 5 steps (triangles)", (share[-4], five[-4]), (-18, -18), color=COLOURS[1], **SMALL)
     ax.text(
         0.03, 0.06, "filled: power laws\nhollow: the base model", transform=ax.transAxes, fontsize=8.5, color="0.35"
     )
