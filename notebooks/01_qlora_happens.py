@@ -105,15 +105,15 @@ print(f"held-out text, as loaded: {measured['as loaded']:.3f} bits per byte")
 # ## 3 · Four bits
 #
 # `quantize_linears` replaces 35 weight matrices, seven in each layer, by a form in 4
-# bits. The embedding and the norms stay in 32 bits. All are frozen: no number will ask
-# for a gradient.
+# bits. The embedding and the norms stay in 32 bits. All are frozen: none asks for a
+# gradient.
 #
 # Each run of 64 weights forms a *block*, which stores its largest magnitude. There are
 # 16 fixed values from −1 to 1: NF4. Divide a weight by the magnitude of its
 # block; the nearest of the 16 values is its *choice*, and only that is stored.
 #
 # `get` finds a part of the model by its path, and `dequantize` gives the rounded
-# weights back. Five weights of one matrix, before and after:
+# weights back. Here are five weights of one matrix, before and after:
 
 # %%
 path = "model.layers.0.mlp.up_proj"
@@ -145,15 +145,15 @@ print(f"all {len(stored)} matrices: {bits:.3f} bits a weight (with float32 magni
 print(f"the whole model: {small_bytes:,} bytes; {dense_bytes:,} in 32 bits, {dense_bytes // 2:,} in 16")
 print(f"rounding changes bits per byte by {lost:.3f}: {measured['as loaded']:.3f} became {measured['in 4 bits']:.3f}")
 assert sum(parts) == q.nbytes and len(stored) == 35 and round(bits, 2) == 4.13
-assert abs(lost) < 0.03 and dense_bytes > 2 * 3.3 * small_bytes
+assert -0.03 < lost < 0 and dense_bytes > 2 * 3.3 * small_bytes
 assert (tl.dtypes.round_to(before, "bfloat16") == before).all()  # as it was loaded, it fits into 16 bits
 
 # %% [markdown]
-# So rounding changes little. (Here it even helps: the model is too sure on a text unlike
-# what it has read.) But the rounded weights cannot be trained as they are. When all
-# weights are trained, a step moves each by about the learning rate, 0.001 say. For most,
-# the next of the 16 values is farther away, so rounding after the step undoes it.
-# `indices` gives each weight's choice:
+# So rounding changes little. (Here it even lowers the bits; `figures/README.md` says why
+# that is no better model.) But the rounded weights cannot be trained as they are. When all
+# weights are trained, a step moves each by about the learning rate, 0.001 say. Except in a
+# few nearly empty blocks, the next of the 16 values is farther away, so rounding after the
+# step undoes it. `indices` gives each weight's choice:
 
 # %%
 stepped = tl.quantize(q.dequantize() + 0.001, double_quant=True)  # a step, then rounding
@@ -239,7 +239,7 @@ print("\n" + prompt + model.generate(prompt, 160, temperature=0.6, seed=2))
 # The sentences make no sense: the model is tiny, and 60 steps are few. But it no longer
 # writes a play. It writes of programs and computers.
 #
-# Memory is the reason for all this. A trained number takes 16 bytes: 4 for itself, 4
+# Memory is the reason for this. A trained number takes 16 bytes: 4 for itself, 4
 # for its gradient, 8 for the two averages of `AdamW`. A frozen 4-bit weight takes 4.13
 # bits and nothing else.
 
@@ -259,7 +259,7 @@ assert count == 138_240 and measured["in 4 bits"] - measured["trained"] > 0.4
 learning_and_memory(losses, checks, memory)
 
 # %% [markdown]
-# (What the forward pass keeps for the backward pass comes on top of both; notebook
+# (What the forward pass keeps for the backward pass comes on top; notebook
 # [09](09_where_did_the_memory_go.ipynb) counts it.) For 65 billion weights QLoRA's
 # introduction gives more than 780 GB if all are trained, and less than 48 GB for QLoRA.
 #
@@ -284,7 +284,7 @@ learning_and_memory(losses, checks, memory)
 #
 # ## Where paper and code differ
 #
-# - QLoRA computes in bfloat16 (16 bits), this notebook in float32.
+# - QLoRA computes in bfloat16 (16 bits). This notebook computes in float32.
 # - QLoRA's equation 5 leaves out the scale $s$. The authors' code has it, and so has
 #   tinylora.
 # - LoRA's paper adapts two matrices of each layer in most experiments. QLoRA and this

@@ -286,7 +286,7 @@ assert abs(COST["int8"][2] / COST["int8"][0] / (4.14 / 1.54) ** 2 - 1) < 0.05
 
 # %% tags=["hide-input"]
 # Measures: divergence and loss of the quantized base model.
-windows = 32  # the last sentence below is about 256, which take a minute
+windows = 32  # with 256, which take a minute, this cell prints what the last sentence below says
 text = np.frombuffer(tl.data.jargon("heldout")[: windows * 256 + 1], np.uint8).astype(int)
 inputs, targets = text[:-1].reshape(windows, 256), text[1:].reshape(windows, 256, 1)
 
@@ -319,9 +319,12 @@ for name, how in settings.items():
     print("{:19} divergence {:.5f}   loss {:+.4f} ± {:.4f}".format(name, kl[name], *difference[name]))
 base, fine, coarse = kl.values()
 print(f"divergence: {fine / base - 1:+.2%} and {coarse / base - 1:+.2%}")
-assert abs(fine / base - 1) < 0.005 and 0.08 < coarse / base - 1 < 0.12
 (less, _), (more, se) = difference["dynamic8 with mean"], difference["E4M3 without mean"]
-assert -0.0012 < less < -0.0006 and abs(more) < se / 2
+if windows == 32:
+    assert abs(fine / base - 1) < 0.005 and 0.08 < coarse / base - 1 < 0.12
+    assert -0.0012 < less < -0.0006 and abs(more) < se / 2
+else:
+    assert windows != 256 or (0.005 < more < 0.008 and more > 5 * se)
 
 # %% [markdown]
 # The divergence follows the error. Double quantization changes it by less than 0.5 %.

@@ -380,7 +380,7 @@ def bits_per_byte(model):
         return loss(model, heldout).item() / np.log(2)
 
 
-seed = 0  # draws the batches and A; the text below is about 0 to 23
+seed = 0  # draws the batches and A; the text below tells of the seeds 0 to 23
 tl.seed(seed)
 heldout = rows_of("heldout", 24, 1)
 steps, batches = 20, rows_of("train", 80, seed).reshape(20, 4, -1)

@@ -422,10 +422,10 @@ assert round(lloyd_max.max(), 4) == 2.7326 and round(naive, 6) == 0.007896 < all
 # The theory assumes normal weights in blocks of 64, and nothing else. BOF4's table 1 gives
 # errors for three models with billions of weights, here as ratios to NF4's error. The
 # next cell measures the same ratios, for MAE and MSE, on the embedded base model. Its
-# linear layers have 2 million weights. The column `t_30` is the theory once more, for
-# weights from Student's law with 30 degrees of freedom instead of the normal law. In
-# `even columns` each column of the base model's weights is divided by its root mean
-# square.
+# linear layers have 2 million weights. The numbers after `t_30` are the theory once more,
+# for weights from Student's law with 30 degrees of freedom instead of the normal law. The
+# numbers after `even columns` are those of the base model, each column of a weight matrix
+# divided by its root mean square.
 
 # %% tags=["hide-input"]
 # Measures: AF4 and BOF4-S over NF4, in theory, on the base model and as published
@@ -471,11 +471,11 @@ for name, code, signed in (("AF4", codebooks.af4(), False), ("BOF4-S", codebooks
 # Under Student's law with 30 degrees of freedom AF4's ratios are 1.030 and 1.080, and
 # BOF4-S's are 0.981 and 0.889.
 #
-# - **AF4.** The embedded model's ratios, 1.030 and 1.079, are those of Student's law to
-#   0.0015. The large models' lie there or a little nearer to 1.
-# - **BOF4-S.** The embedded model's ratios, 0.974 and 0.873, lie nearer to the normal
-#   law's than to Student's. The large models' lie farther from the normal law's, and two
-#   of the three do not reach Student's.
+# - **AF4.** The embedded model's ratios, 1.030 and 1.079, agree with Student's law to
+#   0.0015. The ratios of the large models lie there or a little nearer to 1.
+# - **BOF4-S.** The embedded model's ratios, 0.974 and 0.873, lie nearer to the normal law
+#   than to Student's law. The ratios of the large models lie farther from the normal law,
+#   and two of the three do not reach Student's law.
 # - **One reason in the embedded model.** The columns of a weight differ in size. A block
 #   mixes 64 columns, and a mixture of sizes has heavier tails. With even columns every
 #   ratio moves away from 1. AF4's become 1.032 and 1.080, nearer to the theory's.

@@ -280,8 +280,8 @@ assert 0.033 < over[512] < 0.039 and list(over.values()) == sorted(over.values()
 
 # %% [markdown]
 # NF4's errors on the model are within 1 % of the normal law's in blocks of 64 and below.
-# In larger blocks they lie above it, by up to 3.6 %. The columns of a weight differ in
-# size, and a large block mixes more of them. If each column is divided by its root mean
+# In larger blocks they lie above those of the normal law, by up to 3.6 %. Most of this comes
+# from columns of different size. If each column of a weight is divided by its root mean
 # square, NF4's errors are within 1 % of the normal law's in all six block sizes.
 #
 # The comparisons come out as on normal weights. At equal block size affine int4 errs

@@ -240,8 +240,8 @@ which_start(laws, matrices)
 # PiSSA's half of the rule holds to 3 % for all. LoftQ's half predicts 8 % too much on the
 # steepest power law. On the power laws, five steps of LoftQ leave about a tenth less than
 # one. On the base model PiSSA is nearer than one step in 34 of the 35 matrices, and than
-# five in 5. One step is nearer in a `v_proj`, where $p$ equals $g$ for its shape (.21) and
-# the rule expects a tie. Whether a nearer start trains better was not measured.
+# five in 5. One step is nearer in the `v_proj` of layer 3. There $p$ is .21, as is $g$ for
+# a matrix of that shape, and the rule expects a tie. Whether a nearer start trains better was not measured.
 #
 # **Outlier columns** break the condition on $ε$. Such a column inflates the maxima of its
 # blocks, and their other weights are quantized too coarsely. PiSSA takes just that column

@@ -285,8 +285,8 @@ normal = optimality.expected_error(nf4, 192 * 192) / blockwise
 print(f"22 fitted values beat the blocks in {(fit22 < 1).sum()} of {len(τ)} layers; median τ {np.median(τ):.3f}")
 print(f"one absmax for 192 × 192 normal weights: {normal:.2f} times the error of blocks")
 assert round(np.sqrt(polygamma(1, 32) / 4), 3) == 0.089
-assert len(τ) == 35 and round(np.median(τ), 2) == 0.06 and peak.min() > 3.85 and peak.max() < 13.1
-assert one_absmax.min() > 1.45 and one_absmax.max() < 12.2 and round(normal, 2) == 1.68
+assert len(τ) == 35 and round(np.median(τ), 2) == 0.06 and 3.85 < peak.min() < 4.5 and 12.5 < peak.max() < 13.5
+assert 1.45 < one_absmax.min() < 1.55 and 11.5 < one_absmax.max() < 12.5 and round(normal, 2) == 1.68
 assert [round(r, 2) for r in total[1:] / total[0]] == [1.0, 3.08, 1.26, 1.13, 1.01, 0.69]
 assert total[1] < total[5] and round(np.log2(18), 2) == 4.17  # double quantization against 18 values
 assert {name.split(".")[4] for name, row in layers.items() if row[6] > 1} == {"k_proj"} and (fit22 > 1).sum() == 4
@@ -334,7 +334,11 @@ for name, w in weights.items():
     group, out = (0, outlying) if outlying.any() else (1, empty) if empty.any() else (2, empty)
     rest = blocks[~out]
     fit22_rest = fitted_error(rest, 22) / nf4_error(rest, 64)
-    list(groups.values())[group][name] = against_curve(w), out.mean(), against_curve(rest), spread(rest), fit22_rest
+    squared = np.square(blocks[empty]).sum() / np.square(w).sum()
+    list(groups.values())[group][name] = (
+        *(against_curve(w), out.mean(), against_curve(rest)),
+        *(spread(rest), fit22_rest, squared),
+    )
 for group, rows in groups.items():
     with_all, share, without, *_ = np.array(list(rows.values())).T
     print(f"{len(rows)} layers {group}: {with_all.min():.2f} to {with_all.max():.2f} times the curve", end="")
@@ -347,12 +351,13 @@ for group, rows in groups.items():
 # Checks: the numbers of the text below
 far, hollow, others = (np.array(list(rows.values())) for rows in groups.values())
 assert (len(far), len(hollow), len(others)) == (13, 3, 19)
-assert others[:, 0].min() > 0.95 and others[:, 0].max() < 1.1
-assert far[:, 0].min() > 1.02 and far[:, 0].max() < 1.545 and abs(np.median(far[:, 0]) - 1.29) < 0.005
-assert far[:, 1].max() < 0.0175 and far[:, 2].min() > 0.97 and far[:, 2].max() < 1.155 and far[:, 4].max() < 0.85
+assert [others[:, 0].min().round(2), others[:, 0].max().round(2)] == [0.96, 1.09]
+assert [f(far[:, 0]).round(2) for f in (np.min, np.max, np.median)] == [1.03, 1.54, 1.29]
+assert [far[:, 2].min().round(2), far[:, 2].max().round(2)] == [0.98, 1.15]
+assert far[:, 1].max().round(3) == 0.017 and far[:, 4].max() < 0.85
 assert list(groups["with nearly empty blocks"]) == [f"model.layers.{name}" for name in reversed(widest)]
 assert np.abs(hollow[:, [0, 2, 3]] - [(0.42, 0.85, 0.23), (0.64, 0.98, 0.07), (0.66, 0.98, 0.06)]).max() < 0.0055
-assert [*hollow[:, 1].round(3)] == [0.118, 0.023, 0.023]
+assert [*hollow[:, 1].round(3)] == [0.118, 0.023, 0.023] and hollow[:, 5].max() < 0.005
 gate, up = (np.square(weights[f"model.layers.0.mlp.{kind}_proj.weight"]).mean(axis=1) for kind in ("gate", "up"))
 dead = gate < 0.16 * np.median(gate)  # whole rows, of three blocks each
 assert (dead == (up < 0.16 * np.median(up))).all() and dead.sum() == 12 and round(12 * 3 / 1536, 3) == 0.023
@@ -362,8 +367,8 @@ assert (dead == (up < 0.16 * np.median(up))).all() and dead.sum() == 12 and roun
 price_and_gain({name: (row[0], row[3], row[6]) for name, row in layers.items()})
 
 # %% [markdown]
-# For most layers τ predicts this cost: in 19 layers the ratio is 0.96 to 1.09 times that
-# of the curve. There are two exceptions:
+# For most layers τ predicts what 16 fitted values cost: in 19 layers the ratio is 0.96 to
+# 1.09 times that of the curve. Two groups of layers are exceptions:
 #
 # - Thirteen layers have a weight beyond 6 σ. Their ratio is 1.03 to 1.54 times that of the
 #   curve, with a median of 1.29. The blocks that hold such a weight are at most 1.7 % of a
@@ -372,8 +377,8 @@ price_and_gain({name: (row[0], row[3], row[6]) for name, row in layers.items()})
 # - v_proj, gate_proj and up_proj of layer 0 lie furthest below the curve, at 0.42, 0.64 and
 #   0.66 times its ratio. In them 11.8, 2.3 and 2.3 % of the blocks are nearly empty: their
 #   scale is less than 0.4 of the median. In gate_proj and up_proj they are the rows of the
-#   same twelve neurons. Such blocks raise τ, which is computed from logarithms. They hardly
-#   change the squared error. Without them τ is 0.23, 0.07 and 0.06, and the ratio is 0.85,
+#   same twelve neurons. Such blocks raise τ, which is computed from logarithms. They hold
+#   less than 0.5 % of the sum of squared weights. Without them τ is 0.23, 0.07 and 0.06, and the ratio is 0.85,
 #   0.98 and 0.98 times that of the curve.
 #
 # **What blocks buy on this model is robustness with one fixed table.** Nothing is fitted,
@@ -489,6 +494,6 @@ _ = grade("22-2", exercise_2)
 # - For weights of one scale, blocks err less than one absmax for the tensor and more than
 #   fitted values at equal bits (`tinylora/numerics/optimality.py`).
 # - Where the scales vary log-normally, blocks win at equal bits from τ ≈ 0.385 on.
-# - The base model has τ ≤ 0.26, except in three layers with nearly empty blocks. In it
-#   blocks err 3.08 times less than one absmax for the tensor, and 22 fitted values at equal
+# - The base model has τ ≤ 0.26, except in three layers with nearly empty blocks. On
+#   this model blocks err 3.08 times less than one absmax for the tensor, and 22 fitted values at equal
 #   bits err 0.69 times as much as blocks.
