@@ -5,7 +5,8 @@
     python figures/from_runs.py ranks ranks
 
 The first argument is a file figures/data/NAME.json, whose methods, ranks and seeds are looked for; the second is the folder that its
-"command" wrote. Nothing is written unless each of the runs has ended, and had the steps of that command.
+"command" wrote. Nothing is written unless each of the runs has ended, had the steps of that command, and trained the embedded
+model that is here.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from statistics import mean, stdev
 
 from tinylora.cli import parsed
 from tinylora.models import files
+from tinylora.training.finetune import Job, inputs
 
 DATA = Path(__file__).parent / "data"
 
@@ -33,6 +35,8 @@ def report(data, folder, run):
         sys.exit(f"{path} has no bits per byte after training")
     if found["recipe"]["steps"] != steps:
         sys.exit(f"{path} is of {found['recipe']['steps']} steps, and `{data['command']}` takes {steps}")
+    if found["job"]["model"] == "base" and found["inputs"] != inputs(Job()):
+        sys.exit(f"{path} is of another embedded model or text than those that are here")
     return found
 
 

@@ -16,6 +16,7 @@ import matplotlib
 from tinylora.cli import main
 from tinylora.figures import style
 from tinylora.papers import gallery, normality
+from tinylora.training.finetune import Job, inputs
 
 TOP = Path(__file__).parents[1]
 FIGURES, GALLERY = TOP / "figures", (TOP / "docs" / "gallery.md").read_text(encoding="utf-8")
@@ -134,8 +135,11 @@ def test_the_numbers_of_runs_are_copied_and_print_the_rows_of_the_tables(tmp_pat
     spec.loader.exec_module(from_runs)
     monkeypatch.setattr(from_runs, "DATA", tmp_path / "data")
 
+    here = inputs(Job())
+
     def report(run, steps=300, **found):
-        found = {"before": None, "history": [], "recipe": {"steps": steps}, **found}
+        of = {"recipe": {"steps": steps}, "job": {"model": "base"}, "inputs": here}
+        found = {"before": None, "history": [], **of, **found}
         (tmp_path / "runs" / run).mkdir(parents=True, exist_ok=True)
         (tmp_path / "runs" / run / "report.json").write_text(json.dumps(found))
 
@@ -168,6 +172,9 @@ def test_the_numbers_of_runs_are_copied_and_print_the_rows_of_the_tables(tmp_pat
     before = (tmp_path / "data" / "ranks.json").read_bytes()
     report("all-linear-r8-seed1", steps=50, after=2.3)
     with pytest.raises(SystemExit, match=r"all-linear-r8-seed1.* is of 50 steps, and `tinylora ranks` takes 200"):
+        from_runs.main(["ranks", str(tmp_path / "runs")])
+    report("all-linear-r8-seed1", steps=200, after=2.3, inputs={**here, "model": "0123456789abcdef"})
+    with pytest.raises(SystemExit, match=r"all-linear-r8-seed1.* is of another embedded model"):
         from_runs.main(["ranks", str(tmp_path / "runs")])
     report("all-linear-r8-seed1", steps=200, after=2.3)
     (tmp_path / "runs" / "all-linear-r64-seed2" / "report.json").unlink()
