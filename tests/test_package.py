@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tokenize
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,11 @@ def test_the_embedded_model_and_its_card():
     card = (folder / "README.md").read_text()
     for word in ("shakespeare", "bible", "factbook", "seed", "steps", "bits per byte"):
         assert word in card
+    recipe = asdict(tinylora.pretrain.RECIPE)
+    assert all(f"\n| {key} | {value} |\n" in card for key, value in recipe.items()), "the command's defaults made it"
+    measured = card.split("| source |")[1].split("\n\n")[0]
+    *sources, mean = (float(bits) for bits in re.findall(r"\d\.\d{4}", measured))
+    assert len(sources) == 3 and round(sum(sources) / 3, 4) == mean
 
 
 def test_the_embedded_texts_are_those_described():
