@@ -1044,7 +1044,7 @@ SECTIONS = {
     "main": (
         main_job,
         "The main job",
-        "QLoRA of the embedded model on the embedded text, in a process of its own; Python's start is counted.",
+        "QLoRA of the embedded model of this commit on the embedded text, in a process of its own; Python's start is counted.",
     ),
     "paging": (paging, "Paging an optimizer", "The state of AdamW is 8 bytes a parameter; in 8 bits it is 2."),
     "tests": (tests, "The tests on CuPy", "Each kernel against its array version, and every array test on CuPy."),

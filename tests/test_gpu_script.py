@@ -230,7 +230,7 @@ def test_the_readme_and_the_notebook_say_what_the_table_says():
     ]
     readme = " ".join((gpu.ROOT / "README.md").read_text(encoding="utf-8").split())
     for said in (
-        f"On an {about} the main job, with the model that was embedded before, printed the CPU's digits in {main[1]:.1f} s.",
+        f"On an {about} the main job printed the CPU's digits in {main[1]:.1f} s, with the model that was embedded before.",
         f"in bfloat16 takes {step[1]:.0f} ms there, and {step[6]:.0f} ms with torch, PEFT and bitsandbytes",
         f"with torch, PEFT and bitsandbytes, which need {step[7]:.1f} GB instead of {step[3]:.1f} GB",
         f"takes {bfloat16[1] / bfloat16[3]:.2f} times as long as a copy of as many bytes, and is {bfloat16[6]:.2f} times",
