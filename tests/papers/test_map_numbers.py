@@ -368,7 +368,7 @@ PRINTED = [
     ("docs/nf4.md", TABLE_4, "af4-law", "3.802", "3.802295"),
     ("docs/nf4.md", TABLE_4, "qlora-absmax-rescales", "2.596", "2.596111"),
     ("docs/nf4.md", TABLE_4, "bof4-signed", "0.007992", "0.0079915257"),
-    ("docs/nf4.md", "The test of Shapiro and Wilk", "qlora-app-f-small", "6.2 %", "6.2 %"),
+    ("docs/nf4.md", "The test of Shapiro and Wilk", "qlora-app-f-small", "6.1 %", "6.1 %"),
 ]
 
 

@@ -201,7 +201,7 @@ def test_drawn_rows_are_the_same_each_time():
 
 # -------------------------------------------------------------------------------------------------------------------- the command
 def test_the_command_on_the_embedded_base(tmp_path, capsys):
-    """The base's rows are short and little trained: within 2 % of normal."""
+    """The base's rows are short, of 192 and 512 values: 6.1 % are rejected, where 5 % of normal rows would be."""
     assert run("quantize", "base", "--normality", "--draws", 40, "--out", tmp_path / "out") == 0
     out = capsys.readouterr().out
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
@@ -210,7 +210,7 @@ def test_the_command_on_the_embedded_base(tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
     every = [g for g in report["groups"] if g["name"] == normality.ALL]
     assert sum(g["rows"] for g in every) == 8960
-    assert round(100 * sum(g["rows"] * g["rejected"] for g in every) / 8960, 1) == 6.2
+    assert round(100 * sum(g["rows"] * g["rejected"] for g in every) / 8960, 1) == 6.1
     assert {g["length"] for g in report["drawn"]} >= {192, 512, 4096}
     assert (tmp_path / "out" / "normality.svg").read_text().startswith("<?xml")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["normality.svg", "report.json"]
