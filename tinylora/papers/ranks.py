@@ -38,7 +38,7 @@ def sweep(job=JOB, recipe=RECIPE, ranks=RANKS, targets=TARGETS, seeds=(0, 1, 2),
 
 
 def describe(reports):
-    """The table, as text: mean ± standard deviation over seeds, and what a doubling of r brings."""
+    """The table, as text: mean ± standard deviation over seeds, and how far the least rank is from the largest."""
     after = {key: np.array([r.after for r in rs]) for key, rs in reports.items()}
     ranks = sorted({r for _, r in after})
     lines = ["held-out bits per byte, mean ± standard deviation over seeds; in brackets, trained parameters"]
@@ -48,8 +48,9 @@ def describe(reports):
             x = after[label, r]
             spread = f" ± {x.std(ddof=1):.4f}" if len(x) > 1 else ""
             lines.append(f"  r = {r:<3d} {x.mean():.4f}{spread}   ({reports[label, r][0].trainable:,})")
-        gain = after[label, ranks[0]] - after[label, ranks[-1]]
-        lines.append(
-            f"  r = {ranks[0]} is {gain.mean():.4f} behind r = {ranks[-1]} (seed by seed: {', '.join(f'{g:.4f}' for g in gain)})"
-        )
+        if len(ranks) > 1:
+            gain = after[label, ranks[0]] - after[label, ranks[-1]]
+            where, sign = ("ahead of", -1) if gain.mean() < 0 else ("behind", 1)
+            each = ", ".join(f"{sign * g:.4f}" for g in gain)
+            lines.append(f"  r = {ranks[0]} is {abs(gain.mean()):.4f} {where} r = {ranks[-1]} (seed by seed: {each})")
     return "\n".join(lines)
