@@ -279,10 +279,10 @@ assert abs(COST["int8"][2] / COST["int8"][0] / (4.14 / 1.54) ** 2 - 1) < 0.05
 # ## 6 · "No performance degradation"?
 #
 # The paper observes none (§3, §4), but only its figure 3 shows NF4 with and without
-# double quantization. Here we check the embedded base model (2 million weights) on 32
-# windows of 256 bytes. We measure, in bits a byte, the divergence
-# $D(p \,\|\, \hat p) = \sum p \log_2 (p/\hat p)$ of its predictions $\hat p$ from those
-# of the unquantized model, $p$, and the change of the loss.
+# double quantization. Here we check the embedded base model on 32 windows of 256 bytes of
+# held-out text. We measure, in bits a byte, the divergence
+# $D(p \,\|\, \hat p) = \sum p \log_2 (p/\hat p)$ of the quantized model's
+# predictions $\hat p$ from the unquantized model's, $p$, and the change of the loss.
 
 # %% tags=["hide-input"]
 # Measures: divergence and loss of the quantized base model.
