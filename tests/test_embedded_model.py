@@ -33,9 +33,8 @@ def cost_and_entropy(z, y, divisor=1.0):
 def test_rounding_to_nf4_makes_a_model_that_is_too_sure_less_sure():
     loaded, rounded = scores_and_answers()
     said = FINDINGS.read_text(encoding="utf-8").split("**Rounding to NF4 lowers the bits")[1].split("\n- ")[0]
-    found = [f"{number:.2f}" for pair in (loaded, rounded) for number in cost_and_entropy(*pair)]
-    less_sure = [f"{cost_and_entropy(*pair, divisor=1.5)[0]:.3f}" for pair in (loaded, rounded)]
-    assert (
-        found[2] < found[0] and found[3] > found[1] and less_sure[0] < less_sure[1]
-    )  # all have one digit before the point
-    assert re.findall(r"\d\.\d{2,3}(?!\d)", said) == found + less_sure
+    found = [number for pair in (loaded, rounded) for number in cost_and_entropy(*pair)]
+    less_sure = [cost_and_entropy(*pair, divisor=1.5)[0] for pair in (loaded, rounded)]
+    assert found[2] < found[0] and found[3] > found[1] and less_sure[0] < less_sure[1]
+    numbers = [*(f"{x:.2f}" for x in found), *(f"{x:.3f}" for x in less_sure)]
+    assert re.findall(r"\d\.\d{2,3}(?!\d)", said) == numbers
