@@ -1,6 +1,6 @@
 """Adapters merged into the base's weights, and unmerged again: W = W₀ + s B A (LoRA §4.1)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..nn import FrozenLinear, Linear
 from ..tensor import Tensor
@@ -54,8 +54,7 @@ def merge(model, names=None, keep=False):
     return model.requires_grad_(False)
 
 
-@dataclass(frozen=True)
-class Kept:
+class Kept(NamedTuple):
     """What `unmerge` needs: the wrapped layers, and which adapters and parameters were what."""
 
     active: tuple

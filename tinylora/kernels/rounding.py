@@ -30,7 +30,7 @@ the compiler, which rounds a decimal once, takes the nearer float32 and not the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,8 +43,7 @@ _CHUNK = 1 << 20
 _LEAST = np.float32(1e-38)  # where the CPU rule clamps absmax
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """Four functions, see the module's docstring."""
 
     absmax: Callable
