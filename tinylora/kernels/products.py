@@ -18,8 +18,10 @@ from ..backend import array_module
 from ..dtypes import round_to
 from . import casts
 from .casts import multiplied_in
+from .copies import keep_small_blocks
 
 DTYPES = ("float32", "bfloat16", "float16")
+_MAPPED = 1 << 17  # bytes from which on malloc maps a block, unless `keep_small_blocks`
 
 
 def held(x, dtype):
@@ -61,7 +63,10 @@ def product(a, b, dtype="float32", bias=None):
 def multiplied(a, b, out=None):
     """a b of arrays as `held` gives them; two-byte numbers on a device are rounded once to `out`, their own dtype or float32."""
     if a.dtype.itemsize > 2:
-        return by_scipy(a, b) if sys.platform == "emscripten" else a @ b
+        y = by_scipy(a, b) if sys.platform == "emscripten" else a @ b
+        if y.nbytes >= _MAPPED:
+            keep_small_blocks()
+        return y
     if not a.ndim == b.ndim == 2 or not (a.size and b.size):
         # of bfloat16 CuPy 14.2 multiplies no stacks: "data type 'E' not understood"
         return (a.astype(np.float32) @ b.astype(np.float32)).astype(a.dtype if out is None else out, copy=False)
