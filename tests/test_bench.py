@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -217,6 +218,26 @@ def test_a_short_run_writes_its_files(tmp_path, capsys):
         )
     page = (tmp_path / "bench.md").read_text(encoding="utf-8")
     assert "## Times" in page and "bitsandbytes' kernel: left out in a short run. (dequantize, tiny)" in page
+
+
+def test_a_run_that_is_held_to_avx2_has_files_of_its_own_and_says_by_what(tmp_path, capsys):
+    assert command.main(["dequantize", "--short", "--avx2", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.rglob("*.*")} == {"bench-avx2.md", "bench-avx2.json"}
+    data = json.loads((tmp_path / "data" / "bench-avx2.json").read_text(encoding="utf-8"))
+    assert data["command"] == "python -m tests.bench dequantize --avx2 --short"
+    assert "OPENBLAS_CORETYPE=Haswell, NPY_DISABLE_CPU_FEATURES=" in data["about"]["held to AVX2"]
+    kernels = [kernel for contestant in data["rows"][0]["contestants"] for kernel in contestant["kernels"]]
+    if platform.machine() in ("x86_64", "AMD64"):
+        assert not [kernel for kernel in kernels if "openblas" in kernel and "Haswell" not in kernel]
+
+
+def test_numpy_does_without_what_lies_beyond_avx2():
+    held = measure.avx2()
+    code = "from numpy._core._multiarray_umath import __cpu_features__ as f; print(*(n for n, there in f.items() if there))"
+    environment = measure.environment(1, held=held)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    left = set(done.stdout.split())
+    assert left and not left & set(held["NPY_DISABLE_CPU_FEATURES"].split()) and "X86_V4" not in left
 
 
 def test_a_run_of_some_rows_writes_nothing_unless_it_is_asked_to(capsys):

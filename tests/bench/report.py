@@ -271,18 +271,24 @@ def as_json(data):
 
 
 def write(name, data, folder):
-    """Write NAME.md, data/NAME.json and NAME.svg; -> their paths. Without matplotlib the figure is left out, which is said."""
+    """Write NAME.md, data/NAME.json and NAME.svg; -> their paths. What is held to AVX2 has no figure.
+
+    Without matplotlib the figure is left out, which is said.
+    """
     from tinylora.models import files
 
     folder = Path(folder)
     paths = [folder / "data" / f"{name}.json", folder / f"{name}.md"]
     files.write_text(paths[0], as_json(data))
-    files.write_text(paths[1], (growth_page if name == "growth" else page)(data))
+    grown = name.startswith("growth")
+    files.write_text(paths[1], (growth_page if grown else page)(data))
+    if name.endswith("-avx2"):
+        return paths
     try:
         from tinylora.figures import speed
         from tinylora.papers import gallery
 
-        drawn = {name: gallery.as_svg(speed.growth if name == "growth" else speed.ratios, data)}
+        drawn = {name: gallery.as_svg(speed.growth if grown else speed.ratios, data)}
     except RuntimeError as error:
         print(f"no figure: {error}", file=sys.stderr)
         return paths
