@@ -1,5 +1,6 @@
 """Freed memory of the host: what malloc keeps for the next step."""
 
+import os
 import platform
 import subprocess
 import sys
@@ -9,18 +10,14 @@ import pytest
 STEPS = """
 import resource, sys
 import numpy as np
-import tinylora as tl
 from tinylora.kernels import products
 
 if sys.argv[1] == "returned":
-    products.keep_small_blocks = lambda: None
-rng = np.random.default_rng()
-x, w, g = (rng.standard_normal(shape, dtype=np.float32) for shape in ((512, 1024), (1024, 1024), (512, 1024)))
-w = tl.Tensor(w, requires_grad=True)
+    products.raise_trim_threshold = lambda: None
+x, w = np.random.default_rng().standard_normal((2, 512, 512), dtype=np.float32)
 
 def step():
-    w.grad = None
-    tl.ops.linear(tl.Tensor(x, requires_grad=True), w).backward(g)
+    kept = [products.multiplied(x, w) for _ in range(16)]  # 1 MB each; all are freed at the end, as a tape is
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -32,13 +29,24 @@ for _ in range(10):
     step()
 print((faults() - before) // 10)
 """
+OF_MALLOC = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # what changes malloc, or takes another
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the rule is glibc's malloc's")
-def test_a_step_of_a_users_own_loop_finds_its_memory_again():
-    """Ten steps, after three, of a layer with temporaries of 2 and 4 MB; each page of 4 kB that is new to the process is a fault."""
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or sys.maxsize < 1 << 32, reason="the rule is that of glibc's malloc on 64 bits"
+)
+def test_a_step_of_a_loop_of_ones_own_finds_its_memory_again():
+    """16 MB of temporaries, of 1 MB each: without the call glibc gives them back after each step, and each page is a fault again."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_MALLOC)}
+    environment["NUMPY_MADVISE_HUGEPAGE"] = "0"
     kept, returned = (
-        int(subprocess.run([sys.executable, "-c", STEPS, how], capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", STEPS, how], stdout=subprocess.PIPE, check=True, env=environment
+            ).stdout
+        )
         for how in ("kept", "returned")
     )
-    assert kept < 100 and returned > 500
+    if returned < 100:
+        pytest.skip("this system keeps the memory anyway, or gives it in huge pages")
+    assert kept < returned / 20

@@ -4,7 +4,8 @@
     python -m tests.bench quantize llama-qlora           two rows; those of one number of threads take it whatever --threads says
     python -m tests.bench --tinylora today=../main       each of tinylora's contestants twice: of this checkout, which is called
                                                          "here", and of the one in ../main, which is called "today"
-    python -m tests.bench --avx2                         what most laptops would do: NumPy, OpenBLAS and torch held to AVX2
+    python -m tests.bench --avx2                         as on a laptop whose vectors end at AVX2: what NumPy, OpenBLAS
+                                                         and torch know beyond it is switched off
     python -m tests.bench growth                         how a QLoRA step grows with width and context
     python -m tests.bench --list                         the rows, and what each measures
     python -m tests.bench --short                        that all of it runs: tiny sizes, NumPy alone, seconds
@@ -25,8 +26,8 @@ In an environment without torch only checkouts and NumPy's floors are compared, 
 3 GB; a case holds at most six of them at a time, and those of each further checkout.
 
 A run of all rows writes figures/bench.md, figures/data/bench.json and figures/bench.svg, and `growth` the same under its name. With --avx2
-they are called bench-avx2, and there is no figure. Other runs print their table, and write nothing without --out. The figures can be drawn
-again with `tinylora figures bench growth`.
+they are bench-avx2 and growth-avx2, without a figure. Other runs print their table, and write nothing without --out. The figures can be
+drawn again with `tinylora figures bench growth`.
 
 --avx2 sets, for the contestants, OPENBLAS_CORETYPE=Haswell, NPY_DISABLE_CPU_FEATURES, ATEN_CPU_CAPABILITY=avx2 and two like it for MKL and
 oneDNN. bitsandbytes' kernels ask the CPU themselves: where it has AVX-512, they take it all the same.
@@ -97,22 +98,24 @@ def main(arguments=None):
         made.error("--tinylora: two checkouts have one name; give each its own")
     threads = sorted(set(options.threads or ([1] if options.short else [1, 2])))
     rounds = options.rounds or (1 if options.short else 7)
-    held = avx2() if options.avx2 else {}
+    variables = avx2() if options.avx2 else {}
+    if options.avx2 and not variables:
+        made.error("--avx2: NumPy finds no AVX2 on this processor")
     try:
-        found = run(names, threads, rounds, versions, options.short, held)
+        found = run(names, threads, rounds, versions, options.short, variables)
     except KeyboardInterrupt:
         print("interrupted: what was printed holds, and no file was written", file=sys.stderr)
         return 130
     print("\n".join(report.not_run([entry for entries in found.values() for entry in entries])))
     whole = not options.short and not options.rows
     for name, path in files(found, options.out, whole, options.short).items():
-        data = as_data(name, found[name], options, versions, rounds, held)
-        paths = report.write(name + "-avx2" * options.avx2, data, path)
+        data = as_data(name, found[name], options, versions, rounds, variables)
+        paths = report.write(name, data, path, "-avx2" * options.avx2)
         print(f"written: {', '.join(map(str, paths))}", file=sys.stderr)
     return 0
 
 
-def run(names, threads, rounds, versions, short=False, held=None):
+def run(names, threads, rounds, versions, short=False, variables=None):
     """Measure these rows, and print the table as it grows; -> {"bench": [entries], "growth": [entries]}"""
     found, began = {"bench": [], "growth": []}, time.perf_counter()
     print(report.head(list(versions)), flush=True)
@@ -120,7 +123,7 @@ def run(names, threads, rounds, versions, short=False, held=None):
         for case in rows.ROWS[name](short):
             for n in [n for n in threads if n in (case.threads or threads)] or case.threads:
                 with progress(f"{name}, {case.name}, {n} thread{'s' * (n > 1)}", began) as tell:
-                    measured, others = measure(case, n, versions, rounds, short, tell, held)
+                    measured, others = measure(case, n, versions, rounds, short, tell, variables)
                 entry = report.entry(name, case, n, measured, others, list(versions), targets=not short)
                 found["growth" if name == "growth" else "bench"].append(entry)
                 print("\n".join(report.lines(entry, list(versions)) or described(entry)), flush=True)
@@ -163,11 +166,12 @@ def files(found, out, whole, short):
     return {name: out or figures for name, entries in found.items() if entries and (out or complete[name])}
 
 
-def as_data(name, entries, options, versions, rounds, held):
+def as_data(name, entries, options, versions, rounds, variables):
     """The content of data/NAME.json. The command is without folders, which are of one machine: a checkout has its commit."""
     about = report.machine() | {"rounds": str(rounds), **report.seen(entries)}
-    if held:
-        about["held to AVX2"] = ", ".join(f"{name}={value}" for name, value in held.items())
+    if variables:
+        about.pop("OPENBLAS_CORETYPE", None)
+        about[report.HELD] = ", ".join(f"{name}={value}" for name, value in variables.items() if value)
     about |= {f"tinylora, {name}": report.commit(folder) for name, folder in versions.items()}
     words = [
         "python -m tests.bench",

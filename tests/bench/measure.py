@@ -39,7 +39,7 @@ class Gone(Exception):
 class Process:
     """The parent's end of one `worker`."""
 
-    def __init__(self, threads, tinylora=None, held=None):
+    def __init__(self, threads, tinylora=None, variables=None):
         read, write = os.pipe()
         self.log, self._buffer, self._read = tempfile.TemporaryFile(), b"", read  # noqa: SIM115 (closed in `close`)
         self.child = subprocess.Popen(
@@ -48,7 +48,7 @@ class Process:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             pass_fds=(write,),
-            env=environment(threads, tinylora, held),
+            env=environment(threads, tinylora, variables),
             cwd=tempfile.gettempdir(),
         )
         os.close(write)
@@ -100,22 +100,27 @@ class Process:
         self.log.close()
 
 
-def environment(threads, tinylora=None, held=None):
-    """The environment of a worker: so many threads, this tinylora (a folder) before any that is installed, and the variables of `held`."""
-    env = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "OPENBLAS", "MKL")}, **(held or {})}
+def environment(threads, tinylora=None, variables=None):
+    """The environment of a worker: so many threads, this tinylora (a folder) before any that is installed, and these variables."""
+    env = {**os.environ, **{f"{name}_NUM_THREADS": str(threads) for name in ("OMP", "OPENBLAS", "MKL")}}
+    env |= variables or {}
     paths = [str(ROOT / "tests")] if tinylora is None else [str(tinylora), str(ROOT / "tests")]
     return {**env, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def avx2():
-    """{variable: value}: with these NumPy, its OpenBLAS and torch go no further than AVX2. bitsandbytes' kernels ask the CPU themselves."""
-    try:
-        from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
-    except ImportError:  # NumPy 1
-        from numpy.core._multiarray_umath import __cpu_dispatch__, __cpu_features__
-    beyond = [name for name in __cpu_dispatch__ if name.startswith(("AVX512", "X86_V4")) and __cpu_features__[name]]
+    """{variable: value}: with these NumPy, its OpenBLAS and torch go no further than AVX2; {} where the processor has no AVX2.
+
+    bitsandbytes' kernels ask the processor themselves.
+    """
+    from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
+
+    if not __cpu_features__.get("AVX2"):
+        return {}
+    beyond = [name for name in __cpu_dispatch__ if name.startswith(("AVX512", "X86_V4"))]
+    numpy = {"NPY_DISABLE_CPU_FEATURES": " ".join(beyond), "NPY_ENABLE_CPU_FEATURES": ""}
     torch = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    return {"OPENBLAS_CORETYPE": "Haswell", "NPY_DISABLE_CPU_FEATURES": " ".join(beyond), **torch}
+    return {"OPENBLAS_CORETYPE": "Haswell", **numpy, **torch}
 
 
 def _cpu_of(pid):
@@ -179,10 +184,10 @@ def repetitions(seconds, burst=BURST):
     return max(1, min(MOST, round(burst / seconds))) if seconds > 0 else MOST
 
 
-def measure(case, threads, versions, rounds, short=False, tell=lambda text: None, held=None):
+def measure(case, threads, versions, rounds, short=False, tell=lambda text: None, variables=None):
     """Run a case. versions: {name: folder of a checkout}. -> ([Measured], cores that other work took meanwhile or None)
 
-    short: contestants that need nothing but NumPy, one repetition each, and no pauses. held: variables of the environment of all of them
+    short: contestants that need nothing but NumPy, one repetition each, and no pauses. variables: of all workers' environment
     """
     found, processes = [], []
     try:
@@ -194,7 +199,7 @@ def measure(case, threads, versions, rounds, short=False, tell=lambda text: None
                 processes.append(None)
                 continue
             folder = None if version is None else versions[version]
-            processes.append(Process(own, folder, held))
+            processes.append(Process(own, folder, variables))
             given = {k: own if v == THREADS and k == "shards" else v for k, v in contestant.given.items()}
             processes[-1].tell(
                 does=contestant.does, given=given, needs=contestant.needs, tinylora=folder and str(folder)

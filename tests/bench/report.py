@@ -18,6 +18,7 @@ from pathlib import Path
 from .measure import beside, missing, number, quartiles, reached, three
 
 NOISY = 0.1  # cores taken by other work from which a number says more of that work than of the libraries
+HELD = "held to AVX2"  # what a page says of the variables that `measure.avx2` set
 HERE = "here"  # the checkout that this file belongs to
 LIBRARIES = ("numpy", "torch", "bitsandbytes", "peft", "transformers")
 INTRODUCTION = (
@@ -113,7 +114,7 @@ def spread(values):
 def page(data):
     """figures/bench.md: the machine, the ratios, the times, and what was not run."""
     text = [
-        "# Speed on a CPU",
+        f"# Speed on a CPU{_held(data)}",
         "",
         f"Written by `{data['command']}`, whose `--help` says how to run it again. {INTRODUCTION}",
         "",
@@ -135,6 +136,10 @@ def page(data):
     return "\n".join([*text, *not_run(data["rows"])]) + "\n"
 
 
+def _held(data):
+    return f", {HELD}" * (HELD in data["about"])
+
+
 def _about(data):
     warning = ["**Other work ran on this machine meanwhile: no number here is to be quoted.**", ""] * data["noisy"]
     return [
@@ -143,6 +148,7 @@ def _about(data):
         "|---|---|",
         *(f"| {name} | {value} |" for name, value in data["about"].items()),
         "",
+        *["bitsandbytes' kernels ask the processor what it has, and are not held.", ""] * (HELD in data["about"]),
     ]
 
 
@@ -175,7 +181,8 @@ def megabytes(nbytes):
 
 def growth_page(data):
     """figures/growth.md: what a QLoRA step takes, by width and by context."""
-    text = ["# How a QLoRA step grows", "", f"Written by `{data['command']}`, whose `--help` says how to run it again. FLOPs are "
+    text = [f"# How a QLoRA step grows{_held(data)}", ""]
+    text += [f"Written by `{data['command']}`, whose `--help` says how to run it again. FLOPs are "
             "those of the products, counted; the share is of the rate of two bare products of 512 × 2048 × 2048 in the same rounds. "
             "Predicted are the bytes of `tinylora.costs.memory`; measured is the process's peak over what it held before it set up, "
             "which has the working memory of operations too.", ""]  # fmt: skip
@@ -270,25 +277,24 @@ def as_json(data):
     return f'{head[:-2]},\n "rows": [\n  {rows}\n ]\n}}\n'
 
 
-def write(name, data, folder):
-    """Write NAME.md, data/NAME.json and NAME.svg; -> their paths. What is held to AVX2 has no figure.
+def write(name, data, folder, suffix=""):
+    """Write NAME.md, data/NAME.json and NAME.svg; -> their paths. suffix: of the names "bench" and "growth"; with one there is no figure.
 
     Without matplotlib the figure is left out, which is said.
     """
     from tinylora.models import files
 
     folder = Path(folder)
-    paths = [folder / "data" / f"{name}.json", folder / f"{name}.md"]
+    paths = [folder / "data" / f"{name}{suffix}.json", folder / f"{name}{suffix}.md"]
     files.write_text(paths[0], as_json(data))
-    grown = name.startswith("growth")
-    files.write_text(paths[1], (growth_page if grown else page)(data))
-    if name.endswith("-avx2"):
+    files.write_text(paths[1], (growth_page if name == "growth" else page)(data))
+    if suffix:
         return paths
     try:
         from tinylora.figures import speed
         from tinylora.papers import gallery
 
-        drawn = {name: gallery.as_svg(speed.growth if grown else speed.ratios, data)}
+        drawn = {name: gallery.as_svg(speed.growth if name == "growth" else speed.ratios, data)}
     except RuntimeError as error:
         print(f"no figure: {error}", file=sys.stderr)
         return paths

@@ -18,10 +18,10 @@ from ..backend import array_module
 from ..dtypes import round_to
 from . import casts
 from .casts import multiplied_in
-from .copies import keep_small_blocks
+from .copies import raise_trim_threshold
 
 DTYPES = ("float32", "bfloat16", "float16")
-_MAPPED = 1 << 17  # bytes from which on malloc maps a block, unless `keep_small_blocks`
+_MAPPED = 1 << 17  # bytes of a result from which on page faults take time: smaller ones are used again at once
 
 
 def held(x, dtype):
@@ -64,8 +64,8 @@ def multiplied(a, b, out=None):
     """a b of arrays as `held` gives them; two-byte numbers on a device are rounded once to `out`, their own dtype or float32."""
     if a.dtype.itemsize > 2:
         y = by_scipy(a, b) if sys.platform == "emscripten" else a @ b
-        if y.nbytes >= _MAPPED:
-            keep_small_blocks()
+        if type(y) is np.ndarray and y.nbytes >= _MAPPED:
+            raise_trim_threshold()
         return y
     if not a.ndim == b.ndim == 2 or not (a.size and b.size):
         # of bfloat16 CuPy 14.2 multiplies no stacks: "data type 'E' not understood"
