@@ -198,6 +198,42 @@ def test_import_loads_numpy_and_nothing_else():
     assert done.stdout.strip() == "['tinylora']", done.stdout + done.stderr
 
 
+def test_import_opens_no_room_before_it_is_asked_for():
+    code = "import sys, tinylora; print(sorted({m.split('.')[1] for m in sys.modules if m.startswith('tinylora.')}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(sorted([*CORE, "kernels", "numerics"]))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "LinearBypass(Linear(4, 4), r=2, use_dora=True).magnitude",
+        "LoRALinear(Linear(4, 4), r=2, use_dora=True)(Tensor([[1.0] * 4]))",
+        "LoRALinear(Linear(4, 4), r=2)(Tensor([[1.0] * 4]))",
+        "assert LoRALinear.fused_forward is LoRALayer.fused_forward is tinylora.adapters.on_device.fused_forward",
+        "assert tinylora.lora.LoRAConv is tinylora.adapters.kinds.LoRAConv",
+        "from tinylora import *; merge(add_lora(Wrapped()))",
+        "assert callable(tinylora.merge) and tinylora.conv.conv",
+        "assert set(tinylora.__all__) <= set(dir(tinylora)) and all(hasattr(tinylora, name) for name in tinylora.__all__)",
+    ],
+)
+def test_whoever_begins_with_a_core_file_finds_what_the_rooms_add_to_it(line):
+    """Each in a process of its own, where nothing has opened them before."""
+    code = f"""
+import tinylora
+from tinylora.lora import LinearBypass, LoRALayer, LoRALinear
+from tinylora.nn import Linear, Module
+from tinylora.tensor import Tensor
+class Wrapped(Module):
+    def __init__(self):
+        self.proj = Linear(4, 4)
+import sys; assert "tinylora.adapters" not in sys.modules
+{line}
+assert "tinylora.adapters" in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
 def stated(name, pattern):
     """What the one match of a pattern in a file at the top of the repository says."""
     (found,) = re.findall(pattern, (ROOM.parent / name).read_text(encoding="utf-8"), re.M)

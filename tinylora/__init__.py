@@ -7,7 +7,8 @@
     tl.add_lora(model, r=16, alpha=32, target_modules="all-linear")
     tl.print_trainable_parameters(model)
 
-Importing loads NumPy and nothing else; scipy and tqdm are imported where they are used, and the models with the first `tl.Llama`.
+Importing loads NumPy and the core, and nothing else: scipy and tqdm are imported where they are used, and a room, such as the models or
+the adapters, with the first name that is asked of it.
 """
 
 import importlib
@@ -15,6 +16,7 @@ import importlib.machinery
 import os
 import sys
 import types
+from typing import TYPE_CHECKING
 
 # As a command, and only then: Ctrl-C during the imports below ends it without a traceback, as it does from `cli.main` on.
 _command = os.path.basename(sys.orig_argv[1]) if len(sys.orig_argv) > 1 else ""
@@ -26,33 +28,32 @@ if _command in ("tinylora", "tinylora.exe"):
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from . import adapters, backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant, tape, tensor
-from .adapters import (
-    adapter_rows,
-    add_lora,
-    add_weighted_adapter,
-    conv,
-    disable_adapter,
-    kbit,
-    kinds,
-    merge,
-    prepare_model_for_int8_training,
-    print_trainable_parameters,
-    set_adapter,
-    trainable_parameters,
-    unmerge,
-)
+from . import backend, codebooks, dtypes, lora, nn, ops, optim, paging, quant, tensor
 from .backend import seed
-from .kernels import attention, copies, pools, scatter
-from .lora import LoRALinear
+from .kernels import pools  # noqa: F401 (tinylora.pools was its name)
+from .lora import LoRALinear, print_trainable_parameters, trainable_parameters
 from .nn import quantize_linears
 from .optim import AdamW
 from .paging import Pager
 from .quant import QuantizedTensor, quantize
 from .tape import checkpoint, tape_bytes
 from .tensor import Tensor, no_grad, primitive
-from .training import schedule as rates
-from .training.adamw8bit import AdamW8bit
+
+if TYPE_CHECKING:  # where an editor finds what is imported late
+    from . import adapters, interop
+    from .adapters import (
+        adapter_rows,
+        add_lora,
+        add_weighted_adapter,
+        conv,
+        disable_adapter,
+        merge,
+        prepare_model_for_int8_training,
+        set_adapter,
+        unmerge,
+    )
+    from .models.llama import KVCache, Llama, LlamaConfig
+    from .training.adamw8bit import AdamW8bit
 
 __version__ = "0.1.0"
 
@@ -94,25 +95,30 @@ MOVED = {
     "tokenizers": "models.tokenizers",
     "train": "training.train",
 }
-#: Names that left a file that stayed, likewise for one release.
-for _old, _new, _names in (
-    (ops, conv, "conv"),
-    (ops, attention, "QUERY_BLOCK"),
-    (paging, pools, "WHOLE_TENSORS_FROM"),
-    (backend, scatter, "scatter_add"),
-    (backend, copies, "pinned_zeros copy_to_device copy_to_host managed_zeros prefetch_managed keep_freed_memory"),
-    (tensor, tape, "checkpoint watch_rebuilds tape_bytes"),
-    (optim, rates, "schedule"),
-    (nn, kbit, "Embedding16bit store_in_16_bits prepare_for_kbit_training"),
-    (lora, kinds, "LoRAEmbedding LoRAConv EmbeddingBypass ConvBypass KINDS ADAPTABLE LINEAR bypass_for lora_layer"),
-):
-    for _name in _names.split():
-        setattr(_old, _name, getattr(_new, _name))
-del _old, _new, _names, _name
+#: Names that left a file that stayed, likewise for one release: {the file: {where they are now: names}}.
+LEFT = {
+    ops: {"adapters.conv": "conv", "kernels.attention": "QUERY_BLOCK"},
+    paging: {"kernels.pools": "WHOLE_TENSORS_FROM"},
+    backend: {
+        "kernels.scatter": "scatter_add",
+        "kernels.copies": "pinned_zeros copy_to_device copy_to_host managed_zeros prefetch_managed keep_freed_memory",
+    },
+    tensor: {"tape": "checkpoint watch_rebuilds tape_bytes"},
+    optim: {"training.schedule": "schedule"},
+    nn: {"adapters.kbit": "Embedding16bit store_in_16_bits prepare_for_kbit_training"},
+    lora: {
+        "adapters.kinds": "LoRAEmbedding LoRAConv EmbeddingBypass ConvBypass KINDS ADAPTABLE LINEAR bypass_for lora_layer"
+    },
+}
 lora.Bypass = lora.LinearBypass
-#: What takes a while to import and is not always wanted.
-_LATE = {"KVCache": "models.llama", "Llama": "models.llama", "LlamaConfig": "models.llama"}
+#: What takes a while to import and is not always wanted: {room: names}.
+_LATE = {
+    "adapters": "adapter_rows add_lora add_weighted_adapter conv disable_adapter merge prepare_model_for_int8_training set_adapter unmerge",
+    "models.llama": "KVCache Llama LlamaConfig",
+    "training.adamw8bit": "AdamW8bit",
+}
 ROOMS = (
+    "adapters",
     "cli",
     "costs",
     "data",
@@ -133,9 +139,10 @@ def __dir__():
 
 def __getattr__(name):
     """Rooms are opened when they are asked for, and so are the models, and what has moved: tinylora.interop, tinylora.experiments, …"""
-    if name in _LATE:
-        globals()[name] = getattr(importlib.import_module(f"{__name__}.{_LATE[name]}"), name)
-        return globals()[name]
+    for place, names in _LATE.items():
+        if name in names.split():
+            globals()[name] = getattr(importlib.import_module(f"{__name__}.{place}"), name)
+            return globals()[name]
     if name not in MOVED and name not in ROOMS:
         raise AttributeError(f"module 'tinylora' has no attribute {name!r}")
     found = [importlib.import_module(f"{__name__}.{place}") for place in MOVED.get(name, name).split()]
@@ -146,6 +153,36 @@ def __getattr__(name):
         vars(together).update({key: value for key, value in vars(module).items() if not key.startswith("__")})
     globals()[name] = together  # made once
     return together
+
+
+def _finder(file, places):
+    """A file's __getattr__, which finds the names that left it."""
+    where = {name: place for place, names in places.items() for name in names.split()}
+
+    def find(name):
+        if name not in where:
+            raise AttributeError(f"module {file.__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{__name__}.{where[name]}"), name)
+
+    return find
+
+
+for _file, _places in LEFT.items():
+    _file.__getattr__ = _finder(_file, _places)
+
+
+class _FromAdapters:
+    """What `adapters` puts into a class of `lora` (DoRA's class, the layer in fewer kernels): whoever asks for it opens that room."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __get__(self, instance, owner):
+        importlib.import_module(f"{__name__}.adapters")
+        return getattr(owner if instance is None else instance, self.name)
+
+
+lora.LinearBypass.dora, lora.LoRALayer.fused_forward = _FromAdapters("dora"), _FromAdapters("fused_forward")
 
 
 class _Moved:
