@@ -266,18 +266,16 @@ def test_a_run_of_some_rows_writes_nothing_unless_it_is_asked_to(capsys):
 
 
 # ------------------------------------------------------------------------------------------------------------------ what was found
-def found():
-    """{(row, case, threads, line): median} of figures/data/bench.json."""
-    data = json.loads((rows.ROOT / "figures" / "data" / "bench.json").read_text(encoding="utf-8"))
+def found(name="bench"):
+    """{(row, case, threads, line): its numbers} of a file in figures/data."""
+    data = json.loads((rows.ROOT / "figures" / "data" / f"{name}.json").read_text(encoding="utf-8"))
     assert not data["noisy"], "the committed numbers are those of a quiet machine"
     return {
-        (row["row"], row["case"], row["threads"], line["name"]): line["values"]["here"][1]
-        for row in data["rows"]
-        for line in row["lines"]
+        (row["row"], row["case"], row["threads"], line["name"]): line for row in data["rows"] for line in row["lines"]
     }
 
 
-@pytest.mark.parametrize("name", ["bench", "growth"])
+@pytest.mark.parametrize("name", ["bench", "bench-avx2", "growth"])
 def test_the_pages_are_those_of_their_numbers(name):
     text = (rows.ROOT / "figures" / "data" / f"{name}.json").read_text(encoding="utf-8")
     data = json.loads(text)
@@ -287,7 +285,7 @@ def test_the_pages_are_those_of_their_numbers(name):
 
 
 def test_the_sentences_on_speed_are_rows_of_the_table():
-    median, three = found(), measure.three
+    median, three = {key: line["values"]["here"][1] for key, line in found().items()}, measure.three
     step = three(median["llama-qlora", "base", 2, "tinylora over bitsandbytes + PEFT"])
     quantized = three(median["quantize", "64M", 2, "tinylora over bitsandbytes"])
     said = f"takes {step} of the time of bitsandbytes and PEFT, and quantizing to NF4 {quantized} of bitsandbytes'"
@@ -296,6 +294,25 @@ def test_the_sentences_on_speed_are_rows_of_the_table():
     assert step in chinese and quantized in chinese
     text = (rows.ROOT / "figures" / "README.md").read_text(encoding="utf-8")
     text = text.split("## On a CPU\n")[1].split("## On a GPU\n")[0]
-    pages = "".join((rows.ROOT / "figures" / f"{name}.md").read_text(encoding="utf-8") for name in ("bench", "growth"))
+    pages = "".join(
+        (rows.ROOT / "figures" / f"{name}.md").read_text(encoding="utf-8") for name in ("bench", "bench-avx2", "growth")
+    )
     numbers = re.findall(r"\d+\.\d+", text)
     assert len(numbers) > 20 and not set(numbers) - set(re.findall(r"\d+\.\d+", pages))
+
+
+def test_the_targets_are_counted_as_the_tables_have_them():
+    wide, narrow = ({key: line["reached"] != "no" for key, line in found(name).items() if line["reached"]}
+                    for name in ("bench", "bench-avx2"))  # fmt: skip
+    text = " ".join((rows.ROOT / "figures" / "README.md").read_text(encoding="utf-8").split())
+    n, some = len(wide), sum(wide[key] or narrow[key] for key in wide)
+    assert wide.keys() == narrow.keys()
+    said = f"Of the {n} targets, {sum(wide.values())} are reached with AVX-512, and {sum(narrow.values())} with AVX2."
+    assert f"{said} They are not the same ones: {some} are reached in one of the two tables at least." in text
+    assert {key[0] for key in wide if not (wide[key] or narrow[key])} == {"dequantize", "paged-adamw", "workers"}
+    readme = (rows.ROOT / "README.md").read_text(encoding="utf-8")
+    missed = f"{n - sum(wide.values())} are not reached with AVX-512, and {n - sum(narrow.values())} with AVX2"
+    assert f"Of the {n} targets set for it, {missed}" in readme
+    assert f"Of the {n} targets, {sum(wide.values())} are reached." in (rows.ROOT / "docs" / "gallery.md").read_text(
+        encoding="utf-8"
+    )

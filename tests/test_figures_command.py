@@ -34,7 +34,7 @@ def drawn():
 def test_every_file_has_its_place_in_the_table_and_every_long_run_its_numbers():
     assert {str(path.relative_to(FIGURES).with_suffix("")) for path in FIGURES.rglob("*.svg")} == set(gallery.PICTURES)
     stored = {name for name, picture in gallery.PICTURES.items() if picture.stored}
-    assert {path.stem for path in (FIGURES / "data").iterdir()} == stored
+    assert {path.stem for path in (FIGURES / "data").iterdir()} == stored | {"bench-avx2"}  # a table without a figure
 
 
 @pytest.mark.parametrize("name", EXACT)
