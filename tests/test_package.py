@@ -234,6 +234,15 @@ assert "tinylora.adapters" in sys.modules"""
     assert not done.returncode, done.stderr
 
 
+def test_files_of_training_are_found_without_an_import():
+    """Two of them were, while tinylora imported them."""
+    code = """import tinylora as tl
+print(tl.training.adamw8bit.AdamW8bit is tl.AdamW8bit, tl.training.schedule.schedule is tl.optim.schedule)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "True True", done.stderr
+    assert not hasattr(tinylora.training, "adamw9bit") and not hasattr(tinylora.training, "__wrapped__")
+
+
 def stated(name, pattern):
     """What the one match of a pattern in a file at the top of the repository says."""
     (found,) = re.findall(pattern, (ROOM.parent / name).read_text(encoding="utf-8"), re.M)

@@ -10,3 +10,16 @@ distributed  several processes, on one machine or many: the same bytes from a st
 pretrain    how the embedded model was made
 adamw8bit   AdamW with 8-bit states, as bitsandbytes rounds them
 """
+
+import importlib
+
+
+def __getattr__(name):
+    """A file of this room is imported when it is asked for: tinylora.training.adamw8bit."""
+    file = f"{__name__}.{name}"
+    try:
+        return importlib.import_module(file)
+    except ModuleNotFoundError as error:
+        if error.name != file:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
