@@ -210,7 +210,7 @@ def test_import_opens_no_room_before_it_is_asked_for():
         "LinearBypass(Linear(4, 4), r=2, use_dora=True).magnitude",
         "LoRALinear(Linear(4, 4), r=2, use_dora=True)(Tensor([[1.0] * 4]))",
         "LoRALinear(Linear(4, 4), r=2)(Tensor([[1.0] * 4]))",
-        "assert LoRALinear.fused_forward is LoRALayer.fused_forward is tinylora.adapters.on_device.fused_forward",
+        "assert LoRALinear(Linear(4, 4), r=2).fused_forward(Tensor([[1.0] * 4])) is None",
         "assert tinylora.lora.LoRAConv is tinylora.adapters.kinds.LoRAConv",
         "from tinylora import *; merge(add_lora(Wrapped()))",
         "assert callable(tinylora.merge) and tinylora.conv.conv",
@@ -232,6 +232,59 @@ import sys; assert "tinylora.adapters" not in sys.modules
 assert "tinylora.adapters" in sys.modules"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert not done.returncode, done.stderr
+
+
+THREADS = """
+import sys, threading
+import tinylora as tl
+sys.setswitchinterval(1e-6)
+asked = [lambda: tl.add_lora, lambda: tl.lora.KINDS, lambda: tl.nn.Embedding16bit, lambda: tl.ops.conv, lambda: tl.merge,
+         lambda: tl.lora.LinearBypass.dora, lambda: tl.LoRALinear(tl.nn.Linear(4, 4), r=2)(tl.Tensor([[1.0] * 4]))]
+begin, failed = threading.Barrier(len(asked)), []
+
+def ask(what):
+    begin.wait()
+    try:
+        what()
+    except Exception as error:
+        failed.append(repr(error))
+
+threads = [threading.Thread(target=ask, args=(what,)) for what in asked]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(failed)
+"""
+
+
+def test_several_threads_open_a_room_at_once():
+    for _ in range(8):
+        done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=600)
+        assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+PATCHED = "with mock.patch.object(LoRALayer, 'fused_forward', lambda layer, x: None): import tinylora.adapters"
+
+
+@pytest.mark.parametrize("before", ["", PATCHED])
+def test_a_fused_forward_of_ones_own_runs_once_also_after_a_patch_that_was_taken_back(before):
+    code = f"""
+from unittest import mock
+from tinylora import LoRALinear, Tensor
+from tinylora.lora import LoRALayer
+from tinylora.nn import Linear
+ran = []
+class Mine(LoRALinear):
+    def fused_forward(self, x):
+        ran.append(x)
+        return super().fused_forward(x)
+{before}
+Mine(Linear(4, 4), r=2)(Tensor([[1.0] * 4]))
+LoRALinear(Linear(4, 4), r=2)(Tensor([[1.0] * 4]))
+print(len(ran))"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_files_of_training_are_found_without_an_import():

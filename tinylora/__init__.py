@@ -7,8 +7,7 @@
     tl.add_lora(model, r=16, alpha=32, target_modules="all-linear")
     tl.print_trainable_parameters(model)
 
-Importing loads NumPy and the core, and nothing else: scipy and tqdm are imported where they are used, and a room, such as the models or
-the adapters, with the first name that is asked of it.
+Importing loads NumPy and the core. Everything else, such as the models, the adapters, scipy or tqdm, is imported at its first use.
 """
 
 import importlib
@@ -141,7 +140,7 @@ def __getattr__(name):
     """Rooms are opened when they are asked for, and so are the models, and what has moved: tinylora.interop, tinylora.experiments, …"""
     for place, names in _LATE.items():
         if name in names.split():
-            globals()[name] = getattr(importlib.import_module(f"{__name__}.{place}"), name)
+            globals()[name] = getattr(_opened(place), name)
             return globals()[name]
     if name not in MOVED and name not in ROOMS:
         raise AttributeError(f"module 'tinylora' has no attribute {name!r}")
@@ -155,6 +154,12 @@ def __getattr__(name):
     return together
 
 
+def _opened(place):
+    """The module at a place such as "adapters.kinds". Its room comes first: there a thread waits for another one that is opening it."""
+    importlib.import_module(f"{__name__}.{place.partition('.')[0]}")
+    return importlib.import_module(f"{__name__}.{place}")
+
+
 def _finder(file, places):
     """A file's __getattr__, which finds the names that left it."""
     where = {name: place for place, names in places.items() for name in names.split()}
@@ -162,27 +167,29 @@ def _finder(file, places):
     def find(name):
         if name not in where:
             raise AttributeError(f"module {file.__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f"{__name__}.{where[name]}"), name)
+        return getattr(_opened(where[name]), name)
 
     return find
 
 
 for _file, _places in LEFT.items():
     _file.__getattr__ = _finder(_file, _places)
+del _file, _places
 
 
-class _FromAdapters:
-    """What `adapters` puts into a class of `lora` (DoRA's class, the layer in fewer kernels): whoever asks for it opens that room."""
+class _DoRA:
+    """LinearBypass.dora until `adapters` is imported, which puts the class itself in its place."""
 
-    def __init__(self, name):
-        self.name = name
-
-    def __get__(self, instance, owner):
-        importlib.import_module(f"{__name__}.adapters")
-        return getattr(owner if instance is None else instance, self.name)
+    def __get__(self, bypass, owner):
+        return _opened("adapters.dora").DoRALinearBypass
 
 
-lora.LinearBypass.dora, lora.LoRALayer.fused_forward = _FromAdapters("dora"), _FromAdapters("fused_forward")
+def _fused_forward(layer, x):
+    """`adapters.on_device.fused_forward`, which takes this function's place when it is imported."""
+    return _opened("adapters.on_device").fused_forward(layer, x)
+
+
+lora.LinearBypass.dora, lora.LoRALayer.fused_forward = _DoRA(), _fused_forward
 
 
 class _Moved:
