@@ -144,7 +144,7 @@ def __getattr__(name):
             return globals()[name]
     if name not in MOVED and name not in ROOMS:
         raise AttributeError(f"module 'tinylora' has no attribute {name!r}")
-    found = [importlib.import_module(f"{__name__}.{place}") for place in MOVED.get(name, name).split()]
+    found = [_opened(place) for place in MOVED.get(name, name).split()]
     if len(found) == 1:
         return found[0]
     together = types.ModuleType(f"{__name__}.{name}", found[0].__doc__)  # a module that was split
