@@ -365,7 +365,7 @@ def test_factors_and_matrices_that_do_not_fit_are_an_error(dtype, xp, rng):
 
 
 def test_what_is_not_one_operation_is_composed(xp, rng):
-    """Dropout, a bias, two adapters, two compute dtypes, DoRA, frozen factors: none of them is what adapters.on_device computes."""
+    """Dropout, a bias, two adapters, two compute dtypes, DoRA, frozen factors: none of them is what adapters.fused computes."""
     x = Tensor(xp.asarray(rng.standard_normal((3, 64)).astype(f32)))
 
     def layer(bias=None, **options):

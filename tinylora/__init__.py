@@ -185,8 +185,8 @@ class _DoRA:
 
 
 def _fused_forward(layer, x):
-    """`adapters.on_device.fused_forward`, which takes this function's place when it is imported."""
-    return _opened("adapters.on_device").fused_forward(layer, x)
+    """`adapters.fused.fused_forward`, which takes this function's place when it is imported."""
+    return _opened("adapters.fused").fused_forward(layer, x)
 
 
 lora.LinearBypass.dora, lora.LoRALayer.fused_forward = _DoRA(), _fused_forward

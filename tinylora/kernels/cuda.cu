@@ -173,7 +173,7 @@ template <class T> __device__ void rounded(const float* x, float s, V<T>* y, V<T
     ((Four<V<T>>*)y)[swapped(i, a, b, d)] = v;
     if (two) ((Four<V<T>>*)z)[swapped(i, a, b, d)] = w;
 }
-// z = x + s y, or z = x if one is asked for, in float32                                               products.widened, adapters.on_device
+// z = x + s y, or z = x if one is asked for, in float32                                               products.widened, adapters.fused
 template <class T> __device__ void sum(const V<T>* x, const V<T>* y, float s, float* z, FOURS) {
     ELEMENT(n)
     Four<V<T>> u = ((const Four<V<T>>*)x)[i], v = two ? ((const Four<V<T>>*)y)[i] : u;
