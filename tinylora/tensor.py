@@ -257,7 +257,8 @@ def primitive(forward):
 
     Each positional argument may be a Tensor, an array or plain data; keyword arguments are options and have no
     gradient. `pullbacks` is a tuple with one function g -> x̄ for each leading positional argument, or, where the
-    arguments share the work, one function (g, need) -> (x̄, ȳ, ...) that may return None where need is False.
+    arguments share the work, one function (g, need) -> (x̄, ȳ, ...) that may return None where need is False, and a pullback where it
+    should run when its turn comes.
 
     A pullback returns g itself, a view, or a new array; never an array that it captured. It must capture only what it
     uses: what it captures is the memory that training costs.

@@ -1,0 +1,138 @@
+"""A layer and its bypass as one operation on the host: the bits of the composed layer, and where a layer is composed."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+
+from tinylora import Tensor, add_lora, no_grad, ops, quantize, quantize_linears, tape_bytes
+from tinylora.lora import LoRALayer, LoRALinear
+from tinylora.nn import Linear, Linear4bit, Linear16bit
+from tinylora.tape import checkpoint
+from tinylora.tensor import setting
+
+f32 = np.float32
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """both(f) = (f() in one operation a layer, f() composed)"""
+
+    def run(f):
+        in_one = f()
+        with monkeypatch.context() as patch:
+            patch.setattr(LoRALayer, "fused_forward", lambda layer, x: None)
+            return in_one, f()
+
+    return run
+
+
+def same(ours, theirs):
+    """Whether the arrays are equal in every bit; None equals None."""
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(a is b is None or (a.dtype == b.dtype and np.array_equal(a, b)) for a, b in pairs)
+
+
+def base_of(kind, out, n, rng, backward):
+    """A frozen layer whose weight is in bfloat16, or in NF4 and comes from a weight of that dtype."""
+    dense = Linear(n, out)
+    dense.weight.data = rng.standard_normal((out, n)).astype(f32)
+    if kind == "bfloat16":
+        return Linear16bit.of(dense)
+    q = quantize(dense.weight.data, double_quant=True)
+    return Linear4bit(dataclasses.replace(q, dtype=kind), backward_weight=backward)
+
+
+@pytest.mark.parametrize("trained", ["x A B", "x A", "x B", "A B", "B"])
+@pytest.mark.parametrize("rows, n, out", [((2, 7), 64, 24), ((5,), 21, 13), ((1, 1), 32, 7), ((0, 3), 16, 4)])
+def test_one_operation_has_the_bits_of_the_composed_layers(rows, n, out, trained, both, rng):
+    """Several layers on one x, whose gradient is the sum over them; ranks, scales and bases differ; a checkpoint makes them again."""
+    kinds = [
+        ("float32", "stored", 4, 8),
+        ("bfloat16", "stored", 1, 1),
+        ("float16", "stored", 8, 2),  # the backward pass multiplies by a weight that is rounded to float16
+        ("float16", "forward", 4, -4),
+    ]
+    bases = [base_of(kind, out, n, rng, backward) for kind, backward, _, _ in kinds]
+    factors = [[rng.standard_normal(s).astype(f32) for s in ((r, n), (out, r))] for _, _, r, _ in kinds]
+    x, g = rng.standard_normal((*rows, n)).astype(f32), rng.standard_normal((*rows, out)).astype(f32)
+
+    def run(around):
+        """[output, gradients of x, A and B of each layer], the operations that made the layers' outputs"""
+        given, made, names = Tensor(x, requires_grad="x" in trained), [], set()
+        for base, (a, b), (_, _, r, alpha) in zip(bases, factors, kinds, strict=True):
+            made.append(layer := LoRALinear(base, r=r, alpha=alpha))
+            layer.lora_A.weight.data, layer.lora_B.weight.data = a, b
+            layer.lora_A.requires_grad_("A" in trained)
+            layer.lora_B.requires_grad_("B" in trained)
+
+        def total(given):
+            outputs = [layer(given) for layer in made]
+            names.update(h._node.name for h in outputs if h._node)
+            return sum((h * h for h in outputs[1:]), outputs[0])
+
+        y = around(total, given)
+        y.backward(g)
+        gradients = [factor.weight.grad for layer in made for factor in (layer.lora_A, layer.lora_B)]
+        return [y.data, given.grad, *gradients], names
+
+    for around in (lambda f, given: f(given), checkpoint):
+        (ours, mine), (theirs, composed) = both(lambda around=around: run(around))
+        assert same(ours, theirs)
+        assert (mine, composed) == ({"lora_linear_on_host"}, {"add"})
+
+
+@pytest.mark.parametrize("method", ["bfloat16", "nf4"])
+def test_a_model_has_the_same_loss_and_gradients_in_every_bit(method, both, rng):
+    ids = rng.integers(0, 256, (3, 17))
+
+    def run():
+        model = tiny.model(seed=3)
+        quantize_linears(model, code=method)
+        add_lora(model, r=4, alpha=8, target_modules="all-linear")
+        draw = np.random.default_rng(5)
+        for name, factor in model.trainable():
+            if "lora_B" in name:
+                factor.data = draw.standard_normal(factor.shape).astype(f32) / 10
+        loss = ops.softmax_cross_entropy(model(ids[:, :-1]), ids[:, 1:])
+        kept = tape_bytes(loss, exclude=[w for _, w in model.named_weights()])
+        loss.backward()
+        with no_grad():
+            answer = model(ids)
+        return [loss.data, answer.data, *(p.grad for _, p in model.trainable())], kept
+
+    (ours, kept), (theirs, composed) = both(run)
+    assert same(ours, theirs) and all(x is not None for x in ours)
+    assert kept == composed
+
+
+def test_what_is_not_one_operation_is_composed(rng):
+    """Dropout, biases, two adapters, another compute dtype or scale, DoRA, frozen factors, float64 and a dense base."""
+    x = Tensor(rng.standard_normal((3, 64)).astype(f32))
+
+    def layer(bias=None, compute="float32", r=2, **options):
+        return LoRALinear(Linear4bit(quantize(np.ones((8, 64), f32)), bias, compute), r=r, **options)
+
+    assert layer().fused_forward(x) is not None and layer(dropout=0.5).eval().fused_forward(x) is not None
+    frozen = layer()
+    frozen.lora_A.requires_grad_(False)
+    frozen.lora_B.requires_grad_(False)
+    assert tape_bytes(frozen(Tensor(x.data, requires_grad=True)), exclude=frozen.parameters()) < x.data.nbytes
+    with no_grad():
+        assert frozen.fused_forward(x) is not None
+    two, in_bfloat16, other = layer(), layer(compute="bfloat16"), layer()
+    two.bypasses["b"], two.active = two.bypasses["default"], ("default", "b")
+    in_bfloat16.lora_A.compute_dtype = in_bfloat16.lora_B.compute_dtype = "bfloat16"
+    other.lora_A.compute_dtype = "bfloat16"
+    composed = [layer(dropout=0.5), layer(Tensor(np.ones(8, f32))), layer(lora_bias=True), layer(use_dora=True)]
+    composed += [layer(r=3), layer(use_rslora=True), layer(alpha=0), LoRALinear(Linear(64, 8), r=2)]
+    for one in (*composed, frozen, two, in_bfloat16, other):
+        assert one.fused_forward(x) is None
+        one(x)
+    assert layer().fused_forward(x.data) is None and layer().fused_forward(Tensor(x.data[0])) is None
+    assert layer().fused_forward(Tensor(x.data.astype(np.float64))) is None
+    with setting("around", lambda f, *arguments, **options: f(*arguments, **options)):
+        assert layer().fused_forward(x) is None
+    with pytest.raises(ValueError, match="linear: x has"):
+        layer()(Tensor(np.ones((3, 32), f32)))
