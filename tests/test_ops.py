@@ -256,6 +256,16 @@ def test_rope_turns_pairs_and_keeps_lengths(xp, rng):
     np.testing.assert_allclose((y**2).sum(-1), (x**2).sum(-1), rtol=1e-12)
 
 
+def test_rope_has_the_bits_of_the_two_equations_of_a_pair(rng):
+    """Zeros, of either sign, and angles of 0 among them."""
+    x = rng.standard_normal((2, 70, 3, 10)).astype(np.float32)
+    x[rng.random(x.shape) < 0.2] *= 0
+    cos, sin = ops.rope_table(np.arange(70), 10)
+    (a, b), c, s = np.split(x, 2, axis=-1), cos[:, None], sin[:, None]
+    for y, sign in ((ops.rope(x, cos, sin).data, 1), (ops.rope(x, cos, -sin).data, -1)):
+        assert y.tobytes() == np.concatenate([a * c - b * (sign * s), b * c + a * (sign * s)], axis=-1).tobytes()
+
+
 def test_rope_depends_on_the_distance_only(rng):
     q, k = rng.standard_normal((2, 1, 1, 1, 8))
     dot = []

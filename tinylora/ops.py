@@ -397,12 +397,12 @@ def rope_table(positions, head_dim, theta=10000.0, dtype=np.float32, frequency=N
 
 
 def _rotate(x, cos, sin):
-    """The pair (a, b) of x's halves turned by the angle: (a cos − b sin, b cos + a sin)."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    y = array_module(x).empty_like(x)
-    y[..., :half] = a * cos - b * sin
-    y[..., half:] = b * cos + a * sin
+    """The pair (a, b) of x's halves turned by the angle: (a cos − b sin, b cos + a sin) = (b, a) (−sin, sin) + (a, b) (cos, cos)."""
+    xp, half = array_module(x), x.shape[-1] // 2
+    y = xp.empty_like(x)
+    y[..., :half], y[..., half:] = x[..., half:], x[..., :half]
+    y *= xp.concatenate([-sin, sin], axis=-1)
+    y += x * xp.concatenate([cos, cos], axis=-1)
     return y
 
 
