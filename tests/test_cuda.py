@@ -332,7 +332,10 @@ def test_a_layer_and_its_bypass_in_one_operation_are_the_two_in_every_bit(
         if name == "composed":
             monkeypatch.setattr(LoRALinear, "fused_forward", lambda layer, x: None)
         h = checkpoint(layer, given) if name == "checkpointed" else layer(given)
-        assert name == "checkpointed" or (h._node.name == "lora_linear") == (name == "in one")
+        fused = (
+            name == "in one" and trained == "x A B"
+        )  # with a frozen factor less is kept on the tape by the composed ones
+        assert name == "checkpointed" or (h._node.name == "lora_linear") == fused
         h.backward(xp.asarray(np.asfortranarray(g)))
         found[name] = h.data, given.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad
     for name in ("in one", "checkpointed"):

@@ -8,6 +8,7 @@ import tiny
 
 from tinylora import Tensor, add_lora, no_grad, ops, quantize, quantize_linears, tape_bytes
 from tinylora.lora import LoRALayer, LoRALinear
+from tinylora.models.eightbit import Linear8bit
 from tinylora.nn import Linear, Linear4bit, Linear16bit
 from tinylora.tape import checkpoint
 from tinylora.tensor import setting
@@ -29,9 +30,12 @@ def both(monkeypatch):
 
 
 def same(ours, theirs):
-    """Whether the arrays are equal in every bit; None equals None."""
-    pairs = list(zip(ours, theirs, strict=True))
-    return all(a is b is None or (a.dtype == b.dtype and np.array_equal(a, b)) for a, b in pairs)
+    """Whether the arrays are equal in every bit, the signs of zeros included; None equals None."""
+
+    def bits(x):
+        return x if x is None else (x.shape, x.dtype, x.tobytes())
+
+    return list(map(bits, ours)) == list(map(bits, theirs))
 
 
 def base_of(kind, out, n, rng, backward):
@@ -44,22 +48,32 @@ def base_of(kind, out, n, rng, backward):
     return Linear4bit(dataclasses.replace(q, dtype=kind), backward_weight=backward)
 
 
-@pytest.mark.parametrize("trained", ["x A B", "x A", "x B", "A B", "B"])
+@pytest.mark.parametrize("kind", ["in rows", "in columns", "float64", "one number"])
+@pytest.mark.parametrize("trained", ["x A B", "A B", "x A", "x B", "B"])
 @pytest.mark.parametrize("rows, n, out", [((2, 7), 64, 24), ((5,), 21, 13), ((1, 1), 32, 7), ((0, 3), 16, 4)])
-def test_one_operation_has_the_bits_of_the_composed_layers(rows, n, out, trained, both, rng):
-    """Several layers on one x, whose gradient is the sum over them; ranks, scales and bases differ; a checkpoint makes them again."""
+def test_one_operation_has_the_bits_of_the_composed_layers(rows, n, out, trained, kind, both, rng):
+    """Several layers on one x, whose gradient is the sum over them; ranks, scales and bases differ; a checkpoint makes them again.
+
+    kind: how x and the output's gradient lie. With a frozen factor both are composed.
+    """
     kinds = [
         ("float32", "stored", 4, 8),
         ("bfloat16", "stored", 1, 1),
         ("float16", "stored", 8, 2),  # the backward pass multiplies by a weight that is rounded to float16
-        ("float16", "forward", 4, -4),
+        ("float16", "forward", 4, 2),
     ]
     bases = [base_of(kind, out, n, rng, backward) for kind, backward, _, _ in kinds]
     factors = [[rng.standard_normal(s).astype(f32) for s in ((r, n), (out, r))] for _, _, r, _ in kinds]
     x, g = rng.standard_normal((*rows, n)).astype(f32), rng.standard_normal((*rows, out)).astype(f32)
+    if kind == "in columns":
+        x, g = np.asfortranarray(x), np.asfortranarray(g)
+    elif kind == "one number":
+        g = np.broadcast_to(g.dtype.type(rng.standard_normal()), g.shape)
+    elif kind == "float64":
+        g = g + rng.standard_normal(g.shape) * 1e-9
 
     def run(around):
-        """[output, gradients of x, A and B of each layer], the operations that made the layers' outputs"""
+        """([outputs, gradients of x and of A and B of each layer], the operations that made the outputs, bytes of the tape)"""
         given, made, names = Tensor(x, requires_grad="x" in trained), [], set()
         for base, (a, b), (_, _, r, alpha) in zip(bases, factors, kinds, strict=True):
             made.append(layer := LoRALinear(base, r=r, alpha=alpha))
@@ -70,17 +84,18 @@ def test_one_operation_has_the_bits_of_the_composed_layers(rows, n, out, trained
         def total(given):
             outputs = [layer(given) for layer in made]
             names.update(h._node.name for h in outputs if h._node)
-            return sum((h * h for h in outputs[1:]), outputs[0])
+            return sum(outputs[2:], outputs[0]) + outputs[1] * outputs[1]
 
         y = around(total, given)
+        kept = tape_bytes(y, exclude=[given, *(w for layer in made for _, w in layer.named_weights())])
         y.backward(g)
         gradients = [factor.weight.grad for layer in made for factor in (layer.lora_A, layer.lora_B)]
-        return [y.data, given.grad, *gradients], names
+        return [y.data, given.grad, *gradients], names, kept
 
     for around in (lambda f, given: f(given), checkpoint):
-        (ours, mine), (theirs, composed) = both(lambda around=around: run(around))
-        assert same(ours, theirs)
-        assert (mine, composed) == ({"lora_linear_on_host"}, {"add"})
+        (ours, mine, ours_kept), (theirs, composed, theirs_kept) = both(lambda around=around: run(around))
+        assert same(ours, theirs) and ours_kept == theirs_kept
+        assert (mine, composed) == ({"lora_linear_on_host" if "A B" in trained else "add"}, {"add"})
 
 
 @pytest.mark.parametrize("method", ["bfloat16", "nf4"])
@@ -108,7 +123,7 @@ def test_a_model_has_the_same_loss_and_gradients_in_every_bit(method, both, rng)
 
 
 def test_what_is_not_one_operation_is_composed(rng):
-    """Dropout, biases, two adapters, another compute dtype or scale, DoRA, frozen factors, float64 and a dense base."""
+    """Dropout, biases, two adapters, another compute dtype or scale, DoRA, frozen factors, a forward of its own, float64, other bases."""
     x = Tensor(rng.standard_normal((3, 64)).astype(f32))
 
     def layer(bias=None, compute="float32", r=2, **options):
@@ -121,13 +136,18 @@ def test_what_is_not_one_operation_is_composed(rng):
     assert tape_bytes(frozen(Tensor(x.data, requires_grad=True)), exclude=frozen.parameters()) < x.data.nbytes
     with no_grad():
         assert frozen.fused_forward(x) is not None
+    without_A, without_B, own = layer(), layer(), layer()
+    without_A.lora_A.requires_grad_(False)
+    without_B.lora_B.requires_grad_(False)
+    own.base_layer.forward = lambda x: Tensor(np.ones((3, 8), f32))
     two, in_bfloat16, other = layer(), layer(compute="bfloat16"), layer()
     two.bypasses["b"], two.active = two.bypasses["default"], ("default", "b")
     in_bfloat16.lora_A.compute_dtype = in_bfloat16.lora_B.compute_dtype = "bfloat16"
     other.lora_A.compute_dtype = "bfloat16"
     composed = [layer(dropout=0.5), layer(Tensor(np.ones(8, f32))), layer(lora_bias=True), layer(use_dora=True)]
-    composed += [layer(r=3), layer(use_rslora=True), layer(alpha=0), LoRALinear(Linear(64, 8), r=2)]
-    for one in (*composed, frozen, two, in_bfloat16, other):
+    composed += [layer(r=3), layer(use_rslora=True), layer(alpha=0), layer(alpha=-2), LoRALinear(Linear(64, 8), r=2)]
+    composed += [LoRALinear(Linear8bit.of(Linear(64, 8)), r=2)]
+    for one in (*composed, frozen, without_A, without_B, own, two, in_bfloat16, other):
         assert one.fused_forward(x) is None
         one(x)
     assert layer().fused_forward(x.data) is None and layer().fused_forward(Tensor(x.data[0])) is None

@@ -154,9 +154,13 @@ def test_lora_plus_without_a_B_or_with_a_bad_ratio_is_refused():
         variants.lora_plus_groups(tl.add_lora(tiny.model()), lr=1e-3, ratio=0)
 
 
-def test_frozen_A_holds_r_numbers_a_row_where_LoRA_holds_d_more(xp, rng):
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_frozen_A_holds_r_numbers_a_row_where_LoRA_holds_d_more(base, xp, rng):
     n, d, r = 40, 512, 4
-    h = layer(r=r, inn=d).to(xp)
+    h = layer(r=r, inn=d)
+    if base == "nf4":
+        h.base_layer = Linear4bit.of(h.base_layer)
+    h.to(xp)
     x = Tensor(xp.asarray(f32(rng, n, d)), requires_grad=True)
     weights = [w for _, w in h.named_weights()]
     lora = tl.tape_bytes(h(x), exclude=weights)

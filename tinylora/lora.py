@@ -144,7 +144,7 @@ class LoRALayer(Module):
         return y
 
     def fused_forward(self, x):
-        """What forward returns, in fewer kernels, or None; adapters.fused puts its own function here."""
+        """What forward returns, in one operation, or None; adapters.fused puts its own function here."""
 
     def _only(self, what):
         """An attribute of the one active bypass."""

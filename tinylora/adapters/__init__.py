@@ -14,7 +14,7 @@ as a head (`modules_to_save`). Active, its copies stand in the model; otherwise 
 
 The files: `switch` (on, off, active), `combine`, `merge`, `config` (an adapter's settings and arrays), `targets` (which layers),
 `state` (what a model knows of its adapters), `kinds` and `conv` (bypasses of embeddings and convolutions), `dora`, `kbit` (a base of few
-bits made ready), `fused` (a layer and its bypass in fewer kernels).
+bits made ready), `fused` (a layer and its bypass in one operation).
 
 Compared with PEFT: the same vocabulary and the same numbers. The base's biases are kept, so a disabled or detached
 adapter leaves the base as it was (PEFT trains them in place and warns); unmerging puts W₀ back instead of subtracting;
@@ -22,7 +22,7 @@ adapter leaves the base as it was (PEFT trains them in place and warns); unmergi
 """
 
 from ..lora import LoRALayer, count_parameters, print_trainable_parameters, trainable_parameters
-from . import dora, fused  # noqa: F401 (use_dora makes the one's classes; layers on a device use the other)
+from . import dora, fused  # noqa: F401 (use_dora makes the one's classes; frozen layers use the other)
 from .combine import COMBINATIONS, add_weighted_adapter
 from .config import BASE, BIASES, Adapter, LoRAConfig
 from .kbit import prepare_for_kbit_training, prepare_model_for_int8_training
