@@ -81,9 +81,8 @@ def lora_linear_on_host(x, again, q, a, b, scale, first):
 
     def pull(g, need):
         g = g.astype(np.float32, copy=False)
-        whole = (
-            g if g.flags.forc else g.copy("K")
-        )  # as s ḡ, which the composed pullbacks multiply: ḡ may be one number, stretched
+        # ḡ may be one number, stretched; the composed pullbacks of A and B multiply s ḡ, which is an array in one piece
+        whole = g if g.flags.forc else g.copy("K")
         g, whole = (z.reshape(len(x), len(b)) for z in (g, whole))
         gu = multiplied(whole, b * s)
         return (
