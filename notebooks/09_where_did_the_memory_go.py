@@ -297,8 +297,8 @@ assert 0.7 < ratios["full fine-tuning"][1] < 0.8 and all(1.03 < second < 1.25 fo
 # - The rows need not be full at the same moment. In full fine-tuning the first step's
 #   peak lies a quarter below tape plus gradients, because the last gradients arrive
 #   when most of the tape is gone. In the second step the rows do add up.
-# - Working memory, such as dequantized weights, is not counted. In the second step it
-#   adds 4 to 12 % to tape plus gradients.
+# - Working memory, such as dequantized weights, is not counted. It adds 4 to 12 % to
+#   the second step.
 #
 # ## 6 · Why 5 GB and not 3.5?
 #
