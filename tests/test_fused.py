@@ -123,33 +123,19 @@ def test_a_model_has_the_same_loss_and_gradients_in_every_bit(method, both, rng)
 
 
 def test_what_is_not_one_operation_is_composed(rng):
-    """Dropout, biases, two adapters, another compute dtype or scale, DoRA, frozen factors, a forward of its own, float64, other bases."""
-    x = Tensor(rng.standard_normal((3, 64)).astype(f32))
-
-    def layer(bias=None, compute="float32", r=2, **options):
-        return LoRALinear(Linear4bit(quantize(np.ones((8, 64), f32)), bias, compute), r=r, **options)
-
+    """What `tiny.composed` lists, and on the host another compute dtype or scale, float64, and bases of other kinds."""
+    x, layer = Tensor(rng.standard_normal((3, 64)).astype(f32)), tiny.adapted
     assert layer().fused_forward(x) is not None and layer(dropout=0.5).eval().fused_forward(x) is not None
-    frozen = layer()
-    frozen.lora_A.requires_grad_(False)
-    frozen.lora_B.requires_grad_(False)
-    assert tape_bytes(frozen(Tensor(x.data, requires_grad=True)), exclude=frozen.parameters()) < x.data.nbytes
-    with no_grad():
-        assert frozen.fused_forward(x) is not None
-    without_A, without_B, own = layer(), layer(), layer()
-    without_A.lora_A.requires_grad_(False)
-    without_B.lora_B.requires_grad_(False)
-    own.base_layer.forward = lambda x: Tensor(np.ones((3, 8), f32))
-    two, in_bfloat16, other = layer(), layer(compute="bfloat16"), layer()
-    two.bypasses["b"], two.active = two.bypasses["default"], ("default", "b")
+    in_bfloat16 = layer(compute_dtype="bfloat16")
     in_bfloat16.lora_A.compute_dtype = in_bfloat16.lora_B.compute_dtype = "bfloat16"
-    other.lora_A.compute_dtype = "bfloat16"
-    composed = [layer(dropout=0.5), layer(Tensor(np.ones(8, f32))), layer(lora_bias=True), layer(use_dora=True)]
-    composed += [layer(r=3), layer(use_rslora=True), layer(alpha=0), layer(alpha=-2), LoRALinear(Linear(64, 8), r=2)]
-    composed += [LoRALinear(Linear8bit.of(Linear(64, 8)), r=2)]
-    for one in (*composed, frozen, without_A, without_B, own, two, in_bfloat16, other):
+    scaled = [layer(r=3), layer(use_rslora=True), layer(alpha=0), layer(alpha=-2)]
+    based = [LoRALinear(base, r=2) for base in (Linear(64, 8), Linear8bit.of(Linear(64, 8)))]
+    for one in (*tiny.composed(), in_bfloat16, *scaled, *based):
         assert one.fused_forward(x) is None
         one(x)
+    frozen = tiny.composed()[0]
+    with no_grad():
+        assert frozen.fused_forward(x) is not None
     assert layer().fused_forward(x.data) is None and layer().fused_forward(Tensor(x.data[0])) is None
     assert layer().fused_forward(Tensor(x.data.astype(np.float64))) is None
     with setting("around", lambda f, *arguments, **options: f(*arguments, **options)):

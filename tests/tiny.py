@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 
-from tinylora import Llama, LlamaConfig, backend, ops
+from tinylora import Llama, LlamaConfig, LoRALinear, Tensor, backend, ops, quantize
 from tinylora.models.tokenizers import ByteTokenizer
-from tinylora.nn import Embedding, Linear, Module, RMSNorm, normal
+from tinylora.nn import Embedding, Linear, Linear4bit, Module, RMSNorm, normal
 
 CONFIG = LlamaConfig(
     vocab_size=256,
@@ -130,3 +130,23 @@ class Turns(ByteTokenizer):
     def segments(self, text, spans):
         cuts = [0, *(place for span in spans for place in span)]
         return tuple(self.encode(text[a:b]) for a, b in itertools.pairwise(cuts))
+
+
+def adapted(bias=None, compute_dtype="float32", r=2, **options):
+    """A LoRALinear, 64 to 8 features, on a base in NF4."""
+    base = Linear4bit(quantize(np.ones((8, 64), np.float32)), bias, compute_dtype)
+    return LoRALinear(base, r=r, **options)
+
+
+def composed():
+    """Layers that `adapters.fused` leaves to LoRALayer.forward, on the host and on a device."""
+    frozen, without_A, without_B, own, two, other = (adapted() for _ in range(6))
+    for layer, factors in ((frozen, "AB"), (without_A, "A"), (without_B, "B")):
+        for name in factors:
+            getattr(layer, f"lora_{name}").requires_grad_(False)
+    own.base_layer.forward = lambda x: x[:, :8]
+    two.bypasses["b"], two.active = two.bypasses["default"], ("default", "b")
+    other.lora_A.compute_dtype = "bfloat16"
+    with_bias = adapted(Tensor(np.ones(8, np.float32)))
+    return [frozen, without_A, without_B, own, two, other, with_bias,
+            adapted(dropout=0.5), adapted(lora_bias=True), adapted(use_dora=True)]  # fmt: skip
