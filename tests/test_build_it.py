@@ -61,7 +61,10 @@ MISTAKES = [  # step, what stands in the solution, what a student writes, what t
     ("my-4", "np.sqrt(v / (1 - beta2**t)) + eps", "np.sqrt(v / (1 - beta2**t) + eps)", "stands inside the root"),
     ("my-4", "    m *= beta1\n", "    g = g + weight_decay * p\n    weight_decay = 0\n    m *= beta1\n", "in Adam with L2"),
     ("my-4", "    p *= 1 - lr * weight_decay\n", "", "the weight decay is missing"),
-    ("my-4", "(m / (1 - beta1**t))", "m", "m is not divided"),
+    ("my-4", "(m / (1 - beta1**t))", "m", ": m is not divided"),
+    ("my-4", "(np.sqrt(v / (1 - beta2**t)) + eps)", "(np.sqrt(v) + eps)", ": v is not divided"),
+    ("my-4", "1 - lr * weight_decay", "1 - weight_decay", "the weight decay is not multiplied by lr"),
+    ("my-4", "np.sqrt(v / (1 - beta2**t)) + eps", "np.float32(np.nan)", "off by nan of its largest element."),
     ("my-4", "    m *= beta1\n", "    m = beta1 * m\n", "it should be changed in place"),
     ("my-4", "        memory.put_back(v, start, fast_v)\n", "", "do not fit"),
     ("my-5", "            p.grad = None\n", "            pass\n", "the gradients of the steps before are not cleared"),
@@ -87,6 +90,28 @@ def test_a_usual_mistake_is_explained(exercise, old, new, sentence, rng):
     found = verdict(SOLVED.replace(old, new), exercise, rng, slice(2) if exercise == "my-5" else slice(None))
     assert found.said.startswith("not right") and sentence in found.said, found.said
     assert found.points < found.of
+
+
+class AtOneEnd:
+    """A generator whose single numbers are the lowest that may be drawn, or the highest; its arrays are drawn."""
+
+    def __init__(self, rng, end):
+        self.drawn, self.end, self.standard_normal = rng, end, rng.standard_normal
+
+    def uniform(self, low, high, size=None):
+        return (low, high)[self.end] if size is None else self.drawn.uniform(low, high, size)
+
+    def integers(self, low, high):
+        return (low, high - 1)[self.end]
+
+
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("old, new, sentence", [one[1:] for one in MISTAKES if one[0] == "my-4"])
+def test_what_is_said_of_adamw_holds_for_the_smallest_rate_and_for_the_largest(old, new, sentence, end, rng):
+    """p rounds by as much as a small rate moves it, and Adam's first step hides how large g + λp is."""
+    for _ in range(10):
+        said = verdict(SOLVED.replace(old, new), "my-4", AtOneEnd(rng, end)).said
+        assert sentence in said, said
 
 
 @pytest.mark.parametrize("exercise", STEPS)
