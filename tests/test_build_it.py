@@ -108,7 +108,7 @@ class AtOneEnd:
 @pytest.mark.parametrize("end", [0, 1])
 @pytest.mark.parametrize("old, new, sentence", [one[1:] for one in MISTAKES if one[0] == "my-4"])
 def test_what_is_said_of_adamw_holds_for_the_smallest_rate_and_for_the_largest(old, new, sentence, end, rng):
-    """p rounds by as much as a small rate moves it, and Adam's first step hides how large g + λp is."""
+    """A bound that falls with the rate falls below what float32 rounds p by; and Adam's first step hides how large g + λp is."""
     for _ in range(10):
         said = verdict(SOLVED.replace(old, new), "my-4", AtOneEnd(rng, end)).said
         assert sentence in said, said

@@ -333,9 +333,8 @@ def test_a_layer_and_its_bypass_in_one_operation_are_the_two_in_every_bit(
         if name == "composed":
             monkeypatch.setattr(LoRALinear, "fused_forward", lambda layer, x: None)
         h = checkpoint(layer, given) if name == "checkpointed" else layer(given)
-        fused = (
-            name == "in one" and trained == "x A B"
-        )  # with a frozen factor less is kept on the tape by the composed ones
+        # with a frozen factor the composed operations keep less on the tape
+        fused = name == "in one" and trained == "x A B"
         assert name == "checkpointed" or (h._node.name == "lora_linear") == fused
         h.backward(xp.asarray(np.asfortranarray(g)))
         found[name] = h.data, given.grad, layer.lora_A.weight.grad, layer.lora_B.weight.grad
